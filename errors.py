@@ -1,0 +1,22 @@
+"""Errors that a person can fix: each is one line that names the flag or the file and says what to do.
+
+The scripts print the line and exit with `exit_code`; anything else that is raised is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of the errors below; raise one of those."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A flag is out of range, or two flags contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A file or directory is missing, unreadable, or not what the flags say it is."""
+
+    exit_code = 1

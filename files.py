@@ -1,0 +1,80 @@
+"""Files of our own: written whole or not at all, JSON, hashes, directories. Trouble is a `DataError` naming the file."""
+
+import hashlib
+import json
+import os
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+
+from errors import DataError
+
+
+@contextmanager
+def atomic_write(path):
+    """A binary file that appears at `path` complete or not at all: temporary file beside it, fsync, rename, fsync.
+
+    Makes the parent directories. Raises DataError if the file cannot be written (no permission, disk full).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}): check the directory and its space"
+        ) from error
+    finally:
+        # nothing to remove after the rename; a directory that cannot be entered has been reported already
+        if os.access(temporary, os.F_OK):
+            temporary.unlink()
+
+
+def sync_directory(path):
+    """Make a rename in a directory durable."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def make_directory(path, flag):
+    """Make a directory that `flag` names, and prove that it can be written; raises DataError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"--{flag}={path}: cannot be written ({error.strerror}): choose another directory") from error
+
+
+def write_json(path, value):
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """The value in a JSON file; raises DataError if it is missing or damaged."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}): remove it") from error
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
