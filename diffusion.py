@@ -1,0 +1,207 @@
+"""The mathematics of diffusion: schedule, q(x_t | x_0), training loss, samplers. It knows nothing of files.
+
+Notation of Ho et al. 2020 (DDPM) and Song et al. 2021 (DDIM), with 0-based t:
+x_t = sqrt(alphas_bar_t) x_0 + sqrt(1 - alphas_bar_t) eps, alphas_bar_t = prod_{s <= t} (1 - beta_s).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MEAN_TYPES = ("epsilon", "xstart", "xprev")
+VAR_TYPES = ("fixedlarge", "fixedsmall")
+SAMPLERS = ("ddim", "ddpm")
+
+
+def linear_betas(beta_1, beta_T, T):
+    """The variance schedule: a float32 linspace, as published, held in float64; (T,)."""
+    return torch.linspace(beta_1, beta_T, T, dtype=torch.float32).double()
+
+
+def extract(values, t):
+    """values[t] as float32 (B, 1, 1, 1), to scale images; values (T,), t (B,)."""
+    return values[t].float()[:, None, None, None]
+
+
+def ddim_timesteps(T, steps):
+    """The timesteps DDIM visits, ascending: tau_i = i * (T // steps) + 1, a list of `steps` ints in 0..T-1.
+
+    With steps = T the offset 1 would reach T, so it is dropped there.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}: must be between 1 and T = {T}")
+    stride = T // steps
+    offset = min(1, T - 1 - (steps - 1) * stride)
+    return [i * stride + offset for i in range(steps)]
+
+
+class GaussianDiffusion(nn.Module):
+    """A schedule, and the conversions between x_0, x_t, x_{t-1} and eps that training and sampling share."""
+
+    def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon"):
+        super().__init__()
+        if mean_type not in MEAN_TYPES:
+            raise ValueError(f"mean_type is {mean_type!r}: must be one of {', '.join(MEAN_TYPES)}")
+        self.model = model
+        self.T = T
+        self.mean_type = mean_type
+        betas = linear_betas(beta_1, beta_T, T)
+        alphas_bar = torch.cumprod(1 - betas, dim=0)
+        alphas_bar_prev = F.pad(alphas_bar, [1, 0], value=1.0)[:T]
+        self.register_buffer("betas", betas)
+        self.register_buffer("alphas_bar", alphas_bar)
+        self.register_buffer("posterior_var", betas * (1 - alphas_bar_prev) / (1 - alphas_bar))
+        self.register_buffer("posterior_x_0_coef", betas * alphas_bar_prev.sqrt() / (1 - alphas_bar))
+        self.register_buffer("posterior_x_t_coef", (1 - betas).sqrt() * (1 - alphas_bar_prev) / (1 - alphas_bar))
+
+    def q_sample(self, x_0, t, eps):
+        """x_t ~ q(x_t | x_0) for the noise eps (DDPM eq. 4); all (B, 3, H, W), t (B,)."""
+        return extract(self.alphas_bar.sqrt(), t) * x_0 + extract((1 - self.alphas_bar).sqrt(), t) * eps
+
+    def q_posterior_mean(self, x_0, x_t, t):
+        """The mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); at t = 0 it is x_0."""
+        return extract(self.posterior_x_0_coef, t) * x_0 + extract(self.posterior_x_t_coef, t) * x_t
+
+    def predict_x_0(self, prediction, x_t, t):
+        """x_0 from what the network predicts, not clipped: the inverse of q_sample or of q_posterior_mean."""
+        if self.mean_type == "xstart":
+            return prediction
+        if self.mean_type == "xprev":
+            return (prediction - extract(self.posterior_x_t_coef, t) * x_t) / extract(self.posterior_x_0_coef, t)
+        noise = extract((1 - self.alphas_bar).sqrt(), t) * prediction
+        return (x_t - noise) / extract(self.alphas_bar.sqrt(), t)
+
+    def predict_eps(self, x_0, x_t, t):
+        """eps from x_0 and x_t: the inverse of q_sample."""
+        return (x_t - extract(self.alphas_bar.sqrt(), t) * x_0) / extract((1 - self.alphas_bar).sqrt(), t)
+
+
+class GaussianDiffusionTrainer(GaussianDiffusion):
+    """The training loss of DDPM (eq. 14, unweighted), for whichever quantity `mean_type` says the network predicts."""
+
+    def forward(self, x_0, labels=None, t=None, eps=None):
+        """Squared error per element between the network's prediction and its target.
+
+        Args:
+            x_0: (B, 3, H, W) in [-1, 1].
+            labels: (B,) int64 classes, -1 for no class, or None.
+            t: (B,) int64 in 0..T-1; drawn first, uniformly on x_0's device, if not given.
+            eps: (B, 3, H, W) standard normal; drawn second if not given.
+
+        Returns:
+            (B, 3, H, W) float32, unreduced.
+        """
+        if t is None:
+            t = torch.randint(self.T, (x_0.shape[0],), device=x_0.device)
+        if eps is None:
+            eps = torch.randn_like(x_0)
+        x_t = self.q_sample(x_0, t, eps)
+        if self.mean_type == "epsilon":
+            target = eps
+        elif self.mean_type == "xstart":
+            target = x_0
+        else:
+            target = self.q_posterior_mean(x_0, x_t, t)
+        return (self.model(x_t, t, labels).float() - target).square()
+
+
+class GaussianDiffusionSampler(GaussianDiffusion):
+    """Images from noise, by DDIM (default: 50 steps, eta 0) or by DDPM's ancestral sampling.
+
+    Args:
+        model, beta_1, beta_T, T, mean_type: as trained.
+        img_size: height and width of the images.
+        var_type: reverse variance of the ancestral step, fixedlarge (beta_t) or fixedsmall (posterior variance).
+        sampler: ddim or ddpm (all T steps).
+        steps, eta: of DDIM; eta 0 is deterministic, 1 has the noise of DDPM.
+        guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class) (Ho & Salimans 2022, eq. 6).
+    """
+
+    def __init__(
+        self,
+        model,
+        beta_1,
+        beta_T,
+        T,
+        img_size=32,
+        mean_type="epsilon",
+        var_type="fixedlarge",
+        *,
+        sampler="ddim",
+        steps=50,
+        eta=0.0,
+        guidance=0.0,
+    ):
+        super().__init__(model, beta_1, beta_T, T, mean_type)
+        if var_type not in VAR_TYPES:
+            raise ValueError(f"var_type is {var_type!r}: must be one of {', '.join(VAR_TYPES)}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        self.img_size = img_size
+        self.sampler = sampler
+        self.eta = eta
+        self.guidance = guidance
+        self.timesteps = ddim_timesteps(T, steps) if sampler == "ddim" else list(range(T))
+        variance = self.betas if var_type == "fixedlarge" else self.posterior_var
+        # posterior_var[0] is 0: the published code takes the next one, to have a finite logarithm
+        self.register_buffer("log_var", torch.cat([self.posterior_var[1:2], variance[1:]]).log())
+
+    def predict(self, x_t, t, labels=None):
+        """The network's output, guided where `guidance` is not 0; (B, 3, H, W) float32."""
+        if labels is None or self.guidance == 0:
+            return self.model(x_t, t, labels).float()
+        both = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, -1)]))
+        conditional, unconditional = both.float().chunk(2)
+        return (1 + self.guidance) * conditional - self.guidance * unconditional
+
+    def p_mean_variance(self, x_t, t, labels=None):
+        """Mean and log-variance of p(x_{t-1} | x_t) (DDPM eq. 11), with x_0 recovered from the prediction, not clipped.
+
+        Args:
+            x_t: (B, 3, H, W); t: (B,); labels: (B,) or None.
+
+        Returns:
+            mean (B, 3, H, W) and log-variance (B, 1, 1, 1).
+        """
+        x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
+        return self.q_posterior_mean(x_0, x_t, t), extract(self.log_var, t)
+
+    def ddpm_step(self, x_t, t, t_prev, labels, noise):
+        """x_{t-1} from x_t by ancestral sampling (DDPM algorithm 2): no noise at t = 0."""
+        mean, log_var = self.p_mean_variance(x_t, t, labels)
+        return mean if t_prev is None else mean + (0.5 * log_var).exp() * noise(x_t)
+
+    def ddim_step(self, x_t, t, t_prev, labels, noise):
+        """x_{t_prev} from x_t (DDIM eq. 12, with sigma of eq. 16): x_0 is clamped to [-1, 1], eps is not.
+
+        After the last visited timestep t_prev is 0 and not -1, so the image lands on alphas_bar_0.
+        """
+        prediction = self.predict(x_t, t, labels)
+        x_0 = self.predict_x_0(prediction, x_t, t)
+        eps = prediction if self.mean_type == "epsilon" else self.predict_eps(x_0, x_t, t)
+        abar, abar_prev = self.alphas_bar[t], self.alphas_bar[torch.zeros_like(t) if t_prev is None else t_prev]
+        sigma = self.eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
+        to_image = (..., None, None, None)
+        x_prev = abar_prev.sqrt().float()[to_image] * x_0.clamp(-1, 1)
+        # at steps = T the first visited timestep is its own predecessor and rounding may leave -1e-17 under the root
+        x_prev = x_prev + (1 - abar_prev - sigma**2).clamp(min=0).sqrt().float()[to_image] * eps
+        return x_prev if self.eta == 0 else x_prev + sigma.float()[to_image] * noise(x_t)
+
+    @torch.no_grad()
+    def forward(self, x_T, labels=None, noise=torch.randn_like):
+        """Images from noise.
+
+        Args:
+            x_T: (B, 3, img_size, img_size) standard normal.
+            labels: (B,) int64 classes, -1 for no class, or None.
+            noise: called as noise(x) for every stochastic step, returns standard normal values of x's shape.
+
+        Returns:
+            (B, 3, img_size, img_size), about [-1, 1]; DDPM's is clipped to it, DDIM's is not.
+        """
+        step = self.ddim_step if self.sampler == "ddim" else self.ddpm_step
+        taus = [x_T.new_full((x_T.shape[0],), tau, dtype=torch.long) for tau in self.timesteps]
+        x_t = x_T
+        for t, t_prev in zip(reversed(taus), [*reversed(taus[:-1]), None], strict=True):
+            x_t = step(x_t, t, t_prev, labels, noise)
+        return x_t.clamp(-1, 1) if self.sampler == "ddpm" else x_t
