@@ -1,0 +1,92 @@
+"""Which images, flips, timesteps, noise and dropout belong to a step: a pure function of (seed, shard, step)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from errors import UsageError
+from seeding import derive_seed, generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step is made of.
+
+    x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or None; t (B,) int64;
+    eps (B, 3, H, W) float32; index (B,) int64, the images' numbers in the training set.
+    """
+
+    x_0: torch.Tensor
+    labels: torch.Tensor | None
+    t: torch.Tensor
+    eps: torch.Tensor
+    index: torch.Tensor
+
+
+def normalize(images):
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class ShardBatches:
+    """The batches of one shard, addressed by the shard's own step number (counted over all epochs and rounds).
+
+    Args:
+        images: (N, 3, H, W) uint8, the whole training set on the training device.
+        labels: (N,) int64 on the same device, or None for unconditional training.
+        index: (M,) int64 numbers of the shard's images.
+        batch_size: B <= M; the last incomplete batch of an epoch is dropped.
+        T: timesteps are drawn uniformly from 0..T-1.
+        seed, shard: the address of the shard's randomness.
+        hflip: mirror every image with probability 1/2.
+        label_dropout: probability that a label is replaced by -1.
+
+    Raises:
+        UsageError: the shard is smaller than one batch.
+    """
+
+    def __init__(self, images, labels, index, *, batch_size, T, seed, shard=0, hflip=False, label_dropout=0.0):
+        if len(index) < batch_size:
+            raise UsageError(
+                f"--batch_size={batch_size} is larger than the {len(index)} images of "
+                f"shard {shard}: lower --batch_size or --client_num, or use more images"
+            )
+        self.images = images
+        self.labels = labels
+        self.index = index.to(images.device)
+        self.batch_size = batch_size
+        self.T = T
+        self.seed = seed
+        self.shard = shard
+        self.hflip = hflip
+        self.label_dropout = label_dropout
+        self.steps_per_epoch = len(index) // batch_size
+        self._epoch, self._order = None, None  # the last order made, since every step of an epoch needs it
+
+    def epoch_order(self, epoch):
+        """The shard's images in the order of an epoch: (M,) int64."""
+        if epoch != self._epoch:
+            stream = generator("cpu", self.seed, "order", self.shard, epoch)
+            order = torch.randperm(len(self.index), generator=stream).to(self.index.device)
+            self._epoch, self._order = epoch, self.index[order]
+        return self._order
+
+    def __call__(self, step):
+        """The `Batch` of a step. Also seeds torch's default generators, from which the network's dropout draws."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size]
+        x_0 = normalize(self.images[index])
+        labels = None if self.labels is None else self.labels[index]
+
+        device = x_0.device
+        stream = generator(device, self.seed, "batch", self.shard, step)
+        t = torch.randint(self.T, (self.batch_size,), generator=stream, device=device)
+        eps = torch.randn(x_0.shape, generator=stream, device=device)
+        if self.hflip:
+            mirrored = torch.rand(self.batch_size, generator=stream, device=device) < 0.5
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+        if labels is not None and self.label_dropout > 0:
+            dropped = torch.rand(self.batch_size, generator=stream, device=device) < self.label_dropout
+            labels = labels.masked_fill(dropped, -1)
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.shard, step))
+        return Batch(x_0, labels, t, eps, index)

@@ -1,0 +1,269 @@
+"""Every flag of the three scripts, with its range, and the settings of each part read from them.
+
+All scripts accept all flags, so that they share flagfiles; a help text says so where a flag belongs to one script.
+"""
+
+from absl import flags
+
+from dataset import DATASETS
+from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
+from errors import UsageError
+from model import GROUPS
+from training.agc import ANTI_GRADS
+from training.learner import PRECISIONS
+from training.shards import SPLITS
+
+STAGES = ("generate", "score", "memorise", "grid")
+
+# what to do
+flags.DEFINE_bool("train", False, "train (main, main_fed)")
+flags.DEFINE_bool("eval", False, "main: FID and IS of the raw and the EMA weights of a checkpoint")
+flags.DEFINE_list("stages", list(STAGES), f"all_in: what to do, in this order, of {','.join(STAGES)}")
+
+# UNet
+flags.DEFINE_integer("ch", 128, f"base width of the UNet, a multiple of {GROUPS}", lower_bound=GROUPS)
+flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", lower_bound=1)
+flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
+flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
+flags.DEFINE_float("dropout", 0.1, "dropout probability, in [0, 1)", lower_bound=0.0)
+flags.DEFINE_integer("num_labels", None, "number of classes of a conditional UNet, >= 1", lower_bound=1)
+flags.DEFINE_bool("use_labels", False, "condition on the class; needs --num_labels")
+flags.DEFINE_float("label_dropout", 0.0, "probability in [0, 1) of training without the class", lower_bound=0.0)
+flags.DEFINE_bool("legacy_labels", False, "all_in: row c for class c, for published conditional checkpoints")
+
+# diffusion and sampling
+flags.DEFINE_float("beta_1", 1e-4, "first variance of the linear schedule, in (0, 1)")
+flags.DEFINE_float("beta_T", 0.02, "last variance of the linear schedule, in (0, 1)")
+flags.DEFINE_integer("T", 1000, "number of timesteps, >= 2", lower_bound=2)
+flags.DEFINE_enum("mean_type", "epsilon", MEAN_TYPES, "what the network predicts")
+flags.DEFINE_enum("var_type", "fixedlarge", VAR_TYPES, "variance of the ancestral step (--sampler=ddpm)")
+flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are generated")
+flags.DEFINE_integer("sample_steps", 50, "network calls per image of --sampler=ddim, 1 to T", lower_bound=1)
+flags.DEFINE_float("eta", 0.0, "noise of --sampler=ddim, 0 (none) to 1 (as DDPM)", 0.0, 1.0)
+flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 0 for none", lower_bound=0.0)
+
+# data
+flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits needs no files")
+flags.DEFINE_string("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
+flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
+flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
+flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
+flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, digits and afhq never)")
+flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
+flags.DEFINE_integer(
+    "num_workers", 4, "workers that decode image files once; no effect where nothing is decoded", lower_bound=0
+)
+
+# training
+flags.DEFINE_float("lr", 2e-4, "Adam's learning rate, > 0")
+flags.DEFINE_float("grad_clip", 1.0, "largest norm of the gradient, > 0")
+flags.DEFINE_integer("total_steps", 400_000, "main: training steps", lower_bound=1)
+flags.DEFINE_integer(
+    "warmup", None, "steps of linear warm-up; default 5000 in main, 15 epochs of a shard in main_fed", lower_bound=0
+)
+flags.DEFINE_integer("batch_size", 128, "images per step, also per call when generating", lower_bound=1)
+flags.DEFINE_float("ema_decay", 0.9999, "decay of the EMA weights, in [0, 1)", lower_bound=0.0)
+flags.DEFINE_enum("precision", "fp32", PRECISIONS, "fp32, bf16 (autocast) or fp16 (autocast and a loss scaler)")
+flags.DEFINE_bool("compile", False, "run the network through torch.compile")
+flags.DEFINE_bool("parallel", False, "use every visible GPU of this process")
+flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
+flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
+
+# IET-AGC (main_fed)
+flags.DEFINE_integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", lower_bound=1)
+flags.DEFINE_enum("split", None, SPLITS, "main_fed: how images go to shards; default: the data set's in the paper")
+flags.DEFINE_integer("local_epoch", 100, "main_fed: epochs on each shard per round", lower_bound=1)
+flags.DEFINE_integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards", lower_bound=1)
+flags.DEFINE_enum("anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memorised samples; off is IET alone")
+flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
+flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
+flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
+flags.DEFINE_string("check_dir", None, "main_fed: checkpoint file that all shards start from")
+flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
+
+# logs and checkpoints
+flags.DEFINE_string("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
+flags.DEFINE_integer("log_step", 50, "steps between two lines of metrics.jsonl", lower_bound=1)
+flags.DEFINE_integer("save_step", 5000, "steps between two checkpoints; 0: only at the end", lower_bound=0)
+flags.DEFINE_integer("save_round", 1, "main_fed: rounds between two checkpoints (the last is always kept)", 1)
+flags.DEFINE_integer("sample_step", 1000, "steps between two sample grids; 0: none", lower_bound=0)
+flags.DEFINE_integer("sample_size", 64, "images in a sample grid", lower_bound=1)
+flags.DEFINE_integer("eval_step", 0, "main: steps between two evaluations during training; 0: none", lower_bound=0)
+
+# evaluation
+flags.DEFINE_integer("num_images", 65_536, "images to generate", lower_bound=2)
+flags.DEFINE_string(
+    "unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)"
+)
+flags.DEFINE_bool("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones")
+flags.DEFINE_bool("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file")
+flags.DEFINE_string("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
+flags.DEFINE_string("generate_dir", "./results/generate", "all_in: directory of generate.npy")
+flags.DEFINE_string("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
+flags.DEFINE_string("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
+flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
+flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
+flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
+flags.DEFINE_enum(
+    "fid_features", "inception", ("inception", "pixels"), "inception: FID and IS; pixels: fpd, which needs no weights"
+)
+flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
+flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
+flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
+flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
+
+for _name in ("lr", "grad_clip", "mem_ratio"):
+    flags.register_validator(_name, lambda value: value > 0, message="must be > 0")
+for _name in ("beta_1", "beta_T"):
+    flags.register_validator(_name, lambda value: 0 < value < 1, message="must be in (0, 1)")
+for _name in ("dropout", "label_dropout", "ema_decay"):
+    flags.register_validator(_name, lambda value: value < 1, message="must be in [0, 1)")
+flags.register_validator("ch", lambda ch: ch % GROUPS == 0, message=f"must be a multiple of {GROUPS}")
+flags.register_validator(
+    "stages", lambda stages: set(stages) <= set(STAGES), message=f"must be some of {','.join(STAGES)}"
+)
+
+
+def check(values):
+    """Raise a UsageError where two flags contradict each other; `values` is absl's FLAGS."""
+    levels = len(values.ch_mult)
+    for level in values.attn:
+        if level >= levels:
+            raise UsageError(f"--attn={level}: --ch_mult has {levels} levels, 0 to {levels - 1}")
+    if values.img_size % 2 ** (levels - 1):
+        raise UsageError(
+            f"--img_size={values.img_size}: {levels} levels of --ch_mult need a multiple of {2 ** (levels - 1)}"
+        )
+    if values.beta_1 > values.beta_T:
+        raise UsageError(f"--beta_1={values.beta_1} is above --beta_T={values.beta_T}: swap or correct them")
+    if values.sampler == "ddim" and values.sample_steps > values.T:
+        raise UsageError(f"--sample_steps={values.sample_steps} is above --T={values.T}: lower it")
+    if values.use_labels and values.num_labels is None:
+        raise UsageError("--use_labels needs --num_labels: give the number of classes")
+    for name in ("label_dropout", "guidance", "legacy_labels"):
+        if values[name].value and not values.use_labels:
+            raise UsageError(f"--{name}={values[name].value} needs --use_labels and --num_labels")
+    if values.legacy_labels and values.guidance:
+        raise UsageError("--guidance needs a null class, which checkpoints for --legacy_labels do not have")
+
+
+def check_data(values, data):
+    """Raise a UsageError where the flags do not fit the data set that they name."""
+    if values.use_labels and values.num_labels < data.num_classes:
+        raise UsageError(
+            f"--num_labels={values.num_labels}: {values.dataset} has {data.num_classes} classes, give them"
+        )
+    reference_images(values, data)
+
+
+def reference_images(values, data):
+    """The real images (N, 3, H, W) that `--fid_reference` names."""
+    if values.fid_reference == "train":
+        return data.train.images
+    if data.heldout is None:
+        raise UsageError(
+            f"--fid_reference=heldout: no image of {values.dataset} is held out, leave some out with --num_train"
+        )
+    return data.heldout.images
+
+
+def unet(values):
+    """Keyword arguments of `model.UNet`."""
+    return {
+        "T": values.T,
+        "ch": values.ch,
+        "ch_mult": values.ch_mult,
+        "attn": values.attn,
+        "num_res_blocks": values.num_res_blocks,
+        "dropout": values.dropout,
+        "num_labels": values.num_labels if values.use_labels else None,
+    }
+
+
+def diffusion(values):
+    """Keyword arguments that the diffusion's trainer and sampler share."""
+    return {"beta_1": values.beta_1, "beta_T": values.beta_T, "T": values.T, "mean_type": values.mean_type}
+
+
+def sampler(values):
+    """Keyword arguments of `diffusion.GaussianDiffusionSampler`, the network aside."""
+    return {
+        **diffusion(values),
+        "img_size": values.img_size,
+        "var_type": values.var_type,
+        "sampler": values.sampler,
+        "steps": values.sample_steps,
+        "eta": values.eta,
+        "guidance": values.guidance,
+    }
+
+
+def data(values):
+    """Keyword arguments of `dataset.load_dataset`."""
+    return {
+        "name": values.dataset,
+        "data_root": values.data_root,
+        "img_size": values.img_size,
+        "num_train": values.num_train,
+        "subset_seed": values.subset_seed,
+        "hflip": values.hflip,
+        "num_workers": values.num_workers,
+        "download": values.download,
+    }
+
+
+def batches(values):
+    """Keyword arguments of `training.batches.ShardBatches`, images and shard aside."""
+    return {
+        "batch_size": values.batch_size,
+        "T": values.T,
+        "seed": values.seed,
+        "label_dropout": values.label_dropout,
+    }
+
+
+def learner(values, warmup):
+    """Keyword arguments of `training.learner.Learner`; `warmup` is the script's own default, in steps."""
+    return {
+        **diffusion(values),
+        "lr": values.lr,
+        "warmup": warmup if values.warmup is None else values.warmup,
+        "grad_clip": values.grad_clip,
+        "ema_decay": values.ema_decay,
+        "precision": values.precision,
+        "compile": values.compile,
+        "parallel": values.parallel,
+    }
+
+
+def generation(values):
+    """Keyword arguments of `score.generate.generate`, the sampler aside."""
+    return {
+        "num_images": values.num_images,
+        "batch_size": values.batch_size,
+        "seed": values.seed,
+        "num_labels": values.num_labels if values.use_labels else None,
+        "legacy_labels": values.legacy_labels,
+        "precision": PRECISIONS[values.precision],
+    }
+
+
+def quality(values):
+    """Keyword arguments of `score.quality.Quality`, reference images and device aside."""
+    return {
+        "features": values.fid_features,
+        "cache": values.fid_cache,
+        "weights": values.inception_weights,
+        "batch_size": values.batch_size,
+    }
+
+
+def as_dict(values):
+    """The values of all flags defined here, for result files."""
+    return {flag.name: flag.value for flag in values.get_key_flags_for_module(__name__)}
+
+
+def as_flagfile(values):
+    """The same as the text of a file for `--flagfile`."""
+    lines = (flag.serialize() for flag in values.get_key_flags_for_module(__name__))
+    return "".join(f"{line}\n" for line in lines if line)

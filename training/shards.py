@@ -1,0 +1,48 @@
+"""Partitions of the training images into shards. No image is dropped and shard sizes differ by at most one."""
+
+import torch
+
+from seeding import generator
+
+SPLITS = ("stratified", "random", "contiguous")
+DEFAULT_SPLIT = {"cifar10_rand": "random", "afhq": "contiguous"}  # all other data sets: stratified
+
+
+def default_split(dataset):
+    """The split that the paper's experiments use for a data set (`--dataset` name)."""
+    return DEFAULT_SPLIT.get(dataset, "stratified")
+
+
+def make_shards(labels, num_shards, split, seed):
+    """Partition images 0..N-1.
+
+    Args:
+        labels: (N,) int64 class of every image.
+        num_shards: K, 1 <= K <= N.
+        split: `stratified`: consecutive images of every class in file order, as many to each shard as the class
+            allows; `random`: a permutation drawn from `seed`; `contiguous`: consecutive images in file order.
+        seed: of the random split.
+
+    Returns:
+        K int64 tensors of ascending image indices.
+    """
+    if not 1 <= num_shards <= len(labels):
+        raise ValueError(f"num_shards is {num_shards}: must be between 1 and the number of images, {len(labels)}")
+    if split == "stratified":
+        groups = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    elif split == "random":
+        groups = [torch.randperm(len(labels), generator=generator("cpu", seed, "shards"))]
+    elif split == "contiguous":
+        groups = [torch.arange(len(labels))]
+    else:
+        raise ValueError(f"split is {split!r}: must be one of {', '.join(SPLITS)}")
+
+    parts = [[] for _ in range(num_shards)]
+    first = 0  # the shard that the next spare image goes to: it moves on from class to class
+    for group in groups:
+        size, spare = divmod(len(group), num_shards)
+        sizes = [size + ((shard - first) % num_shards < spare) for shard in range(num_shards)]
+        first = (first + spare) % num_shards
+        for part, chunk in zip(parts, group.split(sizes), strict=True):
+            part.append(chunk)
+    return [torch.cat(part).sort().values for part in parts]
