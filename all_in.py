@@ -1,0 +1,215 @@
+"""Evaluation from end to end: generate images, score their quality, measure memorisation, show the closest pairs.
+
+python all_in.py --flagfile=config/DIGITS.txt --unet_dir=logs/digits --num_images=512
+python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
+"""
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import flags as absl_flags
+
+from dataset import fingerprint, load_dataset
+from diffusion import GaussianDiffusionSampler
+from errors import DataError, UsageError
+from files import atomic_write, file_hash, make_directory, read_json, write_json
+from model import UNet
+from score.generate import generate
+from score.grids import save_grids
+from score.memorization import (
+    authenticity,
+    memorization_ratio,
+    memorized_quantity,
+    nearest_neighbors,
+    share_closer_than_third,
+)
+from score.quality import Quality
+from score.samples import load_samples, save_pngs, save_samples
+from training import checkpoint, flags
+from training.command import pick_device, run
+from training.learner import wrap_network
+
+FLAGS = absl_flags.FLAGS
+
+
+class Evaluation:
+    """What is known of one set of images: the contents of result.json, written after every stage.
+
+    What an earlier call found for the same images and training set stays, so stages can be run one by one.
+    """
+
+    def __init__(self, images, training, provenance):
+        self.path = Path(FLAGS.grid_dir) / "result.json"
+        self.result = {"seconds": {}, **hashes(images, training)}
+        if self.path.exists():
+            earlier = read_json(self.path)
+            if self.result.items() >= {key: earlier.get(key) for key in hashes(images, training)}.items():
+                self.result = earlier
+        seconds = self.result["seconds"] | provenance.get("seconds", {})
+        self.result |= {"N": len(images), "training_set_size": len(training), **provenance, "seconds": seconds}
+        self.result["flags"] = flags.as_dict(FLAGS)
+
+    @contextmanager
+    def stage(self, name):
+        """Time a stage and keep the numbers that it puts into the dict."""
+        start = time.perf_counter()
+        numbers = {}
+        yield numbers
+        self.result |= numbers
+        self.result["seconds"][name] = round(time.perf_counter() - start, 3)
+        write_json(self.path, self.result)
+
+
+def hashes(images, training):
+    """What identifies the two sets of images that a result is about."""
+    return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
+
+
+def load_network(device):
+    """The network of the checkpoint that the flags name, its file, and which of its weights are used."""
+    path = checkpoint.find(FLAGS.unet_dir)
+    net = UNet(**flags.unet(FLAGS)).to(device)
+    state = checkpoint.load(path, device)
+    checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
+    return net, path
+
+
+def generate_images(net, path, device):
+    """Images of a network, kept in --generate_dir with what they were made from; returns (images, provenance)."""
+    start = time.perf_counter()
+    network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
+    sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
+    images, non_finite = generate(sampler, **flags.generation(FLAGS))
+    folder = Path(FLAGS.generate_dir)
+    save_samples(folder / "generate.npy", images)
+    if FLAGS.save_png:
+        save_pngs(folder, images)
+    provenance = {
+        "checkpoint": str(path),
+        "checkpoint_sha256": file_hash(path),
+        "weights": "ema" if FLAGS.use_ema else "raw",
+        "non_finite_images": non_finite,
+        "seconds": {"generate": round(time.perf_counter() - start, 3)},
+    }
+    write_json(folder / "generate.json", {"images_sha256": fingerprint(images), **provenance})
+    return images, provenance
+
+
+def existing_images():
+    """(images, provenance) of --samples, or of an earlier generate stage."""
+    if FLAGS.samples:
+        return load_samples(FLAGS.samples, FLAGS.img_size), {"checkpoint": None, "samples": FLAGS.samples}
+    path = Path(FLAGS.generate_dir) / "generate.npy"
+    if not path.exists():
+        raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
+    images = load_samples(path, FLAGS.img_size)
+    provenance = read_json(path.with_name("generate.json"))
+    if provenance.pop("images_sha256", None) != fingerprint(images):
+        raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
+    return images, provenance
+
+
+def memorise(images, training, device):
+    """How many images copy the training set; their nearest training images are kept in --similar_dir."""
+    training_on_device = training.to(device)
+    sq_distance, index = nearest_neighbors(
+        images.to(device),
+        training_on_device,
+        batch_generated=FLAGS.batch_A,
+        batch_training=FLAGS.batch_B,
+        progress=True,
+    )
+    ratio = memorization_ratio(sq_distance)
+    arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
+    with atomic_write(neighbors_path()) as file:
+        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **hashes(images, training))
+    counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
+    return {
+        "mq": counts,
+        "mq_fraction": {p: count / len(images) for p, count in counts.items()},
+        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
+        "auth_pct": 100 * authenticity(sq_distance, index, training_on_device),
+    }
+
+
+def neighbors_path():
+    return Path(FLAGS.similar_dir) / "memorization.npz"
+
+
+def draw_grids(images, training):
+    """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
+    path = neighbors_path()
+    if not path.exists():
+        raise DataError(f"{path}: no such file: run the memorise stage first")
+    with np.load(path, allow_pickle=False) as saved:
+        if any(str(saved[key]) != value for key, value in hashes(images, training).items()):
+            raise DataError(f"{path}: neighbours of other images: run the memorise stage again")
+        ratio, index = torch.from_numpy(saved["ratio"]), torch.from_numpy(saved["index"])
+    return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
+
+
+def append_published_format(result):
+    """Append the evaluation to result.txt: a line of scores and a line per MQ threshold, as the published code does."""
+    inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
+    name = "fpd" if "fpd" in result else "FID"
+    distance = f"({result.get(name.lower(), 'nan')}, {FLAGS.fid_reference})"
+    lines = [f"{inception_score}, {name}: {distance}, N: {result['N']}, checkpoint: {result['checkpoint']}"]
+    lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
+    with (Path(FLAGS.grid_dir) / "result.txt").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def print_summary(result):
+    """What a person wants to know first."""
+    scores = {name: result[name] for name in ("fid", "is", "is_std", "fpd") if name in result}
+    print(f"{result['N']} images against {result['training_set_size']} training images")
+    print("  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) if scores else "  not scored")
+    if "mq" in result:
+        print("  MQ " + ", ".join(f"@{p} {n} ({n / result['N']:.1%})" for p, n in result["mq"].items()))
+        print(f"  sqrt(d1/d2) < 1/3: {result['share_sqrt_d1_d2_below_third']:.1%}, AuthPct {result['auth_pct']:.1f}")
+    print(f"  written to {FLAGS.grid_dir}")
+
+
+def main():
+    stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
+    if not stages:
+        raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
+    device = pick_device(FLAGS.device)
+    for flag in ("generate_dir", "similar_dir", "grid_dir"):
+        make_directory(FLAGS[flag].value, flag)
+    data = load_dataset(**flags.data(FLAGS))
+    flags.check_data(FLAGS, data)
+    training = data.train.images
+
+    # whatever can be wrong shows here, before the long work
+    if "generate" in stages:
+        if not FLAGS.unet_dir:
+            raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples")
+        net, path = load_network(device)
+    else:
+        images, provenance = existing_images()
+    if "score" in stages:
+        number = FLAGS.num_images if "generate" in stages else len(images)
+        quality = Quality(flags.reference_images(FLAGS, data), number, **flags.quality(FLAGS), device=device)
+
+    if "generate" in stages:
+        images, provenance = generate_images(net, path, device)
+    evaluation = Evaluation(images, training, provenance)
+    if "score" in stages:
+        with evaluation.stage("score") as numbers:
+            numbers |= quality(images)
+    if "memorise" in stages:
+        with evaluation.stage("memorise") as numbers:
+            numbers |= memorise(images, training, device)
+    if "grid" in stages:
+        with evaluation.stage("grid") as numbers:
+            numbers["grids"] = draw_grids(images, training)
+    append_published_format(evaluation.result)
+    print_summary(evaluation.result)
+
+
+if __name__ == "__main__":
+    run(main)
