@@ -1,4 +1,4 @@
-"""Files of our own: written whole or not at all, JSON, hashes, directories. Trouble is a `DataError` naming the file."""
+"""Files of our own: written whole or not at all, JSON, hashes, directories. All raise a `DataError` naming the file."""
 
 import hashlib
 import json

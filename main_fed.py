@@ -2,8 +2,8 @@
 
     python main_fed.py --train --flagfile=config/DIGITS.txt --client_num=4 --local_epoch=50 --total_round=10
 
-The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and neither with both
-(which is default training with a memory bank looking on).
+The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and neither with
+both, which is default training with a memory bank looking on.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ GROUPS = 32  # of every GroupNorm; channel counts must be multiples of it
 
 
 def sinusoidal_table(T, dim):
-    """Interleaved [sin, cos] of t * 10000^(-2i/dim) for t = 0..T-1 (Vaswani et al. 2017); float32 (T, dim), dim even."""
+    """Interleaved [sin, cos] of t * 10000^(-2i/dim), t = 0..T-1 (Vaswani et al. 2017); float32 (T, dim), dim even."""
     frequency = torch.exp(-math.log(10000) / dim * torch.arange(0, dim, 2, dtype=torch.float64))
     angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()

@@ -1,4 +1,4 @@
-"""Anti-gradient control: keep the gradient of samples taken for memorised out of the step (Liu et al. 2024, sec. 3.3)."""
+"""Anti-gradient control: keep the gradient of memorised samples out of the step (Liu et al. 2024)."""
 
 import torch
 from torch import nn

@@ -69,7 +69,7 @@ flags.DEFINE_bool("parallel", False, "use every visible GPU of this process")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
-# IET-AGC (main_fed)
+# what main_fed adds: iterative ensemble training and anti-gradient control
 flags.DEFINE_integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", lower_bound=1)
 flags.DEFINE_enum("split", None, SPLITS, "main_fed: how images go to shards; default: the data set's in the paper")
 flags.DEFINE_integer("local_epoch", 100, "main_fed: epochs on each shard per round", lower_bound=1)

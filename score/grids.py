@@ -1,0 +1,41 @@
+"""Pictures for the eye: every generated image beside its nearest training image, the most memorised first."""
+
+from pathlib import Path
+
+from PIL import Image
+from torchvision.utils import make_grid
+
+from files import atomic_write
+from score.samples import check_images
+
+IMAGES_PER_ROW = 16
+PAIRS_PER_PICTURE = 128
+PICTURES = 5
+
+
+def save_grids(folder, generated, training, nearest, ratio):
+    """Writes grid_image0.png .. grid_image4.png with pairs (nearest training image, generated image), 8 pairs a row.
+
+    generated: uint8 (N, 3, H, W); training: uint8 (M, 3, H, W), of the same size; nearest: (N,) the index of each
+    generated image's nearest training image; ratio: (N,) its memorisation ratio. The 640 lowest ratios are shown, in
+    ascending order, row by row. Returns the list of the paths written: fewer than five, the last picture shorter, if
+    there are fewer than 640 generated images. Pictures that an earlier run left beyond those are removed.
+    Raises DataError if a picture can't be written.
+    """
+    check_images(generated)
+    check_images(training)
+    folder = Path(folder)
+    order = ratio.argsort(stable=True)[: PICTURES * PAIRS_PER_PICTURE].cpu()
+    written = []
+    for k, chosen in enumerate(order.split(PAIRS_PER_PICTURE)):
+        originals = training[nearest[chosen.to(nearest.device)].to(training.device)].cpu()
+        copies = generated[chosen.to(generated.device)].cpu()
+        pairs = originals.new_empty(2 * len(chosen), *originals.shape[1:])
+        pairs[0::2], pairs[1::2] = originals, copies
+        picture = make_grid(pairs, nrow=IMAGES_PER_ROW, padding=2).permute(1, 2, 0).numpy()
+        written.append(folder / f"grid_image{k}.png")
+        with atomic_write(written[-1]) as file:
+            Image.fromarray(picture).save(file, format="PNG")
+    for k in range(len(written), PICTURES):
+        (folder / f"grid_image{k}.png").unlink(missing_ok=True)
+    return written

@@ -1,0 +1,140 @@
+"""The 2015 Inception network that FID and the Inception score are defined by: uint8 images -> features and logits.
+
+Structure and weights are those of pytorch-fid, so that the numbers agree with `python -m pytorch_fid`.
+"""
+
+import hashlib
+import urllib.request
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pytorch_fid.inception import FID_WEIGHTS_URL, FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
+from torch import nn
+from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
+from tqdm import tqdm
+
+from errors import DataError
+from files import atomic_write, file_hash
+from safe_files import one_line
+
+WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
+FEATURES = 2048
+CLASSES = 1008
+CONNECT_SECONDS = 3
+
+
+def find_weights(path=None):
+    """Path of the Inception weights: `path` if given, else the torch hub cache, else pytorch-fid's download into it.
+
+    The download is kept only if its SHA-256 begins with 6726825d. Raises DataError within seconds if `path` is no file,
+    or if the weights can't be had: call it before anything that takes long.
+    """
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"--inception_weights={path}: no such file")
+        return path
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
+    if not cached.is_file():
+        _download(cached)
+    return cached
+
+
+def _download(path):
+    try:
+        with urllib.request.urlopen(FID_WEIGHTS_URL, timeout=CONNECT_SECONDS) as response, atomic_write(path) as file:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            digest = hashlib.sha256()
+            with tqdm(desc=WEIGHTS_NAME, total=size, unit="B", unit_scale=True) as progress:
+                while block := response.read(2**20):
+                    file.write(block)
+                    digest.update(block)
+                    progress.update(len(block))
+            if not digest.hexdigest().startswith(WEIGHTS_HASH):
+                raise OSError(f"what was downloaded has the wrong SHA-256, {digest.hexdigest()[:8]}")
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(
+            f"{WEIGHTS_NAME}: the Inception weights are not in {path.parent} and can't be downloaded "
+            f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
+            "or use --fid_features=pixels, which needs none"
+        ) from None
+
+
+class Inception(nn.Module):
+    """Inception v3 in evaluation mode; `weights_hash` is the SHA-256 of its weights file, in hex."""
+
+    def __init__(self, weights_path, device="cpu"):
+        """Raises DataError if the file is damaged, holds other keys or shapes, or values that are not finite.
+
+        Warns if it is not the published file, since its FID can't be compared with published ones.
+        """
+        super().__init__()
+        self.weights_hash = file_hash(weights_path)
+        if not self.weights_hash.startswith(WEIGHTS_HASH):
+            warnings.warn(
+                f"{weights_path}: not the published Inception weights, FID is comparable to itself only", stacklevel=2
+            )
+        network = build_network()
+        network.load_state_dict(_read_weights(weights_path, network.state_dict()))
+        self.class_weight = network.fc.weight
+        network.fc = nn.Identity()
+        # Convolutions run 1.3 times as fast in this layout, also on a CPU.
+        self.network = network.to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval().to(device)
+
+    def forward(self, images):
+        """uint8 images (B, 3, H, W) on any device -> features (B, 2048), logits (B, 1008), on the network's device.
+
+        The images are scaled to [0, 1], resized to 299 x 299 bilinearly with neither aligned corners nor antialiasing,
+        and scaled to [-1, 1]. The logits are the features times the final weight, without its bias.
+        """
+        x = images.to(self.class_weight.device).float() / 255
+        x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
+        features = self.network(x.contiguous(memory_format=torch.channels_last))
+        return features, F.linear(features, self.class_weight)
+
+    @torch.no_grad()
+    def batches(self, images, batch_size=50):
+        """Yields (features, logits) of consecutive batches of uint8 images (N, 3, H, W), with a progress bar."""
+        with tqdm(desc="Inception", total=len(images), unit="image") as progress:
+            for batch in images.split(batch_size):
+                yield self(batch)
+                progress.update(len(batch))
+
+
+def build_network():
+    """pytorch-fid's variant of torchvision's Inception v3, with torch's default random weights and 1,008 classes."""
+
+    def last_block(in_channels):
+        return FIDInceptionE_1(in_channels) if in_channels == 1280 else FIDInceptionE_2(in_channels)
+
+    blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, last_block, InceptionAux]
+    return Inception3(num_classes=CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
+
+
+def _read_weights(path, expected):
+    """The state dict in `path`, checked against the keys and shapes of the state dict `expected`."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged or hostile file can make the unpickler raise anything.
+    except Exception as error:
+        raise DataError(f"{path}: not a file of Inception weights ({one_line(error)[:200]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise DataError(f"{path}: not a state dict, a dict of tensors")
+    # Weights saved by old versions of torch lack the batch counters, which evaluation doesn't use.
+    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    weights = counters | weights
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is not known" for key in weights if key not in expected]
+    for key in expected.keys() & weights.keys():
+        if weights[key].shape != expected[key].shape:
+            problems.append(f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}")
+        elif not torch.isfinite(weights[key]).all():
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DataError(f"{path}: not the Inception weights of pytorch-fid: {', '.join(problems[:3])}{more}")
+    return weights

@@ -1,0 +1,57 @@
+"""FID and Inception score, or fpd, of generated images against real ones."""
+
+from pathlib import Path
+
+from dataset import fingerprint
+from errors import UsageError
+from score.frechet import frechet_distance
+from score.inception import Inception, find_weights
+from score.inception_score import inception_score
+from score.stats import (
+    inception_statistics_and_probs,
+    pixel_statistics,
+    reference_statistics,
+)
+
+SPLITS = 10  # of the Inception score
+
+
+class Quality:
+    """The network and the reference that generated images are scored with.
+
+    Both are made ready here, before any long work.
+
+    Args:
+        reference: (M, 3, H, W) uint8 real images.
+        num_images: how many images will be scored.
+        features: `inception` (FID and IS) or `pixels` (fpd).
+        cache: .npz of the reference statistics, made if missing; None: in ./stats, named by the images' content.
+        weights: the Inception weights file, or None to look for it.
+        device: of the Inception network.
+        batch_size: images per call of it.
+
+    Raises:
+        DataError: no Inception weights, or a cache made from other images.
+        UsageError: too few images.
+    """
+
+    def __init__(self, reference, num_images, features, cache, weights, device, batch_size):
+        least = SPLITS if features == "inception" else 2
+        for name, number in (("generated", num_images), ("real", len(reference))):
+            if number < least:
+                raise UsageError(f"{number} {name} images: {features} features need at least {least} to be scored")
+        self.features = features
+        self.batch_size = batch_size
+        self.inception = Inception(find_weights(weights), device) if features == "inception" else None
+        if cache is None:
+            cache = Path("stats") / f"{features}-{fingerprint(reference)[:16]}.npz"
+        self.reference = reference_statistics(reference, features, cache, self.inception, batch_size)
+
+    def __call__(self, images):
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}."""
+        if self.features == "pixels":
+            return {"fpd": frechet_distance(*pixel_statistics(images).mean_and_covariance(), *self.reference)}
+        statistics, probs = inception_statistics_and_probs(images, self.inception, self.batch_size)
+        score, spread = inception_score(probs, SPLITS)
+        fid = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
+        return {"fid": fid, "is": score, "is_std": spread}

@@ -1,0 +1,238 @@
+"""Mean and covariance of features, the reference statistics of FID and fpd, and a command that writes them:
+
+python -m score.stats --dataset=cifar10 --data_root=data --output=stats/cifar10.train.npz
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dataset import DATASETS, fingerprint, load_dataset
+from errors import DataError, UsageError, UserError
+from files import atomic_write
+from score.inception import FEATURES, Inception, find_weights
+from score.samples import npz_headers, read_npz
+
+POOLED_SIZE = 8
+DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
+PIXEL_BATCH = 1024
+
+
+class Statistics:
+    """Running sums of features (..., D) in float64: the count, the sum and the sum of outer products."""
+
+    def __init__(self, dimension, device="cpu"):
+        self.count = 0
+        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+
+    def update(self, features):
+        """Takes in a batch of features (B, D)."""
+        features = features.to(self.sum)
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def merge(self, other):
+        """Takes in all that another instance, of another process for example, has taken in."""
+        self.count += other.count
+        self.sum += other.sum.to(self.sum)
+        self.outer += other.outer.to(self.outer)
+
+    def mean_and_covariance(self):
+        """(mu (D,), sigma (D, D)), float64 arrays, covariance with N - 1. Raises ValueError for less than 2 rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        mu = self.sum / self.count
+        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
+        return mu.cpu().numpy(), sigma.cpu().numpy()
+
+
+def pixel_features(images):
+    """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to 8 x 8, in the order (3, 8, 8).
+
+    Where 8 does not divide the size the pooling windows overlap by a pixel, and images smaller than 8 x 8 have pixels
+    repeated (torch's adaptive average pooling).
+    """
+    return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
+
+
+def pixel_statistics(images):
+    """`Statistics` of the pixel features of uint8 images (N, 3, H, W), on the images' device."""
+    statistics = Statistics(DIMENSIONS["pixels"], images.device)
+    for batch in images.split(PIXEL_BATCH):
+        statistics.update(pixel_features(batch))
+    return statistics
+
+
+def inception_statistics(images, inception, batch_size=50):
+    """`Statistics` of the Inception features of uint8 images (N, 3, H, W), with a progress bar."""
+    statistics = Statistics(FEATURES, inception.class_weight.device)
+    for features, _ in inception.batches(images, batch_size):
+        statistics.update(features)
+    return statistics
+
+
+def inception_statistics_and_probs(images, inception, batch_size=50):
+    """As `inception_statistics`, and the class probabilities (N, 1008), float32 on the CPU, for the Inception score."""
+    statistics, probs = Statistics(FEATURES, inception.class_weight.device), []
+    for features, logits in inception.batches(images, batch_size):
+        statistics.update(features)
+        probs.append(logits.softmax(dim=1).cpu())
+    return statistics, torch.cat(probs)
+
+
+def save_statistics(path, mu, sigma, **provenance):
+    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), atomically.
+
+    `provenance`, strings by name, says what they were computed from. Raises DataError if the file can't be written.
+    """
+    with atomic_write(path) as file:
+        np.savez(file, mu=mu, sigma=sigma, **{name: np.array(text) for name, text in provenance.items()})
+
+
+def load_statistics(path):
+    """(mu (D,), sigma (D, D), provenance) of a statistics file, float64; provenance is {} in published files.
+
+    Raises DataError if the file is missing, damaged, has other shapes, values that are not finite, or no covariance.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    headers = npz_headers(path)
+    if not headers.keys() >= {"mu", "sigma"}:
+        raise DataError(f"{path}: holds {sorted(headers)}; statistics are 'mu' and 'sigma'")
+    (mu_shape, mu_type), (sigma_shape, sigma_type) = headers["mu"], headers["sigma"]
+    if mu_type.kind != "f" or sigma_type.kind != "f" or len(mu_shape) != 1 or sigma_shape != mu_shape * 2:
+        raise DataError(
+            f"{path}: mu is {mu_type} {mu_shape} and sigma {sigma_type} {sigma_shape}; "
+            "they must be float (D,) and (D, D)"
+        )
+    mu, sigma = (read_npz(path, name).astype(np.float64) for name in ("mu", "sigma"))
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{path}: holds values that are not finite; compute it again")
+    if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * sigma.diagonal().max()):
+        raise DataError(f"{path}: sigma is no covariance (not symmetric, or a negative variance); compute it again")
+    texts = [name for name, (shape, dtype) in headers.items() if shape == () and dtype.kind == "U"]
+    return mu, sigma, {name: str(read_npz(path, name)) for name in texts}
+
+
+def provenance_of(images, features, inception=None):
+    """What decides the statistics of uint8 images (N, 3, H, W): the features, the pixels and the Inception weights."""
+    provenance = {"features": features, "images": fingerprint(images)}
+    if features == "inception":
+        provenance["weights"] = inception.weights_hash
+    return provenance
+
+
+def compute_statistics(images, features, inception=None, batch_size=50):
+    """(mu, sigma) of uint8 images (N, 3, H, W) for features "inception" (then an `Inception` is needed) or "pixels"."""
+    if features == "inception":
+        return inception_statistics(images, inception, batch_size).mean_and_covariance()
+    return pixel_statistics(images).mean_and_covariance()
+
+
+def reference_statistics(images, features, cache_path=None, inception=None, batch_size=50):
+    """As `compute_statistics`, but read from `cache_path` if that file exists, else kept there (unless it is None).
+
+    Raises DataError if the file was made from other images, other features or other weights. A file that does not say
+    what it was made from, as the published ones, is taken at its word, with a warning.
+    """
+    if cache_path is None:
+        return compute_statistics(images, features, inception, batch_size)
+    provenance = provenance_of(images, features, inception)
+    if Path(cache_path).exists():
+        mu, sigma, found = load_statistics(cache_path)
+        _check_provenance(cache_path, len(mu), found, provenance)
+        return mu, sigma
+    mu, sigma = compute_statistics(images, features, inception, batch_size)
+    save_statistics(cache_path, mu, sigma, **provenance)
+    return mu, sigma
+
+
+def _check_provenance(path, dimension, found, expected):
+    advice = "give another --fid_cache or remove the file"
+    for name, text in expected.items():
+        if name in found and found[name] != text:
+            raise DataError(f"{path}: statistics of other {name} ({found[name][:16]}, not {text[:16]}); {advice}")
+    if dimension != DIMENSIONS[expected["features"]]:
+        wanted = f"the {DIMENSIONS[expected['features']]} {expected['features']} features"
+        raise DataError(f"{path}: statistics of {dimension} features instead of {wanted}; {advice}")
+    if not found.keys() >= expected.keys():
+        warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=3)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as every other error of a user: in one line."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+
+def parse_arguments(arguments):
+    """The command line of `python -m score.stats`. Raises UsageError."""
+    parser = _Parser(prog="python -m score.stats", description="Write mean and covariance of a data set to an .npz.")
+    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--data_root", default="./data", help="directory of the data sets (default: %(default)s)")
+    parser.add_argument("--img_size", type=int, default=32, help="height and width in pixels (default: %(default)s)")
+    parser.add_argument("--num_train", type=int, default=0, help="size of the training subset, 0 for all images")
+    parser.add_argument("--subset_seed", type=int, default=0, help="seed of the training subset (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="default: %(default)s")
+    parser.add_argument("--features", choices=tuple(DIMENSIONS), default="inception", help="default: %(default)s")
+    parser.add_argument("--inception_weights", help="a file like pytorch-fid's (default: found or downloaded)")
+    parser.add_argument(
+        "--device", default="auto", help="auto is cuda if there is one, else cpu (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=int, default=50, help="images a step of Inception (default: %(default)s)")
+    parser.add_argument("--output", required=True, help="the .npz to write")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise UsageError(f"--batch_size={options.batch_size}: must be at least 1")
+    if not options.output.endswith(".npz"):
+        raise UsageError(f"--output={options.output}: must end in .npz")
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device={options.device}: not a device of this machine ({error})") from None
+    return options
+
+
+def write_statistics(options):
+    """Computes and writes what the parsed `options` say. Raises UserError."""
+    inception = None
+    if options.features == "inception":
+        inception = Inception(find_weights(options.inception_weights), options.device)
+    data = load_dataset(
+        options.dataset,
+        options.data_root,
+        options.img_size,
+        num_train=options.num_train,
+        subset_seed=options.subset_seed,
+    )
+    chosen = data.train if options.split == "train" else data.heldout
+    if chosen is None or len(chosen.images) < 2:
+        raise UsageError(f"--split={options.split}: fewer than 2 images of {options.dataset} in it, no covariance")
+    mu, sigma = compute_statistics(chosen.images, options.features, inception, options.batch_size)
+    save_statistics(options.output, mu, sigma, **provenance_of(chosen.images, options.features, inception))
+    print(f"{options.output}: {options.features} statistics of {len(chosen.images):,} images")
+
+
+def main(arguments=None):
+    """Runs the command; returns its exit code."""
+    try:
+        write_statistics(parse_arguments(arguments))
+    except UserError as error:
+        print(f"score.stats: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Networks, learners and flags small enough for tests."""
+
+import torch
+
+from model import UNet
+from training.learner import Learner
+
+TINY = {"T": 10, "ch": 32, "ch_mult": [1], "attn": [0], "num_res_blocks": 1, "dropout": 0.1}
+TINY_FLAGS = [
+    "--dataset=digits", "--img_size=8", "--num_train=48", "--ch=32", "--ch_mult=1", "--attn=0", "--num_res_blocks=1",
+    "--T=20", "--sample_steps=4", "--batch_size=8", "--lr=1e-3", "--warmup=0", "--sample_step=0", "--device=cpu",
+]  # fmt: skip
+
+
+def tiny_unet(seed=0, **changes):
+    torch.manual_seed(seed)
+    return UNet(**{**TINY, **changes})
+
+
+def tiny_learner(seed=0, num_labels=None, dropout=0.1, **changes):
+    settings = {
+        "beta_1": 1e-4, "beta_T": 0.02, "T": 10, "mean_type": "epsilon",
+        "lr": 1e-3, "warmup": 0, "grad_clip": 1.0, "ema_decay": 0.9,
+    }  # fmt: skip
+    return Learner(tiny_unet(seed, num_labels=num_labels, dropout=dropout), **{**settings, **changes})

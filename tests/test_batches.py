@@ -1,0 +1,86 @@
+"""Batches are a pure function of (seed, shard, step)."""
+
+import numpy as np
+import pytest
+import torch
+
+from errors import UsageError
+from training.batches import ShardBatches, normalize
+
+IMAGES = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(50) % 5
+
+
+def make(index=None, **changes):
+    settings = {"batch_size": 6, "T": 100, "seed": 3}
+    return ShardBatches(IMAGES, LABELS, torch.arange(50) if index is None else index, **{**settings, **changes})
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_0", "labels", "t", "eps", "index"))
+
+
+def test_an_epoch_shows_every_image_once_but_the_last_incomplete_batch():
+    index = torch.arange(3, 50, 2)  # 24 images: 4 batches of 6
+    for batches, dropped in ((make(index), 0), (make(index, batch_size=7), 3)):
+        for epoch in range(2):
+            first = epoch * batches.steps_per_epoch
+            seen = torch.cat([batches(first + step).index for step in range(batches.steps_per_epoch)]).tolist()
+            assert len(set(seen)) == len(seen) == 24 - dropped
+            assert set(seen) <= set(index.tolist())
+    assert batches.epoch_order(0).tolist() != batches.epoch_order(1).tolist()
+
+
+def test_a_step_does_not_depend_on_the_steps_before():
+    straight, jumping = make(hflip=True, label_dropout=0.3), make(hflip=True, label_dropout=0.3)
+    expected = [straight(step) for step in range(20)]
+    for step in (17, 3, 19, 0):
+        assert same(jumping(step), expected[step])
+    dropout = torch.rand(5)
+    straight(0)
+    assert torch.equal(dropout, torch.rand(5)), "dropout is addressed by the step too"
+
+
+def test_addresses_do_not_share_randomness():
+    reference = make()(5)
+    for other in (make()(6), make(shard=1)(5), make(seed=4)(5)):
+        assert not torch.equal(reference.eps, other.eps)
+        assert reference.index.tolist() != other.index.tolist()
+
+
+def test_images_match_their_index_and_labels():
+    batch = make(hflip=True)(2)
+    flipped = 0
+    for x, label, i in zip(batch.x_0, batch.labels, batch.index, strict=True):
+        image = normalize(IMAGES[i])
+        assert label == LABELS[i]
+        assert torch.equal(x, image) or torch.equal(x, image.flip(-1))
+        flipped += torch.equal(x, image.flip(-1))
+    assert 0 < flipped < 6
+
+
+def test_half_are_flipped_and_labels_are_dropped_at_their_rate():
+    batches = make(hflip=True, label_dropout=0.25, batch_size=50)
+    draws = [batches(step) for step in range(40)]
+    flips = [not torch.equal(x, normalize(IMAGES[i])) for b in draws for x, i in zip(b.x_0, b.index, strict=True)]
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([(b.labels == -1).float().mean() for b in draws]) == pytest.approx(0.25, abs=0.05)
+
+
+def test_timesteps_and_noise_have_their_distributions():
+    batches = make(batch_size=50)
+    t = torch.cat([batches(step).t for step in range(200)])
+    assert t.min() == 0 and t.max() == 99
+    assert torch.bincount(t, minlength=100).float().std() < 20
+    eps = torch.cat([batches(step).eps for step in range(20)])
+    assert eps.mean().item() == pytest.approx(0, abs=0.02)
+    assert eps.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_normalize():
+    assert normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+def test_shard_smaller_than_a_batch_says_what_to_change():
+    with pytest.raises(UsageError, match=r"--batch_size=60.*50 images.*--client_num"):
+        make(batch_size=60)

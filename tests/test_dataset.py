@@ -1,0 +1,743 @@
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+import urllib.error
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+import torchvision
+from PIL import Image
+
+import dataset
+import safe_files
+from dataset import fingerprint, load_dataset, stratified_subset
+from errors import DataError, UsageError
+from safe_files import read_archive, read_image, unpickle_dict
+from tests.dataset_files import (
+    python2_pickle,
+    random_images,
+    write_afhq,
+    write_archive,
+    write_cifar10,
+    write_cifar100,
+    write_folder,
+)
+
+
+def reference_pixels(paths, size):
+    """What torchvision's Resize and ToTensor would see: PIL's own bilinear resize."""
+    return np.stack(
+        [np.asarray(Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)) for path in paths]
+    ).transpose(0, 3, 1, 2)
+
+
+def data_error(action, *parts):
+    """The message of the DataError that `action` raises: one line with all of `parts` in it."""
+    with pytest.raises(DataError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+    return message
+
+
+# ---- digits ----
+
+
+def test_digits_are_scikit_learns_values():
+    digits = sklearn.datasets.load_digits()
+    loaded = load_dataset("digits", "nowhere", img_size=8)
+    levels = np.array([round(v * 255 / 16) for v in range(17)])
+    for channel in range(3):
+        np.testing.assert_array_equal(loaded.train.images[:, channel], levels[digits.images.astype(int)])
+    np.testing.assert_array_equal(loaded.train.labels, digits.target)
+    assert (loaded.num_classes, loaded.heldout, loaded.hflip) == (10, None, False)
+    assert loaded.train.images.dtype == torch.uint8 and loaded.train.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("size", [5, 32])
+def test_digits_are_resized_by_pil(size):
+    loaded = load_dataset("digits", "nowhere", img_size=size)
+    original = load_dataset("digits", "nowhere", img_size=8).train.images
+    for index in (0, 7, 1796):
+        picture = Image.fromarray(original[index].permute(1, 2, 0).numpy())
+        expected = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(loaded.train.images[index], expected)
+
+
+# ---- CIFAR ----
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["directory", "archive"])
+@pytest.mark.parametrize(
+    "name, write, num_classes",
+    [("cifar10", write_cifar10, 10), ("cifar10_rand", write_cifar10, 10), ("cifar100", write_cifar100, 100)],
+)
+def test_cifar(tmp_path, name, write, num_classes, archive):
+    truth = write(tmp_path, archive=archive)
+    loaded = load_dataset(name, tmp_path)
+    for part, (images, labels) in ((loaded.train, truth["train"]), (loaded.heldout, truth["test"])):
+        np.testing.assert_array_equal(part.images, images)
+        np.testing.assert_array_equal(part.labels, labels)
+    assert (loaded.num_classes, loaded.hflip) == (num_classes, True)
+    assert loaded.subset.tolist() == list(range(len(truth["train"][1])))
+    assert len(list(tmp_path.iterdir())) == 1, "reading leaves nothing behind"
+
+
+def test_cifar_fixture_is_what_python_2_wrote(tmp_path):
+    truth = write_cifar10(tmp_path)
+    data = (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
+    assert b"cnumpy.core.multiarray\n_reconstruct" in data and b"_codecs" not in data
+    content = pickle.loads(data.replace(b"cnumpy.core.", b"cnumpy._core."), encoding="bytes")
+    np.testing.assert_array_equal(content[b"data"], truth["test"][0].reshape(-1, 3072))
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_pickles_of_python_3_are_read(protocol):
+    array = np.arange(12, dtype=np.int32).reshape(3, 4)
+    big_endian = np.asfortranarray(np.array([[1.5, 2], [3, 4]], dtype=">f8"))
+    content = unpickle_dict(
+        pickle.dumps({"data": array, b"big": big_endian, "labels": [1, 2], "f": 0.5}, protocol), "file"
+    )
+    np.testing.assert_array_equal(content["data"], array)
+    np.testing.assert_array_equal(content["big"], big_endian)
+    assert content["labels"] == [1, 2] and content["f"] == 0.5
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["directory", "archive"])
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval])
+def test_malicious_cifar_pickle_does_not_run(tmp_path, function, archive):
+    marker = tmp_path / "marker"
+    argument = {os.mkdir: marker, os.system: f"mkdir {marker}", eval: f"__import__('os').mkdir({str(marker)!r})"}
+    payload = pickle.dumps(
+        {b"data": np.zeros((1, 3072), np.uint8), b"labels": [Touch(function, str(argument[function]))]}
+    )
+    pickle.loads(payload)
+    assert marker.exists(), "the payload works"
+    marker.rmdir()
+
+    write_cifar10(tmp_path)
+    directory = tmp_path / "cifar-10-batches-py"
+    (directory / "data_batch_3").write_bytes(payload)
+    if archive:
+        files = {f"{directory.name}/{path.name}": path.read_bytes() for path in directory.iterdir()}
+        write_archive(tmp_path / "cifar-10-python.tar.gz", files)
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
+    data_error(lambda: load_dataset("cifar10", tmp_path), "data_batch_3")
+    assert not marker.exists()
+
+
+def object_array_pickle():
+    return pickle.dumps({"data": np.array([{}, []], dtype=object)}, protocol=2)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x80\x02cnumpy\nload\nU\x01x\x85R.",
+        b"\x80\x02cnumpy.core.multiarray\nscalar\n.",
+        b"\x80\x02}U\x04datac_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00bz2\x86Rs.",
+        pickle.dumps({"data": np.array([b"text"])}, protocol=2),
+        b"\x80\x02cnumpy\ndtype\n}\x8c\x01xb.",
+        b"\x80\x02]\x82\x01.",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"data": np.zeros(3)})[:-20],
+        object_array_pickle(),
+        b"",
+        b"not a pickle",
+    ],
+    ids=[
+        "np.load",
+        "scalar",
+        "bz2",
+        "strings",
+        "class-state",
+        "extension",
+        "list",
+        "truncated",
+        "objects",
+        "empty",
+        "text",
+    ],
+)
+def test_pickles_of_anything_else_are_refused(payload):
+    data_error(lambda: unpickle_dict(payload, "some_file"), "some_file", "fetch it again")
+
+
+def encode_bomb():
+    """One text of a million characters, encoded 300 times."""
+    text = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6
+    again = b"h\x00h\x01X\x06\x00\x00\x00latin1\x86Ra"
+    return b"\x80\x02c_codecs\nencode\nq\x00" + text + b"q\x01]" + again * 300 + b"."
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        encode_bomb(),
+        b"\x80\x02]r" + struct.pack("<I", 2**26) + b".",
+        b"\x80\x04(" + b"\x8f" * 1_500_000 + b"l.",
+        b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b".",
+    ],
+    ids=["encode", "memo", "sets", "bytearray"],
+)
+def test_pickles_cannot_fill_the_memory(payload):
+    tracemalloc.start()
+    try:
+        data_error(lambda: unpickle_dict(payload, "some_file"), "some_file")
+        assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {b"data": np.zeros((2, 3072), np.float32)},
+        {b"data": np.zeros((2, 1024), np.uint8)},
+        {b"data": [0] * 3072},
+        {b"labels": [0]},
+        {b"labels": [0, 10]},
+        {b"labels": [0, -1]},
+        {b"labels": [0, 1.0]},
+        {b"labels": None},
+    ],
+)
+def test_cifar_with_wrong_content_is_refused(tmp_path, change):
+    write_cifar10(tmp_path)
+    content = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1], **change}
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(python2_pickle(content))
+    data_error(lambda: load_dataset("cifar10", tmp_path), "test_batch", f"`{next(iter(change)).decode()}`")
+
+
+def test_cifar_missing(tmp_path):
+    data_error(lambda: load_dataset("cifar10", tmp_path), tmp_path / "cifar-10-batches-py", "--download")
+    data_error(lambda: load_dataset("cifar100", tmp_path), tmp_path / "cifar-100-python", "--download")
+    write_cifar10(tmp_path)
+    missing = tmp_path / "cifar-10-batches-py" / "data_batch_5"
+    missing.unlink()
+    data_error(lambda: load_dataset("cifar10", tmp_path), missing)
+
+
+def test_cifar_file_that_is_too_large(tmp_path):
+    write_cifar10(tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    os.truncate(path, safe_files.MAX_FILE_BYTES + 10**12)
+    data_error(lambda: load_dataset("cifar10", tmp_path), path, "larger")
+
+
+def test_archive_ignores_paths_and_other_members(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    names = {"../evil": b"evil", "/tmp/evil": b"evil", "./wanted/one": b"1" * 700, "wanted/two": b"22"}
+    write_archive(path, names)
+    assert read_archive(path, ["wanted/two", "wanted/one"]) == [b"22", b"1" * 700]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def archive_with_header(member, content=b""):
+    return gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + content)
+
+
+def test_bad_archives_are_named(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    write_archive(path, {"wanted": os.urandom(5000)})
+    whole = path.read_bytes()
+    link, huge, short = tarfile.TarInfo("wanted"), tarfile.TarInfo("other"), tarfile.TarInfo("wanted")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    huge.size = 2**50
+    short.size = 100
+    for data in (
+        whole[: len(whole) // 2],
+        whole[:-4000] + bytes(4000),
+        b"plain text",
+        gzip.compress(b"no tar" * 200),
+        gzip.compress(b""),
+        archive_with_header(link),
+        archive_with_header(huge),
+        archive_with_header(short, b"too short"),
+    ):
+        path.write_bytes(data)
+        data_error(lambda: read_archive(path, ["wanted"]), path, "fetch it again")
+
+
+def test_archive_bomb_is_stopped_by_its_total_size(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.gz"
+    write_archive(path, {"1": bytes(40_000), "2": bytes(40_000), "wanted": b"1"})
+    assert read_archive(path, ["wanted"]) == [b"1"]
+    monkeypatch.setattr(safe_files, "MAX_FILE_BYTES", 60_000)
+    data_error(lambda: read_archive(path, ["wanted"]), path, "60,000 bytes")
+    write_archive(path, {"wanted": b"1"})
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(3 * 2**20)))
+    data_error(lambda: read_archive(path, ["wanted"]), path, "60,000 bytes")
+
+
+def test_download_goes_through_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, download: write_cifar10(Path(root)))
+    assert len(load_dataset("cifar10", tmp_path, download=True).train.labels) == 50
+
+    def fail(root, download):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    assert len(load_dataset("cifar10", tmp_path, download=True).train.labels) == 50, "what is there is not fetched"
+    elsewhere = tmp_path / "elsewhere"
+    data_error(lambda: load_dataset("cifar10", elsewhere, download=True), "--download", "no route", elsewhere)
+
+
+# ---- AFHQ ----
+
+
+@pytest.mark.parametrize("format, test_split", [("jpg", "val"), ("png", "test")])
+def test_afhq(tmp_path, format, test_split):
+    paths = write_afhq(tmp_path, train=5, test=2, test_split=test_split, format=format)
+    (tmp_path / "afhq" / "train" / "dog" / "LICENSE").write_text("not a picture")
+    loaded = load_dataset("afhq", tmp_path, img_size=20)
+    np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths["train"], 20))
+    np.testing.assert_array_equal(loaded.heldout.images, reference_pixels(paths[test_split], 20))
+    assert loaded.train.labels.tolist() == [0] * 5
+    assert (loaded.num_classes, loaded.hflip) == (1, False)
+
+
+def test_afhq_without_test_split_or_without_anything(tmp_path):
+    data_error(lambda: load_dataset("afhq", tmp_path), tmp_path / "afhq" / "train" / "dog")
+    write_afhq(tmp_path, test=0)
+    assert load_dataset("afhq", tmp_path).heldout is None
+
+
+# ---- folders ----
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("format, size", [("png", (30, 21)), ("jpg", 64)])
+def test_folder_with_classes(tmp_path, format, size, num_workers):
+    paths = write_folder(tmp_path, ["dog", "cat", "cat-2"], per_class=3, size=size, format=format)
+    loaded = load_dataset("folder", tmp_path, img_size=16, hflip=True, num_workers=num_workers)
+    np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
+    assert loaded.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert (loaded.num_classes, loaded.hflip, loaded.heldout) == (3, True, None)
+
+
+def test_folder_without_classes_and_with_nested_directories(tmp_path):
+    flat, nested = tmp_path / "flat", tmp_path / "nested"
+    paths = write_folder(flat)
+    loaded = load_dataset("folder", flat, img_size=16)
+    np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
+    assert (loaded.num_classes, loaded.hflip) == (1, False)
+    paths = write_folder(nested, ["a/b", "a/c"], per_class=2) + write_folder(nested, ["d"], seed=1)
+    loaded = load_dataset("folder", nested, img_size=16)
+    np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
+    assert loaded.train.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_hidden_files_are_ignored(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / ".DS_Store").write_text("not a picture")
+    (tmp_path / ".hidden").mkdir()
+    assert len(load_dataset("folder", tmp_path).train.labels) == 4
+
+
+def test_folder_that_is_missing_empty_or_ambiguous(tmp_path):
+    data_error(lambda: load_dataset("folder", tmp_path / "none"), tmp_path / "none", "--data_root")
+    data_error(lambda: load_dataset("folder", tmp_path), tmp_path, "holds no images")
+    write_folder(tmp_path, ["cat"])
+    (tmp_path / "dog").mkdir()
+    data_error(lambda: load_dataset("folder", tmp_path), tmp_path / "dog", "holds no images")
+    (tmp_path / "dog").rmdir()
+    write_folder(tmp_path, per_class=1)
+    data_error(lambda: load_dataset("folder", tmp_path), tmp_path / "0000.png", "sub-folders")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "postscript"])
+def test_a_bad_file_is_named(tmp_path, damage, num_workers):
+    paths = write_folder(tmp_path, ["cat"], format="jpg", size=64)
+    whole = paths[2].read_bytes()
+    postscript = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(postscript, "EPS")
+    content = {"text": b"hello", "empty": b"", "truncated": whole[:-300], "postscript": postscript.getvalue()}
+    paths[2].write_bytes(content[damage])
+    message = data_error(lambda: load_dataset("folder", tmp_path, num_workers=num_workers), paths[2])
+    assert ("not an image" in message) == (damage != "truncated")
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_links_and_special_files(tmp_path):
+    write_folder(tmp_path / "pictures", ["cat"])
+    (tmp_path / "root").symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures" / "cat" / "link.png").symlink_to(tmp_path / "pictures" / "cat" / "0000.png")
+    assert len(load_dataset("folder", tmp_path / "root").train.labels) == 5
+    for make, reason in (
+        (lambda path: path.symlink_to(tmp_path / "pictures"), "a symbolic link to a directory"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (lambda path: path.symlink_to("nothing"), "No such file"),
+        (os.mkfifo, "neither a file nor a directory"),
+    ):
+        path = tmp_path / "pictures" / "cat" / "special"
+        make(path)
+        data_error(lambda: load_dataset("folder", tmp_path / "pictures"), f"{path}: ", reason)
+        path.unlink()
+
+
+# ---- single images ----
+
+
+def grey16(values):
+    return Image.fromarray(np.array([values], dtype=np.uint16))
+
+
+def palette_with_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    return image
+
+
+@pytest.mark.parametrize(
+    "image, format, options, expected",
+    [
+        (Image.fromarray(np.array([[0, 200]], np.uint8)), "PNG", {}, [[0] * 3, [200] * 3]),
+        (Image.fromarray(np.array([[False, True]])), "PNG", {}, [[0] * 3, [255] * 3]),
+        (Image.new("LA", (1, 1), (100, 255)), "PNG", {}, [[100] * 3]),
+        (Image.new("LA", (1, 1), (100, 0)), "PNG", {}, [[255] * 3]),
+        (Image.new("RGBA", (1, 1), (10, 20, 30, 255)), "PNG", {}, [[10, 20, 30]]),
+        # 0.2 v + 0.8 * 255
+        (Image.new("RGBA", (1, 1), (10, 20, 30, 51)), "PNG", {}, [[206, 208, 210]]),
+        (Image.new("RGB", (1, 1), (9, 9, 9)), "PNG", {"transparency": (9, 9, 9)}, [[255] * 3]),
+        (palette_with_transparency(), "PNG", {}, [[10, 20, 30], [40, 50, 60]]),
+        (palette_with_transparency(), "PNG", {"transparency": 1}, [[10, 20, 30], [255] * 3]),
+        (palette_with_transparency(), "GIF", {}, [[10, 20, 30], [40, 50, 60]]),
+        # v / 257, rounded
+        (
+            grey16([0, 128, 129, 25700, 65406, 65407, 65535]),
+            "PNG",
+            {},
+            [[v] * 3 for v in (0, 0, 1, 100, 254, 255, 255)],
+        ),
+        (grey16([0, 25700]), "TIFF", {}, [[0] * 3, [100] * 3]),
+        (Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "TIFF", {}, [[0, 255, 255]]),
+    ],
+)
+def test_kinds_of_images(tmp_path, image, format, options, expected):
+    image.save(tmp_path / "image", format, **options)
+    read = read_image(tmp_path / "image")
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read)[0], expected)
+
+
+def test_cmyk_jpeg_is_close_to_its_colour(tmp_path):
+    Image.new("RGB", (8, 8), (200, 100, 50)).convert("CMYK").save(tmp_path / "image.jpg", quality=95)
+    assert Image.open(tmp_path / "image.jpg").mode == "CMYK"
+    np.testing.assert_allclose(np.asarray(read_image(tmp_path / "image.jpg"))[4, 4], (200, 100, 50), atol=4)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_range_are_refused(tmp_path, mode):
+    Image.new(mode, (2, 2)).save(tmp_path / "image.tiff")
+    data_error(lambda: read_image(tmp_path / "image.tiff"), tmp_path / "image.tiff", "save it with 8 bits")
+
+
+def test_photographs_are_upright(tmp_path):
+    picture = Image.fromarray(random_images(1, 24, 16, seed=0)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show the picture rotated by 90 degrees clockwise
+    picture.save(tmp_path / "image.png", exif=exif)
+    expected = np.rot90(np.asarray(picture), k=-1)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image.png")), expected)
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_decompression_bomb(tmp_path, side):
+    paths = write_folder(tmp_path, ["cat"])
+    rows = zlib.compress(bytes((side // 8 + 1) * side), 1)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")]
+    paths[1].write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    data_error(lambda: load_dataset("folder", tmp_path), paths[1], "decompression bomb")
+
+
+# ---- cache ----
+
+
+def cache_files(root):
+    return sorted((root / ".cache").iterdir())
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """After calling it, decoding an image is a failure."""
+
+    def fail(*arguments):
+        pytest.fail("decoded again")
+
+    return lambda: monkeypatch.setattr(dataset, "decode", fail)
+
+
+def test_second_read_comes_from_the_cache(tmp_path, no_decoding, capsys):
+    write_folder(tmp_path, ["cat", "dog"], size=30)
+    first = load_dataset("folder", tmp_path, img_size=16)
+    assert len(cache_files(tmp_path)) == 1
+    capsys.readouterr()
+    no_decoding()
+    second = load_dataset("folder", tmp_path, img_size=16)
+    assert torch.equal(first.train.images, second.train.images)
+    assert capsys.readouterr() == ("", "")
+    second.train.images.zero_()
+    assert torch.equal(first.train.images, load_dataset("folder", tmp_path, img_size=16).train.images)
+
+
+def test_cache_follows_the_files(tmp_path):
+    paths = write_folder(tmp_path, ["cat"])
+    before = load_dataset("folder", tmp_path, img_size=16).train.images
+    np.testing.assert_array_equal(load_dataset("folder", tmp_path, img_size=8).train.images, reference_pixels(paths, 8))
+    assert len(cache_files(tmp_path)) == 2
+
+    size, modified = paths[0].stat().st_size, paths[0].stat().st_mtime_ns
+    Image.fromarray(random_images(1, 16, 16, seed=9)[0]).save(paths[0], "BMP")
+    os.utime(paths[0], ns=(modified, modified))
+    assert paths[0].stat().st_size != size
+    after = load_dataset("folder", tmp_path, img_size=16).train.images
+    assert not torch.equal(before, after), "the size changed"
+
+    other = bytearray(paths[0].read_bytes())
+    other[-1] ^= 255
+    paths[0].write_bytes(other)
+    os.utime(paths[0], ns=(modified, modified + 1))
+    assert not torch.equal(after, load_dataset("folder", tmp_path, img_size=16).train.images), "the time changed"
+
+
+def test_cache_follows_the_names(tmp_path):
+    paths = write_folder(tmp_path, per_class=2)
+    for path in paths:
+        Image.open(path).save(path, "BMP")
+        os.utime(path, ns=(10**18, 10**18))
+    load_dataset("folder", tmp_path, img_size=16)
+    last = paths[0].rename(tmp_path / "last.png")
+    renamed = load_dataset("folder", tmp_path, img_size=16).train.images
+    np.testing.assert_array_equal(renamed, reference_pixels([paths[1], last], 16))
+
+
+def test_cache_moves_with_the_folder(tmp_path, no_decoding):
+    write_folder(tmp_path / "here", ["cat"])
+    images = load_dataset("folder", tmp_path / "here").train.images
+    (tmp_path / "here").rename(tmp_path / "there")
+    no_decoding()
+    assert torch.equal(images, load_dataset("folder", tmp_path / "there").train.images)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def save_objects(path):
+    with path.open("wb") as file:
+        np.save(file, np.array([Touch(os.mkdir, str(path.parent / "marker"))], dtype=object), allow_pickle=True)
+
+
+def save_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros((4, 3, 8, 8), np.uint8))
+        file.write(dataset.checksum(np.zeros((4, 3, 8, 8), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        save_objects,
+        save_array,
+        lambda path: os.truncate(path, path.stat().st_size - 9),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: os.truncate(path, 100),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(b"PK\x03\x04 not an array"),
+    ],
+    ids=["bit", "objects", "shape", "pixel", "checksum", "header", "empty", "zip"],
+)
+def test_damaged_cache_is_rebuilt(tmp_path, no_decoding, capsys, damage):
+    paths = write_folder(tmp_path)
+    load_dataset("folder", tmp_path, img_size=16)
+    (cached,) = cache_files(tmp_path)
+    damage(cached)
+    capsys.readouterr()
+    expected = reference_pixels(paths, 16)
+    np.testing.assert_array_equal(load_dataset("folder", tmp_path, img_size=16).train.images, expected)
+    assert f"{cached}: damaged" in capsys.readouterr().err
+    assert cache_files(tmp_path) == [cached], "no marker, no second file"
+    no_decoding()
+    np.testing.assert_array_equal(load_dataset("folder", tmp_path, img_size=16).train.images, expected)
+
+
+def test_cache_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    paths = write_folder(tmp_path)
+    (tmp_path / ".cache").write_text("a file where the directory belongs")
+    loaded = load_dataset("folder", tmp_path, img_size=16)
+    np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "decoding:" not in line]
+    assert len(lines) == 1 and str(tmp_path / ".cache") in lines[0] and "not written" in lines[0]
+
+    (tmp_path / ".cache").unlink()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    load_dataset("folder", tmp_path, img_size=16)
+    assert "No space left" in capsys.readouterr().err
+    assert cache_files(tmp_path) == []
+
+
+def test_runs_that_start_together(tmp_path):
+    paths = write_folder(tmp_path, ["cat", "dog"], per_class=150, size=32)
+    code = (
+        "import sys; from dataset import fingerprint, load_dataset; print('ready', flush=True); input()\n"
+        f"print(fingerprint(load_dataset('folder', {str(tmp_path)!r}, img_size=16).train.images))"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=Path(dataset.__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    expected = fingerprint(torch.from_numpy(reference_pixels(paths, 16)))
+    assert [run.communicate()[0].strip() for run in runs] == [expected] * 2
+    assert len(cache_files(tmp_path)) == 1
+    assert fingerprint(load_dataset("folder", tmp_path, img_size=16).train.images) == expected
+
+
+# ---- subsets ----
+
+
+def deal(class_sizes, size):
+    """Class sizes of a fair subset without the rotation: one image for each class that has some left, in turn."""
+    dealt = [0] * len(class_sizes)
+    while sum(dealt) < size:
+        for index, available in enumerate(class_sizes):
+            if dealt[index] < available and sum(dealt) < size:
+                dealt[index] += 1
+    return dealt
+
+
+@pytest.mark.parametrize("class_sizes", [[20, 20, 20], [3, 50, 7, 19], [5], [1, 1, 1, 1, 30]])
+def test_subset_is_stratified(class_sizes):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(class_sizes)), class_sizes))
+    larger = set(range(len(labels)))
+    for size in range(len(labels), 0, -1):
+        subset = stratified_subset(labels, size, seed=5)
+        assert len(set(subset)) == size and (np.diff(subset) > 0).all()
+        assert set(subset) <= larger, "a smaller subset is part of a larger one"
+        larger = set(subset)
+        counts = np.bincount(labels[subset], minlength=len(class_sizes))
+        assert sorted(counts) == sorted(deal(class_sizes, size))
+        for count, available in zip(counts, class_sizes, strict=True):
+            assert count == available or count >= counts.max() - 1
+
+
+def test_remainders_rotate_with_the_seed():
+    labels = np.repeat(np.arange(10), 9)
+    extra = [np.bincount(labels[stratified_subset(labels, 33, seed)]) == 4 for seed in range(10)]
+    assert (np.sum(extra, axis=1) == 3).all() and (np.sum(extra, axis=0) == 3).all()
+
+
+def test_subset_is_random_but_fixed():
+    labels = np.arange(60) % 3
+    subsets = [tuple(stratified_subset(labels, 6, seed)) for seed in range(30)]
+    assert len(set(subsets)) > 25
+    assert len(np.unique(subsets)) > 55, "every image has its chance"
+    assert subsets[0] == tuple(stratified_subset(labels, 6, 0))
+    # the order of the raw 64-bit numbers, class by class
+    raw = np.random.PCG64(7).random_raw(60)
+    expected = sorted(index for c in range(3) for index in sorted(range(c, 60, 3), key=lambda i: raw[i])[:2])
+    assert stratified_subset(labels, 6, 7).tolist() == expected
+    assert raw[0] == 11530976094092348043, "NumPy's promise about this stream"
+
+
+@pytest.mark.parametrize("num_train", [0, 17, 50])
+def test_heldout_is_the_rest_and_the_test_split(tmp_path, num_train):
+    truth = write_cifar10(tmp_path)
+    loaded = load_dataset("cifar10", tmp_path, num_train=num_train, subset_seed=3)
+    (images, labels), (test_images, test_labels) = truth["train"], truth["test"]
+    chosen = loaded.subset.numpy()
+    rest = np.setdiff1d(np.arange(50), chosen)
+    assert len(chosen) == (num_train or 50)
+    np.testing.assert_array_equal(loaded.train.images, images[chosen])
+    np.testing.assert_array_equal(loaded.train.labels, labels[chosen])
+    np.testing.assert_array_equal(loaded.heldout.images, np.concatenate([images[rest], test_images]))
+    np.testing.assert_array_equal(loaded.heldout.labels, np.concatenate([labels[rest], test_labels]))
+
+
+def test_heldout_without_a_test_split():
+    loaded = load_dataset("digits", "nowhere", img_size=8, num_train=64)
+    assert (len(loaded.train.labels), len(loaded.heldout.labels)) == (64, 1733)
+    assert load_dataset("digits", "nowhere", img_size=8, num_train=1797).heldout is None
+
+
+# ---- arguments and fingerprint ----
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        ({"name": "mnist"}, "--dataset=mnist"),
+        ({"name": "cifar10", "img_size": 64}, "--img_size=64"),
+        ({"img_size": 0}, "--img_size=0"),
+        ({"num_train": -1}, "--num_train=-1"),
+        ({"num_train": 1798}, "--num_train=1798: digits has 1797"),
+        ({"num_workers": -1}, "--num_workers=-1"),
+        ({"subset_seed": -1}, "--subset_seed=-1"),
+        ({"hflip": True}, "--hflip"),
+        ({"download": True}, "--download"),
+    ],
+)
+def test_arguments_out_of_range(arguments, flag):
+    with pytest.raises(UsageError) as caught:
+        load_dataset(**{"name": "digits", "data_root": "nowhere", **arguments})
+    assert str(caught.value).startswith(flag)
+
+
+def test_fingerprint_sees_content_and_shape_only():
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+    changed = images.clone()
+    changed[1, 2, 3, 3] += 1
+    same = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert fingerprint(same) == fingerprint(images) == fingerprint(images.clone())
+    others = [changed, images.flip(0), images.reshape(2, 3, 2, 8), images[:1], images.transpose(2, 3)]
+    assert len({fingerprint(other) for other in [images, *others]}) == 6
+    assert fingerprint(images) == hashlib.sha256(b"(2, 3, 4, 4)" + bytes(range(96))).hexdigest()
+    with pytest.raises(TypeError):
+        fingerprint(images.float())

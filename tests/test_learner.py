@@ -1,0 +1,105 @@
+"""The update against the same update written out with torch's plain pieces."""
+
+import copy
+
+import pytest
+import torch
+
+from diffusion import GaussianDiffusionTrainer
+from tests.networks import tiny_learner
+from training.batches import ShardBatches
+
+IMAGES = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def make_batches(labels=None):
+    return ShardBatches(IMAGES, labels, torch.arange(16), batch_size=4, T=10, seed=0)
+
+
+def train(learner, batches, steps):
+    for _ in range(steps):
+        learner.update(learner.losses(batches(learner.step)).mean())
+
+
+def test_update_against_plain_torch():
+    """Five steps of Adam, clipping, warm-up and EMA, one tensor after the other."""
+    learner = tiny_learner(warmup=3, ema_decay=0.7, grad_clip=0.05, dropout=0.0)
+    batches = make_batches()
+    net, ema = copy.deepcopy(learner.net), copy.deepcopy(learner.net)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optim = torch.optim.Adam(parameters, lr=1e-3, foreach=False)
+    trainer = GaussianDiffusionTrainer(net, 1e-4, 0.02, 10)
+    for step in range(5):
+        batch = batches(step)
+        loss = trainer(batch.x_0, None, batch.t, batch.eps).mean()
+        optim.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters if p.grad is not None))
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(min(1.0, 0.05 / (float(norm) + 1e-6)))
+        optim.param_groups[0]["lr"] = 1e-3 * min(step, 3) / 3
+        optim.step()
+        for key, value in ema.state_dict().items():
+            value.mul_(0.7).add_(net.state_dict()[key], alpha=0.3)
+        assert learner.lr == pytest.approx(1e-3 * min(step, 3) / 3)
+        learner.update(learner.losses(batches(step)).mean())
+    for ours, plain in ((learner.net, net), (learner.ema, ema)):
+        for key, value in plain.state_dict().items():
+            assert torch.allclose(ours.state_dict()[key], value, atol=2e-5), key
+    assert learner.step == 5
+
+
+def test_losses_are_means_per_sample():
+    learner = tiny_learner(dropout=0.0)
+    batch = make_batches()(0)
+    losses = learner.losses(batch)
+    assert losses.shape == (4,)
+    alone = learner.trainer(batch.x_0[2:3], None, batch.t[2:3], batch.eps[2:3]).mean()
+    assert losses[2].item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_continues_exactly_from_its_state():
+    straight, first = tiny_learner(), tiny_learner()
+    batches = make_batches()
+    train(straight, batches, 6)
+    train(first, batches, 3)
+    state = copy.deepcopy(first.state_dict())
+    second = tiny_learner(seed=9)
+    second.load_state_dict(state)
+    train(second, batches, 3)
+    for ours, expected in ((second.net, straight.net), (second.ema, straight.ema)):
+        for key, value in expected.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), key
+    assert second.lr == straight.lr and second.step == 6
+
+
+def test_optimiser_state_covers_all_parameters_in_order():
+    learner = tiny_learner()
+    train(learner, make_batches(), 1)
+    optim = learner.state_dict()["optim"]
+    assert optim["param_groups"][0]["params"] == list(range(len(list(learner.net.parameters()))))
+    assert 0 not in optim["state"], "the frozen table has no state"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_with_a_float32_loss(precision):
+    """On images of one grey, whose noise can be seen."""
+    learner = tiny_learner(precision=precision, lr=1e-3)
+    grey = torch.full_like(IMAGES, 128)
+    batches = ShardBatches(grey, None, torch.arange(16), batch_size=4, T=10, seed=0)
+    losses = learner.losses(batches(0))
+    assert losses.dtype == torch.float32
+    before = losses.mean().item()
+    train(learner, batches, 60)
+    assert learner.losses(batches(0)).mean().item() < 0.9 * before
+    assert all(p.dtype == torch.float32 for p in learner.net.parameters())
+
+
+def test_conditional_training_moves_the_class_table():
+    learner = tiny_learner(num_labels=3)
+    table = learner.net.cond_embedding.timembedding[0].weight
+    before = table.detach().clone()
+    train(learner, make_batches(torch.tensor([0, 1, 2, -1] * 4)), 3)
+    assert not torch.equal(table[1:], before[1:])
+    assert not table[0].any(), "the null class stays zero"
