@@ -38,7 +38,7 @@ def generate(sampler, num_images, batch_size, seed, *, num_labels=None, legacy_l
             indices = range(start, min(start + batch_size, num_images))
             labels = None
             if num_labels is not None:
-                labels = draw_labels(seed, indices, num_labels).to(device) - legacy_labels
+                labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
             noise = SampleNoise(seed, indices, shape, device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 x_0 = sampler(noise(), labels, noise)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from files import atomic_write
+from safe_files import read_image
 from score.samples import check_images
 
 IMAGES_PER_ROW = 16
@@ -39,3 +40,27 @@ def save_grids(folder, generated, training, nearest, ratio):
     for k in range(len(written), PICTURES):
         (folder / f"grid_image{k}.png").unlink(missing_ok=True)
     return written
+
+
+def save_comparison(path, grids, height=96, scale=4):
+    """One picture with the top of several grids below each other, enlarged, each under its label.
+
+    path: the .png to write; grids: {label: path of a grid_image0.png}; height: pixels taken from the top of each.
+    Raises DataError if a grid cannot be read or the picture cannot be written.
+    """
+    caption = 28
+    tops = {}
+    for label, grid in grids.items():
+        image = read_image(grid)
+        top = image.crop((0, 0, image.width, min(height, image.height)))
+        tops[label] = top.resize((scale * top.width, scale * top.height), Image.Resampling.NEAREST)
+    width = max(top.width for top in tops.values())
+    picture = Image.new("RGB", (width, sum(top.height + caption for top in tops.values())), "white")
+    draw, y = ImageDraw.Draw(picture), 0
+    for label, top in tops.items():
+        text = f"{label}: nearest training image and generated image side by side, most memorised first"
+        draw.text((6, y + 5), text, fill="black", font_size=16)
+        picture.paste(top, (0, y + caption))
+        y += top.height + caption
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")

@@ -604,7 +604,7 @@ def test_cache_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     loaded = load_dataset("folder", tmp_path, img_size=16)
     np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "decoding:" not in line]
-    assert len(lines) == 1 and str(tmp_path / ".cache") in lines[0] and "not written" in lines[0]
+    assert len(lines) == 1 and str(tmp_path / ".cache") in lines[0] and "cannot be written" in lines[0]
 
     (tmp_path / ".cache").unlink()
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))

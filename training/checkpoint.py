@@ -9,6 +9,7 @@ import torch
 
 from errors import DataError
 from files import atomic_write
+from safe_files import one_line
 
 FORMAT = 1  # of what a run needs to continue; a change of it makes older programs refuse the file
 
@@ -65,8 +66,7 @@ def load(path, device="cpu"):
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        raise DataError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not the dict of a checkpoint")
     return state

@@ -12,7 +12,8 @@ from training import flags as shared_flags
 
 def run(main):
     """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files."""
-    flags.adopt_module_key_flags(shared_flags)
+    for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
     try:
         app.run(lambda _: main(), flags_parser=parse)
     except UserError as error:

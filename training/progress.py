@@ -8,6 +8,8 @@ from tensorboardX import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+from files import read_json, write_json
+
 
 def due(count, every):
     """Whether something that happens every so many steps (0: never) happens after `count` of them."""
@@ -31,6 +33,7 @@ class Progress:
         self.step = initial
         self.writer = SummaryWriter(str(self.logdir))
         self.metrics = (self.logdir / "metrics.jsonl").open("a")
+        self.since = time.perf_counter()
         self._restart()
 
     def _restart(self):
@@ -100,8 +103,12 @@ class Progress:
                 self.writer.add_scalar(f"memory_bank_over_t/shard{shard}/round{r}", value, t)
 
     def close(self):
+        """Close the bar and the logs, and write train.json: the steps and the seconds of training, over all restarts."""
         if self._steps:
             self.record()
+        path = self.logdir / "train.json"
+        seconds = time.perf_counter() - self.since + (read_json(path)["seconds"] if path.exists() else 0.0)
+        write_json(path, {"steps": self.step, "seconds": round(seconds, 3)})
         self.bar.close()
         self.writer.close()
         self.metrics.close()

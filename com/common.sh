@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Sourced by the experiments: paths, and how a log directory is evaluated.
+# DATA_ROOT: data sets (./data). LOG_DIR: logs and results (./logs/<experiment>).
+# SEEDS: one evaluation of every checkpoint per seed. CHECKPOINTS: file names in LOG_DIR to evaluate.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+DATA_ROOT="${DATA_ROOT:-./data}"
+SEEDS="${SEEDS:-1 2 3}"
+
+# once MARKER COMMAND...: run the command unless MARKER says that the same command has finished before
+once() {
+    local marker="$1"
+    shift
+    if [[ -f "$marker" && "$(<"$marker")" == "$*" ]]; then
+        echo "done before: $marker"
+        return
+    fi
+    "$@"
+    mkdir -p "$(dirname "$marker")"
+    printf '%s\n' "$*" >"$marker"
+}
+
+# evaluate CHECKPOINTS FLAGS...: every checkpoint with every seed, then a table of mean and spread
+evaluate() {
+    local checkpoints="$1" checkpoint seed out
+    local results=()
+    shift
+    for checkpoint in $checkpoints; do
+        for seed in $SEEDS; do
+            out="$LOG_DIR/eval/${checkpoint%.pt}/seed$seed"
+            once "$out/done" "$PYTHON" all_in.py "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
+                --generate_dir="$out/generate" --similar_dir="$out/similar" --grid_dir="$out/grid"
+            results+=("${checkpoint%.pt}=$out/grid/result.json")
+        done
+    done
+    "$PYTHON" -m score.compare --json="$LOG_DIR/eval/table.json" "${results[@]}"
+}
+
+# iet_agc CONFIG FLAGS...: IET-AGC with the settings of config/CONFIG.txt, then the evaluation of its averages
+iet_agc() {
+    LOG_DIR="${LOG_DIR:-./logs/iet_agc_${1,,}}"
+    local flags=(--flagfile="config/$1.txt" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" "${@:2}")
+    once "$LOG_DIR/trained" "$PYTHON" main_fed.py --train "${flags[@]}"
+    evaluate "${CHECKPOINTS:-global_ckpt_round5.pt global_ckpt_round10.pt}" "${flags[@]}" -Fed=True --use_ema=False
+}

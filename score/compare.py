@@ -1,0 +1,108 @@
+"""Several evaluations in one table, repeats as mean and spread:
+
+python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from errors import UsageError, UserError
+from files import read_json, write_json
+from score.grids import save_comparison
+
+COLUMNS = {
+    "MQ@15": lambda result: result.get("mq_fraction", {}).get("15"),
+    "MQ@30": lambda result: result.get("mq_fraction", {}).get("30"),
+    "MQ@50": lambda result: result.get("mq_fraction", {}).get("50"),
+    "sqrt(d1/d2)<1/3": lambda result: result.get("share_sqrt_d1_d2_below_third"),
+    "AuthPct": lambda result: result.get("auth_pct"),
+    "FID": lambda result: result.get("fid"),
+    "IS": lambda result: result.get("is"),
+    "fpd": lambda result: result.get("fpd"),
+    "images": lambda result: result["N"],
+    "train s": lambda result: training_seconds(result["checkpoint"]),
+    "eval s": lambda result: sum(result["seconds"].values()),
+}
+FORMATS = {"AuthPct": "{:.1f}", "FID": "{:.3f}", "IS": "{:.3f}", "fpd": "{:.3f}", "images": "{:.0f}"}
+FORMATS |= {"train s": "{:.0f}", "eval s": "{:.0f}"}
+
+
+def training_seconds(checkpoint):
+    """What train.json beside a checkpoint says, or None."""
+    path = Path(checkpoint).parent / "train.json" if checkpoint else None
+    return read_json(path)["seconds"] if path and path.exists() else None
+
+
+def summarize(results):
+    """Mean and sample standard deviation (None for a single one) of every column over repeated results.
+
+    Returns {column: {"mean": x, "std": y}}, without the columns that a result does not have.
+    """
+    summary = {}
+    for column, value_of in COLUMNS.items():
+        values = [value_of(result) for result in results]
+        if None not in values:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            summary[column] = {"mean": statistics.fmean(values), "std": spread}
+    return summary
+
+
+def format_table(summaries):
+    """A Markdown table of {label: summary}, with the columns that at least one of them has."""
+    columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
+    rows = [["method", *columns]]
+    for label, summary in summaries.items():
+        rows.append([label, *(format_cell(column, summary.get(column)) for column in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def format_cell(column, entry):
+    if entry is None:
+        return "-"
+    form = FORMATS.get(column, "{:.1%}")
+    spread = "" if entry["std"] is None else " ± " + form.format(entry["std"])
+    return form.format(entry["mean"]) + spread
+
+
+def read_results(arguments):
+    """{label: [(path, result)]} from arguments LABEL=FILE."""
+    groups = {}
+    for argument in arguments:
+        label, separator, path = argument.partition("=")
+        if not separator:
+            raise UsageError(f"{argument}: give every result as LABEL=FILE")
+        groups.setdefault(label, []).append((Path(path), read_json(path)))
+    return groups
+
+
+def main(arguments=None):
+    """Print the table; with --json also write it, with --picture draw the most memorised pairs of each method."""
+    parser = argparse.ArgumentParser(prog="python -m score.compare", description="Several evaluations in one table.")
+    parser.add_argument("results", nargs="+", metavar="LABEL=FILE", help="a result.json; equal labels are repeats")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--picture", help="also draw the most memorised pairs of every label to this .png")
+    options = parser.parse_args(arguments)
+    try:
+        groups = read_results(options.results)
+        summaries = {label: summarize([result for _, result in results]) for label, results in groups.items()}
+        print(format_table(summaries))
+        if options.json:
+            write_json(options.json, summaries)
+        if options.picture:
+            grids = {label: results[0][0].with_name("grid_image0.png") for label, results in groups.items()}
+            save_comparison(options.picture, grids)
+    except UserError as error:
+        print(f"score.compare: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The bash scripts, with flags that make everything tiny, on small data sets in the real formats."""
+
+import json
+
+import pytest
+
+from tests.commands import run_bash
+from tests.dataset_files import write_afhq, write_cifar10, write_cifar100
+
+TINY = [
+    "--ch=32", "--num_res_blocks=1", "--batch_size=8", "--T=20", "--sample_steps=2", "--num_images=12", "--device=cpu",
+    "--sample_step=0", "--fid_features=pixels", "--local_epoch=1", "--total_round=2", "--client_num=2",
+]  # fmt: skip
+SETS = {
+    "com_c10_v.sh": lambda root: write_cifar10(root, train_per_class=2, test_per_class=1),
+    "com_c100_v.sh": lambda root: write_cifar100(root, train_per_class=1, test_per_class=1),
+    "com_afhq_v.sh": lambda root: write_afhq(root, 16),
+}
+
+
+def settings(tmp_path, **more):
+    return {"DATA_ROOT": str(tmp_path / "data"), "LOG_DIR": str(tmp_path / "log"), **more}
+
+
+@pytest.mark.parametrize("script", SETS)
+def test_iet_agc_experiments(script, tmp_path):
+    SETS[script](tmp_path / "data")
+    env = settings(tmp_path, SEEDS="1 2", CHECKPOINTS="global_ckpt_round2.pt")
+    flags = [*TINY, f"--fid_cache={tmp_path}/stats.npz"]
+    first = run_bash(f"com/{script}", *flags, cwd=tmp_path, **env)
+    assert "| global_ckpt_round2 |" in first.stdout and " ± " in first.stdout
+    results = sorted(tmp_path.glob("log/eval/global_ckpt_round2/seed*/grid/result.json"))
+    assert len(results) == 2
+    one, two = (json.loads(path.read_text()) for path in results)
+    assert one["weights"] == "raw" and one["N"] == 12 and one["images_sha256"] != two["images_sha256"]
+
+    before = {path: path.stat().st_mtime_ns for path in results}
+    again = run_bash(f"com/{script}", *flags, cwd=tmp_path, **env)
+    assert again.stdout.count("done before") == 3, "training and two evaluations are skipped"
+    assert before == {path: path.stat().st_mtime_ns for path in results}
+
+
+def test_default_experiment(tmp_path):
+    write_cifar10(tmp_path / "data", train_per_class=2, test_per_class=1)
+    env = settings(tmp_path, SEEDS="1 2", CHECKPOINTS="ckpt2.pt ckpt4.pt")
+    flags = [*TINY, "--total_steps=4", "--save_step=2", f"--fid_cache={tmp_path}/stats.npz"]
+    result = run_bash("com/default.sh", *flags, cwd=tmp_path, **env)
+    assert "| ckpt2 " in result.stdout and "| ckpt4 " in result.stdout
+    assert json.loads((tmp_path / "log/eval/table.json").read_text()).keys() == {"ckpt2", "ckpt4"}
+
+
+def test_demo(tmp_path):
+    """Everything that com/demo.sh runs, with fewer steps and images."""
+    flags = ["--T=20", "--sample_steps=2", "--num_images=20", "--sample_step=0"]
+    flags += [f"--fid_cache={tmp_path}/stats.npz"]
+    env = {"LOG_DIR": str(tmp_path / "demo"), "DEMO_STEPS": "8", "DEMO_ROUNDS": "2"}
+    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, **env)
+    assert "| default " in result.stdout and "| iet_agc " in result.stdout
+    table = json.loads((tmp_path / "demo/table.json").read_text())
+    assert table.keys() == {"default", "iet_agc"} and {"MQ@15", "fpd", "train s"} <= table["default"].keys()
+    steps = [json.loads((tmp_path / "demo" / name / "train.json").read_text())["steps"] for name in table]
+    assert steps[0] == steps[1] == 8
+    assert (tmp_path / "demo/memorised.png").stat().st_size > 0

@@ -1,0 +1,144 @@
+"""main_fed.py as users run it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.commands import read_jsonl, run
+from tests.networks import TINY_FLAGS, tiny_unet
+
+SETTINGS = [*TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=2", "--log_step=4"]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("main_fed")
+    flags = ["--sample_step=8", "--sample_size=4", "--arr_ema_decay=0.2", "--mem_ratio=1.0", "--logdir=log"]
+    run("main_fed.py", "--train", *SETTINGS, *flags, cwd=directory)
+    return directory / "log"
+
+
+def test_checkpoint_is_the_contract(trained):
+    for r in (1, 2):
+        state = load(trained / f"global_ckpt_round{r}.pt")
+        assert {"global_model", "global_ema_model", "index_array"} <= state.keys()
+        tiny_unet(T=20).load_state_dict(state["global_model"])
+        assert state["index_array"].dtype == torch.int64 and state["index_array"].shape == (48,)
+
+
+def test_average_is_the_mean_of_the_shards(trained):
+    """The shards' files hold their weights before the last average: 16 images each."""
+    shards = [load(trained / f"state/shard{k}.pt") for k in range(3)]
+    state = load(trained / "global_ckpt_round2.pt")
+    for ours, theirs in (("global_model", "net_model"), ("global_ema_model", "ema_model")):
+        for key, value in state[ours].items():
+            mean = np.mean([shard[theirs][key].double().numpy() for shard in shards], axis=0)
+            np.testing.assert_allclose(value.numpy(), mean, rtol=1e-6, atol=1e-8)
+    assert not torch.equal(shards[0]["net_model"]["head.weight"], shards[1]["net_model"]["head.weight"])
+
+
+def test_skips_are_counted_per_image(trained):
+    """With mem_ratio 1 many samples fall below the running mean, and every one is counted at its image."""
+    counts = load(trained / "global_ckpt_round2.pt")["index_array"]
+    records = [r for r in read_jsonl(trained / "metrics.jsonl") if "skipped" in r]
+    steps = np.diff([0, *[record["step"] for record in records]])
+    logged = sum(record["skipped"] * 8 * n for record, n in zip(records, steps, strict=True))
+    assert counts.sum() == round(logged) > 0
+    assert counts.max() <= 4, "an image is seen once an epoch"
+    assert equal({"a": counts}, {"a": load(trained / "state/average.pt")["index_array"]})
+    banks = [load(trained / f"state/shard{k}.pt")["bank"] for k in range(3)]
+    assert all(bank.shape == (20,) and bank.max() > 0 for bank in banks)
+
+
+def test_logs(trained):
+    records = read_jsonl(trained / "metrics.jsonl")
+    assert {(record["round"], record["shard"]) for record in records} == {(r, k) for r in (1, 2) for k in range(3)}
+    assert records[-1]["step"] == 24
+    assert {"loss", "lr", "images_per_second", "skipped"} <= records[0].keys()
+    for name in ("average_round1", "average_round2", "shard1_step8", "shard0_step16"):
+        assert (trained / f"sample/{name}.png").exists(), name
+    assert json.loads((trained / "train.json").read_text())["steps"] == 24
+
+
+def test_one_shard_without_control_and_one_round_is_main(tmp_path):
+    run("main.py", "--train", *TINY_FLAGS, "--total_steps=12", "--logdir=main", cwd=tmp_path)
+    flags = ["--client_num=1", "--local_epoch=2", "--total_round=1", "--anti_grad=off", "--logdir=fed"]
+    run("main_fed.py", "--train", *TINY_FLAGS, *flags, cwd=tmp_path)
+    main, fed = load(tmp_path / "main/ckpt12.pt"), load(tmp_path / "fed/global_ckpt_round1.pt")
+    assert equal(main["net_model"], fed["global_model"])
+    assert equal(main["ema_model"], fed["global_ema_model"])
+
+
+def test_continued_run_ends_like_a_straight_one(trained, tmp_path):
+    flags = [*SETTINGS, "--arr_ema_decay=0.2", "--mem_ratio=1.0", "--logdir=log"]
+    run("main_fed.py", "--train", *flags, "--total_round=1", cwd=tmp_path)
+    result = run("main_fed.py", "--train", *flags, cwd=tmp_path)
+    assert "1 of 2 rounds, 12 steps done" in result.stdout
+    straight, continued = (load(path / "global_ckpt_round2.pt") for path in (trained, tmp_path / "log"))
+    for name in ("global_model", "global_ema_model"):
+        assert equal(straight[name], continued[name])
+    assert torch.equal(straight["index_array"], continued["index_array"])
+
+
+def test_continues_in_the_middle_of_a_round(trained, tmp_path):
+    """Take away what came after the first step of shard 1 in round 2, and run again."""
+    flags = [*SETTINGS, "--arr_ema_decay=0.2", "--mem_ratio=1.0", "--logdir=log"]
+    run("main_fed.py", "--train", *flags, "--save_step=1", "--total_round=1", cwd=tmp_path)
+    log = tmp_path / "log"
+    first_round = {path.name: path.read_bytes() for path in (log / "state").iterdir()}
+    run("main_fed.py", "--train", *flags, "--save_step=1", cwd=tmp_path)
+    for name in ("average.pt", "shard1.pt", "shard2.pt"):
+        (log / "state" / name).write_bytes(first_round[name])
+    (log / "global_ckpt_round2.pt").unlink()
+    run("main_fed.py", "--train", *flags, cwd=tmp_path)
+    straight, continued = (load(path / "global_ckpt_round2.pt") for path in (trained, log))
+    assert equal(straight["global_model"], continued["global_model"])
+    assert torch.equal(straight["index_array"], continued["index_array"])
+
+
+@pytest.mark.parametrize("arm", [["--anti_grad=off"], ["--client_num=1"], ["--client_num=1", "--anti_grad=off"], []])
+def test_all_arms_of_the_ablation_do_the_same_number_of_steps(arm, tmp_path):
+    run("main_fed.py", "--train", *SETTINGS, "--total_round=1", *arm, "--logdir=log", cwd=tmp_path)
+    assert json.loads((tmp_path / "log/train.json").read_text())["steps"] == 12
+
+
+def test_ascend_split_and_labels(tmp_path):
+    flags = ["--anti_grad=ascend", "--anti_grad_weight=0.1", "--split=random", "--use_labels", "--num_labels=10"]
+    run("main_fed.py", "--train", *SETTINGS, "--total_round=1", *flags, "--logdir=log", cwd=tmp_path)
+    assert "cond_embedding.timembedding.0.weight" in load(tmp_path / "log/global_ckpt_round1.pt")["global_model"]
+
+
+@pytest.mark.parametrize("kind", ["ours", "published", "pytorch-ddpm"])
+def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
+    """With a learning rate of nearly 0, what comes out is what went in; rounds count from 1 again."""
+    source = load(trained / "global_ckpt_round2.pt")
+    if kind == "published":
+        source = {
+            "global_model": source["global_model"],
+            "global_ema_model": source["global_ema_model"],
+            "index_array": np.zeros(150_000),
+        }
+    elif kind == "pytorch-ddpm":
+        names = {"global_model": "net_model", "global_ema_model": "ema_model"}
+        source = {
+            names[name]: {key: value for key, value in source[name].items() if ".cemb_proj." not in key}
+            for name in names
+        } | {"step": 3, "sched": {}, "optim": {}, "x_T": torch.zeros(1)}
+    torch.save(source, tmp_path / "start.pt")
+    flags = ["--check_dir=start.pt", "--total_round=1", "--local_epoch=1", "--lr=1e-30", "--logdir=log"]
+    run("main_fed.py", "--train", *SETTINGS, *flags, cwd=tmp_path)
+    state = load(tmp_path / "log/global_ckpt_round1.pt")
+    start = source.get("global_model", source.get("net_model"))
+    ema_start = source.get("global_ema_model", source.get("ema_model"))
+    assert all(torch.allclose(state["global_model"][key], start[key]) for key in start)
+    assert torch.allclose(state["global_ema_model"]["head.weight"], ema_start["head.weight"], atol=1e-4)
