@@ -5,9 +5,10 @@ import torch
 from model import UNet
 from training.learner import Learner
 
-TINY = {"T": 10, "ch": 32, "ch_mult": [1], "attn": [0], "num_res_blocks": 1, "dropout": 0.1}
+# 64 channels in 32 groups: with one channel a group, GroupNorm would take out the time and class embeddings
+TINY = {"T": 10, "ch": 32, "ch_mult": [2], "attn": [0], "num_res_blocks": 1, "dropout": 0.1}
 TINY_FLAGS = [
-    "--dataset=digits", "--img_size=8", "--num_train=48", "--ch=32", "--ch_mult=1", "--attn=0", "--num_res_blocks=1",
+    "--dataset=digits", "--img_size=8", "--num_train=48", "--ch=32", "--ch_mult=2", "--attn=0", "--num_res_blocks=1",
     "--T=20", "--sample_steps=4", "--batch_size=8", "--lr=1e-3", "--warmup=0", "--sample_step=0", "--device=cpu",
 ]  # fmt: skip
 

@@ -76,7 +76,7 @@ def test_result_says_everything(evaluated, checkpoint):
     assert result["checkpoint"] == str(checkpoint) and result["weights"] == "ema"
     assert result["seconds"].keys() == {"generate", "score", "memorise", "grid"}
     assert result["fpd"] > 0 and "fid" not in result and result["non_finite_images"] == 0
-    assert result["flags"]["ch_mult"] == [1] and result["flags"]["seed"] == 12
+    assert result["flags"]["ch_mult"] == [2] and result["flags"]["seed"] == 12
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
     assert lines[0].startswith("(nan, nan), fpd: (")
     assert lines[1:] == [f"v_{p}:{count}" for p, count in result["mq"].items()]

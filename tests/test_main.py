@@ -36,7 +36,7 @@ def test_checkpoint_is_the_contract(trained):
     state = torch.load(trained / "ckpt12.pt", weights_only=True)
     assert {"net_model", "ema_model", "sched", "optim", "step", "x_T"} <= state.keys()
     assert state["step"] == 12 and state["x_T"].shape == (4, 3, 8, 8)
-    net = UNet(T=20, ch=32, ch_mult=[1], attn=[0], num_res_blocks=1, dropout=0.1)
+    net = UNet(T=20, ch=32, ch_mult=[2], attn=[0], num_res_blocks=1, dropout=0.1)
     for weights in (state["net_model"], state["ema_model"]):
         net.load_state_dict(weights)
     torch.optim.Adam(net.parameters()).load_state_dict(state["optim"])
