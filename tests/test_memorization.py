@@ -1,0 +1,235 @@
+"""The memorisation search against brute force in float64, and the figures made from it."""
+
+import numpy as np
+import pytest
+import torch
+
+from score import neighbors
+from score.memorization import (
+    authenticity,
+    memorization_ratio,
+    memorized_quantity,
+    nearest_neighbors,
+    nearest_other,
+    share_closer_than_third,
+)
+
+
+def as_images(array):
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def uint8_images(random, number, size=6):
+    return random.integers(0, 256, (number, 3, size, size), dtype=np.uint8)
+
+
+def values(images):
+    return images / 255.0 if images.dtype == np.uint8 else images.astype("f8")
+
+
+def brute_force(generated, training, k):
+    """All pairs in float64, sorted by (distance, index)."""
+    a, b = (values(images).reshape(len(images), -1) for images in (generated, training))
+    distance = np.stack([((x - b) ** 2).sum(axis=1) for x in a])
+    if generated.dtype == training.dtype == np.uint8:  # integers: no rounding may break a tie
+        distance = np.rint(distance * 255**2)
+    index = np.argsort(distance, axis=1, kind="stable")[:, :k]
+    distance = np.take_along_axis(distance, index, axis=1)
+    return (distance / 255**2 if generated.dtype == training.dtype == np.uint8 else distance), index
+
+
+def check(generated, training, k=50, **blocks):
+    sq_distance, index = nearest_neighbors(as_images(generated), as_images(training), k, **blocks)
+    expected, expected_index = brute_force(generated, training, k)
+    assert sq_distance.dtype == torch.float64 and index.dtype == torch.int64
+    if generated.dtype == training.dtype == np.uint8:
+        np.testing.assert_allclose(sq_distance.numpy(), expected, rtol=1e-12)
+        np.testing.assert_array_equal(index.numpy(), expected_index)
+    else:
+        # float32 pixels that stand for levels are measured as those levels, 3e-8 away: near-ties may change places
+        np.testing.assert_allclose(sq_distance.numpy(), expected, rtol=1e-5, atol=1e-12)
+        everything, order = brute_force(generated, training, len(training))
+        by_index = np.take_along_axis(everything, np.argsort(order, axis=1), axis=1)
+        np.testing.assert_allclose(np.take_along_axis(by_index, index.numpy(), axis=1), expected, rtol=1e-5, atol=1e-12)
+    return sq_distance, index
+
+
+def hard_cases():
+    random = np.random.default_rng(0)
+    noise = uint8_images(random, 300)
+    levels = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None, None], (200, 3, 6, 6)).copy()
+    one_level = np.repeat(noise[:1], 120, axis=0)
+    for i in range(1, 108):
+        one_level[i].reshape(-1)[i] ^= 1
+    outlier = np.full_like(noise[:150], 7) + random.integers(0, 2, (150, 3, 6, 6), dtype=np.uint8)
+    outlier[70] = 255
+    return {
+        "noise": (uint8_images(random, 40), noise),
+        "copies": (noise[100:140], noise),
+        "duplicates": (noise[:9], np.repeat(noise[:20], 8, axis=0)),
+        "constant images": (levels[50:60], levels),
+        "all equal": (noise[:3], np.repeat(noise[:1], 400, axis=0)),
+        "one level in one pixel": (one_level[:30], one_level),
+        "one far outlier": (outlier[60:80], outlier),
+        "black and white": (np.array([0, 255], np.uint8).repeat(108).reshape(2, 3, 6, 6), noise),
+        "fewer than k": (noise[:5], noise[10:30]),
+        "one training image": (noise[:5], noise[:1]),
+        "one generated image": (noise[:1], noise[1:]),
+        "neighbouring levels": (noise[:20], np.concatenate([noise[:20] ^ 1, noise[:20]] * 3)),
+    }
+
+
+@pytest.mark.parametrize("case", hard_cases())
+def test_exact_on_hard_uint8_images(case):
+    check(*hard_cases()[case])
+
+
+@pytest.mark.parametrize("case", ["noise", "copies", "all equal", "one far outlier", "one training image"])
+def test_exact_on_hard_float_images(case):
+    generated, training = (images.astype("f4") / 255 for images in hard_cases()[case])
+    random = np.random.default_rng(1)
+    if case in ("noise", "one far outlier"):  # no longer 256 levels
+        training = (training * 0.9 + 0.1 * random.random(training.shape)).astype("f4")
+    check(generated, training)
+
+
+def test_floats_of_256_levels_equal_their_uint8(monkeypatch):
+    generated, training = hard_cases()["duplicates"]
+    of_levels = nearest_neighbors(as_images(generated), as_images(training))
+    of_floats = nearest_neighbors(*(as_images(x.astype("f4") / 255) for x in (generated, training)))
+    assert all(torch.equal(a, b) for a, b in zip(of_levels, of_floats, strict=True))
+
+
+@pytest.mark.parametrize("images", ["uint8", "float"])
+def test_batch_sizes_do_not_matter(images):
+    random = np.random.default_rng(2)
+    training = np.repeat(uint8_images(random, 70), 2, axis=0)
+    generated = np.concatenate([training[:10], uint8_images(random, 13)])
+    if images == "float":
+        training, generated = ((x / 255 * 0.99).astype("f4") for x in (training, generated))
+    whole = check(generated, training, k=7)
+    for batch_generated, batch_training in ((1, 1), (5, 9), (23, 30), (1000, 1000)):
+        part = check(generated, training, 7, batch_generated=batch_generated, batch_training=batch_training)
+        assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 50, 1000])
+def test_every_k(k):
+    random = np.random.default_rng(3)
+    check(uint8_images(random, 11), uint8_images(random, 200), k, batch_training=64)
+
+
+def test_images_of_natural_size_and_structure():
+    """Smooth images, where most pairs can be ruled out, with a few near copies among them."""
+    random = np.random.default_rng(4)
+    coarse = random.integers(0, 256, (600, 3, 4, 4)).astype("f4")
+    training = torch.nn.functional.interpolate(torch.from_numpy(coarse), size=32, mode="bilinear").byte().numpy()
+    generated = training[:40].copy()
+    generated[:, :, ::3, ::5] ^= random.integers(0, 4, generated[:, :, ::3, ::5].shape, dtype=np.uint8)
+    sq_distance, index = check(generated, training, batch_training=128)
+    assert index[:, 0].tolist() == list(range(40)) and sq_distance[:, 0].max() < sq_distance[:, 1].min()
+
+
+def test_larger_search_in_many_blocks():
+    random = np.random.default_rng(5)
+    check(uint8_images(random, 150), uint8_images(random, 3000), batch_generated=64, batch_training=256)
+
+
+def test_near_copies_without_end():
+    """More candidates than are kept: floats that differ by less than the search can tell, measured one by one."""
+    random = np.random.default_rng(6)
+    base = random.random((1, 3, 6, 6))
+    training = (base + 1e-6 * random.random((1500, 3, 6, 6))).clip(0, 1).astype("f4")
+    generated = np.concatenate([training[:4], random.random((4, 3, 6, 6)).astype("f4")])
+    for blocks in (64, 4096):
+        sq_distance, index = check(generated, training, k=5, batch_training=blocks)
+        assert index[:4, 0].tolist() == [0, 1, 2, 3] and not sq_distance[:4, 0].any()
+
+
+@pytest.mark.parametrize("D", [5, 1024, 3000])
+def test_both_products_are_exact(D):
+    random = np.random.default_rng(9)
+    a, b = (random.integers(-128, 128, (size, D), dtype=np.int8) for size in (7, 9))
+    a[0] = b[0] = -128
+    for product in (neighbors._integer_product, neighbors._float_product):
+        np.testing.assert_array_equal(product(as_images(a), as_images(b)), a.astype(int) @ b.astype(int).T)
+
+
+def test_large_images_do_not_overflow():
+    """Black against white at 128x128: the integers of the search exceed 32 bits."""
+    training = np.zeros((3, 3, 128, 128), np.uint8)
+    training[1:] = 255
+    training[2, 0, 0, 0] = 0
+    check(training[:2], training)
+
+
+def test_copies_have_distance_zero_not_rounding_error():
+    training = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sq_distance, index = nearest_neighbors(training[50:60], training)
+    assert not sq_distance[:, 0].any() and index[:, 0].tolist() == list(range(50, 60))
+
+
+def test_nearest_other():
+    random = np.random.default_rng(7)
+    training = uint8_images(random, 30)
+    training[20] = training[4]
+    rows = torch.tensor([4, 7, 20])
+    distance = brute_force(training, training, 30)[0]
+    ours = nearest_other(as_images(training), rows)
+    assert ours[0] == ours[2] == 0
+    assert ours[1].item() == pytest.approx(distance[7, 1])
+    assert nearest_other(as_images(training[:1]), torch.tensor([0])).isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generated": torch.zeros(0, 3, 4, 4)}, "generated"),
+        ({"training": torch.zeros(0, 3, 4, 4)}, "training"),
+        ({"training": torch.zeros(5, 3, 4, 5)}, "images of generated are"),
+        ({"generated": torch.full((2, 3, 4, 4), torch.nan)}, "generated holds .*NaN"),
+        ({"training": torch.full((2, 3, 4, 4), torch.inf)}, "training holds .*NaN"),
+        ({"training": torch.full((2, 3, 4, 4), 1.5)}, r"training holds values outside \[0, 1\]"),
+        ({"training": torch.zeros(5, 48)}, "training must be"),
+        ({"training": torch.zeros(5, 3, 4, 4, dtype=torch.int32)}, "uint8 or float"),
+        ({"k": 0}, "k must be"),
+        ({"batch_training": 0}, "batch_training must be"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    arguments = {"generated": torch.zeros(2, 3, 4, 4), "training": torch.zeros(5, 3, 4, 4), **changes}
+    with pytest.raises(ValueError, match=message):
+        nearest_neighbors(**arguments)
+
+
+def test_ratio_and_mq():
+    sq_distance = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.3, 1.0, 4.7]])
+    ratio = memorization_ratio(sq_distance)
+    np.testing.assert_allclose(ratio, [0, 1, 0, 0.15], rtol=1e-6)
+    assert memorized_quantity(torch.tensor([0.0, 1e-5, 0.1499, 0.15, 0.5, 0.95], dtype=torch.float64)) == {
+        15: 3, 20: 4, 30: 4, 40: 4, 50: 4, 60: 5, 70: 5, 80: 5, 90: 5,
+    }  # fmt: skip
+
+
+def test_share_closer_than_third():
+    """sqrt(1) / sqrt(9) is exactly a third and does not count; a copy does, also of a repeated image."""
+    assert share_closer_than_third(torch.tensor([[1.0, 9.0], [1.0, 9.1], [0.0, 0.0], [2.0, 3.0]])) == 0.5
+    assert share_closer_than_third(torch.tensor([[0.0], [0.1]])) == 0.5
+
+
+def test_authenticity_against_brute_force():
+    random = np.random.default_rng(8)
+    training, generated = uint8_images(random, 40, 2), uint8_images(random, 60, 2)
+    generated[:5] = training[:5]
+    distance, index = brute_force(generated, training, 40)
+    own = brute_force(training, training, 2)[0][:, 1]
+    expected = np.mean(distance[:, 0] > own[index[:, 0]])
+    sq_distance, nearest = nearest_neighbors(as_images(generated), as_images(training))
+    assert authenticity(sq_distance, nearest, as_images(training)) == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_figures_need_distances():
+    for figure in (memorization_ratio, share_closer_than_third):
+        with pytest.raises(ValueError, match="sq_distance"):
+            figure(torch.zeros(3))
