@@ -19,6 +19,7 @@ from files import atomic_write, file_hash, make_directory, read_json, write_json
 from model import UNet
 from score.generate import generate
 from score.grids import save_grids
+from score.inception import find_weights
 from score.memorization import (
     authenticity,
     memorization_ratio,
@@ -180,20 +181,23 @@ def main():
     device = pick_device(FLAGS.device)
     for flag in ("generate_dir", "similar_dir", "grid_dir"):
         make_directory(FLAGS[flag].value, flag)
-    data = load_dataset(**flags.data(FLAGS))
-    flags.check_data(FLAGS, data)
-    training = data.train.images
 
-    # whatever can be wrong shows here, before the long work
+    # whatever can be wrong shows here, the cheapest first and all of it before the long work
+    weights = None
+    if "score" in stages and FLAGS.fid_features == "inception":
+        weights = find_weights(FLAGS.inception_weights)
     if "generate" in stages:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples")
         net, path = load_network(device)
     else:
         images, provenance = existing_images()
+    data = load_dataset(**flags.data(FLAGS))
+    flags.check_data(FLAGS, data)
+    training = data.train.images
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = Quality(flags.reference_images(FLAGS, data), number, **flags.quality(FLAGS), device=device)
+        quality = Quality(flags.reference_images(FLAGS, data), number, weights, **flags.quality(FLAGS), device=device)
 
     if "generate" in stages:
         images, provenance = generate_images(net, path, device)

@@ -15,6 +15,7 @@ from errors import UsageError
 from files import write_json
 from model import UNet
 from score.generate import draw_labels, generate
+from score.inception import find_weights
 from score.quality import Quality
 from seeding import derive_seed, generator
 from training import checkpoint, flags
@@ -89,13 +90,16 @@ def main():
         raise UsageError("nothing to do: add --train and/or --eval")
     logdir = Path(FLAGS.logdir or "logs/default")
     device = pick_device(FLAGS.device)
+    weights = None
+    if (FLAGS.eval or FLAGS.eval_step) and FLAGS.fid_features == "inception":
+        weights = find_weights(FLAGS.inception_weights)
     data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     open_logdir(logdir, flags.as_flagfile(FLAGS), data.subset)
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
-        quality = Quality(reference, FLAGS.num_images, **flags.quality(FLAGS), device=device)
+        quality = Quality(reference, FLAGS.num_images, weights, **flags.quality(FLAGS), device=device)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

@@ -12,10 +12,10 @@ Other floats take two codes, v = hi + lo / 256 + r with a small rest r. With c =
     a.b = hi_a.hi_b + (hi_a.lo_b + lo_a.hi_b) / 256 + lo_a.lo_b / 2^16 + c_a.r_b + r_a.v_b,
 
 of which the first two terms are computed. By Cauchy-Schwarz the others are at most
-|lo_a| |lo_b| / 2^16 + |c_a| |r_b| + |r_a| |v_b|, and float32 adds the terms of |a|^2 + |b|^2 - 2 a.b with an error of at
-most 2^-20 (|a|^2 + |b|^2). So a computed squared distance is off by at most the sum of those, eps. If b is one of the k
-nearest, its true distance is at most the k-th smallest computed one plus eps, and its computed one is at most that plus
-2 eps. Whatever is within that is kept and measured directly, as the sum of (a - b)^2 in float64.
+|lo_a| |lo_b| / 2^16 + |c_a| |r_b| + |r_a| |v_b|, and float32 adds the terms of |a|^2 + |b|^2 - 2 a.b with an error of
+at most 2^-20 (|a|^2 + |b|^2). So a computed squared distance is off by at most the sum of those, eps. If b is one of
+the k nearest, its true distance is at most the k-th smallest computed one plus eps, and its computed one at most that
+plus 2 eps. Whatever is within that is kept and measured directly, as the sum of (a - b)^2 in float64.
 """
 
 import time
@@ -90,7 +90,7 @@ def _search_levels(generated, training, k, block_size, product):
 
 
 def _improvements(score, worst, start, M):
-    """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded with the largest.
+    """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
 
     A score equal to `worst` loses its tie, since the indices of later blocks are higher.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 from dataset import fingerprint
 from errors import UsageError
 from score.frechet import frechet_distance
-from score.inception import Inception, find_weights
+from score.inception import Inception
 from score.inception_score import inception_score
 from score.stats import (
     inception_statistics_and_probs,
@@ -24,25 +24,25 @@ class Quality:
     Args:
         reference: (M, 3, H, W) uint8 real images.
         num_images: how many images will be scored.
+        weights: the Inception weights file (`find_weights`), not needed for pixels.
         features: `inception` (FID and IS) or `pixels` (fpd).
         cache: .npz of the reference statistics, made if missing; None: in ./stats, named by the images' content.
-        weights: the Inception weights file, or None to look for it.
         device: of the Inception network.
         batch_size: images per call of it.
 
     Raises:
-        DataError: no Inception weights, or a cache made from other images.
+        DataError: damaged Inception weights, or a cache made from other images.
         UsageError: too few images.
     """
 
-    def __init__(self, reference, num_images, features, cache, weights, device, batch_size):
+    def __init__(self, reference, num_images, weights, features, cache, device, batch_size):
         least = SPLITS if features == "inception" else 2
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
                 raise UsageError(f"{number} {name} images: {features} features need at least {least} to be scored")
         self.features = features
         self.batch_size = batch_size
-        self.inception = Inception(find_weights(weights), device) if features == "inception" else None
+        self.inception = Inception(weights, device) if features == "inception" else None
         if cache is None:
             cache = Path("stats") / f"{features}-{fingerprint(reference)[:16]}.npz"
         self.reference = reference_statistics(reference, features, cache, self.inception, batch_size)

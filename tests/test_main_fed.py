@@ -64,6 +64,9 @@ def test_logs(trained):
     records = read_jsonl(trained / "metrics.jsonl")
     assert {(record["round"], record["shard"]) for record in records} == {(r, k) for r in (1, 2) for k in range(3)}
     assert records[-1]["step"] == 24
+    events = b"".join(path.read_bytes() for path in trained.glob("events.out.tfevents.*"))
+    for tag in (b"skips_per_image", b"memory_bank_over_t/shard2/round2", b"shard1/skipped", b"average_round1"):
+        assert tag in events, tag
     assert {"loss", "lr", "images_per_second", "skipped"} <= records[0].keys()
     for name in ("average_round1", "average_round2", "shard1_step8", "shard0_step16"):
         assert (trained / f"sample/{name}.png").exists(), name

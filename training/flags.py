@@ -249,11 +249,10 @@ def generation(values):
 
 
 def quality(values):
-    """Keyword arguments of `score.quality.Quality`, reference images and device aside."""
+    """Keyword arguments of `score.quality.Quality`, images, weights and device aside."""
     return {
         "features": values.fid_features,
         "cache": values.fid_cache,
-        "weights": values.inception_weights,
         "batch_size": values.batch_size,
     }
 

@@ -103,7 +103,7 @@ class Progress:
                 self.writer.add_scalar(f"memory_bank_over_t/shard{shard}/round{r}", value, t)
 
     def close(self):
-        """Close the bar and the logs, and write train.json: the steps and the seconds of training, over all restarts."""
+        """Close the bar and the logs, and write train.json: steps and seconds of training, over all restarts."""
         if self._steps:
             self.record()
         path = self.logdir / "train.json"
