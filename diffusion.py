@@ -10,7 +10,7 @@ from torch import nn
 
 MEAN_TYPES = ("epsilon", "xstart", "xprev")
 VAR_TYPES = ("fixedlarge", "fixedsmall")
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpmpp")
 
 
 def linear_betas(beta_1, beta_T, T):
@@ -33,6 +33,20 @@ def ddim_timesteps(T, steps):
     stride = T // steps
     offset = min(1, T - 1 - (steps - 1) * stride)
     return [i * stride + offset for i in range(steps)]
+
+
+def dpmpp_timesteps(alphas_bar, steps):
+    """The timesteps DPM-Solver++ visits and, first, the one it ends at: ascending ints from 0 to T-1.
+
+    Those nearest to an even spacing in lambda = log(alpha / sigma), as Lu et al. 2022 (DPM-Solver, section 3.4) choose
+    for small images. Where the schedule is too coarse for that, near t = 0, there are fewer than steps + 1.
+    """
+    T = len(alphas_bar)
+    if not 1 <= steps < T:
+        raise ValueError(f"steps is {steps}: must be between 1 and T - 1 = {T - 1}")
+    lambdas = 0.5 * torch.log(alphas_bar / (1 - alphas_bar))
+    even = torch.linspace(lambdas[0].item(), lambdas[-1].item(), steps + 1, dtype=torch.float64)
+    return (even[:, None] - lambdas).abs().argmin(dim=1).unique().tolist()
 
 
 class GaussianDiffusion(nn.Module):
@@ -106,14 +120,15 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
 
 
 class GaussianDiffusionSampler(GaussianDiffusion):
-    """Images from noise, by DDIM (default: 50 steps, eta 0) or by DDPM's ancestral sampling.
+    """Images from noise, by DDIM (default: 50 steps, eta 0), DDPM's ancestral sampling, or DPM-Solver++ (2M).
 
     Args:
         model, beta_1, beta_T, T, mean_type: as trained.
         img_size: height and width of the images.
         var_type: reverse variance of the ancestral step, fixedlarge (beta_t) or fixedsmall (posterior variance).
-        sampler: ddim or ddpm (all T steps).
-        steps, eta: of DDIM; eta 0 is deterministic, 1 has the noise of DDPM.
+        sampler: ddim, ddpm (all T steps) or dpmpp (deterministic, good with few steps).
+        steps: network calls of ddim and dpmpp.
+        eta: of ddim; 0 is deterministic, 1 has the noise of DDPM.
         guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class) (Ho & Salimans 2022, eq. 6).
     """
 
@@ -141,7 +156,12 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         self.sampler = sampler
         self.eta = eta
         self.guidance = guidance
-        self.timesteps = ddim_timesteps(T, steps) if sampler == "ddim" else list(range(T))
+        if sampler == "ddim":
+            self.timesteps = ddim_timesteps(T, steps)
+        elif sampler == "dpmpp":
+            self.timesteps = dpmpp_timesteps(self.alphas_bar, steps)
+        else:
+            self.timesteps = list(range(T))
         variance = self.betas if var_type == "fixedlarge" else self.posterior_var
         # posterior_var[0] is 0: the published code takes the next one, to have a finite logarithm
         self.register_buffer("log_var", torch.cat([self.posterior_var[1:2], variance[1:]]).log())
@@ -187,6 +207,28 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         x_prev = x_prev + (1 - abar_prev - sigma**2).clamp(min=0).sqrt().float()[to_image] * eps
         return x_prev if self.eta == 0 else x_prev + sigma.float()[to_image] * noise(x_t)
 
+    def sample_dpmpp(self, x_t, labels):
+        """DPM-Solver++ (2M) of Lu et al. 2022, algorithm 2, from timestep T-1 to 0; x_0 is clamped to [-1, 1].
+
+        With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda
+        and r = h_before / h:  D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
+        The first step has no x_0_before and is of first order, D = x_0, and so is the last, to keep it stable.
+        """
+        abar = self.alphas_bar[self.timesteps]
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        h = -(alpha / sigma).log().diff()  # h[i] > 0: from visited timestep i + 1 down to i
+        x_0_before = None
+        for i in reversed(range(len(self.timesteps) - 1)):
+            t = x_t.new_full((x_t.shape[0],), self.timesteps[i + 1], dtype=torch.long)
+            x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t).clamp(-1, 1)
+            D = x_0
+            if x_0_before is not None and i > 0:
+                half_inverse_r = (h[i] / (2 * h[i + 1])).float()
+                D = x_0 + half_inverse_r * (x_0 - x_0_before)
+            x_t = (sigma[i] / sigma[i + 1]).float() * x_t - (alpha[i] * torch.expm1(-h[i])).float() * D
+            x_0_before = x_0
+        return x_t
+
     @torch.no_grad()
     def forward(self, x_T, labels=None, noise=torch.randn_like):
         """Images from noise.
@@ -197,8 +239,10 @@ class GaussianDiffusionSampler(GaussianDiffusion):
             noise: called as noise(x) for every stochastic step, returns standard normal values of x's shape.
 
         Returns:
-            (B, 3, img_size, img_size), about [-1, 1]; DDPM's is clipped to it, DDIM's is not.
+            (B, 3, img_size, img_size), about [-1, 1]; DDPM's is clipped to it, the others are not.
         """
+        if self.sampler == "dpmpp":
+            return self.sample_dpmpp(x_T, labels)
         step = self.ddim_step if self.sampler == "ddim" else self.ddpm_step
         taus = [x_T.new_full((x_T.shape[0],), tau, dtype=torch.long) for tau in self.timesteps]
         x_t = x_T

@@ -166,6 +166,56 @@ def test_ddim_timesteps():
         ddim_timesteps(10, 11)
 
 
+class Linear(nn.Module):
+    """The optimal network for x_0 ~ N(0, std^2), whose probability-flow ODE is solved by scaling."""
+
+    def __init__(self, std):
+        super().__init__()
+        self.variance = std**2
+
+    def forward(self, x, t, labels=None):
+        a = torch.from_numpy(ABAR).to(x)[t][:, None, None, None]
+        return (1 - a).sqrt() * x / (a * self.variance + 1 - a)
+
+
+@pytest.mark.parametrize("std", [0.3, 0.6])
+def test_dpmpp_solves_the_probability_flow_ode_to_second_order(std):
+    """x_t / sqrt(abar_t std^2 + 1 - abar_t) is constant along the exact solution."""
+    x_T = 0.3 * noise(10, 2, 3, 8, 8).clamp(-2, 2)
+    scale = np.sqrt(ABAR * std**2 + 1 - ABAR)
+    exact = x_T.double().numpy() * scale[0] / scale[-1]
+
+    def error(kind, steps):
+        solver = GaussianDiffusionSampler(Linear(std), BETA_1, BETA_T, T, sampler=kind, steps=steps)
+        return np.abs(solver(x_T).numpy() - exact).max() / np.abs(exact).max()
+
+    assert error("dpmpp", 20) < 0.02
+    assert error("dpmpp", 20) < error("ddim", 50)
+    assert error("dpmpp", 20) / error("dpmpp", 40) > 2.5, "first order would give 2"
+
+
+def test_dpmpp_against_the_published_form():
+    """Algorithm 2 written with its own symbols, from lambda, in float64."""
+    x_T, steps = noise(11, 2, 3, 8, 8), 7
+    every = np.log(ABAR / (1 - ABAR)) / 2
+    taus = [int(np.argmin(np.abs(every - x))) for x in np.linspace(every[-1], every[0], steps + 1)]
+    assert taus[0] == 999 and taus[-1] == 0
+    alpha, sigma = np.sqrt(ABAR[taus]), np.sqrt(1 - ABAR[taus])
+    lam = np.log(alpha) - np.log(sigma)
+    x, buffer = x_T.double().numpy(), []
+    for i in range(1, steps + 1):
+        predicted = to_x_0("epsilon", smooth(x, taus[i - 1]), x, taus[i - 1])
+        buffer.append(np.clip(predicted, -1, 1))
+        h = lam[i] - lam[i - 1]
+        D = buffer[-1]
+        if 1 < i < steps:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            D = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2]
+        x = sigma[i] / sigma[i - 1] * x - alpha[i] * (np.exp(-h) - 1) * D
+    ours = sampler(sampler="dpmpp", steps=steps)(x_T)
+    np.testing.assert_allclose(ours.numpy(), x, atol=1e-4)
+
+
 def test_all_timesteps_stay_finite():
     images = GaussianDiffusionSampler(Smooth(), BETA_1, BETA_T, 30, steps=30, eta=1.0)(noise(9, 2, 3, 8, 8))
     assert torch.isfinite(images).all()

@@ -33,7 +33,7 @@ def test_published_syntax_is_accepted(script, tmp_path):
     """Single dashes, --no, bare booleans, a repeated flag that replaces the default: all read, then T is refused."""
     flags = "--noeval -train -Fed=False -ch_mult=1 --ch_mult=2 --attn 1 --parallel -num_workers 4 --mid_T=500".split()
     result = run(script, *flags, "--T=10", "--sample_steps=50", cwd=tmp_path, code=2)
-    assert result.stderr == f"{script}: error: --sample_steps=50 is above --T=10: lower it\n"
+    assert result.stderr == f"{script}: error: --sample_steps=50: with --T=10 at most 10\n"
 
 
 @pytest.mark.parametrize("name", ["DIGITS", "CIFAR10", "CIFAR100", "AFHQ_DOG"])

@@ -38,7 +38,9 @@ flags.DEFINE_integer("T", 1000, "number of timesteps, >= 2", lower_bound=2)
 flags.DEFINE_enum("mean_type", "epsilon", MEAN_TYPES, "what the network predicts")
 flags.DEFINE_enum("var_type", "fixedlarge", VAR_TYPES, "variance of the ancestral step (--sampler=ddpm)")
 flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are generated")
-flags.DEFINE_integer("sample_steps", 50, "network calls per image of --sampler=ddim, 1 to T", lower_bound=1)
+flags.DEFINE_integer(
+    "sample_steps", 50, "network calls per image of --sampler=ddim (1 to T) or dpmpp (1 to T - 1; 20 do)", lower_bound=1
+)
 flags.DEFINE_float("eta", 0.0, "noise of --sampler=ddim, 0 (none) to 1 (as DDPM)", 0.0, 1.0)
 flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 0 for none", lower_bound=0.0)
 
@@ -136,8 +138,9 @@ def check(values):
         )
     if values.beta_1 > values.beta_T:
         raise UsageError(f"--beta_1={values.beta_1} is above --beta_T={values.beta_T}: swap or correct them")
-    if values.sampler == "ddim" and values.sample_steps > values.T:
-        raise UsageError(f"--sample_steps={values.sample_steps} is above --T={values.T}: lower it")
+    most_steps = {"ddim": values.T, "dpmpp": values.T - 1}.get(values.sampler)
+    if most_steps is not None and values.sample_steps > most_steps:
+        raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
     for name in ("label_dropout", "guidance", "legacy_labels"):

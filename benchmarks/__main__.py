@@ -1,0 +1,67 @@
+"""The speed of everything against an honest baseline, as one table:
+
+python -m benchmarks [--only step,sampler,neighbors,frechet,data] [--json FILE] [--check]
+"""
+
+import argparse
+import importlib
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from errors import UserError
+from files import write_json
+
+PARTS = ("step", "sampler", "neighbors", "frechet", "data")
+
+
+def machine():
+    """What the numbers depend on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "cpu": model,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main(arguments=None):
+    """Print the table; returns 1 if asked to check and a target is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--scale", type=float, default=1.0, help="below 1: a smaller trial, whose targets mean little")
+    options = parser.parse_args(arguments)
+    parts = options.only.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only={options.only}: choose some of {','.join(PARTS)}")
+    rows = []
+    try:
+        for part in tqdm(parts, desc="benchmarks"):
+            rows += importlib.import_module(f"benchmarks.{part}").measure(options.scale)
+    except UserError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print("| what | ours | baseline | ratio | target | |\n|---|---|---|---|---|---|")
+    for entry in rows:
+        numbers = " | ".join(f"{entry[name]:.4g}" for name in ("ours", "baseline", "ratio", "target"))
+        print(f"| {entry['what']} | {numbers} | {'met' if entry['ok'] else 'MISSED'} |")
+    if options.json:
+        write_json(options.json, {"machine": machine(), "rows": rows})
+    return int(options.check and not all(entry["ok"] for entry in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
