@@ -86,7 +86,7 @@ def test_wrong_flags_are_one_line(flags, tmp_path):
         ),
         ("main_fed.py", "--train --client_num=49", "--client_num=49: more shards than the 48 images"),
         ("main.py", "--train --batch_size=49", "--batch_size=49 is larger than the 48 images"),
-        ("all_in.py", "", "--unet_dir: name a checkpoint"),
+        ("all_in.py", "--fid_features=pixels", "--unet_dir: name a checkpoint"),
         ("all_in.py", "--stages=", "--stages"),
     ],
 )
@@ -100,8 +100,8 @@ def test_contradictions_are_one_line(script, flags, message, tmp_path):
     [
         ("main.py", "--train --dataset=cifar10 --img_size=32", "data"),
         ("main_fed.py", "--train --client_num=3 --check_dir=missing.pt", "missing.pt: no such checkpoint"),
-        ("all_in.py", "--unet_dir=missing.pt", "missing.pt: no such checkpoint"),
-        ("all_in.py", "--samples=missing.npy", "missing.npy"),
+        ("all_in.py", "--fid_features=pixels --unet_dir=missing.pt", "missing.pt: no such checkpoint"),
+        ("all_in.py", "--fid_features=pixels --samples=missing.npy", "missing.npy"),
         ("main.py", "--eval --fid_features=pixels", "holds no ckpt*.pt"),
         ("main.py", "--train --logdir=/proc/nowhere", "--logdir=/proc/nowhere: cannot be written"),
     ],
