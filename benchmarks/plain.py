@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusion import GaussianDiffusionTrainer
-from model import AttnBlock
+from model import AttnBlock, Dropout
 
 
 class PlainSwish(nn.Module):
@@ -41,7 +41,7 @@ def plain_copy(net):
                 setattr(module, name, PlainSwish())
             elif isinstance(child, AttnBlock):
                 setattr(module, name, PlainAttention(child))
-            elif type(child).__name__ == "Dropout":
+            elif isinstance(child, Dropout):
                 setattr(module, name, nn.Dropout(child.p))
     return net
 

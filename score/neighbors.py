@@ -1,7 +1,7 @@
 """Exact nearest neighbours of images, by integer matrix products.
 
-Pixels become int8 codes around the middle grey, so that products of codes, and sums of up to 2^17 of them, are exact
-integers on every device and in every order of summation.
+Pixels become int8 codes around the middle grey, so that products of codes and their sums are exact integers on every
+device and in every order of summation.
 
 Images of 256 levels (uint8, or floats that are all some n / 255) are their codes: v = 255 x - 128. Their squared
 distances |a|^2 + |b|^2 - 2 a.b are then exact integers, and (distance, index) packed into one integer has no ties:
@@ -25,7 +25,10 @@ from tqdm import tqdm
 
 LEVELS = 255
 MIDDLE = 128
-EXACT_TERMS = 1024  # products of two int8 codes whose sum is exact in float32: 2^10 * 2^7 * 2^7 = 2^24
+LARGEST = 100  # value accepted: what lies outside [0, 1] is measured right, but the further, the slower
+# products of two int8 codes, of at most 2^14 each, whose sums are exact
+FLOAT32_TERMS = 2**10
+INT32_TERMS = 2**16
 CHUNK = 32  # images converted or measured at a time: they stay in the processor's cache
 
 
@@ -46,18 +49,18 @@ def nearest_neighbors(generated, training, k=50, batch_generated=2048, batch_tra
         others they are sums in float64. Nothing depends on the batch sizes.
 
     Raises:
-        ValueError: an empty set, values outside [0, 1], different image shapes, k or a batch below 1.
+        ValueError: an empty set, NaN, infinite or huge values, different image shapes, k or a batch below 1.
     """
     _check_arguments(generated, training, k, batch_generated, batch_training)
     generated = _levels_or_floats(generated.to(training.device).flatten(1), "generated")
     training = _levels_or_floats(training.flatten(1), "training")
     k = min(k, len(training))
     search = _search_levels if generated.dtype == training.dtype == torch.uint8 else _search_floats
-    product = _fastest_product(training)
+    multiply = _fastest_product(training)
     found = []
     with tqdm(total=len(generated), desc="nearest neighbours", unit="image", disable=not progress) as bar:
         for batch in generated.split(batch_generated):
-            found.append(search(batch, training, k, max(batch_training, k), product))
+            found.append(search(batch, training, k, max(batch_training, k), multiply))
             bar.update(len(batch))
     sq_distance, index = zip(*found, strict=True)
     return torch.cat(sq_distance), torch.cat(index)
@@ -74,7 +77,7 @@ def nearest_other(training, rows):
     return torch.where(index[:, 0] == rows.to(index.device), sq_distance[:, 1], sq_distance[:, 0])
 
 
-def _search_levels(generated, training, k, block_size, product):
+def _search_levels(generated, training, k, block_size, multiply):
     """`nearest_neighbors` of uint8 images (n, D) among (M, D), in integers."""
     M, D = training.shape
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
@@ -83,7 +86,7 @@ def _search_levels(generated, training, k, block_size, product):
     best = norm.new_empty(len(generated), 0)  # packed: squared distance less |a|^2, times M, plus index
     for start in range(0, M, block_size):
         keys, key_norm = _levels_to_codes(training[start : start + block_size])
-        score = product(codes, keys).to(dtype).mul_(-2).add_(key_norm.to(dtype))
+        score = _product(codes, keys, multiply).to(dtype).mul_(-2).add_(key_norm.to(dtype))
         packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
         best = torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
     return (norm[:, None] + best // M).double() / LEVELS**2, best % M
@@ -101,7 +104,7 @@ def _improvements(score, worst, start, M):
     return _in_rows(row, score[row, column].long() * M + (start + column), len(score), torch.iinfo(torch.int64).max)
 
 
-def _search_floats(generated, training, k, block_size, product):
+def _search_floats(generated, training, k, block_size, multiply):
     """`nearest_neighbors` of images (n, D) among (M, D), at least one side float: approximate, then measured."""
     n, limit = len(generated), 4 * k + 256
     codes = _floats_to_codes(generated)
@@ -111,7 +114,7 @@ def _search_floats(generated, training, k, block_size, product):
     kth = torch.full((n,), torch.inf, dtype=torch.float64, device=training.device)
     eps = torch.zeros_like(kth)
     for start in range(0, len(training), block_size):
-        new, error = _approximate(codes, _floats_to_codes(training[start : start + block_size]), product)
+        new, error = _approximate(codes, _floats_to_codes(training[start : start + block_size]), multiply)
         eps = torch.maximum(eps, error)
         if start == 0:
             kth = new.topk(k, dim=1, largest=False).values[:, -1].double()
@@ -139,12 +142,12 @@ def _search_floats(generated, training, k, block_size, product):
     return sq_distance, index
 
 
-def _approximate(codes, keys, product):
+def _approximate(codes, keys, multiply):
     """|b|^2 - 2 a.b in float32 (n, m), and the bound of its error, float64 (n,): see the docstring of this file."""
     high, low, norm, low_norm, rest = codes
     key_high, key_low, key_norm, key_low_norm, key_rest = keys
-    mixed = product(torch.cat([high, low], dim=1), torch.cat([key_low, key_high], dim=1))
-    score = product(high, key_high).float().add_(mixed, alpha=1 / 256).mul_(-2).add_(key_norm.float())
+    mixed = _product(torch.cat([high, low], dim=1), torch.cat([key_low, key_high], dim=1), multiply)
+    score = _product(high, key_high, multiply).float().add_(mixed, alpha=1 / 256).mul_(-2).add_(key_norm.float())
     missed = (
         low_norm * key_low_norm.max() / 2**16 + (norm.sqrt() + rest) * key_rest.max() + rest * key_norm.max().sqrt()
     )
@@ -183,14 +186,16 @@ def _floats_to_codes(images):
     """Codes hi and lo, int8 (n, D); |v|^2, |lo| and an upper bound of the norm of the rest, float64 (n,)."""
     high, low = (torch.empty(images.shape, dtype=torch.int8, device=images.device) for _ in range(2))
     norm, low_norm, rest = torch.empty(3, len(images), dtype=torch.float64, device=images.device)
-    # 255 x - 128 in float32 is off by at most 2^-16
-    arithmetic = 2.0**-16 * images.shape[1] ** 0.5
+    arithmetic = 0.0
+    if images.dtype != torch.uint8:
+        # 255 x - 128 in float32 is off by at most 2^-16, and by more outside [0, 1]
+        arithmetic = 2.0**-16 * max(1.0, float(images.max()), -float(images.min())) * images.shape[1] ** 0.5
     for start in range(0, len(images), CHUNK):
         rows = slice(start, start + CHUNK)
-        v = _values(images[rows]).float() * LEVELS - MIDDLE
-        high[rows] = v.round()
+        v = images[rows].float() - MIDDLE if images.dtype == torch.uint8 else images[rows].float() * LEVELS - MIDDLE
+        high[rows] = v.round().clamp_(-128, 127)
         remainder = v - high[rows]
-        low[rows] = (remainder * 256).round().clamp_(max=127)
+        low[rows] = (remainder * 256).round().clamp_(-128, 127)
         norm[rows] = v.double().square_().sum(dim=1)
         low_norm[rows] = low[rows].float().square_().sum(dim=1, dtype=torch.float64).sqrt()
         rest[rows] = 1.01 * (remainder - low[rows] / 256).square_().sum(dim=1).sqrt() + arithmetic
@@ -212,14 +217,22 @@ def _values(images):
     return images.double().div_(LEVELS) if images.dtype == torch.uint8 else images.double()
 
 
+def _product(a, b, multiply):
+    """a b^T of int8 codes (n, D) and (m, D), exact: int32, or int64 where the sums may be larger than that."""
+    if a.shape[1] <= INT32_TERMS:
+        return multiply(a, b)
+    parts = zip(a.split(INT32_TERMS, dim=1), b.split(INT32_TERMS, dim=1), strict=True)
+    return sum(multiply(x.contiguous(), y.contiguous()).long() for x, y in parts)
+
+
 def _integer_product(a, b):
-    """a b^T of int8 (n, D) and (m, D), in int32."""
+    """a b^T of int8 (n, D) and (m, D), D at most 2^16, in int32."""
     return torch._int_mm(a, b.T)
 
 
 def _float_product(a, b):
     """The same by float32 products short enough to be exact, also where float32 means TF32."""
-    parts = zip(a.split(EXACT_TERMS, dim=1), b.split(EXACT_TERMS, dim=1), strict=True)
+    parts = zip(a.split(FLOAT32_TERMS, dim=1), b.split(FLOAT32_TERMS, dim=1), strict=True)
     return sum((x.float() @ y.float().T).int() for x, y in parts)
 
 
@@ -227,7 +240,7 @@ def _fastest_product(images):
     """The way of multiplying codes that is faster here: processors without int8 units lose time with integers."""
     if images.device.type != "cpu":
         return _float_product
-    codes = torch.zeros(256, images.shape[1], dtype=torch.int8)
+    codes = torch.zeros(256, min(images.shape[1], INT32_TERMS), dtype=torch.int8)
     seconds = {}
     for product in (_integer_product, _float_product):
         product(codes, codes)
@@ -245,8 +258,9 @@ def _levels_or_floats(images, name):
     exact = True
     for rows, out in zip(images.split(CHUNK), levels.split(CHUNK), strict=True):
         low, high = rows.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"{name} holds values outside [0, 1], or NaN")
+        if not (low >= -LARGEST and high <= LARGEST):
+            raise ValueError(f"{name} holds NaN, infinite or huge values: images are in [0, 1]")
+        exact = exact and bool(low >= 0) and bool(high <= 1)
         if exact:
             level = (rows * LEVELS).round_()
             exact = torch.equal(level / LEVELS, rows)

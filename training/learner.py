@@ -57,9 +57,7 @@ class Learner:
         parallel=False,
     ):
         self.device = next(net.parameters()).device
-        if self.device.type == "cuda":
-            net = net.to(memory_format=torch.channels_last)
-        self.net = net
+        self.net = net = net.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         network = wrap_network(net, compile, parallel)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
