@@ -72,7 +72,7 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        numbers = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
         keep = numbers.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
         mask = keep.to(x.dtype).mul_(1 / (1 - self.p))
         return x * mask.as_strided(x.shape, x.stride())
