@@ -12,7 +12,7 @@ from absl import flags as absl_flags
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
 from errors import UsageError
-from files import write_json
+from files import make_directory, write_json
 from model import UNet
 from score.generate import draw_labels, generate
 from score.inception import find_weights
@@ -95,7 +95,9 @@ def main():
         weights = find_weights(FLAGS.inception_weights)
     data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
-    open_logdir(logdir, flags.as_flagfile(FLAGS), data.subset)
+    if FLAGS.train:
+        open_logdir(logdir, flags.as_flagfile(FLAGS), data.subset)
+    make_directory(logdir, "logdir")
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)

@@ -61,7 +61,9 @@ def test_flagfile_of_the_log_directory_repeats_the_run(trained, tmp_path):
 
 def test_eval_scores_raw_and_ema_weights(trained, tmp_path):
     flags = ["--eval", f"--logdir={trained}", "--num_images=20", "--fid_features=pixels"]
+    trained_with = (trained / "flagfile.txt").read_text()
     result = run("main.py", *TINY_FLAGS, *flags, cwd=tmp_path)
+    assert (trained / "flagfile.txt").read_text() == trained_with, "the flags of the training stay"
     scores = json.loads((trained / "eval_ckpt12.json").read_text())
     assert scores["net"]["fpd"] > 0 and scores["net"]["fpd"] != scores["ema"]["fpd"]
     assert "ckpt12.pt net: fpd" in result.stdout and "ckpt12.pt ema: fpd" in result.stdout
