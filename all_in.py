@@ -102,7 +102,11 @@ def generate_images(net, path, device):
 def existing_images():
     """(images, provenance) of --samples, or of an earlier generate stage."""
     if FLAGS.samples:
-        return load_samples(FLAGS.samples, FLAGS.img_size), {"checkpoint": None, "weights": None, "samples": FLAGS.samples}
+        return load_samples(FLAGS.samples, FLAGS.img_size), {
+            "checkpoint": None,
+            "weights": None,
+            "samples": FLAGS.samples,
+        }
     path = Path(FLAGS.generate_dir) / "generate.npy"
     if not path.exists():
         raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")

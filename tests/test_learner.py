@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from diffusion import GaussianDiffusionTrainer
 from tests.networks import tiny_learner
+from training.agc import AntiGradientControl
 from training.batches import ShardBatches
 
 IMAGES = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -72,6 +74,46 @@ def test_continues_exactly_from_its_state():
         for key, value in expected.state_dict().items():
             assert torch.equal(ours.state_dict()[key], value), key
     assert second.lr == straight.lr and second.step == 6
+
+
+def test_schedule_is_what_lambda_lr_would_do():
+    learner = tiny_learner(warmup=3)
+    optim = torch.optim.Adam(learner.net.parameters(), lr=1e-3)
+    sched = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: min(step, 3) / 3)
+    for _ in range(5):
+        assert learner.lr == pytest.approx(sched.get_last_lr()[0])
+        train(learner, make_batches(), 1)
+        optim.step()
+        sched.step()
+    assert learner.state_dict()["sched"].items() <= {**sched.state_dict(), "_last_lr": [learner.lr]}.items()
+    sched.load_state_dict(learner.state_dict()["sched"])
+
+
+def whole_step(learner, agc, skip_counts, batch):
+    """One step of main_fed.py from batch to numbers; returns what stays on the device."""
+    losses = learner.losses(batch)
+    loss, keep = agc(losses, batch.t)
+    learner.update(loss)
+    skip_counts[batch.index] += ~keep
+    return loss.detach(), keep
+
+
+def test_the_step_never_asks_the_device_for_a_number(monkeypatch):
+    """On fake tensors, where .item(), bool(tensor) and shapes that depend on data raise."""
+    # moving a module swaps its tensors, which fake ones do not allow; all is on one device anyway
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    # the EMA network is a deep copy, which must not have a copy of the mode
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
+    with FakeTensorMode():
+        learner, agc = tiny_learner(), AntiGradientControl(10)
+        images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+        batches = ShardBatches(images, None, torch.arange(16), batch_size=4, T=10, seed=0, hflip=True)
+        skip_counts = torch.zeros(16, dtype=torch.int64)
+        for _ in range(2):
+            loss, _ = whole_step(learner, agc, skip_counts, batches(learner.step))
+        assert learner.step == 2
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
 
 
 def test_optimiser_state_covers_all_parameters_in_order():

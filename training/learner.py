@@ -11,9 +11,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 @torch.no_grad()
-def update_ema(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net, for every entry of the state dict, in place."""
-    torch._foreach_lerp_(list(ema.state_dict().values()), list(net.state_dict().values()), 1 - decay)
+def update_ema(ema, entries, decay):
+    """ema <- decay ema + (1 - decay) entries, for lists of tensors, in place."""
+    torch._foreach_lerp_(ema, entries, 1 - decay)
 
 
 def wrap_network(net, compile, parallel):
@@ -23,6 +23,11 @@ def wrap_network(net, compile, parallel):
     if parallel and torch.cuda.device_count() > 1:
         net = nn.DataParallel(net)
     return net
+
+
+def warmup_factor(step, warmup):
+    """The share of the learning rate that update number `step` (from 0) gets: linear from 0 over `warmup` steps."""
+    return min(step, warmup) / warmup if warmup else 1.0
 
 
 class Learner:
@@ -62,11 +67,13 @@ class Learner:
         network = wrap_network(net, compile, parallel)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
         self.optim = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-        self.sched = torch.optim.lr_scheduler.LambdaLR(
-            self.optim, lambda step: min(step, warmup) / warmup if warmup else 1.0
-        )
+        self.base_lr = lr
+        self.warmup = warmup
         self.dtype = PRECISIONS[precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scales_loss = precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scales_loss)
+        self.entries = list(net.state_dict().values())
+        self.ema_entries = list(self.ema.state_dict().values())
         self.grad_clip = grad_clip
         self.ema_decay = ema_decay
         self.step = 0
@@ -74,7 +81,7 @@ class Learner:
     @property
     def lr(self):
         """The learning rate of the next update."""
-        return self.sched.get_last_lr()[0]
+        return self.base_lr * warmup_factor(self.step, self.warmup)
 
     def losses(self, batch):
         """The loss of every sample, its squared error averaged over C, H and W: (B,) float32."""
@@ -84,14 +91,20 @@ class Learner:
 
     def update(self, loss):
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA."""
-        self.optim.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optim)
-        nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
-        self.scaler.step(self.optim)
-        self.scaler.update()
-        self.sched.step()
-        update_ema(self.ema, self.net, self.ema_decay)
+        for parameter in self.net.parameters():
+            parameter.grad = None
+        self.optim.param_groups[0]["lr"] = self.lr
+        if self.scales_loss:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optim)
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+            self.scaler.step(self.optim)
+            self.scaler.update()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
+            self.optim.step()
+        update_ema(self.ema_entries, self.entries, self.ema_decay)
         self.step += 1
 
     def set_weights(self, net_state, ema_state):
@@ -104,16 +117,25 @@ class Learner:
         return {
             "net_model": self.net.state_dict(),
             "ema_model": self.ema.state_dict(),
-            "sched": self.sched.state_dict(),
+            "sched": self.schedule_state(),
             "optim": self.optim.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
+        }
+
+    def schedule_state(self):
+        """The schedule as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint."""
+        return {
+            "base_lrs": [self.base_lr],
+            "last_epoch": self.step,
+            "_step_count": self.step + 1,
+            "_last_lr": [self.lr],
+            "lr_lambdas": [None],
         }
 
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         self.optim.load_state_dict(state["optim"])
-        self.sched.load_state_dict(state["sched"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
