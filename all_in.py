@@ -42,12 +42,12 @@ class Evaluation:
     What an earlier call found for the same images and training set stays, so stages can be run one by one.
     """
 
-    def __init__(self, images, training, provenance):
+    def __init__(self, images, training, identity, provenance):
         self.path = Path(FLAGS.grid_dir) / "result.json"
-        self.result = {"seconds": {}, **hashes(images, training)}
+        self.result = {"seconds": {}, **identity}
         if self.path.exists():
             earlier = read_json(self.path)
-            if self.result.items() >= {key: earlier.get(key) for key in hashes(images, training)}.items():
+            if all(earlier.get(key) == value for key, value in identity.items()):
                 self.result = earlier
         seconds = self.result["seconds"] | provenance.get("seconds", {})
         self.result |= {"N": len(images), "training_set_size": len(training), **provenance, "seconds": seconds}
@@ -117,7 +117,7 @@ def existing_images():
     return images, provenance
 
 
-def memorise(images, training, device):
+def memorise(images, training, identity, device):
     """How many images copy the training set; their nearest training images are kept in --similar_dir."""
     training_on_device = training.to(device)
     sq_distance, index = nearest_neighbors(
@@ -130,7 +130,7 @@ def memorise(images, training, device):
     ratio = memorization_ratio(sq_distance)
     arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
     with atomic_write(neighbors_path()) as file:
-        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **hashes(images, training))
+        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
     counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
     return {
         "mq": counts,
@@ -144,13 +144,13 @@ def neighbors_path():
     return Path(FLAGS.similar_dir) / "memorization.npz"
 
 
-def draw_grids(images, training):
+def draw_grids(images, training, identity):
     """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
     path = neighbors_path()
     if not path.exists():
         raise DataError(f"{path}: no such file: run the memorise stage first")
     with np.load(path, allow_pickle=False) as saved:
-        if any(str(saved[key]) != value for key, value in hashes(images, training).items()):
+        if any(str(saved[key]) != value for key, value in identity.items()):
             raise DataError(f"{path}: neighbours of other images: run the memorise stage again")
         ratio, index = torch.from_numpy(saved["ratio"]), torch.from_numpy(saved["index"])
     return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
@@ -205,16 +205,17 @@ def main():
 
     if "generate" in stages:
         images, provenance = generate_images(net, path, device)
-    evaluation = Evaluation(images, training, provenance)
+    identity = hashes(images, training)
+    evaluation = Evaluation(images, training, identity, provenance)
     if "score" in stages:
         with evaluation.stage("score") as numbers:
             numbers |= quality(images)
     if "memorise" in stages:
         with evaluation.stage("memorise") as numbers:
-            numbers |= memorise(images, training, device)
+            numbers |= memorise(images, training, identity, device)
     if "grid" in stages:
         with evaluation.stage("grid") as numbers:
-            numbers["grids"] = draw_grids(images, training)
+            numbers["grids"] = draw_grids(images, training, identity)
     append_published_format(evaluation.result)
     print_summary(evaluation.result)
 
