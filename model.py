@@ -55,12 +55,24 @@ class DownSample(nn.Module):
 
 
 class UpSample(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution, (B, C, H, W) -> (B, C, 2H, 2W), with 4/9 of its products.
+
+    An input pixel j is seen by the output pixels o of its two copies 2j and 2j + 1 through w[2j - o + 1] and
+    w[2j + 1 - o + 1]. With o = 2j - 1 + k these are w[2 - k] and w[3 - k], so in each direction the two operations are
+    one transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
+    """
+
     def __init__(self, ch):
         super().__init__()
         self.main = conv(ch, ch, 3)
+        sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        self.register_buffer("kernel_sums", torch.kron(sums, sums).T.contiguous(), persistent=False)
 
     def forward(self, x, temb, cemb):
-        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
+        weight = self.main.weight.transpose(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = (weight.flatten(2) @ self.kernel_sums).unflatten(2, (4, 4))
+        return F.conv_transpose2d(x, kernel, self.main.bias, stride=2, padding=1)
 
 
 class Dropout(nn.Dropout):
@@ -105,11 +117,12 @@ class AttnBlock(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm-swish-conv twice around the time and class embeddings, a shortcut, then optional attention."""
 
-    def __init__(self, in_ch, out_ch, tdim, dropout, attn):
+    def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional):
         super().__init__()
         self.block1 = nn.Sequential(nn.GroupNorm(GROUPS, in_ch), nn.SiLU(), conv(in_ch, out_ch, 3))
         self.temb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch))
-        self.cemb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch))
+        # without classes it is a name in the published checkpoints only, and is not trained
+        self.cemb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch)).requires_grad_(conditional)
         self.block2 = nn.Sequential(
             nn.GroupNorm(GROUPS, out_ch), nn.SiLU(), Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
         )
@@ -148,8 +161,9 @@ class UNet(nn.Module):
         if ch % GROUPS:
             raise ValueError(f"ch is {ch}: must be a multiple of {GROUPS}")
         tdim = 4 * ch
+        conditional = num_labels is not None
         self.time_embedding = Embedding(nn.Embedding.from_pretrained(sinusoidal_table(T, ch)), ch, tdim)
-        if num_labels is not None:
+        if conditional:
             self.cond_embedding = Embedding(nn.Embedding(num_labels + 1, ch, padding_idx=0), ch, tdim)
         self.num_labels = num_labels
 
@@ -159,7 +173,7 @@ class UNet(nn.Module):
         now_ch = ch
         for level, mult in enumerate(ch_mult):
             for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(now_ch, ch * mult, tdim, dropout, level in attn))
+                self.downblocks.append(ResBlock(now_ch, ch * mult, tdim, dropout, level in attn, conditional))
                 now_ch = ch * mult
                 skip_channels.append(now_ch)
             if level < len(ch_mult) - 1:
@@ -168,15 +182,17 @@ class UNet(nn.Module):
 
         self.middleblocks = nn.ModuleList(
             [
-                ResBlock(now_ch, now_ch, tdim, dropout, attn=True),
-                ResBlock(now_ch, now_ch, tdim, dropout, attn=False),
+                ResBlock(now_ch, now_ch, tdim, dropout, True, conditional),
+                ResBlock(now_ch, now_ch, tdim, dropout, False, conditional),
             ]
         )
 
         self.upblocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mult))):
             for _ in range(num_res_blocks + 1):
-                self.upblocks.append(ResBlock(skip_channels.pop() + now_ch, ch * mult, tdim, dropout, level in attn))
+                self.upblocks.append(
+                    ResBlock(skip_channels.pop() + now_ch, ch * mult, tdim, dropout, level in attn, conditional)
+                )
                 now_ch = ch * mult
             if level > 0:
                 self.upblocks.append(UpSample(now_ch))

@@ -3,10 +3,11 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion import GaussianDiffusionTrainer
-from model import AttnBlock, Dropout
+from model import AttnBlock, Dropout, UpSample
 
 
 class PlainSwish(nn.Module):
@@ -32,8 +33,19 @@ class PlainAttention(nn.Module):
         return x + self.block.proj(h)
 
 
+class PlainUpSample(nn.Module):
+    """Doubling, then a convolution, with the weights of an `UpSample`."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.main = block.main
+
+    def forward(self, x, temb, cemb):
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
 def plain_copy(net):
-    """A copy of a UNet with x * sigmoid(x), bmm attention and nn.Dropout."""
+    """A copy of a UNet with x * sigmoid(x), bmm attention, nn.Dropout, and doubling as a layer of its own."""
     net = copy.deepcopy(net)
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
@@ -41,6 +53,8 @@ def plain_copy(net):
                 setattr(module, name, PlainSwish())
             elif isinstance(child, AttnBlock):
                 setattr(module, name, PlainAttention(child))
+            elif isinstance(child, UpSample):
+                setattr(module, name, PlainUpSample(child))
             elif isinstance(child, Dropout):
                 setattr(module, name, nn.Dropout(child.p))
     return net

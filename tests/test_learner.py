@@ -1,6 +1,7 @@
 """The update against the same update written out with torch's plain pieces."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -114,6 +115,52 @@ def test_the_step_never_asks_the_device_for_a_number(monkeypatch):
         assert learner.step == 2
         with pytest.raises(DataDependentOutputException):
             loss.item()
+
+
+def default_step(learner, batch):
+    """One step of main.py."""
+    loss = learner.losses(batch).mean()
+    learner.update(loss)
+    return loss.detach()
+
+
+def test_torch_compile_captures_the_step_as_one_graph(monkeypatch):
+    """Of both scripts; fullgraph raises at the first graph break. The same step on the same batch must come out."""
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    compile = functools.partial(torch.compile, fullgraph=True, backend="eager")
+    batches = make_batches()
+    plain, captured = tiny_learner(dropout=0.0), tiny_learner(dropout=0.0)
+    agcs, skip_counts = (AntiGradientControl(10), AntiGradientControl(10)), torch.zeros(16, dtype=torch.int64)
+    captured_default, captured_whole = compile(default_step), compile(whole_step)
+    for step in range(2):
+        batch = batches(step)
+        assert torch.equal(default_step(plain, batch), captured_default(captured, batch))
+        loss, keep = whole_step(plain, agcs[0], skip_counts, batch)
+        captured_loss, captured_keep = captured_whole(captured, agcs[1], skip_counts, batch)
+        assert torch.equal(loss, captured_loss) and torch.equal(keep, captured_keep)
+    assert plain.step == captured.step == 4
+    for key, value in plain.ema.state_dict().items():
+        assert torch.equal(value, captured.ema.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_is_not_applied(precision):
+    learner = tiny_learner(precision=precision)
+    batches = make_batches()
+    train(learner, batches, 2)
+    before = copy.deepcopy(learner.state_dict())
+    batch = batches(2)
+    assert not learner.update(learner.losses(batch).mean() * torch.inf)
+    after = learner.state_dict()
+    for name in ("net_model", "ema_model"):
+        assert all(torch.equal(before[name][key], after[name][key]) for key in before[name])
+    for number, entry in before["optim"]["state"].items():
+        assert all(torch.equal(value, after["optim"]["state"][number][key]) for key, value in entry.items())
+    assert after["step"] == 3, "the schedule and the data go on"
+    if precision == "fp16":
+        assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    assert learner.update(learner.losses(batch).mean())
+    assert not torch.equal(learner.net.state_dict()["head.bias"], before["net_model"]["head.bias"])
 
 
 def test_optimiser_state_covers_all_parameters_in_order():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plain import plain_copy
 from model import UNet, sinusoidal_table
 from tests.networks import visible
 
@@ -118,6 +119,23 @@ def test_block_by_hand():
     out = (attention @ v) @ weights["proj.weight"][:, :, 0, 0].T
     expected = x.numpy() + out.transpose(0, 2, 1).reshape(2, 64, 3, 3)
     np.testing.assert_allclose(block(x).detach().numpy(), expected, atol=1e-10)
+
+
+def test_plain_layers_compute_the_same():
+    """Swish as x * sigmoid(x), attention as two products, doubling before the convolution; gradients too."""
+    net = visible(make(dropout=0.0))
+    plain = plain_copy(net)
+    x, t = torch.randn(2, 3, 12, 8), torch.tensor([3, 9])
+    outputs = [network(x, t) for network in (net, plain)]
+    assert outputs[0].abs().max() > 0.1
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    for output in outputs:
+        output.square().sum().backward()
+    gradients = [{name: p.grad for name, p in n.named_parameters() if p.grad is not None} for n in (net, plain)]
+    for name, gradient in gradients[0].items():
+        expected = gradients[1][name.replace("attn.", "attn.block.")]
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
+    assert len(gradients[0]) == len(gradients[1])
 
 
 def test_loads_pytorch_ddpm_weights_without_cemb_proj():

@@ -8,12 +8,19 @@ from torch import nn
 from diffusion import GaussianDiffusionTrainer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_SCALE = 2.0**16  # of the loss at the start: halved when a gradient overflows, doubled after FP16_GROWTH good steps
+FP16_GROWTH = 2000
 
 
 @torch.no_grad()
-def update_ema(ema, entries, decay):
-    """ema <- decay ema + (1 - decay) entries, for lists of tensors, in place."""
-    torch._foreach_lerp_(ema, entries, 1 - decay)
+def update_ema(ema, entries, weight):
+    """ema <- (1 - weight) ema + weight entries, for lists of tensors, in place; weight is a scalar tensor."""
+    torch._foreach_lerp_(ema, entries, [weight] * len(ema))
+
+
+def clip_divisor(norm, largest):
+    """What a gradient of this norm is divided by, so that its norm is at most `largest`; scalar tensor >= 1."""
+    return ((norm + 1e-6) / largest).clamp(min=1)
 
 
 def wrap_network(net, compile, parallel):
@@ -62,18 +69,27 @@ class Learner:
         parallel=False,
     ):
         self.device = next(net.parameters()).device
-        self.net = net = net.to(memory_format=torch.channels_last)
+        if self.device.type == "cuda":
+            net = net.to(memory_format=torch.channels_last)
+        self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         network = wrap_network(net, compile, parallel)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.entries = list(net.state_dict().values())
+        self.ema_entries = list(self.ema.state_dict().values())
         self.optim = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
+        for parameter in self.parameters:
+            self.optim.state[parameter] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.base_lr = lr
         self.warmup = warmup
         self.dtype = PRECISIONS[precision]
-        self.scales_loss = precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scales_loss)
-        self.entries = list(net.state_dict().values())
-        self.ema_entries = list(self.ema.state_dict().values())
+        self.loss_scale = torch.tensor(FP16_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
+        self.good_since_growth = torch.zeros((), dtype=torch.int32, device=self.device)
         self.grad_clip = grad_clip
         self.ema_decay = ema_decay
         self.step = 0
@@ -90,22 +106,51 @@ class Learner:
         return squared_error.mean(dim=(1, 2, 3))
 
     def update(self, loss):
-        """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA."""
-        for parameter in self.net.parameters():
+        """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
+
+        A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
+        is decided on the device, which is never waited for. Returns whether the step was applied: bool, scalar.
+        """
+        for parameter in self.parameters:
             parameter.grad = None
-        self.optim.param_groups[0]["lr"] = self.lr
-        if self.scales_loss:
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optim)
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
-            self.scaler.step(self.optim)
-            self.scaler.update()
-        else:
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
-            self.optim.step()
-        update_ema(self.ema_entries, self.entries, self.ema_decay)
+        (self.loss_scale * loss).backward()
+        gradients = [parameter.grad for parameter in self.parameters]
+        norm = nn.utils.get_total_norm(gradients) / self.loss_scale
+        applied = norm.isfinite() & loss.detach().isfinite()
+        not_applied = (~applied).float()
+        self.adam(gradients, self.loss_scale * clip_divisor(norm, self.grad_clip), not_applied)
+        update_ema(self.ema_entries, self.entries, (1 - self.ema_decay) * applied)
+        if self.dtype == torch.float16:
+            torch._amp_update_scale_(self.loss_scale, self.good_since_growth, not_applied, 2.0, 0.5, FP16_GROWTH)
         self.step += 1
+        return applied
+
+    @torch.no_grad()
+    def adam(self, gradients, divisor, not_applied):
+        """Adam (Kingma & Ba 2015) with gradients / divisor, or nothing where not_applied is 1: one fused pass."""
+        group = self.optim.param_groups[0]
+        group["lr"] = self.lr
+        state = [self.optim.state[parameter] for parameter in self.parameters]
+        steps = [entry["step"] for entry in state]
+        torch._foreach_add_(steps, [1 - not_applied] * len(steps))
+        # what torch.optim.Adam(fused=True).step() calls; that method itself cannot be captured by torch.compile
+        torch._fused_adam_(
+            self.parameters,
+            gradients,
+            [entry["exp_avg"] for entry in state],
+            [entry["exp_avg_sq"] for entry in state],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=divisor,
+            found_inf=not_applied,
+        )
 
     def set_weights(self, net_state, ema_state):
         """Replace the weights and the EMA weights, keeping Adam's state and the schedule."""
@@ -119,7 +164,7 @@ class Learner:
             "ema_model": self.ema.state_dict(),
             "sched": self.schedule_state(),
             "optim": self.optim.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": {"scale": self.loss_scale, "_growth_tracker": self.good_since_growth},
             "step": self.step,
         }
 
@@ -137,5 +182,7 @@ class Learner:
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         self.optim.load_state_dict(state["optim"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.dtype == torch.float16:
+            self.loss_scale.fill_(state["scaler"]["scale"])
+            self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])
         self.step = state["step"]
