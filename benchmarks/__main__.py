@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import write_json
+from training.allocator import keep_freed_memory
 
 PARTS = ("step", "sampler", "neighbors", "frechet", "data")
 
@@ -46,6 +47,7 @@ def main(arguments=None):
     parts = options.only.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--only={options.only}: choose some of {','.join(PARTS)}")
+    keep_freed_memory()  # as the scripts do: both sides of every row have it
     rows = []
     try:
         for part in tqdm(parts, desc="benchmarks"):

@@ -9,7 +9,7 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from benchmarks.timing import alternate, row, seconds_of
+from benchmarks.timing import alternate, row
 from errors import DataError
 from score.memorization import nearest_neighbors
 
@@ -83,15 +83,6 @@ def memory(generated_number, training_number):
     peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     what = f"peak memory beyond the inputs, {generated_number:,} x {training_number:,} (GiB)"
     return {"what": what, "ours": peak, "baseline": 1.0, "ratio": peak, "target": 1.0, "ok": peak <= 1.0}
-
-
-def growth():
-    """Seconds of a search on noise for several N and M: rows (N, M, seconds)."""
-    rows = []
-    for N, M in [(1024, 50_000), (2048, 50_000), (4096, 50_000), (4096, 25_000), (4096, 12_500)]:
-        generated, training = noise(N, 1), noise(M, 2)
-        rows.append((N, M, seconds_of(lambda a=generated, b=training: nearest_neighbors(a, b, K))))
-    return rows
 
 
 def import_faiss():

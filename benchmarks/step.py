@@ -13,7 +13,7 @@ from training.learner import Learner
 
 T = 1000
 NETWORKS = {
-    "CIFAR-10 UNet, batch 4": ({"ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2}, 32, 4, 7),
+    "CIFAR-10 UNet, batch 4": ({"ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2}, 32, 4, 15),
     "DIGITS UNet, batch 64": ({"ch": 32, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1}, 8, 64, 41),
 }
 
@@ -40,10 +40,13 @@ def measure(scale=1.0):
     return rows
 
 
-def measure_network(name, architecture, size, batch_size, repeats):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def make_net(architecture, device):
     torch.manual_seed(0)
-    net = undo_small_gains(UNet(T=T, dropout=0.1, **architecture)).to(device)
+    return undo_small_gains(UNet(T=T, dropout=0.1, **architecture)).to(device)
+
+
+def make_step(net, size, batch_size, device):
+    """One step of main_fed.py on a copy of the network and random images, to be called; and its images and batches."""
     images = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=device)
     batches = ShardBatches(images, None, torch.arange(len(images)), batch_size=batch_size, T=T, seed=0, hflip=True)
     settings = {"beta_1": 1e-4, "beta_T": 0.02, "T": T, "mean_type": "epsilon", "lr": 2e-4, "warmup": 0}
@@ -57,6 +60,13 @@ def measure_network(name, architecture, size, batch_size, repeats):
         learner.update(loss)
         skip_counts[batch.index] += ~keep
 
+    return our_step, images, batches
+
+
+def measure_network(name, architecture, size, batch_size, repeats):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = make_net(architecture, device)
+    our_step, images, batches = make_step(net, size, batch_size, device)
     plain = plain_copy(net)
     published = PlainProcedure(plain_copy(net), T)
     batch = batches(0)

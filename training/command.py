@@ -8,10 +8,12 @@ from absl import app, flags
 
 from errors import UsageError, UserError
 from training import flags as shared_flags
+from training.allocator import keep_freed_memory
 
 
 def run(main):
     """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files."""
+    keep_freed_memory()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
     try:
