@@ -20,3 +20,7 @@ class DataError(UserError):
     """A file or directory is missing, unreadable, or not what the flags say it is."""
 
     exit_code = 1
+
+
+class DamagedError(DataError):
+    """A file's content is not what was written, or never was what its name says."""

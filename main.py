@@ -21,9 +21,11 @@ from seeding import derive_seed, generator
 from training import checkpoint, flags
 from training.batches import ShardBatches
 from training.command import pick_device, run
+from training.interruption import Interruption
 from training.learner import Learner
 from training.logdir import open_logdir
-from training.progress import Progress, due
+from training.progress import Progress, due, progress_of_format_1
+from training.saves import Saves
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 5000  # steps
@@ -38,32 +40,49 @@ def train(data, quality, device, logdir):
     learner = Learner(UNet(**flags.unet(FLAGS)).to(device), **flags.learner(FLAGS, WARMUP))
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
     x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    if (newest := checkpoint.newest(logdir)) is not None:
-        state = checkpoint.load(newest, device)
-        checkpoint.restore(learner, state, newest)
-        x_T = state["x_T"]
-        print(f"continuing from {newest}: {learner.step} of {FLAGS.total_steps} steps done")
+    state = resume(learner, device, logdir)
+    x_T = state.get("x_T", x_T)
 
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     x_T_labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    progress = Progress(logdir, FLAGS.total_steps, learner.step, FLAGS.log_step)
+    progress = Progress(logdir, FLAGS.total_steps, FLAGS.log_step, FLAGS.max_bad_steps, state.get("progress"))
+    saves = Saves(logdir, FLAGS.keep, state.get("rolling", []))
 
-    while learner.step < FLAGS.total_steps:
-        batch = batches(learner.step)
-        lr = learner.lr
-        loss = learner.losses(batch).mean()
-        learner.update(loss)
-        progress.update(loss, lr, FLAGS.batch_size)
+    with Interruption() as interruption:
+        while learner.step < FLAGS.total_steps:
+            batch = batches(learner.step)
+            lr = learner.lr
+            loss = learner.losses(batch).mean()
+            applied = learner.update(loss)
+            progress.update(loss, applied, lr, FLAGS.batch_size)
 
-        step = learner.step
-        if due(step, FLAGS.sample_step):
-            progress.images(f"ema_step{step}", sampler(x_T, x_T_labels))
-        if due(step, FLAGS.save_step) or step == FLAGS.total_steps:
-            checkpoint.save(logdir / checkpoint.step_name(step), {**learner.state_dict(), "x_T": x_T})
-        if due(step, FLAGS.eval_step):
-            for name, net in (("net", learner.net), ("ema", learner.ema)):
-                progress.scalars(prefix=f"{name}/", weights=name, **score(net, quality))
+            step = learner.step
+            if due(step, FLAGS.sample_step):
+                progress.images(f"ema_step{step}", sampler(x_T, x_T_labels))
+            if due(step, FLAGS.eval_step):
+                for name, net in (("net", learner.net), ("ema", learner.ema)):
+                    progress.scalars(prefix=f"{name}/", weights=name, **score(net, quality))
+            milestone = due(step, FLAGS.save_step) or step == FLAGS.total_steps
+            if milestone or interruption:
+                state = {**learner.state_dict(), "x_T": x_T, "progress": progress.state()}
+                progress.last_save = saves.save(checkpoint.step_name(step), state, milestone)
+            if interruption:
+                interruption.exit(progress.last_save)
     progress.close()
+
+
+def resume(learner, device, logdir):
+    """Continue from the newest good checkpoint of the log directory, if there is one; returns what it holds, or {}."""
+    paths = checkpoint.newest_first(logdir)
+    for path in paths:
+        if checkpoint.is_whole(path):
+            state = checkpoint.load(path, device)
+            checkpoint.restore(learner, state, path)
+            print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
+            return {"progress": progress_of_format_1(logdir, learner.step), **state}
+    if paths:
+        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
+    return {}
 
 
 def score(net, quality):
@@ -96,7 +115,7 @@ def main():
     data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     if FLAGS.train:
-        open_logdir(logdir, flags.as_flagfile(FLAGS), data.subset)
+        lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data))
     make_directory(logdir, "logdir")
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
@@ -104,6 +123,7 @@ def main():
         quality = Quality(reference, FLAGS.num_images, weights, **flags.quality(FLAGS), device=device)
     if FLAGS.train:
         train(data, quality, device, logdir)
+        lock.close()
     if FLAGS.eval:
         evaluate(quality, device, logdir)
 

@@ -18,11 +18,12 @@ from errors import UsageError
 from model import UNet
 from score.generate import draw_labels
 from seeding import derive_seed, generator
-from training import checkpoint, flags
+from training import checkpoint, ensemble_state, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.batches import ShardBatches
 from training.command import pick_device, run
+from training.interruption import Interruption
 from training.learner import Learner
 from training.logdir import open_logdir
 from training.progress import Progress, due
@@ -40,7 +41,6 @@ class Shard:
     batches: ShardBatches
     learner: Learner
     agc: AntiGradientControl
-    file: Path
 
     def steps(self, rounds):
         """The shard's own steps in so many rounds."""
@@ -49,38 +49,44 @@ class Shard:
 
 def train(data, device, logdir):
     images = data.train.images.to(device)
-    shards = make_all_shards(data, images, device, logdir)
+    shards = make_all_shards(data, images, device)
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    rounds_done = resume(shards, skip_counts, logdir)
-    steps_done = sum(shard.learner.step for shard in shards)
-    progress = Progress(logdir, sum(shard.steps(FLAGS.total_round) for shard in shards), steps_done, FLAGS.log_step)
+    rounds_done, logs = ensemble_state.restore(shards, skip_counts, logdir)
+    total = sum(shard.steps(FLAGS.total_round) for shard in shards)
+    progress = Progress(logdir, total, FLAGS.log_step, FLAGS.max_bad_steps, logs)
+    if progress.step:
+        print(f"continuing in {logdir}: {rounds_done} of {FLAGS.total_round} rounds, {progress.step} steps done")
 
-    for r in range(rounds_done + 1, FLAGS.total_round + 1):
-        for shard in shards:
-            while shard.learner.step < shard.steps(r):
-                batch = shard.batches(shard.learner.step)
-                lr = shard.learner.lr
-                losses = shard.learner.losses(batch)
-                loss, keep = shard.agc(losses, batch.t)
-                shard.learner.update(loss)
-                skip_counts[batch.index] += ~keep
+    with Interruption() as interruption:
+        for r in range(rounds_done + 1, FLAGS.total_round + 1):
+            for shard in shards:
+                while shard.learner.step < shard.steps(r):
+                    batch = shard.batches(shard.learner.step)
+                    lr = shard.learner.lr
+                    losses = shard.learner.losses(batch)
+                    loss, keep = shard.agc(losses, batch.t)
+                    applied = shard.learner.update(loss)
+                    skip_counts[batch.index] += ~keep
 
-                progress.update(loss, lr, FLAGS.batch_size, keep=keep, round=r, shard=shard.number)
-                if due(progress.step, FLAGS.sample_step):
-                    progress.images(f"shard{shard.number}_step{progress.step}", sample(shard.learner.ema))
-                if due(progress.step, FLAGS.save_step) or shard.learner.step == shard.steps(r):
-                    save_shard(shard, skip_counts)
+                    progress.update(loss, applied, lr, FLAGS.batch_size, keep=keep, round=r, shard=shard.number)
+                    if due(progress.step, FLAGS.sample_step):
+                        progress.images(f"shard{shard.number}_step{progress.step}", sample(shard.learner.ema))
+                    round_ends = shard.learner.step == shard.steps(r)
+                    if due(progress.step, FLAGS.save_step) or round_ends or interruption:
+                        progress.last_save = save_shard(shard, r - 1, skip_counts, progress, logdir)
+                    if interruption:
+                        interruption.exit(progress.last_save)
 
-        sizes = [len(shard.batches.index) for shard in shards]
-        average, ema_average = average_learners([shard.learner for shard in shards], sizes)
-        save_round(r, average, ema_average, skip_counts, logdir)
-        progress.memorization(skip_counts, [shard.agc.bank for shard in shards], r)
-        if FLAGS.sample_step:
-            progress.images(f"average_round{r}", sample(shards[0].learner.ema))
+            sizes = [len(shard.batches.index) for shard in shards]
+            average, ema_average = average_learners([shard.learner for shard in shards], sizes)
+            progress.memorization(skip_counts, [shard.agc.bank for shard in shards], r)
+            if FLAGS.sample_step:
+                progress.images(f"average_round{r}", sample(shards[0].learner.ema))
+            save_round(r, average, ema_average, skip_counts, progress, logdir)
     progress.close()
 
 
-def make_all_shards(data, images, device, logdir):
+def make_all_shards(data, images, device):
     """K shards of the images, with K sub-models that start from the same weights."""
     labels = data.train.labels.to(device) if FLAGS.use_labels else None
     split = FLAGS.split or default_split(FLAGS.dataset)
@@ -94,7 +100,7 @@ def make_all_shards(data, images, device, logdir):
         agc = AntiGradientControl(
             FLAGS.T, FLAGS.mem_ratio, FLAGS.arr_ema_decay, FLAGS.anti_grad, FLAGS.anti_grad_weight
         ).to(device)
-        shards.append(Shard(number, batches, learner, agc, logdir / "state" / f"shard{number}.pt"))
+        shards.append(Shard(number, batches, learner, agc))
     if FLAGS.check_dir:
         state = checkpoint.load(FLAGS.check_dir, device)
         for shard in shards:
@@ -116,42 +122,23 @@ def sample(net):
     return GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)(x_T, labels)
 
 
-def save_shard(shard, skip_counts):
+def save_shard(shard, rounds_done, skip_counts, progress, logdir):
     """Write what the shard needs to continue: only the shard in work changes, so only its file is written."""
-    state = shard.learner.state_dict()
-    checkpoint.save(shard.file, {**state, "bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index]})
+    path = ensemble_state.shard_file(logdir, shard.number, shard.learner.step)
+    own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index], "progress": progress.state()}
+    checkpoint.save(path, {**shard.learner.state_dict(), **own})
+    ensemble_state.prune(shard, logdir, rounds_done, FLAGS.keep)
+    return path
 
 
-def save_round(r, average, ema_average, skip_counts, logdir):
+def save_round(r, average, ema_average, skip_counts, progress, logdir):
     """Write the averages: always for the next round to start from, and every --save_round rounds to keep."""
     state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts.cpu(), "round": r}
+    state["progress"] = progress.state()
     if due(r, FLAGS.save_round) or r == FLAGS.total_round:
         checkpoint.save(logdir / checkpoint.round_name(r), state)
-    checkpoint.save(logdir / "state" / "average.pt", state)
-
-
-def resume(shards, skip_counts, logdir):
-    """Continue from the log directory's state, if there is one; returns the number of rounds done.
-
-    A shard's file is older than the last average if the shard has not been trained since: it then takes the average.
-    """
-    rounds_done = 0
-    average_file = logdir / "state" / "average.pt"
-    if average_file.exists():
-        average = checkpoint.load(average_file, skip_counts.device)
-        rounds_done = average["round"]
-    for shard in shards:
-        if shard.file.exists():
-            state = checkpoint.load(shard.file, skip_counts.device)
-            checkpoint.restore(shard.learner, state, shard.file)
-            shard.agc.bank.copy_(state["bank"])
-            skip_counts[shard.batches.index] = state["skip_counts"]
-            if rounds_done and shard.learner.step <= shard.steps(rounds_done):
-                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-    steps_done = sum(shard.learner.step for shard in shards)
-    if steps_done:
-        print(f"continuing in {logdir}: {rounds_done} of {FLAGS.total_round} rounds, {steps_done} steps done")
-    return rounds_done
+    checkpoint.save(ensemble_state.average_file(logdir, r), state)
+    ensemble_state.prune_averages(logdir, FLAGS.keep)
 
 
 def main():
@@ -163,8 +150,9 @@ def main():
     flags.check_data(FLAGS, data)
     if FLAGS.client_num > len(data.train.images):
         raise UsageError(f"--client_num={FLAGS.client_num}: more shards than the {len(data.train.images)} images")
-    open_logdir(logdir, flags.as_flagfile(FLAGS), data.subset)
+    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data))
     train(data, device, logdir)
+    lock.close()
 
 
 if __name__ == "__main__":

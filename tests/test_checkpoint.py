@@ -31,10 +31,10 @@ def test_names():
 
 
 def test_newest_goes_by_number(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest_first(tmp_path) == []
     for name in ("ckpt999.pt", "ckpt2k.pt", "ckpt1500.pt", "other9999999.pt", "notes.txt"):
         (tmp_path / name).touch()
-    assert checkpoint.newest(tmp_path).name == "ckpt2k.pt"
+    assert checkpoint.newest_first(tmp_path)[0].name == "ckpt2k.pt"
     for r in (9, 10):
         (tmp_path / f"global_ckpt_round{r}.pt").touch()
     assert checkpoint.find(tmp_path).name == "global_ckpt_round10.pt"

@@ -42,7 +42,7 @@ class AntiGradientControl(nn.Module):
                 `ascend`; the plain mean if `off`.
             keep: (B,) bool, False where the sample was taken for memorised.
         """
-        keep = self.mem_ratio * losses.detach() >= self.bank[t]
+        keep = ~(self.mem_ratio * losses.detach() < self.bank[t])  # so that NaN is kept, and seen in the loss
         self.remember(losses.detach(), t)
         if self.anti_grad == "off":
             return losses.mean(), keep
@@ -55,11 +55,12 @@ class AntiGradientControl(nn.Module):
         """bank[t_i] <- d bank[t_i] + (1 - d) l_i for i = 0..B-1 in order, in closed form.
 
         A timestep that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j: a loss is
-        discounted once for every later occurrence of its timestep.
+        discounted once for every later occurrence of its timestep. Nothing is taken in where a loss is not finite.
         """
         d = self.ema_decay
         same = t[:, None] == t[None, :]
         later = same.triu(diagonal=1).sum(dim=1)
         discounted = (1 - d) * d**later * losses
+        updated = d ** same.sum(dim=1) * self.bank[t] + torch.where(same, discounted, 0.0).sum(dim=1)
         # every occurrence of a timestep computes the same sum, so it does not matter which one writes last
-        self.bank[t] = d ** same.sum(dim=1) * self.bank[t] + torch.where(same, discounted, 0.0).sum(dim=1)
+        self.bank[t] = torch.where(losses.isfinite().all(), updated, self.bank[t])

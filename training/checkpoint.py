@@ -1,17 +1,18 @@
 """Checkpoints on disk: ours, and those that IET_AGC and pytorch-ddpm have published."""
 
-import pickle
 import re
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from errors import DataError
+from errors import DamagedError, DataError
 from files import atomic_write
 from safe_files import one_line
 
-FORMAT = 1  # of what a run needs to continue; a change of it makes older programs refuse the file
+FORMAT = 2  # of what a run needs to continue; older programs refuse a higher one. 1 had no state of the logs
 
 # published global_ckpt files hold their skip counts as a NumPy array
 NUMPY_TYPES = [
@@ -42,16 +43,47 @@ def progress_of(path):
     return None
 
 
-def newest(directory):
-    """The checkpoint of a directory with the highest round or step, or None."""
-    found = [path for path in Path(directory).glob("*.pt") if progress_of(path)]
-    return max(found, key=progress_of, default=None)
+def newest_first(directory):
+    """The checkpoints of a directory, the highest round or step first."""
+    return sorted((path for path in Path(directory).glob("*.pt") if progress_of(path)), key=progress_of, reverse=True)
 
 
 def save(path, state):
-    """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none."""
+    """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none.
+
+    torch.save writes a zip archive with a CRC-32 of every record, which `verify` checks.
+    """
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, **state}, file)
+
+
+def verify(path):
+    """Raise a DamagedError unless every record of a checkpoint has the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed, which no checkpoint is: refused as a zip bomb")
+            damaged = archive.testzip()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    except Exception as error:  # damage can make zipfile raise anything
+        raise DamagedError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
+    if damaged:
+        raise DamagedError(f"{path}: cannot be read as a checkpoint (damaged: the checksum of {damaged} is wrong)")
+
+
+def is_whole(path):
+    """Whether a checkpoint of a run is undamaged; a damaged one is named on stderr and kept aside as `.corrupt`."""
+    try:
+        verify(path)
+    except DamagedError as error:
+        aside = path.with_name(f"{path.name}.corrupt")
+        path.rename(aside)
+        print(f"{error}: kept as {aside.name}, the one before it is used", file=sys.stderr)
+        return False
+    return True
 
 
 def load(path, device="cpu"):
@@ -60,13 +92,17 @@ def load(path, device="cpu"):
     Raises:
         DataError: missing, unreadable, or no checkpoint.
     """
+    if zipfile.is_zipfile(path):
+        verify(path)
     try:
         with torch.serialization.safe_globals(NUMPY_TYPES):
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    except Exception as error:  # a hostile file can make the unpickler raise anything
+        raise DamagedError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not the dict of a checkpoint")
     return state
@@ -77,10 +113,10 @@ def find(name):
     path = Path(name)
     if not path.is_dir():
         return path
-    found = newest(path)
-    if found is None:
+    found = newest_first(path)
+    if not found:
         raise DataError(f"{path}: holds no ckpt*.pt and no global_ckpt_round*.pt; name a checkpoint or its directory")
-    return found
+    return found[0]
 
 
 def weights(state, use_ema, path):
@@ -94,16 +130,21 @@ def weights(state, use_ema, path):
     )
 
 
+def check_format(state, path):
+    """Raise a DataError unless a run can be continued from what a checkpoint holds."""
+    if "format" not in state:
+        raise DataError(f"{path}: another program's checkpoint cannot be continued: choose another --logdir")
+    if state["format"] > FORMAT:
+        raise DataError(f"{path}: written by a newer version (format {state['format']}, known: {FORMAT}): update")
+
+
 def restore(learner, state, path):
     """Continue a learner from its `state_dict` in a checkpoint.
 
     Raises:
         DataError: the checkpoint is not of this program, of a newer one, or does not fit the network.
     """
-    if "format" not in state:
-        raise DataError(f"{path}: another program's checkpoint cannot be continued: choose another --logdir")
-    if state["format"] > FORMAT:
-        raise DataError(f"{path}: written by a newer version (format {state['format']}, known: {FORMAT}): update")
+    check_format(state, path)
     load_weights(learner.net, state["net_model"], path)
     learner.load_state_dict(state)
 

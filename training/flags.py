@@ -5,7 +5,7 @@ All scripts accept all flags, so that they share flagfiles; a help text says so 
 
 from absl import flags
 
-from dataset import DATASETS
+from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
 from model import GROUPS
@@ -85,6 +85,15 @@ flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published comman
 
 # logs and checkpoints
 flags.DEFINE_string("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
+flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in --logdir, which must have none")
+flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
+flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
+flags.DEFINE_integer(
+    "keep", 2, "newest checkpoints kept besides those of --save_step (main) and --save_round (main_fed)", lower_bound=1
+)
+flags.DEFINE_integer(
+    "max_bad_steps", 20, "stop after so many steps in a row without a finite loss and gradient", lower_bound=1
+)
 flags.DEFINE_integer("log_step", 50, "steps between two lines of metrics.jsonl", lower_bound=1)
 flags.DEFINE_integer("save_step", 5000, "steps between two checkpoints; 0: only at the end", lower_bound=0)
 flags.DEFINE_integer("save_round", 1, "main_fed: rounds between two checkpoints (the last is always kept)", 1)
@@ -113,6 +122,16 @@ flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images t
 flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
+
+# what a continued run must not change: it would not end as the run that was started
+RESULT_FLAGS = (
+    "ch", "ch_mult", "attn", "num_res_blocks", "dropout", "num_labels", "use_labels", "label_dropout",
+    "beta_1", "beta_T", "T", "mean_type", "dataset", "img_size", "num_train", "subset_seed", "hflip",
+    "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
+)  # fmt: skip
+ENSEMBLE_RESULT_FLAGS = (
+    "client_num", "split", "local_epoch", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "check_dir",
+)  # fmt: skip
 
 for _name in ("lr", "grad_clip", "mem_ratio"):
     flags.register_validator(_name, lambda value: value > 0, message="must be > 0")
@@ -143,6 +162,8 @@ def check(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
+    if values.overwrite and not values.fresh:
+        raise UsageError("--overwrite does nothing without --fresh: add it, or leave both out to continue the run")
     for name in ("label_dropout", "guidance", "legacy_labels"):
         if values[name].value and not values.use_labels:
             raise UsageError(f"--{name}={values[name].value} needs --use_labels and --num_labels")
@@ -260,12 +281,28 @@ def quality(values):
     }
 
 
+def logdir(values, script, data):
+    """Keyword arguments of `training.logdir.open_logdir`, the path aside; `script` is main or main_fed."""
+    names = RESULT_FLAGS + (ENSEMBLE_RESULT_FLAGS if script == "main_fed" else ())
+    settings = {name: values[name].value for name in names}
+    content = {"script": script, "training images (sha256)": fingerprint(data.train.images)}
+    return {
+        "settings": {**settings, **content},
+        "flagfile": as_flagfile(values),
+        "subset": data.subset,
+        "fresh": values.fresh,
+        "overwrite": values.overwrite,
+        "allow_change": values.allow_change,
+    }
+
+
 def as_dict(values):
     """The values of all flags defined here, for result files."""
     return {flag.name: flag.value for flag in values.get_key_flags_for_module(__name__)}
 
 
 def as_flagfile(values):
-    """The same as the text of a file for `--flagfile`."""
-    lines = (flag.serialize() for flag in values.get_key_flags_for_module(__name__))
+    """The same as the text of a file for `--flagfile`, without what is meant for one command only."""
+    once = ("fresh", "overwrite", "allow_change")
+    lines = (flag.serialize() for flag in values.get_key_flags_for_module(__name__) if flag.name not in once)
     return "".join(f"{line}\n" for line in lines if line)

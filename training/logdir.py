@@ -1,25 +1,107 @@
-"""The log directory of a run: made, proven writable, and told what the run is made of before the work starts."""
+"""The log directory of a run: one process at a time, and told what the run is made of before the work starts."""
 
+import fcntl
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from files import make_directory
+from errors import DataError, UsageError
+from files import make_directory, read_json, write_json
+
+# what a run writes; --fresh --overwrite removes these and nothing else
+OWN_FILES = [
+    "ckpt*.pt", "global_ckpt_round*.pt", "*.pt.corrupt", "state", "sample", "metrics.jsonl", "events.out.tfevents.*",
+    "train.json", "run.json", "flagfile.txt", "subset.npy", "eval_*.json",
+]  # fmt: skip
 
 
-def open_logdir(path, flagfile, subset):
-    """Make a log directory and write what a later reader needs to repeat or to understand the run.
+def lock(path):
+    """Take a log directory for this process until it ends; returns the open file that holds the lock.
+
+    Raises:
+        DataError: another process has it.
+    """
+    file = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise DataError(
+            f"--logdir={path}: process {file.read().strip()} is training there: wait for it or choose another directory"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def start_over(path, overwrite):
+    """Make sure that no earlier run is in a log directory.
+
+    Raises:
+        UsageError: there is one, and it may not be removed.
+    """
+    found = [file for pattern in OWN_FILES for file in path.glob(pattern)]
+    if found and not overwrite:
+        raise UsageError(
+            f"--fresh: {found[0]} is of an earlier run: add --overwrite to delete that run, or choose another --logdir"
+        )
+    for file in found:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def check_changes(path, settings, allow_change):
+    """Compare the settings that the result depends on with those that the run in `path` was started with.
+
+    Args:
+        path: run.json.
+        settings: {name: value}, JSON values.
+        allow_change: record the changes instead of refusing them.
+
+    Raises:
+        UsageError: names the first setting that differs, and both values.
+    """
+    run = read_json(path) if path.exists() else {"settings": settings, "changes": []}
+    changes = [
+        {"flag": name, "before": run["settings"].get(name), "after": value}
+        for name, value in settings.items()
+        if run["settings"].get(name) != value
+    ]
+    if changes and not allow_change:
+        first = changes[0]
+        raise UsageError(
+            f"--{first['flag']}={first['after']}: the run in {path.parent} was started with {first['before']}; "
+            "give that, choose another --logdir, or continue with the change by --allow_change"
+        )
+    write_json(path, {"settings": settings, "changes": run["changes"] + changes})
+
+
+def open_logdir(path, settings, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
+    """Make a log directory, take it, and write what a later reader needs to repeat or to understand the run.
 
     Args:
         path: the directory, made if missing.
+        settings: what the result depends on, kept as `run.json` and compared when the run is continued.
         flagfile: text of `flagfile.txt`, for `--flagfile`.
         subset: (N,) int64, the training images' numbers in the whole training set, kept as `subset.npy`: skip counts
             and neighbour indices count in it.
+        fresh, overwrite, allow_change: the flags.
+
+    Returns:
+        The lock, to be held while the run writes.
 
     Raises:
-        DataError: the directory cannot be made or written.
+        DataError: the directory cannot be made or written, or another process has it.
+        UsageError: what is in it is not this run.
     """
     path = Path(path)
     make_directory(path, "logdir")
+    held = lock(path)
+    if fresh:
+        start_over(path, overwrite)
+    check_changes(path / "run.json", settings, allow_change)
     (path / "flagfile.txt").write_text(flagfile)
     np.save(path / "subset.npy", subset.numpy())
+    return held

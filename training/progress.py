@@ -1,19 +1,41 @@
 """What people see of a training run: a tqdm bar, tensorboardX and metrics.jsonl, all with the same numbers."""
 
 import json
+import os
 import time
 from pathlib import Path
 
+import torch
 from tensorboardX import SummaryWriter
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from files import read_json, write_json
+from errors import DataError
+from files import write_json
 
 
 def due(count, every):
     """Whether something that happens every so many steps (0: never) happens after `count` of them."""
     return every > 0 and count % every == 0
+
+
+def progress_of_format_1(logdir, step):
+    """What `Progress.state()` would have been in a checkpoint of format 1, which lacks it: the lines up to a step."""
+    path, metrics_bytes = Path(logdir) / "metrics.jsonl", 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if json.loads(line)["step"] > step:
+            break
+        metrics_bytes += len(line)
+    nothing = {"loss": 0.0, "skipped": 0.0, "steps": 0, "images": 0, "lr": 0.0, "where": {}, "counts_skips": False}
+    return {
+        "step": step,
+        "seconds": 0.0,
+        "metrics_bytes": metrics_bytes,
+        **nothing,
+        "bad_steps": 0,
+        "bad_steps_before": 0,
+        "bad_row": 0,
+    }
 
 
 class Progress:
@@ -22,31 +44,74 @@ class Progress:
     Args:
         logdir: directory of metrics.jsonl, TensorBoard's event file and sample/.
         total: steps of the whole run.
-        initial: steps done before.
         log_step: steps between two records.
+        max_bad_steps: the run is ended after so many steps in a row that were not applied.
+        state: of a run that is continued, from `state()`; metrics.jsonl then goes on after the lines it had.
+
+    Raises:
+        DataError: metrics.jsonl cannot be written, or max_bad_steps is reached.
     """
 
-    def __init__(self, logdir, total, initial, log_step):
+    def __init__(self, logdir, total, log_step, max_bad_steps, state=None):
         self.logdir = Path(logdir)
         self.log_step = log_step
-        self.bar = tqdm(total=total, initial=initial, dynamic_ncols=True, unit="step")
-        self.step = initial
-        self.writer = SummaryWriter(str(self.logdir))
+        self.max_bad_steps = max_bad_steps
+        self.seconds_before = state["seconds"] if state else 0.0
+        self.step = state["step"] if state else 0
+        self.last_save = None
+        self.bar = tqdm(total=total, initial=self.step, dynamic_ncols=True, unit="step")
+        # an unbounded queue: after a full disk its thread is dead and would never make room
+        self.writer = SummaryWriter(str(self.logdir), max_queue=0)
         self.metrics = (self.logdir / "metrics.jsonl").open("a")
+        self.metrics.truncate(state["metrics_bytes"] if state else 0)
+        self.metrics.seek(0, os.SEEK_END)
         self.since = time.perf_counter()
+        self._bad_steps = state["bad_steps"] if state else 0
+        self._bad_row = self._longest_bad_row = state["bad_row"] if state else 0
         self._restart()
+        if state:
+            self._loss, self._skipped = state["loss"], state["skipped"]
+            self._steps, self._images, self._lr = state["steps"], state["images"], state["lr"]
+            self._where, self._counts_skips = state["where"], state["counts_skips"]
+            self._bad_steps_before, self._images_before = state["bad_steps_before"], state["images"]
 
     def _restart(self):
         self._loss = self._skipped = 0.0
         self._steps = self._images = 0
         self._where, self._counts_skips, self._lr = {}, False, 0.0
         self._since = time.perf_counter()
+        self._bad_steps_before = int(self._bad_steps)
+        self._images_before = 0
 
-    def update(self, loss, lr, batch_size, *, keep=None, **where):
+    def state(self):
+        """What a continued run needs to write the same lines: call it after the last line is due, before saving."""
+        try:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return {
+            "step": self.step,
+            "seconds": self.seconds_before + time.perf_counter() - self.since,
+            "metrics_bytes": self.metrics.tell(),
+            "loss": float(self._loss),
+            "skipped": float(self._skipped),
+            "steps": self._steps,
+            "images": self._images,
+            "lr": self._lr,
+            "where": self._where,
+            "counts_skips": self._counts_skips,
+            "bad_steps": int(self._bad_steps),
+            "bad_steps_before": self._bad_steps_before,
+            "bad_row": int(self._bad_row),
+        }
+
+    def update(self, loss, applied, lr, batch_size, *, keep=None, **where):
         """Count one step.
 
         Args:
             loss: scalar tensor.
+            applied: scalar bool tensor, whether loss and gradient were finite and the step was made.
             lr: learning rate of the step.
             batch_size: images of the step.
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
@@ -57,7 +122,10 @@ class Progress:
         self._where, self._counts_skips, self._lr = where, keep is not None, lr
         self.step += 1
         self.bar.update()
-        self._loss = self._loss + loss.detach()
+        self._loss = self._loss + torch.where(applied, loss.detach(), 0.0)
+        self._bad_steps = self._bad_steps + ~applied
+        self._bad_row = torch.where(applied, 0, self._bad_row + 1)
+        self._longest_bad_row = torch.clamp(self._bad_row, min=self._longest_bad_row)
         self._steps += 1
         self._images += batch_size
         if keep is not None:
@@ -66,20 +134,47 @@ class Progress:
             self.record()
 
     def record(self):
-        """Read the numbers of the steps since the last record and write them to the bar and the logs."""
-        numbers = {"loss": float(self._loss) / self._steps, "lr": self._lr}
-        numbers["images_per_second"] = self._images / (time.perf_counter() - self._since)
+        """Read the numbers of the steps since the last record and write them to the bar and the logs.
+
+        `loss` is the mean over the steps that were applied, null if none was; `bad_steps` counts the others from the
+        start of the run.
+        """
+        bad_steps = int(self._bad_steps)
+        applied = self._steps - (bad_steps - self._bad_steps_before)
+        numbers = {"loss": float(self._loss) / applied if applied else None, "lr": self._lr, "bad_steps": bad_steps}
+        numbers["images_per_second"] = (self._images - self._images_before) / (time.perf_counter() - self._since)
         if self._counts_skips:
             numbers["skipped"] = float(self._skipped) / self._images
-        self.bar.set_postfix({**self._where, **{name: f"{value:.3g}" for name, value in numbers.items()}})
+        shown = {name: f"{value:.3g}" for name, value in numbers.items() if value is not None and name != "bad_steps"}
+        if bad_steps:
+            shown["bad steps"] = bad_steps
+        self.bar.set_postfix({**self._where, **shown})
         prefix = f"shard{self._where['shard']}/" if "shard" in self._where else ""
         self.scalars(prefix=prefix, **self._where, **numbers)
+        self._stop_if_bad()
         self._restart()
+
+    def _stop_if_bad(self):
+        if int(self._longest_bad_row) >= self.max_bad_steps:
+            where = "".join(f", {name} {value}" for name, value in self._where.items())
+            raise DataError(
+                f"{self.logdir}: {int(self._longest_bad_row)} steps in a row without a finite loss and gradient, up to "
+                f"step {self.step}{where}, learning rate {self._lr:.3g}; the last good checkpoint is "
+                f"{self.last_save or 'none'}: lower --lr or --grad_clip, or use another --precision"
+            )
+
+    def _unwritable(self, error):
+        return DataError(
+            f"{self.metrics.name}: cannot be written ({error.strerror}): check the directory and its space"
+        )
 
     def scalars(self, prefix="", **numbers):
         """Write numbers to metrics.jsonl (one line) and, with the prefix in the tag, to TensorBoard."""
-        self.metrics.write(json.dumps({"step": self.step, **numbers}) + "\n")
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps({"step": self.step, **numbers}) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
         for name, value in numbers.items():
             if isinstance(value, float):
                 self.writer.add_scalar(prefix + name, value, self.step)
@@ -106,9 +201,8 @@ class Progress:
         """Close the bar and the logs, and write train.json: steps and seconds of training, over all restarts."""
         if self._steps:
             self.record()
-        path = self.logdir / "train.json"
-        seconds = time.perf_counter() - self.since + (read_json(path)["seconds"] if path.exists() else 0.0)
-        write_json(path, {"steps": self.step, "seconds": round(seconds, 3)})
+        seconds = self.seconds_before + time.perf_counter() - self.since
+        write_json(self.logdir / "train.json", {"steps": self.step, "seconds": round(seconds, 3)})
         self.bar.close()
         self.writer.close()
         self.metrics.close()
