@@ -45,10 +45,10 @@ def train(data, quality, device, logdir):
 
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     x_T_labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    progress = Progress(logdir, FLAGS.total_steps, FLAGS.log_step, FLAGS.max_bad_steps, state.get("progress"))
+    logs = (logdir, FLAGS.total_steps, FLAGS.log_step, FLAGS.max_bad_steps, state.get("progress"))
     saves = Saves(logdir, FLAGS.keep, state.get("rolling", []))
 
-    with Interruption() as interruption:
+    with Interruption() as interruption, Progress(*logs) as progress:
         while learner.step < FLAGS.total_steps:
             batch = batches(learner.step)
             lr = learner.lr
@@ -68,7 +68,6 @@ def train(data, quality, device, logdir):
                 progress.last_save = saves.save(checkpoint.step_name(step), state, milestone)
             if interruption:
                 interruption.exit(progress.last_save)
-    progress.close()
 
 
 def resume(learner, device, logdir):

@@ -51,13 +51,11 @@ def train(data, device, logdir):
     images = data.train.images.to(device)
     shards = make_all_shards(data, images, device)
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    rounds_done, logs = ensemble_state.restore(shards, skip_counts, logdir)
+    rounds_done, state = ensemble_state.restore(shards, skip_counts, logdir)
     total = sum(shard.steps(FLAGS.total_round) for shard in shards)
-    progress = Progress(logdir, total, FLAGS.log_step, FLAGS.max_bad_steps, logs)
-    if progress.step:
-        print(f"continuing in {logdir}: {rounds_done} of {FLAGS.total_round} rounds, {progress.step} steps done")
+    logs = (logdir, total, FLAGS.log_step, FLAGS.max_bad_steps, state)
 
-    with Interruption() as interruption:
+    with Interruption() as interruption, Progress(*logs) as progress:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
                 while shard.learner.step < shard.steps(r):
@@ -83,7 +81,6 @@ def train(data, device, logdir):
             if FLAGS.sample_step:
                 progress.images(f"average_round{r}", sample(shards[0].learner.ema))
             save_round(r, average, ema_average, skip_counts, progress, logdir)
-    progress.close()
 
 
 def make_all_shards(data, images, device):

@@ -1,4 +1,4 @@
-"""Random kills, damaged checkpoints and full disks against small runs, and whether each ends as if nothing had happened:
+"""Random kills, damaged checkpoints and full disks against small runs, each of which must end as if nothing happened:
 
 python -m benchmarks.faults --minutes 30 [--json FILE]
 """
@@ -27,7 +27,7 @@ COMMON = [
     "--sample_step=50", "--log_step=7", "--ema_decay=0.9", "--device=cpu",
 ]  # fmt: skip
 SCRIPTS = {
-    "main.py": [*COMMON, "--total_steps=300", "--save_step=3"],
+    "main.py": [*COMMON, "--total_steps=300", "--save_step=6"],
     "main_fed.py": [
         *COMMON, "--client_num=3", "--local_epoch=10", "--total_round=5", "--save_step=3", "--mem_ratio=1.0",
     ],
@@ -40,7 +40,7 @@ FULL_DISK = "full disk"
 def start(script, logdir):
     """The script as a process of its own, with one thread; its output goes to files beside the log directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(f"{logdir}.out", "w") as out, open(f"{logdir}.err", "w") as err:
+    with Path(f"{logdir}.out").open("w") as out, Path(f"{logdir}.err").open("w") as err:
         command = [sys.executable, str(ROOT / script), *SCRIPTS[script], f"--logdir={logdir}"]
         return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 
@@ -173,6 +173,7 @@ def attack(script, disk, counts, chance, faults):
             counts[fault] += 1
             if not survived:
                 counts["unclear endings"] += 1
+                tqdm.write(f"{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
         process = start(script, logdir)
         if process.wait() != 0:
             counts["runs that did not continue"] += 1
@@ -191,7 +192,7 @@ def main(arguments=None):
     endings = ("unclear endings", "set aside as .corrupt", "runs", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *endings], 0)
     limit = time.monotonic() + 60 * options.minutes
-    with small_disk(96) as disk, tempfile.TemporaryDirectory() as directory, tqdm(unit="run") as bar:
+    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, tqdm(unit="run") as bar:
         expected = {}
         for script in SCRIPTS:
             logdir = Path(directory) / script

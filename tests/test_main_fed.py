@@ -86,7 +86,7 @@ def test_continued_run_ends_like_a_straight_one(trained, tmp_path):
     flags = [*SETTINGS, "--arr_ema_decay=0.2", "--mem_ratio=1.0", "--logdir=log"]
     run("main_fed.py", "--train", *flags, "--total_round=1", cwd=tmp_path)
     result = run("main_fed.py", "--train", *flags, cwd=tmp_path)
-    assert "1 of 2 rounds, 12 steps done" in result.stdout
+    assert "1 rounds and 12 steps done" in result.stdout
     straight, continued = (load(path / "global_ckpt_round2.pt") for path in (trained, tmp_path / "log"))
     for name in ("global_model", "global_ema_model"):
         assert equal(straight[name], continued[name])

@@ -52,9 +52,16 @@ def save(path, state):
     """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none.
 
     torch.save writes a zip archive with a CRC-32 of every record, which `verify` checks.
+
+    Raises:
+        DataError: it cannot be written, e.g. for want of room; what was at `path` is still there.
     """
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            # closing its archive fails after a failed write, which hides the reason
+            raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
 
 
 def verify(path):

@@ -142,6 +142,7 @@ def restore(shards, skip_counts, logdir):
             shard.learner.set_weights(average["global_model"], average["global_ema_model"])
         else:
             progress = state.get("progress")
-    if steps_done and progress is None:
-        progress = progress_of_format_1(logdir, steps_done)
+    if steps_done:
+        progress = progress or progress_of_format_1(logdir, steps_done)
+        print(f"continuing in {logdir}: {r} rounds and {steps_done} steps done")
     return r, progress

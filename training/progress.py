@@ -197,12 +197,18 @@ class Progress:
             for t, value in enumerate(bank.tolist()):
                 self.writer.add_scalar(f"memory_bank_over_t/shard{shard}/round{r}", value, t)
 
-    def close(self):
-        """Close the bar and the logs, and write train.json: steps and seconds of training, over all restarts."""
-        if self._steps:
-            self.record()
-        seconds = self.seconds_before + time.perf_counter() - self.since
-        write_json(self.logdir / "train.json", {"steps": self.step, "seconds": round(seconds, 3)})
-        self.bar.close()
-        self.writer.close()
-        self.metrics.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """At the end of the run, write the last line and train.json: steps and seconds, over all restarts."""
+        try:
+            if error is None:
+                if self._steps:
+                    self.record()
+                seconds = self.seconds_before + time.perf_counter() - self.since
+                write_json(self.logdir / "train.json", {"steps": self.step, "seconds": round(seconds, 3)})
+        finally:
+            self.bar.close()
+            self.writer.close()
+            self.metrics.close()
