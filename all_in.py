@@ -5,6 +5,7 @@ python all_in.py --dataset=folder --data_root=my/training/images --samples=my/ge
 """
 
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from diffusion import GaussianDiffusionSampler
 from errors import DataError, UsageError
 from files import atomic_write, file_hash, make_directory, read_json, write_json
 from model import UNet
-from score.generate import generate
+from safe_files import one_line
+from score.generate import generate_batches
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import (
@@ -28,7 +30,8 @@ from score.memorization import (
     share_closer_than_third,
 )
 from score.quality import Quality
-from score.samples import load_samples, save_pngs, save_samples
+from score.samples import load_samples, save_pngs
+from score.unfinished import GeneratedImages
 from training import checkpoint, flags
 from training.command import pick_device, run
 from training.learner import wrap_network
@@ -79,24 +82,32 @@ def load_network(device):
 
 
 def generate_images(net, path, device):
-    """Images of a network, kept in --generate_dir with what they were made from; returns (images, provenance)."""
-    start = time.perf_counter()
-    network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
-    sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
-    images, non_finite = generate(sampler, **flags.generation(FLAGS))
-    folder = Path(FLAGS.generate_dir)
-    save_samples(folder / "generate.npy", images)
-    if FLAGS.save_png:
-        save_pngs(folder, images)
+    """Images of a network, kept in --generate_dir with what they were made from; returns (images, provenance).
+
+    Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
+    """
+    settings = flags.generation(FLAGS)
     provenance = {
         "checkpoint": str(path),
         "checkpoint_sha256": file_hash(path),
         "weights": "ema" if FLAGS.use_ema else "raw",
-        "non_finite_images": non_finite,
-        "seconds": {"generate": round(time.perf_counter() - start, 3)},
     }
-    write_json(folder / "generate.json", {"images_sha256": fingerprint(images), **provenance})
-    return images, provenance
+    origin = {**provenance, "sampler": flags.sampler(FLAGS), "precision": FLAGS.precision}
+    origin |= {key: settings[key] for key in ("seed", "num_labels", "legacy_labels")}
+    del origin["checkpoint"]
+    generated = GeneratedImages(FLAGS.generate_dir, origin, FLAGS.img_size)
+    complete = generated.load(FLAGS.num_images)
+    if generated.done:
+        print(f"{FLAGS.generate_dir}: {generated.done} of {FLAGS.num_images} images are there already")
+    if not complete:
+        network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
+        sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
+        generated.extend(generate_batches(sampler, **settings, first=generated.done))
+        generated.finish(provenance)
+    if FLAGS.save_png:
+        save_pngs(FLAGS.generate_dir, generated.images)
+    record = generated.record()
+    return generated.images, provenance | {key: record[key] for key in ("non_finite_images", "seconds")}
 
 
 def existing_images():
@@ -111,26 +122,30 @@ def existing_images():
     if not path.exists():
         raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
     images = load_samples(path, FLAGS.img_size)
-    provenance = read_json(path.with_name("generate.json"))
-    if provenance.pop("images_sha256", None) != fingerprint(images):
+    record = read_json(path.with_name("generate.json"))
+    if record.get("file_sha256") != file_hash(path):
         raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
-    return images, provenance
+    names = ("checkpoint", "checkpoint_sha256", "weights", "non_finite_images", "seconds")
+    return images, {name: record[name] for name in names}
 
 
 def memorise(images, training, identity, device):
     """How many images copy the training set; their nearest training images are kept in --similar_dir."""
     training_on_device = training.to(device)
-    sq_distance, index = nearest_neighbors(
-        images.to(device),
-        training_on_device,
-        batch_generated=FLAGS.batch_A,
-        batch_training=FLAGS.batch_B,
-        progress=True,
-    )
+    sq_distance, index = known_neighbors(identity)
+    if sq_distance is None:
+        sq_distance, index = nearest_neighbors(
+            images.to(device),
+            training_on_device,
+            batch_generated=FLAGS.batch_A,
+            batch_training=FLAGS.batch_B,
+            progress=True,
+        )
+        arrays = {"ratio": memorization_ratio(sq_distance), "index": index, "sq_distance": sq_distance}
+        with atomic_write(neighbors_path()) as file:
+            np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
+    sq_distance, index = sq_distance.to(device), index.to(device)
     ratio = memorization_ratio(sq_distance)
-    arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
-    with atomic_write(neighbors_path()) as file:
-        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
     counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
     return {
         "mq": counts,
@@ -144,15 +159,26 @@ def neighbors_path():
     return Path(FLAGS.similar_dir) / "memorization.npz"
 
 
-def draw_grids(images, training, identity):
-    """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
+def known_neighbors(identity):
+    """(sq_distance, index) in --similar_dir if they are of these images and this training set, else (None, None)."""
     path = neighbors_path()
     if not path.exists():
-        raise DataError(f"{path}: no such file: run the memorise stage first")
-    with np.load(path, allow_pickle=False) as saved:
-        if any(str(saved[key]) != value for key, value in identity.items()):
-            raise DataError(f"{path}: neighbours of other images: run the memorise stage again")
-        ratio, index = torch.from_numpy(saved["ratio"]), torch.from_numpy(saved["index"])
+        return None, None
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            if any(str(saved[key]) != value for key, value in identity.items()):
+                return None, None
+            return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}): remove it") from error
+
+
+def draw_grids(images, training, identity):
+    """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
+    sq_distance, index = known_neighbors(identity)
+    if sq_distance is None:
+        raise DataError(f"{neighbors_path()}: no neighbours of these images: run the memorise stage first")
+    ratio = memorization_ratio(sq_distance)
     return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
 
 
@@ -171,6 +197,8 @@ def print_summary(result):
     """What a person wants to know first."""
     scores = {name: result[name] for name in ("fid", "is", "is_std", "fpd") if name in result}
     print(f"{result['N']} images against {result['training_set_size']} training images")
+    if result.get("non_finite_images"):
+        print(f"  {result['non_finite_images']} images held NaN or infinity: they are measured, with 0 in those pixels")
     print("  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) if scores else "  not scored")
     if "mq" in result:
         print("  MQ " + ", ".join(f"@{p} {n} ({n / result['N']:.1%})" for p, n in result["mq"].items()))
@@ -208,8 +236,10 @@ def main():
     identity = hashes(images, training)
     evaluation = Evaluation(images, training, identity, provenance)
     if "score" in stages:
-        with evaluation.stage("score") as numbers:
-            numbers |= quality(images)
+        scored_with = quality.identity()
+        if evaluation.result.get("scored_with") != scored_with:
+            with evaluation.stage("score") as numbers:
+                numbers |= {**quality(images), "scored_with": scored_with}
     if "memorise" in stages:
         with evaluation.stage("memorise") as numbers:
             numbers |= memorise(images, training, identity, device)

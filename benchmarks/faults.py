@@ -9,10 +9,12 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -78,14 +80,17 @@ def interrupt(process, fault, logdir, chance):
 
 
 def damage(path, kind, chance):
-    """Truncate a checkpoint, flip one bit of its content, or empty it."""
+    """Truncate a checkpoint, flip one bit of its largest tensor, or empty it."""
     data = bytearray(path.read_bytes())
     if kind == "bit flipped":
-        # in the tensors, which are most of the file: some bits of a zip's headers mean nothing
-        data[chance.randrange(len(data) // 4, len(data) // 2)] ^= 1 << chance.randrange(8)
-    path.write_bytes(
-        data if kind == "bit flipped" else data[: chance.randrange(1, len(data))] if kind == "truncated" else b""
-    )
+        with zipfile.ZipFile(path) as archive:
+            record = max(archive.infolist(), key=lambda member: member.file_size)
+        lengths = struct.unpack("<HH", data[record.header_offset + 26 : record.header_offset + 30])
+        first = record.header_offset + 30 + sum(lengths)  # behind the record's header, its name and its padding
+        data[chance.randrange(first, first + record.file_size)] ^= 1 << chance.randrange(8)
+    else:
+        del data[chance.randrange(1, len(data)) if kind == "truncated" else 0 :]
+    path.write_bytes(data)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dataset import fingerprint
 from errors import UsageError
+from files import file_hash
 from score.frechet import frechet_distance
 from score.inception import Inception
 from score.inception_score import inception_score
@@ -43,9 +44,15 @@ class Quality:
         self.features = features
         self.batch_size = batch_size
         self.inception = Inception(weights, device) if features == "inception" else None
+        self.weights_hash = file_hash(weights) if features == "inception" else None
+        self.reference_hash = fingerprint(reference)
         if cache is None:
-            cache = Path("stats") / f"{features}-{fingerprint(reference)[:16]}.npz"
+            cache = Path("stats") / f"{features}-{self.reference_hash[:16]}.npz"
         self.reference = reference_statistics(reference, features, cache, self.inception, batch_size)
+
+    def identity(self):
+        """What decides the scores of given images: JSON values."""
+        return {"features": self.features, "weights_sha256": self.weights_hash, "reference_sha256": self.reference_hash}
 
     def __call__(self, images):
         """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}."""

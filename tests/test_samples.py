@@ -14,7 +14,7 @@ from PIL import Image
 from errors import DataError
 from files import atomic_write
 from score.grids import save_grids
-from score.samples import count_non_finite, load_samples, save_pngs, save_samples, to_uint8
+from score.samples import load_samples, non_finite_images, save_pngs, save_samples, to_uint8
 
 
 def random_images(N=5, height=6, width=7, seed=0):
@@ -34,7 +34,7 @@ def test_to_uint8_clips_and_rounds_to_the_nearest_level():
 def test_non_finite_images_are_counted():
     x = torch.zeros(4, 3, 2, 2)
     x[1, 0, 0, 0], x[1, 1, 0, 0], x[3, 2, 1, 1] = torch.nan, torch.nan, torch.inf
-    assert count_non_finite(x) == 2
+    assert non_finite_images(x).sum() == 2
 
 
 def test_samples_are_written_whole_or_not_at_all(tmp_path):
