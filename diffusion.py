@@ -208,9 +208,9 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         return x_prev if self.eta == 0 else x_prev + sigma.float()[to_image] * noise(x_t)
 
     def sample_dpmpp(self, x_t, labels):
-        """DPM-Solver++ (2M) of Lu et al. 2022, algorithm 2, from timestep T-1 to 0; x_0 is clamped to [-1, 1].
+        """DPM-Solver++ (2M) of Lu et al. 2022, algorithm 2, from timestep T-1 to 0.
 
-        With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda
+        As in `ddim_step` x_0 is clamped to [-1, 1] and eps is not: x_t is replaced by alpha x_0 + sigma eps. With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda
         and r = h_before / h:  D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
         The first step has no x_0_before and is of first order, D = x_0, and so is the last, to keep it stable.
         """
@@ -220,7 +220,9 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         x_0_before = None
         for i in reversed(range(len(self.timesteps) - 1)):
             t = x_t.new_full((x_t.shape[0],), self.timesteps[i + 1], dtype=torch.long)
-            x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t).clamp(-1, 1)
+            prediction = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
+            x_0 = prediction.clamp(-1, 1)
+            x_t = x_t + alpha[i + 1].float() * (x_0 - prediction)
             D = x_0
             if x_0_before is not None and i > 0:
                 half_inverse_r = (h[i] / (2 * h[i + 1])).float()

@@ -195,7 +195,7 @@ def test_dpmpp_solves_the_probability_flow_ode_to_second_order(std):
 
 
 def test_dpmpp_against_the_published_form():
-    """Algorithm 2 written with its own symbols, from lambda, in float64."""
+    """Algorithm 2 written with its own symbols, from lambda, in float64; x keeps eps where x_0 is clamped."""
     x_T, steps = noise(11, 2, 3, 8, 8), 7
     every = np.log(ABAR / (1 - ABAR)) / 2
     taus = [int(np.argmin(np.abs(every - x))) for x in np.linspace(every[-1], every[0], steps + 1)]
@@ -204,8 +204,9 @@ def test_dpmpp_against_the_published_form():
     lam = np.log(alpha) - np.log(sigma)
     x, buffer = x_T.double().numpy(), []
     for i in range(1, steps + 1):
-        predicted = to_x_0("epsilon", smooth(x, taus[i - 1]), x, taus[i - 1])
-        buffer.append(np.clip(predicted, -1, 1))
+        eps = smooth(x, taus[i - 1])
+        buffer.append(np.clip(to_x_0("epsilon", eps, x, taus[i - 1]), -1, 1))
+        x = alpha[i - 1] * buffer[-1] + sigma[i - 1] * eps
         h = lam[i] - lam[i - 1]
         D = buffer[-1]
         if 1 < i < steps:
