@@ -210,8 +210,9 @@ class GaussianDiffusionSampler(GaussianDiffusion):
     def sample_dpmpp(self, x_t, labels):
         """DPM-Solver++ (2M) of Lu et al. 2022, algorithm 2, from timestep T-1 to 0.
 
-        As in `ddim_step` x_0 is clamped to [-1, 1] and eps is not: x_t is replaced by alpha x_0 + sigma eps. With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda
-        and r = h_before / h:  D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
+        As in `ddim_step` x_0 is clamped to [-1, 1] and eps is not: x_t becomes alpha x_0 + sigma eps first. With
+        lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda and
+        r = h_before / h:  D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
         The first step has no x_0_before and is of first order, D = x_0, and so is the last, to keep it stable.
         """
         abar = self.alphas_bar[self.timesteps]
