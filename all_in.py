@@ -211,9 +211,6 @@ def main():
     if not stages:
         raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
     device = pick_device(FLAGS.device)
-    for flag in ("generate_dir", "similar_dir", "grid_dir"):
-        make_directory(FLAGS[flag].value, flag)
-
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
     weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
@@ -227,6 +224,8 @@ def main():
     data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     training = data.train.images
+    for flag in ("generate_dir", "similar_dir", "grid_dir"):
+        make_directory(FLAGS[flag].value, flag)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
         quality = Quality(flags.reference_images(FLAGS, data), number, weights, **flags.quality(FLAGS), device=device)

@@ -38,6 +38,7 @@ def train(data, quality, device, logdir):
 
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     learner = Learner(UNet(**flags.unet(FLAGS)).to(device), **flags.learner(FLAGS, WARMUP))
+    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data))  # after whatever the flags can have wrong
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
     x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
     state = resume(learner, device, logdir)
@@ -68,6 +69,7 @@ def train(data, quality, device, logdir):
                 progress.last_save = saves.save(checkpoint.step_name(step), state, milestone)
             if interruption:
                 interruption.exit(progress.last_save)
+    lock.close()
 
 
 def resume(learner, device, logdir):
@@ -110,19 +112,18 @@ def main():
     weights = None
     if (FLAGS.eval or FLAGS.eval_step) and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
+    if FLAGS.eval and not FLAGS.train:
+        checkpoint.find(FLAGS.unet_dir or logdir)
     data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
-    if FLAGS.train:
-        lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data))
-    make_directory(logdir, "logdir")
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
         quality = Quality(reference, FLAGS.num_images, weights, **flags.quality(FLAGS), device=device)
     if FLAGS.train:
         train(data, quality, device, logdir)
-        lock.close()
     if FLAGS.eval:
+        make_directory(logdir, "logdir")
         evaluate(quality, device, logdir)
 
 

@@ -50,6 +50,7 @@ class Shard:
 def train(data, device, logdir):
     images = data.train.images.to(device)
     shards = make_all_shards(data, images, device)
+    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data))  # after whatever the flags can have wrong
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
     rounds_done, state = ensemble_state.restore(shards, skip_counts, logdir)
     total = sum(shard.steps(FLAGS.total_round) for shard in shards)
@@ -81,6 +82,7 @@ def train(data, device, logdir):
             if FLAGS.sample_step:
                 progress.images(f"average_round{r}", sample(shards[0].learner.ema))
             save_round(r, average, ema_average, skip_counts, progress, logdir)
+    lock.close()
 
 
 def make_all_shards(data, images, device):
@@ -147,9 +149,7 @@ def main():
     flags.check_data(FLAGS, data)
     if FLAGS.client_num > len(data.train.images):
         raise UsageError(f"--client_num={FLAGS.client_num}: more shards than the {len(data.train.images)} images")
-    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data))
     train(data, device, logdir)
-    lock.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """all_in.py as users run it."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 
 from dataset import load_dataset
-from tests.commands import eval_flags, run, run_module
+from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
 
@@ -186,3 +189,75 @@ def test_compare_prints_mean_and_spread(evaluated, tmp_path):
     numbers = json.loads((tmp_path / "table.json").read_text())
     assert numbers["b"]["fpd"] == pytest.approx({"mean": fpd + 1, "std": 2**0.5})
     assert Image.open(tmp_path / "picture.png").width == 4 * 162
+
+
+def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path):
+    flags = [*TINY_FLAGS, "--num_images=60", "--batch_size=4", f"--unet_dir={checkpoint}", "--stages=generate"]
+    run("all_in.py", *flags, *eval_flags(tmp_path / "whole"), cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "all_in.py"), *flags, *eval_flags(tmp_path / "killed")]
+    part = tmp_path / "killed/generate/generate.part.json"
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    while not (part.exists() and json.loads(part.read_text())["done"] >= 8):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    done = json.loads(part.read_text())["done"]
+    assert 8 <= done < 60
+    result = run("all_in.py", *flags, *eval_flags(tmp_path / "killed"), cwd=tmp_path)
+    assert f"{done} of 60 images are there already" in result.stdout
+    whole, killed = (np.load(tmp_path / name / "generate/generate.npy") for name in ("whole", "killed"))
+    np.testing.assert_array_equal(whole, killed)
+    assert sorted(path.name for path in part.parent.iterdir()) == ["generate.json", "generate.npy"]
+
+
+def test_fewer_images_are_the_first_and_more_are_added(checkpoint, tmp_path):
+    flags = [*TINY_FLAGS, "--batch_size=8", f"--unet_dir={checkpoint}", "--stages=generate", *eval_flags(tmp_path)]
+    images = []
+    for number, there in ((24, ""), (10, "10 of 10"), (32, "10 of 32"), (32, "32 of 32")):
+        output = run("all_in.py", *flags, f"--num_images={number}", cwd=tmp_path).stdout
+        assert there in output
+        images.append(np.load(tmp_path / "generate/generate.npy").astype(int))
+        assert len(images[-1]) == number
+    np.testing.assert_array_equal(images[1], images[0][:10])
+    assert np.abs(images[2][:24] - images[0]).max() <= 1, "other batches round otherwise"
+    np.testing.assert_array_equal(images[2], images[3])
+
+
+@pytest.mark.parametrize("change", ["--seed=3", "--sampler=dpmpp", "--use_ema=False", "--eta=0.5", "checkpoint"])
+def test_images_of_another_origin_are_not_reused(change, checkpoint, tmp_path):
+    flags = [*TINY_FLAGS, "--num_images=8", "--stages=generate", *eval_flags(tmp_path)]
+    run("all_in.py", *flags, f"--unet_dir={checkpoint}", cwd=tmp_path)
+    first = np.load(tmp_path / "generate/generate.npy")
+    other = tmp_path / "ckpt7.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    swapped = {"net_model": state["ema_model"], "ema_model": state["net_model"], "step": 7}
+    torch.save(swapped if change == "checkpoint" else state, other)
+    extra = [] if change == "checkpoint" else [change]
+    output = run("all_in.py", *flags, *extra, f"--unet_dir={other}", cwd=tmp_path).stdout
+    assert "there already" not in output
+    assert not np.array_equal(first, np.load(tmp_path / "generate/generate.npy"))
+
+
+def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path / "eval")]
+    neighbors = tmp_path / "eval/similar/memorization.npz"
+    before = result_of(tmp_path / "eval"), neighbors.stat().st_mtime_ns
+    run("all_in.py", *flags, cwd=tmp_path)
+    after = result_of(tmp_path / "eval")
+    assert {key: after[key] for key in ("fpd", "mq", "auth_pct")} == {
+        key: before[0][key] for key in ("fpd", "mq", "auth_pct")
+    }
+    assert neighbors.stat().st_mtime_ns == before[1] and after["seconds"]["score"] == before[0]["seconds"]["score"]
+    run("all_in.py", *flags, "--num_train=40", cwd=tmp_path)
+    changed = result_of(tmp_path / "eval")
+    assert neighbors.stat().st_mtime_ns != before[1] and changed["training_set_size"] == 40
+
+
+def test_images_that_are_not_finite_are_counted_and_said(tmp_path):
+    state = visible(tiny_unet(T=20)).state_dict()
+    state["tail.2.bias"] = torch.tensor([0.0, float("nan"), 0.0])
+    torch.save({"net_model": state, "ema_model": state, "step": 1}, tmp_path / "ckpt1.pt")
+    result = run("all_in.py", *PIXELS, "--unet_dir=ckpt1.pt", *eval_flags(tmp_path), cwd=tmp_path)
+    assert "24 images held NaN or infinity" in result.stdout
+    assert result_of(tmp_path)["non_finite_images"] == 24 == result_of(tmp_path)["N"]

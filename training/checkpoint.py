@@ -1,7 +1,9 @@
 """Checkpoints on disk: ours, and those that IET_AGC and pytorch-ddpm have published."""
 
+import pickle
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -102,12 +104,15 @@ def load(path, device="cpu"):
     if zipfile.is_zipfile(path):
         verify(path)
     try:
-        with torch.serialization.safe_globals(NUMPY_TYPES):
+        with torch.serialization.safe_globals(NUMPY_TYPES), warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such checkpoint") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
+    except pickle.UnpicklingError as error:
+        reason = "no checkpoint, or one that holds more than tensors and plain values, which could run code"
+        raise DamagedError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     except Exception as error:  # a hostile file can make the unpickler raise anything
         raise DamagedError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
     if not isinstance(state, dict):
