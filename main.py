@@ -50,6 +50,7 @@ def train(data, quality, device, logdir):
     saves = Saves(logdir, FLAGS.keep, state.get("rolling", []))
 
     with Interruption() as interruption, Progress(*logs) as progress:
+        progress.last_save = state.get("path")
         while learner.step < FLAGS.total_steps:
             batch = batches(learner.step)
             lr = learner.lr
@@ -80,7 +81,7 @@ def resume(learner, device, logdir):
             state = checkpoint.load(path, device)
             checkpoint.restore(learner, state, path)
             print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
-            return {"progress": progress_of_format_1(logdir, learner.step), **state}
+            return {"progress": progress_of_format_1(logdir, learner.step), **state, "path": path}
     if paths:
         print(f"{logdir}: no checkpoint in it can be continued, starting anew")
     return {}

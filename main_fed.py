@@ -57,6 +57,7 @@ def train(data, device, logdir):
     logs = (logdir, total, FLAGS.log_step, FLAGS.max_bad_steps, state)
 
     with Interruption() as interruption, Progress(*logs) as progress:
+        progress.last_save = state and ensemble_state.newest_file(logdir)
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
                 while shard.learner.step < shard.steps(r):

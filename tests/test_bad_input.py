@@ -45,14 +45,14 @@ def checkpoint(**parts):
 
 
 def bomb(path):
-    """A .npz of 8 GiB of zeros in some MiB."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (2**33 // 192, 3, 8, 8)}
+    """A .npz of 1.5 GiB of zeros in some MiB."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (3 * 2**29 // 192, 3, 8, 8)}
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive,
         archive.open("images.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
-        for _ in range(2**9):
+        for _ in range(96):
             file.write(bytes(2**24))
 
 

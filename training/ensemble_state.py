@@ -31,6 +31,11 @@ def saved_averages(logdir):
     return sorted({*in_state, *kept}, reverse=True)
 
 
+def newest_file(logdir):
+    """The file in state/ that was written last."""
+    return max((Path(logdir) / "state").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def numbers_in(logdir, pattern):
     names = [path.name for path in (Path(logdir) / "state").glob("*.pt")]
     return [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]

@@ -1,0 +1,97 @@
+"""Losses, gradients and weights that are not finite: nothing takes them in, and they are counted and said."""
+
+import json
+
+import pytest
+import torch
+
+from errors import DataError
+from tests.commands import read_jsonl, run
+from tests.networks import TINY_FLAGS, tiny_learner
+from training.agc import AntiGradientControl
+from training.averaging import average_learners
+from training.progress import Progress
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("anti_grad", ["skip", "ascend", "off"])
+def test_a_loss_that_is_not_finite_is_seen_and_not_remembered(bad, anti_grad):
+    agc = AntiGradientControl(4, anti_grad=anti_grad, ascend_weight=0.5)
+    agc.bank[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    loss, keep = agc(torch.tensor([0.1, bad, 9.0]), torch.tensor([0, 1, 2]))
+    assert not loss.isfinite()
+    assert keep.tolist() == [False, True, True], "the bad sample is not taken for memorised"
+    assert agc.bank.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def feed(progress, pattern):
+    for letter in pattern:
+        loss = torch.tensor(1.0 if letter == "+" else float("nan"))
+        progress.update(loss, torch.tensor(letter == "+"), 1e-3, 4, round=1, shard=2)
+
+
+def test_bad_steps_are_counted_and_left_out_of_the_mean(tmp_path):
+    with Progress(tmp_path, 12, 4, 5) as progress:
+        feed(progress, "+-++----++")
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(record["step"], record["loss"], record["bad_steps"]) for record in records] == [
+        (4, 1.0, 1),
+        (8, None, 5),
+        (10, 1.0, 5),
+    ]
+
+
+@pytest.mark.parametrize(("pattern", "stops"), [("+----+++", False), ("+-----++", True), ("--++--++", False)])
+def test_too_many_in_a_row_stop_the_run_even_between_two_records(pattern, stops, tmp_path):
+    def whole_run():
+        with Progress(tmp_path, 8, 8, 5) as progress:
+            progress.last_save = "log/ckpt3.pt"
+            feed(progress, pattern)
+
+    if not stops:
+        return whole_run()
+    message = (
+        "5 steps in a row .* step 8, round 1, shard 2, learning rate 0.001; the last good checkpoint is log/ckpt3.pt"
+    )
+    with pytest.raises(DataError, match=message):
+        whole_run()
+    return None
+
+
+def test_a_row_goes_on_over_a_restart(tmp_path):
+    with Progress(tmp_path, 8, 100, 5) as progress:
+        feed(progress, "++---")
+        state = progress.state()
+    assert state["bad_steps"] == state["bad_row"] == 3
+    with pytest.raises(DataError, match="5 steps in a row"), Progress(tmp_path, 8, 100, 5, state) as progress:
+        feed(progress, "--+")
+
+
+@pytest.mark.parametrize("script", ["main.py", "main_fed.py"])
+def test_a_diverging_run_stops_with_what_one_needs_to_know(script, tmp_path):
+    """After a good start the learning rate is changed to one that sends the weights to infinity."""
+    flags = [*TINY_FLAGS, "--save_step=2", "--log_step=2", "--max_bad_steps=4", "--logdir=log"]
+    flags += ["--client_num=2", "--local_epoch=10"] if script == "main_fed.py" else []
+    length = {"main.py": ("--total_steps=4", "--total_steps=40"), "main_fed.py": ("--total_round=1", "--total_round=2")}
+    run(script, "--train", *flags, length[script][0], cwd=tmp_path)
+    wild = ["--lr=1e36", "--grad_clip=1e9", "--allow_change"]
+    result = run(script, "--train", *flags, length[script][1], *wild, cwd=tmp_path, code=1)
+    line = result.stderr.splitlines()[-1]
+    assert "steps in a row without a finite loss and gradient" in line and "learning rate 1e+36" in line
+    assert "last good checkpoint is log/" in line and ("shard 0" in line) == (script == "main_fed.py")
+    records = read_jsonl(tmp_path / "log/metrics.jsonl")
+    assert records[-1]["bad_steps"] >= 4 and records[0]["bad_steps"] == 0
+    assert all(json.dumps(record, allow_nan=False) for record in records)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_diverged_average_is_refused_before_it_overwrites_the_shards(ema):
+    learners = [tiny_learner(seed) for seed in range(3)]
+    broken = learners[1].ema if ema else learners[1].net
+    broken.head.bias.data[3] = float("inf")
+    before = [[value.clone() for value in (*learner.entries, *learner.ema_entries)] for learner in learners]
+    with pytest.raises(DataError, match=r"not finite in head\.bias \(shards that diverged: \[1\]\)"):
+        average_learners(learners, [1, 1, 1])
+    for learner, values in zip(learners, before, strict=True):
+        for value, kept in zip((*learner.entries, *learner.ema_entries), values, strict=True):
+            assert torch.equal(value, kept)
