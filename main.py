@@ -64,11 +64,11 @@ def train(data, quality, device, logdir):
             if due(step, FLAGS.eval_step):
                 for name, net in (("net", learner.net), ("ema", learner.ema)):
                     progress.scalars(prefix=f"{name}/", weights=name, **score(net, quality))
-            milestone = due(step, FLAGS.save_step) or step == FLAGS.total_steps
-            if milestone or interruption:
+            milestone, stop = due(step, FLAGS.save_step) or step == FLAGS.total_steps, bool(interruption)
+            if milestone or stop:
                 state = {**learner.state_dict(), "x_T": x_T, "progress": progress.state()}
                 progress.last_save = saves.save(checkpoint.step_name(step), state, milestone)
-            if interruption:
+            if stop:
                 interruption.exit(progress.last_save)
     lock.close()
 

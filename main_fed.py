@@ -71,10 +71,10 @@ def train(data, device, logdir):
                     progress.update(loss, applied, lr, FLAGS.batch_size, keep=keep, round=r, shard=shard.number)
                     if due(progress.step, FLAGS.sample_step):
                         progress.images(f"shard{shard.number}_step{progress.step}", sample(shard.learner.ema))
-                    round_ends = shard.learner.step == shard.steps(r)
-                    if due(progress.step, FLAGS.save_step) or round_ends or interruption:
+                    round_ends, stop = shard.learner.step == shard.steps(r), bool(interruption)
+                    if due(progress.step, FLAGS.save_step) or round_ends or stop:
                         progress.last_save = save_shard(shard, r - 1, skip_counts, progress, logdir)
-                    if interruption:
+                    if stop:
                         interruption.exit(progress.last_save)
 
             sizes = [len(shard.batches.index) for shard in shards]

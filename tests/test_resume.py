@@ -248,6 +248,16 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False).returncode == 130
 
 
+def test_a_log_that_was_removed_is_said_and_not_filled_with_zeros(finished, tmp_path):
+    script, log = finished
+    shutil.copytree(log, tmp_path / "log")
+    (tmp_path / "log/metrics.jsonl").unlink()
+    flags = [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
+    result = run(script, "--train", *flags, cwd=tmp_path)
+    assert "metrics.jsonl: lines of this run are missing" in result.stderr
+    assert b"\0" not in (tmp_path / "log/metrics.jsonl").read_bytes()
+
+
 def test_keep_is_the_number_of_files_per_shard(tmp_path):
     flags = [*TINY_FLAGS, *SETTINGS["main_fed.py"], "--save_step=1", "--keep=3", "--total_round=1", "--logdir=log"]
     run("main_fed.py", "--train", *flags, cwd=tmp_path)

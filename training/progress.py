@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -63,8 +64,7 @@ class Progress:
         # an unbounded queue: after a full disk its thread is dead and would never make room
         self.writer = SummaryWriter(str(self.logdir), max_queue=0)
         self.metrics = (self.logdir / "metrics.jsonl").open("a")
-        self.metrics.truncate(state["metrics_bytes"] if state else 0)
-        self.metrics.seek(0, os.SEEK_END)
+        self._cut_metrics(state["metrics_bytes"] if state else 0)
         self.since = time.perf_counter()
         self._bad_steps = state["bad_steps"] if state else 0
         self._bad_row = self._longest_bad_row = state["bad_row"] if state else 0
@@ -74,6 +74,14 @@ class Progress:
             self._steps, self._images, self._lr = state["steps"], state["images"], state["lr"]
             self._where, self._counts_skips = state["where"], state["counts_skips"]
             self._bad_steps_before, self._images_before = state["bad_steps_before"], state["images"]
+
+    def _cut_metrics(self, size):
+        found = self.metrics.seek(0, os.SEEK_END)
+        if found < size:
+            print(f"{self.metrics.name}: lines of this run are missing in it, it goes on without them", file=sys.stderr)
+        else:
+            self.metrics.truncate(size)
+            self.metrics.seek(0, os.SEEK_END)
 
     def _restart(self):
         self._loss = self._skipped = 0.0
