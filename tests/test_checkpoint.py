@@ -137,3 +137,16 @@ def test_only_our_own_runs_can_be_continued():
         checkpoint.restore(learner, {"net_model": {}, "step": 5}, "file.pt")
     with pytest.raises(DataError, match="newer version"):
         checkpoint.restore(learner, {**learner.state_dict(), "format": checkpoint.FORMAT + 1}, "file.pt")
+
+
+def test_checkpoints_of_a_gpu_load_without_one(tmp_path, monkeypatch):
+    """The file says where its tensors were; here that they were on a GPU."""
+    path = tmp_path / "ckpt1.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"net_model": tiny_unet().state_dict()}, path)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(path, weights_only=True)
+    state = checkpoint.load(path)["net_model"]
+    assert torch.equal(state["head.weight"], tiny_unet().state_dict()["head.weight"])
