@@ -81,7 +81,9 @@ def resume(learner, device, logdir):
             state = checkpoint.load(path, device)
             checkpoint.restore(learner, state, path)
             print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
-            return {"progress": progress_of_format_1(logdir, learner.step), **state, "path": path}
+            if "progress" not in state:
+                state["progress"] = progress_of_format_1(logdir, learner.step)
+            return {**state, "path": path}
     if paths:
         print(f"{logdir}: no checkpoint in it can be continued, starting anew")
     return {}

@@ -24,7 +24,7 @@ def progress_of_format_1(logdir, step):
     """What `Progress.state()` would have been in a checkpoint of format 1, which lacks it: the lines up to a step."""
     path, metrics_bytes = Path(logdir) / "metrics.jsonl", 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if json.loads(line)["step"] > step:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:  # a kill may leave a part of a line
             break
         metrics_bytes += len(line)
     nothing = {"loss": 0.0, "skipped": 0.0, "steps": 0, "images": 0, "lr": 0.0, "where": {}, "counts_skips": False}
