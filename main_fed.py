@@ -1,6 +1,7 @@
 """IET-AGC (Liu et al. 2024): iterative ensemble training with anti-gradient control.
 
     python main_fed.py --train --flagfile=config/DIGITS.txt --client_num=4 --local_epoch=50 --total_round=10
+    torchrun --nproc_per_node=4 main_fed.py --train --flagfile=config/CIFAR10.txt    # the shards side by side
 
 The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and neither with
 both, which is default training with a memory bank looking on.
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
+import distributed
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
 from errors import UsageError
@@ -26,7 +28,9 @@ from training.command import pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
 from training.logdir import open_logdir
+from training.meter import Meter
 from training.progress import Progress, due
+from training.schedule import Schedule
 from training.shards import default_split, make_shards
 
 FLAGS = absl_flags.FLAGS
@@ -41,76 +45,103 @@ class Shard:
     batches: ShardBatches
     learner: Learner
     agc: AntiGradientControl
-
-    def steps(self, rounds):
-        """The shard's own steps in so many rounds."""
-        return rounds * FLAGS.local_epoch * self.batches.steps_per_epoch
+    meter: Meter
 
 
 def train(data, device, logdir):
     images = data.train.images.to(device)
-    shards = make_all_shards(data, images, device)
+    batches = make_batches(data, images, device)
+    shards = make_shards_of_this_process(batches, device)
+    schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
     lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data))  # after whatever the flags can have wrong
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    rounds_done, state = ensemble_state.restore(shards, skip_counts, logdir)
-    total = sum(shard.steps(FLAGS.total_round) for shard in shards)
-    logs = (logdir, total, FLAGS.log_step, FLAGS.max_bad_steps, state)
+    rounds_done, seconds = ensemble_state.restore(shards, schedule, skip_counts, logdir)
+    total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
+    done = sum(shard.learner.step for shard in shards)
 
-    with Interruption() as interruption, Progress(*logs) as progress:
-        progress.last_save = state and ensemble_state.newest_file(logdir)
+    with Interruption() as interruption, Progress(logdir, total, done, FLAGS.log_step, seconds) as progress:
+        progress.last_save = ensemble_state.newest_file(logdir)
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
-                while shard.learner.step < shard.steps(r):
-                    batch = shard.batches(shard.learner.step)
-                    lr = shard.learner.lr
-                    losses = shard.learner.losses(batch)
-                    loss, keep = shard.agc(losses, batch.t)
-                    applied = shard.learner.update(loss)
-                    skip_counts[batch.index] += ~keep
+                with shard.learner.on_device():
+                    train_shard(shard, r, schedule, skip_counts, interruption, progress, logdir)
+            wait_for_all_shards(interruption, progress)
 
-                    progress.update(loss, applied, lr, FLAGS.batch_size, keep=keep, round=r, shard=shard.number)
-                    if due(progress.step, FLAGS.sample_step):
-                        progress.images(f"shard{shard.number}_step{progress.step}", sample(shard.learner.ema))
-                    round_ends, stop = shard.learner.step == shard.steps(r), bool(interruption)
-                    if due(progress.step, FLAGS.save_step) or round_ends or stop:
-                        progress.last_save = save_shard(shard, r - 1, skip_counts, progress, logdir)
-                    if stop:
-                        interruption.exit(progress.last_save)
-
-            sizes = [len(shard.batches.index) for shard in shards]
-            average, ema_average = average_learners([shard.learner for shard in shards], sizes)
-            progress.memorization(skip_counts, [shard.agc.bank for shard in shards], r)
-            if FLAGS.sample_step:
-                progress.images(f"average_round{r}", sample(shards[0].learner.ema))
-            save_round(r, average, ema_average, skip_counts, progress, logdir)
+            learners, numbers = [shard.learner for shard in shards], [shard.number for shard in shards]
+            average, ema_average = average_learners(learners, numbers, [len(shard.index) for shard in batches])
+            all_counts = distributed.total(skip_counts.clone())
+            progress.merge([shard.meter for shard in shards])
+            progress.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
+            if distributed.is_main():
+                if FLAGS.sample_step:
+                    with shards[0].learner.on_device():
+                        progress.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
+                save_round(r, average, ema_average, all_counts, progress, logdir)
+        progress.finish(sum(schedule.steps) * max(rounds_done, FLAGS.total_round))
     lock.close()
 
 
-def make_all_shards(data, images, device):
-    """K shards of the images, with K sub-models that start from the same weights."""
+def train_shard(shard, r, schedule, skip_counts, interruption, progress, logdir):
+    """The steps of one shard in round r: the inner loop of the paper's algorithm."""
+    learner, last = shard.learner, schedule.end(shard.number, r)
+    while learner.step < last:
+        batch = shard.batches(learner.step)
+        lr = learner.lr
+        losses = learner.losses(batch)
+        loss, keep = shard.agc(losses, batch.t)
+        loss, applied = learner.update(loss)
+        skip_counts[batch.index] += ~keep
+
+        step, where = schedule.number(shard.number, learner.step), {"round": r, "shard": shard.number}
+        progress.update(shard.meter, step, loss, applied, lr, FLAGS.batch_size, keep=keep, **where)
+        if due(step, FLAGS.sample_step):
+            progress.images(f"shard{shard.number}_step{step}", step, sample(learner.ema))
+        round_ends, stop = learner.step == last, bool(interruption)
+        if round_ends:
+            progress.line(shard.meter, step, **where)
+        if due(step, FLAGS.save_step) or round_ends or stop:
+            progress.last_save = save_shard(shard, schedule.end(shard.number, r - 1), skip_counts, progress, logdir)
+        if stop:
+            interruption.exit(progress.last_save)
+
+
+def make_batches(data, images, device):
+    """The batches of all K shards."""
     labels = data.train.labels.to(device) if FLAGS.use_labels else None
     split = FLAGS.split or default_split(FLAGS.dataset)
     indices = make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed)
+    settings = {**flags.batches(FLAGS), "hflip": data.hflip}
+    return [ShardBatches(images, labels, index, **settings, shard=k) for k, index in enumerate(indices)]
+
+
+def make_shards_of_this_process(batches, device):
+    """Shard k is trained by process k mod P; all K sub-models start from the same weights."""
+    start = checkpoint.load(FLAGS.check_dir) if FLAGS.check_dir else None
     shards = []
-    for number, index in enumerate(indices):
-        batches = ShardBatches(images, labels, index, **flags.batches(FLAGS), shard=number, hflip=data.hflip)
+    for number in range(distributed.rank(), len(batches), distributed.world_size()):
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
         net = UNet(**flags.unet(FLAGS)).to(device)
-        learner = Learner(net, **flags.learner(FLAGS, WARMUP * batches.steps_per_epoch))
+        settings = flags.learner(FLAGS, WARMUP * batches[number].steps_per_epoch)
+        learner = Learner(net, **settings, offload=FLAGS.shard_state == "cpu")
+        if start:
+            for network, use_ema in ((learner.net, False), (learner.ema, True)):
+                weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
+                checkpoint.load_weights(network, weights, FLAGS.check_dir)
         agc = AntiGradientControl(
             FLAGS.T, FLAGS.mem_ratio, FLAGS.arr_ema_decay, FLAGS.anti_grad, FLAGS.anti_grad_weight
         ).to(device)
-        shards.append(Shard(number, batches, learner, agc))
-    if FLAGS.check_dir:
-        state = checkpoint.load(FLAGS.check_dir, device)
-        for shard in shards:
-            checkpoint.load_weights(
-                shard.learner.net, checkpoint.weights(state, False, FLAGS.check_dir), FLAGS.check_dir
-            )
-            checkpoint.load_weights(
-                shard.learner.ema, checkpoint.weights(state, True, FLAGS.check_dir), FLAGS.check_dir
-            )
+        shards.append(Shard(number, batches[number], learner, agc, Meter(FLAGS.max_bad_steps)))
     return shards
+
+
+def wait_for_all_shards(interruption, progress):
+    """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
+    try:
+        distributed.barrier()
+    except RuntimeError:  # another process has gone
+        if interruption:
+            interruption.exit(progress.last_save)
+        raise
 
 
 def sample(net):
@@ -122,19 +153,20 @@ def sample(net):
     return GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)(x_T, labels)
 
 
-def save_shard(shard, rounds_done, skip_counts, progress, logdir):
+def save_shard(shard, end_of_last_round, skip_counts, progress, logdir):
     """Write what the shard needs to continue: only the shard in work changes, so only its file is written."""
     path = ensemble_state.shard_file(logdir, shard.number, shard.learner.step)
-    own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index], "progress": progress.state()}
-    checkpoint.save(path, {**shard.learner.state_dict(), **own})
-    ensemble_state.prune(shard, logdir, rounds_done, FLAGS.keep)
+    own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index]}
+    logs = {**progress.state(), **shard.meter.state()}
+    checkpoint.save(path, {**shard.learner.state_dict(), **own, "progress": logs})
+    ensemble_state.prune(shard.number, logdir, end_of_last_round, FLAGS.keep)
     return path
 
 
 def save_round(r, average, ema_average, skip_counts, progress, logdir):
     """Write the averages: always for the next round to start from, and every --save_round rounds to keep."""
     state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts.cpu(), "round": r}
-    state["progress"] = progress.state()
+    state["progress"] = {**progress.state(), "metrics_lines": progress.metrics_lines}
     if due(r, FLAGS.save_round) or r == FLAGS.total_round:
         checkpoint.save(logdir / checkpoint.round_name(r), state)
     checkpoint.save(ensemble_state.average_file(logdir, r), state)
@@ -146,10 +178,16 @@ def main():
         raise UsageError("nothing to do: add --train (all_in.py evaluates)")
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
     device = pick_device(FLAGS.device)
-    data = load_dataset(**flags.data(FLAGS))
+    with distributed.main_first():
+        data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     if FLAGS.client_num > len(data.train.images):
         raise UsageError(f"--client_num={FLAGS.client_num}: more shards than the {len(data.train.images)} images")
+    if FLAGS.client_num < distributed.world_size():
+        raise UsageError(
+            f"--client_num={FLAGS.client_num} with {distributed.world_size()} processes: a shard is trained by one "
+            f"process, so start at most {FLAGS.client_num}, or make more shards"
+        )
     train(data, device, logdir)
 
 

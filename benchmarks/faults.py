@@ -134,8 +134,9 @@ def final_state(script, logdir):
     states = {path.name: torch.load(path, weights_only=True) for path in paths}
     for state in states.values():
         state.pop("rolling", None)
-        for name in ("seconds", "metrics_bytes"):
-            state["progress"].pop(name)
+        state["progress"].pop("seconds")
+        for line in state["progress"].get("lines", []):
+            line.pop("images_per_second")
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)

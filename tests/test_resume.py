@@ -59,8 +59,7 @@ def ends(script, log):
     name = {"main.py": "ckpt24.pt", "main_fed.py": "global_ckpt_round3.pt"}[script]
     state = torch.load(log / name, weights_only=True)
     state.pop("rolling", None)
-    for timing in ("seconds", "metrics_bytes"):
-        state["progress"].pop(timing)
+    state["progress"].pop("seconds")
     lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
     return {"state": state, "lines": [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]}
 

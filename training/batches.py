@@ -1,4 +1,7 @@
-"""Which images, flips, timesteps, noise and dropout belong to a step: a pure function of (seed, shard, step)."""
+"""Which images, flips, timesteps, noise and dropout belong to a step: a pure function of (seed, shard, step).
+
+Processes that share a batch draw all of it and take their part, so that no image depends on how many they are.
+"""
 
 from dataclasses import dataclass
 
@@ -40,12 +43,26 @@ class ShardBatches:
         seed, shard: the address of the shard's randomness.
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
+        part: which samples of every batch are wanted; their dropout is drawn anew for every part.
 
     Raises:
         UsageError: the shard is smaller than one batch.
     """
 
-    def __init__(self, images, labels, index, *, batch_size, T, seed, shard=0, hflip=False, label_dropout=0.0):
+    def __init__(
+        self,
+        images,
+        labels,
+        index,
+        *,
+        batch_size,
+        T,
+        seed,
+        shard=0,
+        hflip=False,
+        label_dropout=0.0,
+        part=slice(None),
+    ):
         if len(index) < batch_size:
             raise UsageError(
                 f"--batch_size={batch_size} is larger than the {len(index)} images of "
@@ -60,6 +77,7 @@ class ShardBatches:
         self.shard = shard
         self.hflip = hflip
         self.label_dropout = label_dropout
+        self.part = part
         self.steps_per_epoch = len(index) // batch_size
         self._epoch, self._order = None, None  # the last order made, since every step of an epoch needs it
 
@@ -74,19 +92,20 @@ class ShardBatches:
     def __call__(self, step):
         """The `Batch` of a step. Also seeds torch's default generators, from which the network's dropout draws."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size]
+        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size][self.part]
         x_0 = normalize(self.images[index])
         labels = None if self.labels is None else self.labels[index]
 
-        device = x_0.device
+        B, device = self.batch_size, x_0.device
         stream = generator(device, self.seed, "batch", self.shard, step)
-        t = torch.randint(self.T, (self.batch_size,), generator=stream, device=device)
-        eps = torch.randn(x_0.shape, generator=stream, device=device)
+        t = torch.randint(self.T, (B,), generator=stream, device=device)[self.part]
+        eps = torch.randn((B, *x_0.shape[1:]), generator=stream, device=device)[self.part]
         if self.hflip:
-            mirrored = torch.rand(self.batch_size, generator=stream, device=device) < 0.5
+            mirrored = (torch.rand(B, generator=stream, device=device) < 0.5)[self.part]
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         if labels is not None and self.label_dropout > 0:
-            dropped = torch.rand(self.batch_size, generator=stream, device=device) < self.label_dropout
+            dropped = (torch.rand(B, generator=stream, device=device) < self.label_dropout)[self.part]
             labels = labels.masked_fill(dropped, -1)
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.shard, step))
+        first = self.part.start or 0
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.shard, step, *([first] if first else [])))
         return Batch(x_0, labels, t, eps, index)

@@ -14,7 +14,8 @@ from errors import DamagedError, DataError
 from files import atomic_write
 from safe_files import one_line
 
-FORMAT = 2  # of what a run needs to continue; older programs refuse a higher one. 1 had no state of the logs
+FORMAT = 3  # of what a run needs to continue; older programs refuse a higher one. 1 had no state of the logs, and 2
+# one state of them for all shards
 
 # published global_ckpt files hold their skip counts as a NumPy array
 NUMPY_TYPES = [

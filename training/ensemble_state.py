@@ -1,14 +1,15 @@
 """What main_fed.py continues from: a file per shard and save, a file per average, and which of them fit together.
 
-A run trains its shards one after the other, then averages them. So where it stands is (rounds done, shard, step): the
-shards before that shard have finished the round, those after it have not begun it.
+A run stands at (rounds done, own steps of every shard): in a round, no shard depends on another. Which process trains a
+shard is not in the files.
 """
 
 import re
 from pathlib import Path
 
+import distributed
 from training import checkpoint
-from training.progress import progress_of_format_1
+from training.progress import restore_lines
 
 
 def shard_file(logdir, number, step):
@@ -32,8 +33,8 @@ def saved_averages(logdir):
 
 
 def newest_file(logdir):
-    """The file in state/ that was written last."""
-    return max((Path(logdir) / "state").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns)
+    """The file in state/ that was written last, or None."""
+    return max((Path(logdir) / "state").glob("*.pt"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def numbers_in(logdir, pattern):
@@ -41,14 +42,14 @@ def numbers_in(logdir, pattern):
     return [int(match[1]) for name in names if (match := re.fullmatch(pattern, name))]
 
 
-def newest_consistent(shards, logdir):
-    """(rounds done, {shard number: step}) of the newest files that fit together; a damaged one is set aside.
+def newest_consistent(schedule, logdir):
+    """(rounds done, the shards' own steps) of the newest files that fit together; a damaged one is set aside.
 
-    A shard at step 0 has no file. The caller's shards have `number` and `steps(rounds)`.
+    A shard at step 0 has no file.
     """
     for r in [*saved_averages(logdir), 0]:
         if r == 0 or any(checkpoint.is_whole(path) for path in average_paths(logdir, r)):
-            steps = consistent_steps(shards, logdir, r)
+            steps = newest_steps(schedule, logdir, r)
             if steps is not None:
                 break
     return r, steps
@@ -60,37 +61,35 @@ def average_paths(logdir, r):
     return [path for path in paths if path.exists()]
 
 
-def consistent_steps(shards, logdir, r):
-    """{shard number: step} of the newest good files of round r + 1, or None where a shard has no file to start from."""
-    steps, in_work = {}, False
-    for shard in shards:
-        first, last = shard.steps(r), shard.steps(r if in_work else r + 1)
-        fitting = (step for step in saved_steps(logdir, shard.number) if first <= step <= last)
-        good = (step for step in fitting if checkpoint.is_whole(shard_file(logdir, shard.number, step)))
+def newest_steps(schedule, logdir, r):
+    """The steps of the shards' newest good files of round r + 1, or None if a shard has no file to start from."""
+    steps = []
+    for shard in range(len(schedule.steps)):
+        fitting = [s for s in saved_steps(logdir, shard) if schedule.end(shard, r) <= s <= schedule.end(shard, r + 1)]
+        good = (step for step in fitting if checkpoint.is_whole(shard_file(logdir, shard, step)))
         step = next(good, None)
-        if step is None and first > 0:
+        if step is None and r > 0:
             return None
-        steps[shard.number] = step or 0
-        in_work = steps[shard.number] < shard.steps(r + 1)
+        steps.append(step or 0)
     return steps
 
 
-def remove_later(shards, logdir, r, steps):
+def remove_later(steps, logdir, r):
     """Remove what was saved after the point that a run continues from; it will be made again, the same."""
-    for shard in shards:
-        for step in saved_steps(logdir, shard.number):
-            if step > steps[shard.number]:
-                shard_file(logdir, shard.number, step).unlink()
+    for shard, own in enumerate(steps):
+        for step in saved_steps(logdir, shard):
+            if step > own:
+                shard_file(logdir, shard, step).unlink()
     for later in numbers_in(logdir, r"average_round(\d+)\.pt"):
         if later > r:
             average_file(logdir, later).unlink()
 
 
-def prune(shard, logdir, r, keep):
-    """Keep a shard's newest files, and that of the end of round r: all shards need it until the next average."""
-    for step in saved_steps(logdir, shard.number)[keep:]:
-        if step != shard.steps(r):
-            shard_file(logdir, shard.number, step).unlink()
+def prune(shard, logdir, end_of_round, keep):
+    """Keep a shard's newest files, and that of the end of the last round: all shards need it until the next average."""
+    for step in saved_steps(logdir, shard)[keep:]:
+        if step != end_of_round:
+            shard_file(logdir, shard, step).unlink()
 
 
 def prune_averages(logdir, keep):
@@ -110,44 +109,63 @@ def adopt_format_1(logdir):
         path.rename(average_file(logdir, checkpoint.load(path)["round"]))
 
 
-def restore(shards, skip_counts, logdir):
-    """Continue from the newest files of the log directory that fit together.
+def where_to_continue(schedule, logdir):
+    """(rounds done, the shards' own steps) that a log directory stands at, its files and lines in order; on rank 0.
 
-    Sets the shards' learners and banks and the skip counts, in place.
+    Raises:
+        DataError: a file is of a newer version.
+    """
+    adopt_format_1(logdir)
+    existed = any(Path(logdir).glob("**/*.pt"))
+    r, steps = newest_consistent(schedule, logdir)
+    remove_later(steps, logdir, r)
+    lines = 0
+    if r:
+        average = load_average(logdir, r)
+        lines = average.get("progress", {}).get("metrics_lines", 0)
+    numbers = [schedule.number(shard, step) if step else 0 for shard, step in enumerate(steps)]
+    restore_lines(logdir, lambda line: line["round"] <= r or line["step"] <= numbers[line["shard"]], lines)
+    if any(steps):
+        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
+    elif existed:
+        print(f"{logdir}: nothing in it can be continued, starting anew")
+    return r, steps
+
+
+def load_average(logdir, r):
+    """The state that round r ended with."""
+    path = average_paths(logdir, r)[0]
+    state = checkpoint.load(path)
+    checkpoint.check_format(state, path)
+    return state
+
+
+def restore(shards, schedule, skip_counts, logdir):
+    """Continue the shards of this process from the newest files of the log directory that fit together.
+
+    Sets their learners, banks and meters, and their images' skip counts, in place.
 
     Returns:
-        The number of rounds done, and the logs' state (None at the very start).
+        The number of rounds done, and the seconds of training so far.
 
     Raises:
         DataError: a file is of a newer version or of another network.
     """
-    adopt_format_1(logdir)
-    existed = any(Path(logdir).glob("**/*.pt"))
-    r, steps = newest_consistent(shards, logdir)
-    remove_later(shards, logdir, r, steps)
-    device = skip_counts.device
-    steps_done, progress = sum(steps.values()), None
-    if not steps_done and existed:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
-    if r:
-        path = average_paths(logdir, r)[0]
-        average = checkpoint.load(path, device)
-        checkpoint.check_format(average, path)
-        progress = average.get("progress")
+    r, steps = distributed.from_main(where_to_continue(schedule, logdir) if distributed.is_main() else None)
+    average = load_average(logdir, r) if r else {}
+    seconds = average.get("progress", {}).get("seconds", 0.0)
     for shard in shards:
         step = steps[shard.number]
         if step == 0:
             continue
         path = shard_file(logdir, shard.number, step)
-        state = checkpoint.load(path, device)
+        state = checkpoint.load(path)
         checkpoint.restore(shard.learner, state, path)
         shard.agc.bank.copy_(state["bank"])
-        skip_counts[shard.batches.index] = state["skip_counts"]
-        if step == shard.steps(r):
+        skip_counts[shard.batches.index] = state["skip_counts"].to(skip_counts.device)
+        if step == schedule.end(shard.number, r):
             shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-        else:
-            progress = state.get("progress")
-    if steps_done:
-        progress = progress or progress_of_format_1(logdir, steps_done)
-        print(f"continuing in {logdir}: {r} rounds and {steps_done} steps done")
-    return r, progress
+        progress = state.get("progress", {"seconds": 0.0})
+        shard.meter.restore(progress, same_round=step > schedule.end(shard.number, r))
+        seconds = max(seconds, progress["seconds"])
+    return r, max(distributed.from_main(distributed.gather(seconds)))

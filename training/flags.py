@@ -5,6 +5,7 @@ All scripts accept all flags, so that they share flagfiles; a help text says so 
 
 from absl import flags
 
+import distributed
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
@@ -63,11 +64,13 @@ flags.DEFINE_integer("total_steps", 400_000, "main: training steps", lower_bound
 flags.DEFINE_integer(
     "warmup", None, "steps of linear warm-up; default 5000 in main, 15 epochs of a shard in main_fed", lower_bound=0
 )
-flags.DEFINE_integer("batch_size", 128, "images per step, also per call when generating", lower_bound=1)
+flags.DEFINE_integer(
+    "batch_size", 128, "images per step, of all processes in main; also per call when generating", lower_bound=1
+)
 flags.DEFINE_float("ema_decay", 0.9999, "decay of the EMA weights, in [0, 1)", lower_bound=0.0)
 flags.DEFINE_enum("precision", "fp32", PRECISIONS, "fp32, bf16 (autocast) or fp16 (autocast and a loss scaler)")
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
-flags.DEFINE_bool("parallel", False, "use every visible GPU of this process")
+flags.DEFINE_bool("parallel", False, "use every visible GPU of this process; torchrun has a process per GPU instead")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
@@ -81,6 +84,9 @@ flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_g
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
 flags.DEFINE_string("check_dir", None, "main_fed: checkpoint file that all shards start from")
+flags.DEFINE_enum(
+    "shard_state", "device", ("device", "cpu"), "main_fed: where weights and Adam's state of shards that wait are kept"
+)
 flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
 
 # logs and checkpoints
@@ -162,6 +168,8 @@ def check(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
+    if values.parallel and distributed.world_size() > 1:
+        raise UsageError("--parallel is for one process: torchrun has started several, leave it out")
     if values.overwrite and not values.fresh:
         raise UsageError("--overwrite does nothing without --fresh: add it, or leave both out to continue the run")
     for name in ("label_dropout", "guidance", "legacy_labels"):

@@ -1,10 +1,13 @@
 """One network in training: its weights, their EMA, Adam, schedule and scaler, and the update that moves them."""
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import distributed
 from diffusion import GaussianDiffusionTrainer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,6 +35,20 @@ def wrap_network(net, compile, parallel):
     return net
 
 
+def wrap_for_training(net, compile, parallel, share_batches):
+    """As `wrap_network`; with `share_batches` its gradient is the mean over all processes."""
+    network = wrap_network(net, compile, parallel)
+    if share_batches and distributed.world_size() > 1:
+        # the buffers are constants, so there is nothing to broadcast
+        network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return network
+
+
+def to_host(value):
+    """A tensor in host memory, pinned if it comes from a GPU, which then fetches it faster."""
+    return value.cpu().pin_memory() if value.device.type == "cuda" else value
+
+
 def warmup_factor(step, warmup):
     """The share of the learning rate that update number `step` (from 0) gets: linear from 0 over `warmup` steps."""
     return min(step, warmup) / warmup if warmup else 1.0
@@ -50,6 +67,8 @@ class Learner:
         precision: fp32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
         compile: run the network through torch.compile.
         parallel: split every batch over all visible GPUs of this process.
+        share_batches: every process trains this network with its part of the same batches.
+        offload: keep everything in host memory except within `on_device`.
     """
 
     def __init__(
@@ -67,17 +86,18 @@ class Learner:
         precision="fp32",
         compile=False,
         parallel=False,
+        share_batches=False,
+        offload=False,
     ):
         self.device = next(net.parameters()).device
         if self.device.type == "cuda":
             net = net.to(memory_format=torch.channels_last)  # on CPU the step is no faster and sampling slower with it
         self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        network = wrap_network(net, compile, parallel)
+        self.share_batches = share_batches
+        network = wrap_for_training(net, compile, parallel, share_batches)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.entries = list(net.state_dict().values())
-        self.ema_entries = list(self.ema.state_dict().values())
         self.optim = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
         for parameter in self.parameters:
             self.optim.state[parameter] = {
@@ -85,7 +105,7 @@ class Learner:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self.adam_state = self.list_adam_state()
+        self.list_tensors()
         self.base_lr = lr
         self.warmup = warmup
         self.dtype = PRECISIONS[precision]
@@ -94,6 +114,9 @@ class Learner:
         self.grad_clip = grad_clip
         self.ema_decay = ema_decay
         self.step = 0
+        self.offload = offload
+        if offload:
+            self._move(to_host)
 
     @property
     def lr(self):
@@ -110,21 +133,27 @@ class Learner:
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
 
         A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
-        is decided on the device, which is never waited for. Returns whether the step was applied: bool, scalar.
+        is decided on the device, which is never waited for.
+
+        Returns:
+            The loss of the whole batch, detached, and whether the step was applied (bool); scalars.
         """
         for parameter in self.parameters:
             parameter.grad = None
         (self.loss_scale * loss).backward()
         gradients = [parameter.grad for parameter in self.parameters]
+        loss = loss.detach()
+        if self.share_batches:
+            loss = distributed.mean(loss.clone())
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.loss_scale
-        applied = norm.isfinite() & loss.detach().isfinite()
+        applied = norm.isfinite() & loss.isfinite()
         not_applied = (~applied).float()
         self.adam(gradients, self.loss_scale * clip_divisor(norm, self.grad_clip), not_applied)
         update_ema(self.ema_entries, self.entries, (1 - self.ema_decay) * applied)
         if self.dtype == torch.float16:
             torch._amp_update_scale_(self.loss_scale, self.good_since_growth, not_applied, 2.0, 0.5, FP16_GROWTH)
         self.step += 1
-        return applied
+        return loss, applied
 
     @torch.no_grad()
     def adam(self, gradients, divisor, not_applied):
@@ -152,10 +181,31 @@ class Learner:
             found_inf=not_applied,
         )
 
-    def list_adam_state(self):
-        """Adam's tensors in the order of the parameters: first moments, second moments, steps."""
+    def list_tensors(self):
+        """Collect what an update works on: weights, EMA, and Adam's first moments, second moments and steps."""
+        self.entries = list(self.net.state_dict().values())
+        self.ema_entries = list(self.ema.state_dict().values())
         states = [self.optim.state[parameter] for parameter in self.parameters]
-        return [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+        self.adam_state = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
+
+    @contextmanager
+    def on_device(self):
+        """Within this the learner can work. With `offload` it waits in host memory before and after."""
+        if self.offload:
+            self._move(lambda value: value.to(self.device, non_blocking=True))
+        yield
+        if self.offload:
+            self._move(to_host)
+
+    def _move(self, move):
+        for parameter in self.parameters:
+            parameter.grad = None
+        for net in (self.net, self.ema):
+            net._apply(move)  # what nn.Module.to does, with any function
+        for state in self.optim.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = move(state[name])
+        self.list_tensors()
 
     def set_weights(self, net_state, ema_state):
         """Replace the weights and the EMA weights, keeping Adam's state and the schedule."""
@@ -187,7 +237,7 @@ class Learner:
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         self.optim.load_state_dict(state["optim"])
-        self.adam_state = self.list_adam_state()
+        self.list_tensors()
         if state["scaler"] and self.dtype == torch.float16:
             self.loss_scale.fill_(state["scaler"]["scale"])
             self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])

@@ -3,10 +3,12 @@
 import fcntl
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 
+import distributed
 from errors import DataError, UsageError
 from files import make_directory, read_json, write_json
 
@@ -35,6 +37,25 @@ def lock(path):
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def shared_lock(path):
+    """The lock that rank 0 holds, as another process of the same run sees it.
+
+    Raises:
+        DataError: it sees none: the machines do not share the directory.
+    """
+    holder = distributed.from_main(None)
+    try:
+        file = (path / ".lock").open()
+        if file.read().strip() == holder:
+            return file
+    except OSError:
+        pass
+    raise DataError(
+        f"--logdir={path}: on {socket.gethostname()} it is not the directory that rank 0 has opened: choose one on a "
+        "file system that all machines share"
+    )
 
 
 def start_over(path, overwrite):
@@ -90,13 +111,15 @@ def open_logdir(path, settings, flagfile, subset, *, fresh=False, overwrite=Fals
         fresh, overwrite, allow_change: the flags.
 
     Returns:
-        The lock, to be held while the run writes.
+        The lock, to be held while the run writes. Rank 0 does all this; the other processes wait for it.
 
     Raises:
         DataError: the directory cannot be made or written, or another process has it.
         UsageError: what is in it is not this run.
     """
     path = Path(path)
+    if not distributed.is_main():
+        return shared_lock(path)
     make_directory(path, "logdir")
     held = lock(path)
     if fresh:
@@ -104,4 +127,5 @@ def open_logdir(path, settings, flagfile, subset, *, fresh=False, overwrite=Fals
     check_changes(path / "run.json", settings, allow_change)
     (path / "flagfile.txt").write_text(flagfile)
     np.save(path / "subset.npy", subset.numpy())
+    distributed.from_main(str(os.getpid()))
     return held
