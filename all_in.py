@@ -1,6 +1,7 @@
 """Evaluation from end to end: generate images, score their quality, measure memorisation, show the closest pairs.
 
 python all_in.py --flagfile=config/DIGITS.txt --unet_dir=logs/digits --num_images=512
+torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=logs/iet_agc
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
+import distributed
 from dataset import fingerprint, load_dataset
 from diffusion import GaussianDiffusionSampler
 from errors import DataError, UsageError
@@ -26,7 +28,7 @@ from score.memorization import (
     authenticity,
     memorization_ratio,
     memorized_quantity,
-    nearest_neighbors,
+    neighbors_by_all,
     share_closer_than_third,
 )
 from score.quality import Quality
@@ -48,10 +50,10 @@ class Evaluation:
     def __init__(self, images, training, identity, provenance):
         self.path = Path(FLAGS.grid_dir) / "result.json"
         self.result = {"seconds": {}, **identity}
-        if self.path.exists():
-            earlier = read_json(self.path)
-            if all(earlier.get(key) == value for key, value in identity.items()):
-                self.result = earlier
+        found = distributed.is_main() and self.path.exists()
+        earlier = distributed.from_main(read_json(self.path) if found else {})
+        if all(earlier.get(key) == value for key, value in identity.items()):
+            self.result = earlier
         seconds = self.result["seconds"] | provenance.get("seconds", {})
         self.result |= {"N": len(images), "training_set_size": len(training), **provenance, "seconds": seconds}
         self.result["flags"] = flags.as_dict(FLAGS)
@@ -64,7 +66,8 @@ class Evaluation:
         yield numbers
         self.result |= numbers
         self.result["seconds"][name] = round(time.perf_counter() - start, 3)
-        write_json(self.path, self.result)
+        if distributed.is_main():
+            write_json(self.path, self.result)
 
 
 def hashes(images, training):
@@ -96,18 +99,24 @@ def generate_images(net, path, device):
     origin |= {key: settings[key] for key in ("seed", "num_labels", "legacy_labels")}
     del origin["checkpoint"]
     generated = GeneratedImages(FLAGS.generate_dir, origin, FLAGS.img_size)
-    complete = generated.load(FLAGS.num_images)
-    if generated.done:
-        print(f"{FLAGS.generate_dir}: {generated.done} of {FLAGS.num_images} images are there already")
+    found = (generated.load(FLAGS.num_images), generated.done) if distributed.is_main() else None
+    complete, done = distributed.from_main(found)
+    if done:
+        print(f"{FLAGS.generate_dir}: {done} of {FLAGS.num_images} images are there already")
     if not complete:
         network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
         sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
-        generated.extend(generate_batches(sampler, **settings, first=generated.done))
-        generated.finish(provenance)
-    if FLAGS.save_png:
+        batches = generate_batches(sampler, **settings, first=done)
+        if distributed.is_main():
+            generated.extend(batches)
+            generated.finish(provenance)
+        else:
+            list(batches)
+    if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, generated.images)
     record = generated.record()
-    return generated.images, provenance | {key: record[key] for key in ("non_finite_images", "seconds")}
+    provenance |= {key: record[key] for key in ("non_finite_images", "seconds")}
+    return distributed.from_main((generated.images, provenance))
 
 
 def existing_images():
@@ -132,18 +141,12 @@ def existing_images():
 def memorise(images, training, identity, device):
     """How many images copy the training set; their nearest training images are kept in --similar_dir."""
     training_on_device = training.to(device)
-    sq_distance, index = known_neighbors(identity)
+    sq_distance, index = distributed.from_main(known_neighbors(identity) if distributed.is_main() else None)
     if sq_distance is None:
-        sq_distance, index = nearest_neighbors(
-            images.to(device),
-            training_on_device,
-            batch_generated=FLAGS.batch_A,
-            batch_training=FLAGS.batch_B,
-            progress=True,
-        )
-        arrays = {"ratio": memorization_ratio(sq_distance), "index": index, "sq_distance": sq_distance}
-        with atomic_write(neighbors_path()) as file:
-            np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
+        blocks = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B}
+        sq_distance, index = neighbors_by_all(images.to(device), training_on_device, **blocks, progress=True)
+        if distributed.is_main():
+            save_neighbors(sq_distance, index, identity)
     sq_distance, index = sq_distance.to(device), index.to(device)
     ratio = memorization_ratio(sq_distance)
     counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
@@ -153,6 +156,12 @@ def memorise(images, training, identity, device):
         "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
         "auth_pct": 100 * authenticity(sq_distance, index, training_on_device),
     }
+
+
+def save_neighbors(sq_distance, index, identity):
+    arrays = {"ratio": memorization_ratio(sq_distance), "index": index, "sq_distance": sq_distance}
+    with atomic_write(neighbors_path()) as file:
+        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
 
 
 def neighbors_path():
@@ -220,8 +229,9 @@ def main():
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples")
         net, path = load_network(device)
     else:
-        images, provenance = existing_images()
-    data = load_dataset(**flags.data(FLAGS))
+        images, provenance = distributed.from_main(existing_images() if distributed.is_main() else None)
+    with distributed.main_first():
+        data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     training = data.train.images
     for flag in ("generate_dir", "similar_dir", "grid_dir"):
@@ -242,11 +252,12 @@ def main():
     if "memorise" in stages:
         with evaluation.stage("memorise") as numbers:
             numbers |= memorise(images, training, identity, device)
-    if "grid" in stages:
+    if "grid" in stages and distributed.is_main():
         with evaluation.stage("grid") as numbers:
             numbers["grids"] = draw_grids(images, training, identity)
-    append_published_format(evaluation.result)
-    print_summary(evaluation.result)
+    if distributed.is_main():
+        append_published_format(evaluation.result)
+        print_summary(evaluation.result)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+import distributed
 from errors import DataError, UsageError
 from files import atomic_write
 from safe_files import one_line, read_archive, read_file, read_image, unpickle_dict
@@ -343,7 +343,7 @@ def decode(files: list[ImageFile], img_size: int, num_workers: int) -> np.ndarra
     """Image files as uint8 (N, 3, img_size, img_size), in order."""
     images = np.empty((len(files), 3, img_size, img_size), np.uint8)
     decoded = decode_each([file.path for file in files], img_size, num_workers)
-    for row, image in enumerate(tqdm(decoded, "decoding", total=len(files), unit="image")):
+    for row, image in enumerate(distributed.bar(decoded, "decoding", total=len(files), unit="image")):
         images[row] = image
     return images
 

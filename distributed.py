@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # a process waits for the others as long as a round of a shard takes; torchrun sees a dead one, no clock has to
 TIMEOUT = timedelta(days=30)
@@ -38,6 +39,11 @@ def is_main():
 def silence():
     """Where the processes that do not print write to."""
     return Path(os.devnull).open("w")
+
+
+def bar(*args, **settings):
+    """A tqdm bar of rank 0; the others show none."""
+    return tqdm(*args, **settings, dynamic_ncols=True, disable=not is_main())
 
 
 def initialize():
@@ -102,6 +108,8 @@ def share(n):
 
 def join_rows(rows):
     """The rows of all processes, those of rank 0 first, in every process; undoes `share`."""
+    if world_size() == 1:
+        return rows
     parts = gather(rows.cpu())
     return from_main(torch.cat(parts) if is_main() else None).to(rows.device)
 

@@ -1,8 +1,8 @@
 """Images from a trained network: image i depends on (network, sampler, seed, i) and on nothing else."""
 
 import torch
-from tqdm import tqdm
 
+import distributed
 from score.samples import non_finite_images, to_uint8
 from seeding import SampleNoise, derive_seed
 
@@ -26,6 +26,8 @@ def generate_batches(
 ):
     """Generate images first..num_images-1 batch by batch with a progress bar, the network in evaluation mode.
 
+    Every process makes a batch at a time; rank 0 is given all of them in order, the others nothing.
+
     Args:
         sampler: a `GaussianDiffusionSampler` on its device.
         num_images, batch_size: how many in all, and per call of the sampler.
@@ -42,20 +44,27 @@ def generate_batches(
     shape = (3, sampler.img_size, sampler.img_size)
     was_training = sampler.model.training
     sampler.model.eval()
-    with tqdm(total=num_images, initial=first, desc="generate", unit="image", dynamic_ncols=True) as bar:
-        for start in range(first, num_images, batch_size):
-            indices = range(start, min(start + batch_size, num_images))
-            labels = None
-            if num_labels is not None:
-                labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
-            noise = SampleNoise(seed, indices, shape, device)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                x_0 = sampler(noise(), labels, noise)
-            yield to_uint8(x_0).cpu(), non_finite_images(x_0).cpu()
-            bar.update(len(indices))
+    with distributed.bar(total=num_images, initial=first, desc="generate", unit="image") as bar:
+        for start in range(first, num_images, batch_size * distributed.world_size()):
+            batches = range(start, min(start + batch_size * distributed.world_size(), num_images))
+            indices = batches[distributed.share(len(batches))]
+            x_0 = torch.empty(0, *shape, device=device)
+            if indices:
+                labels = None
+                if num_labels is not None:
+                    labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
+                noise = SampleNoise(seed, indices, shape, device)
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    x_0 = sampler(noise(), labels, noise)
+            made = distributed.gather((to_uint8(x_0).cpu(), non_finite_images(x_0).cpu()))
+            if distributed.is_main():
+                images, not_finite = zip(*made, strict=True)
+                yield torch.cat(images), torch.cat(not_finite)
+            bar.update(len(batches))
     sampler.model.train(was_training)
 
 
 def generate(sampler, num_images, batch_size, seed, **settings):
-    """All images at once: (N, 3, H, W) uint8 on the CPU; arguments as for `generate_batches`."""
-    return torch.cat([images for images, _ in generate_batches(sampler, num_images, batch_size, seed, **settings)])
+    """All images at once, in every process: (N, 3, H, W) uint8 on the CPU; arguments as for `generate_batches`."""
+    batches = [images for images, _ in generate_batches(sampler, num_images, batch_size, seed, **settings)]
+    return distributed.from_main(torch.cat(batches) if batches else None)

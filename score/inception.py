@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pytorch_fid.inception import FID_WEIGHTS_URL, FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
 from torch import nn
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
-from tqdm import tqdm
 
+import distributed
 from errors import DataError
 from files import atomic_write, file_hash
 from safe_files import one_line
@@ -48,7 +48,7 @@ def _download(path):
         with urllib.request.urlopen(FID_WEIGHTS_URL, timeout=CONNECT_SECONDS) as response, atomic_write(path) as file:
             size = int(response.headers.get("Content-Length", 0)) or None
             digest = hashlib.sha256()
-            with tqdm(desc=WEIGHTS_NAME, total=size, unit="B", unit_scale=True) as progress:
+            with distributed.bar(desc=WEIGHTS_NAME, total=size, unit="B", unit_scale=True) as progress:
                 while block := response.read(2**20):
                     file.write(block)
                     digest.update(block)
@@ -98,10 +98,14 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def batches(self, images, batch_size=50):
-        """Yields (features, logits) of consecutive batches of uint8 images (N, 3, H, W), with a progress bar."""
-        with tqdm(desc="Inception", total=len(images), unit="image") as progress:
-            for batch in images.split(batch_size):
-                yield self(batch)
+        """Yields (features, logits) of the batches that fall to this process, with a progress bar.
+
+        images: uint8 (N, 3, H, W). Batch j is process j mod P's, so that what is in a batch does not depend on P.
+        """
+        with distributed.bar(desc="Inception", total=len(images), unit="image") as progress:
+            for j, batch in enumerate(images.split(batch_size)):
+                if j % distributed.world_size() == distributed.rank():
+                    yield self(batch)
                 progress.update(len(batch))
 
 

@@ -6,6 +6,7 @@ values, d_1 <= d_2 <= ... for each generated image.
 
 import torch
 
+import distributed
 from score.neighbors import nearest_neighbors, nearest_other
 
 __all__ = [
@@ -15,10 +16,20 @@ __all__ = [
     "memorized_quantity",
     "nearest_neighbors",
     "nearest_other",
+    "neighbors_by_all",
     "share_closer_than_third",
 ]
 
 THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)
+
+
+def neighbors_by_all(generated, training, **settings):
+    """`nearest_neighbors`, each process searching for its part of the generated images; all are given the whole."""
+    part = generated[distributed.share(len(generated))]
+    # a process without images searches for one, to know the shape of nothing
+    found = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
+    sq_distance, index = (rows[: len(part)] for rows in found)
+    return distributed.join_rows(sq_distance), distributed.join_rows(index)
 
 
 def memorization_ratio(sq_distance):
@@ -65,7 +76,7 @@ def authenticity(sq_distance, index, training):
     """
     _check_distances(sq_distance)
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own = nearest_other(training, nearest)
+    own = distributed.join_rows(nearest_other(training, nearest[distributed.share(len(nearest))]))
     return (sq_distance[:, 0] > own[of_generated].to(sq_distance.device)).double().mean().item()
 
 

@@ -23,6 +23,8 @@ import time
 import torch
 from tqdm import tqdm
 
+import distributed
+
 LEVELS = 255
 MIDDLE = 128
 LARGEST = 100  # value accepted: what lies outside [0, 1] is measured right, but the further, the slower
@@ -58,7 +60,8 @@ def nearest_neighbors(generated, training, k=50, batch_generated=2048, batch_tra
     search = _search_levels if generated.dtype == training.dtype == torch.uint8 else _search_floats
     multiply = _fastest_product(training)
     found = []
-    with tqdm(total=len(generated), desc="nearest neighbours", unit="image", disable=not progress) as bar:
+    show = progress and distributed.is_main()
+    with tqdm(total=len(generated), desc="nearest neighbours", unit="image", disable=not show) as bar:
         for batch in generated.split(batch_generated):
             found.append(search(batch, training, k, max(batch_training, k), multiply))
             bar.update(len(batch))
@@ -71,6 +74,8 @@ def nearest_other(training, rows):
 
     A copy elsewhere in the training set counts, with 0. Infinite where there is no other image.
     """
+    if len(rows) == 0:
+        return torch.empty(0, dtype=torch.float64, device=training.device)
     sq_distance, index = nearest_neighbors(training[rows], training, k=2)
     if sq_distance.shape[1] == 1:
         return torch.full((len(rows),), torch.inf, dtype=torch.float64, device=sq_distance.device)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import distributed
 from dataset import fingerprint
 from errors import UsageError
 from files import file_hash
@@ -55,10 +56,21 @@ class Quality:
         return {"features": self.features, "weights_sha256": self.weights_hash, "reference_sha256": self.reference_hash}
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}."""
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}.
+
+        All processes take part, with the same images, and are given the scores.
+        """
+        probs = None
         if self.features == "pixels":
-            return {"fpd": frechet_distance(*pixel_statistics(images).mean_and_covariance(), *self.reference)}
-        statistics, probs = inception_statistics_and_probs(images, self.inception, self.batch_size)
+            statistics = pixel_statistics(images)
+        else:
+            statistics, probs = inception_statistics_and_probs(images, self.inception, self.batch_size)
+        return distributed.from_main(self.scores(statistics, probs) if distributed.is_main() else None)
+
+    def scores(self, statistics, probs):
+        """The scores from the statistics of the features and, for Inception's, the class probabilities."""
+        distance = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
+        if self.features == "pixels":
+            return {"fpd": distance}
         score, spread = inception_score(probs, SPLITS)
-        fid = frechet_distance(*statistics.mean_and_covariance(), *self.reference)
-        return {"fid": fid, "is": score, "is_std": spread}
+        return {"fid": distance, "is": score, "is_std": spread}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+import distributed
 from errors import DataError
 from files import atomic_write
 from safe_files import one_line, read_image
@@ -62,7 +62,8 @@ def save_pngs(folder, images):
             raise DataError(
                 f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one"
             )
-        for name, image in zip(tqdm(names, desc="save PNG", unit="image"), images.permute(0, 2, 3, 1), strict=True):
+        bar = distributed.bar(names, desc="save PNG", unit="image")
+        for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.cpu().numpy()).save(folder / name)
     except OSError as error:
         raise DataError(f"{folder}: can't be written ({error.strerror or error}); check it and its space") from None
@@ -205,7 +206,7 @@ def _load_folder(folder):
             f"{folder}: no images in it; expected files with the suffixes {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     images = None
-    for i, path in enumerate(tqdm(paths, desc=f"read {folder.name}", unit="image")):
+    for i, path in enumerate(distributed.bar(paths, desc=f"read {folder.name}", unit="image")):
         # Opening a pipe would wait for ever.
         if not path.is_file():
             raise DataError(f"{path}: not a file; remove it from the folder")

@@ -4,6 +4,7 @@ python -m score.stats --dataset=cifar10 --data_root=data --output=stats/cifar10.
 """
 
 import argparse
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
 from dataset import DATASETS, fingerprint, load_dataset
 from errors import DataError, UsageError, UserError
 from files import atomic_write
@@ -44,6 +46,13 @@ class Statistics:
         self.sum += other.sum.to(self.sum)
         self.outer += other.outer.to(self.outer)
 
+    def merge_processes(self):
+        """Takes in what the other processes' instances have taken in; returns itself, then the same in all of them."""
+        self.count = int(distributed.total(torch.tensor(self.count)))
+        distributed.total(self.sum)
+        distributed.total(self.outer)
+        return self
+
     def mean_and_covariance(self):
         """(mu (D,), sigma (D, D)), float64 arrays, covariance with N - 1. Raises ValueError for less than 2 rows."""
         if self.count < 2:
@@ -63,28 +72,35 @@ def pixel_features(images):
 
 
 def pixel_statistics(images):
-    """`Statistics` of the pixel features of uint8 images (N, 3, H, W), on the images' device."""
+    """`Statistics` of the pixel features of uint8 images (N, 3, H, W), on their device, by all processes."""
     statistics = Statistics(DIMENSIONS["pixels"], images.device)
-    for batch in images.split(PIXEL_BATCH):
+    for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
         statistics.update(pixel_features(batch))
-    return statistics
+    return statistics.merge_processes()
 
 
 def inception_statistics(images, inception, batch_size=50):
-    """`Statistics` of the Inception features of uint8 images (N, 3, H, W), with a progress bar."""
+    """`Statistics` of the Inception features of uint8 images (N, 3, H, W), with a progress bar, by all processes."""
     statistics = Statistics(FEATURES, inception.class_weight.device)
     for features, _ in inception.batches(images, batch_size):
         statistics.update(features)
-    return statistics
+    return statistics.merge_processes()
 
 
 def inception_statistics_and_probs(images, inception, batch_size=50):
-    """As `inception_statistics`, and the class probabilities (N, 1008), float32 on the CPU, for the Inception score."""
+    """As `inception_statistics`, and the class probabilities for the Inception score.
+
+    Those are (N, 1008), float32 on the CPU, in the order of the images, and on rank 0 only (None elsewhere).
+    """
     statistics, probs = Statistics(FEATURES, inception.class_weight.device), []
     for features, logits in inception.batches(images, batch_size):
         statistics.update(features)
         probs.append(logits.softmax(dim=1).cpu())
-    return statistics, torch.cat(probs)
+    gathered = distributed.gather(probs)
+    if gathered:
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
+        probs = torch.cat([batch for batch in in_turn if batch is not None])
+    return statistics.merge_processes(), probs if gathered else None
 
 
 def save_statistics(path, mu, sigma, **provenance):
@@ -146,12 +162,17 @@ def reference_statistics(images, features, cache_path=None, inception=None, batc
     if cache_path is None:
         return compute_statistics(images, features, inception, batch_size)
     provenance = provenance_of(images, features, inception)
-    if Path(cache_path).exists():
-        mu, sigma, found = load_statistics(cache_path)
-        _check_provenance(cache_path, len(mu), found, provenance)
-        return mu, sigma
+    if distributed.from_main(Path(cache_path).exists()):
+        return distributed.from_main(_known_statistics(cache_path, provenance) if distributed.is_main() else None)
     mu, sigma = compute_statistics(images, features, inception, batch_size)
-    save_statistics(cache_path, mu, sigma, **provenance)
+    if distributed.is_main():
+        save_statistics(cache_path, mu, sigma, **provenance)
+    return mu, sigma
+
+
+def _known_statistics(path, provenance):
+    mu, sigma, found = load_statistics(path)
+    _check_provenance(path, len(mu), found, provenance)
     return mu, sigma
 
 
@@ -164,7 +185,7 @@ def _check_provenance(path, dimension, found, expected):
         wanted = f"the {DIMENSIONS[expected['features']]} {expected['features']} features"
         raise DataError(f"{path}: statistics of {dimension} features instead of {wanted}; {advice}")
     if not found.keys() >= expected.keys():
-        warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=3)
+        warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
 
 
 class _Parser(argparse.ArgumentParser):
