@@ -3,7 +3,12 @@
 Without torchrun there is one process, of rank 0, and every function here returns what it was given.
 """
 
+import gc
 import os
+import secrets
+import sys
+import time
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # a process waits for the others as long as a round of a shard takes; torchrun sees a dead one, no clock has to
-TIMEOUT = timedelta(days=30)
+TIMEOUT = timedelta(days=7)
 
 
 def rank():
@@ -36,9 +41,10 @@ def is_main():
     return rank() == 0
 
 
-def silence():
-    """Where the processes that do not print write to."""
-    return Path(os.devnull).open("w")
+def be_silent():
+    """Leave printing and warning to rank 0; errors are still seen."""
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    warnings.simplefilter("ignore")
 
 
 def bar(*args, **settings):
@@ -48,14 +54,45 @@ def bar(*args, **settings):
 
 def initialize():
     """Meet the other processes: NCCL for tensors on GPUs, gloo for those on the CPU."""
-    if world_size() > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    if world_size() == 1:
+        return
+    store, *place = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(name_of_start(store, *place), store)
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backends, store=store, rank=place[0], world_size=place[1], timeout=TIMEOUT)
+
+
+def name_of_start(store, rank, world_size):
+    """A name that all processes of this start agree on, and that no earlier start had.
+
+    torchrun keeps its store over restarts, and in it the addresses of processes that are gone (torch 2.14): what a
+    process waits for must have a name of its own. Rank 0 answers every name that another rank gives itself, also those
+    of earlier starts, until all of the others have taken its own.
+    """
+    name = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"rank{rank}", name)
+        answer = store.get(f"rank{rank} is {name}")
+        store.set(f"rank{rank} knows {answer.decode()}", "")
+        return answer.decode()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"rank{other}"]):
+                store.set(f"rank{other} is {store.get(f'rank{other}').decode()}", name)
+        missing = {other for other in missing if not store.check([f"rank{other} knows {name}"])}
+        time.sleep(0.01)
+    return name
 
 
 def finish():
-    """Leave the other processes, at the end of a run that went well."""
+    """Leave the other processes, at the end of a run that went well and after its networks are gone.
+
+    What still held the connections then, as DistributedDataParallel does, could abort the process at its exit.
+    """
     if dist.is_initialized():
         barrier()
+        gc.collect()
         dist.destroy_process_group()
 
 

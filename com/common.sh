@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Sourced by the experiments: paths, and how a log directory is evaluated.
 # DATA_ROOT: data sets (./data). LOG_DIR: logs and results (./logs/<experiment>).
+# PROCESSES: how many train and evaluate together, one per GPU of this machine (1).
 # SEEDS: one evaluation of every checkpoint per seed. CHECKPOINTS: file names in LOG_DIR to evaluate.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 DATA_ROOT="${DATA_ROOT:-./data}"
 SEEDS="${SEEDS:-1 2 3}"
+PROCESSES="${PROCESSES:-1}"
+
+LAUNCH=("$PYTHON")
+if ((PROCESSES > 1)); then
+    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
+fi
 
 # once MARKER COMMAND...: run the command unless MARKER says that the same command has finished before
 once() {
@@ -29,7 +36,7 @@ evaluate() {
     for checkpoint in $checkpoints; do
         for seed in $SEEDS; do
             out="$LOG_DIR/eval/${checkpoint%.pt}/seed$seed"
-            once "$out/done" "$PYTHON" all_in.py "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
+            once "$out/done" "${LAUNCH[@]}" all_in.py "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
                 --generate_dir="$out/generate" --similar_dir="$out/similar" --grid_dir="$out/grid"
             results+=("${checkpoint%.pt}=$out/grid/result.json")
         done
@@ -41,6 +48,6 @@ evaluate() {
 iet_agc() {
     LOG_DIR="${LOG_DIR:-./logs/iet_agc_${1,,}}"
     local flags=(--flagfile="config/$1.txt" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" "${@:2}")
-    once "$LOG_DIR/trained" "$PYTHON" main_fed.py --train "${flags[@]}"
+    once "$LOG_DIR/trained" "${LAUNCH[@]}" main_fed.py --train "${flags[@]}"
     evaluate "${CHECKPOINTS:-global_ckpt_round5.pt global_ckpt_round10.pt}" "${flags[@]}" -Fed=True --use_ema=False
 }

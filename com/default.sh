@@ -6,5 +6,5 @@ LOG_DIR="${LOG_DIR:-./logs/default}"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 flags=(--flagfile="${CONFIG:-config/CIFAR10.txt}" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" --save_step=20000 "$@")
-once "$LOG_DIR/trained" "$PYTHON" main.py --train "${flags[@]}"
+once "$LOG_DIR/trained" "${LAUNCH[@]}" main.py --train "${flags[@]}"
 evaluate "${CHECKPOINTS:-ckpt100k.pt ckpt200k.pt ckpt300k.pt ckpt400k.pt}" "${flags[@]}" --use_ema=False

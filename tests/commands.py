@@ -21,6 +21,18 @@ def run(script, *flags, cwd, code=0, **env):
     return check(command, cwd, code, env)
 
 
+def torchrun_command(processes, script, *flags, options=("--standalone",)):
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / script), *map(str, flags)]
+
+
+def run_with(processes, script, *flags, cwd, code=0):
+    """`run`, with torchrun where there are several processes."""
+    if processes == 1:
+        return run(script, *flags, cwd=cwd, code=code)
+    return check(torchrun_command(processes, script, *flags), cwd, code, {})
+
+
 def run_module(module, *arguments, cwd, code=0):
     return check([sys.executable, "-m", module, *map(str, arguments)], cwd, code, {"PYTHONPATH": str(ROOT)})
 

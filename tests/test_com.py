@@ -1,10 +1,11 @@
 """The bash scripts, with flags that make everything tiny, on small data sets in the real formats."""
 
 import json
+import os
 
 import pytest
 
-from tests.commands import run_bash
+from tests.commands import ROOT, environment, run_bash
 from tests.dataset_files import write_afhq, write_cifar10, write_cifar100
 
 TINY = [
@@ -42,11 +43,25 @@ def test_iet_agc_experiments(script, tmp_path):
 
 def test_default_experiment(tmp_path):
     write_cifar10(tmp_path / "data", train_per_class=2, test_per_class=1)
-    env = settings(tmp_path, SEEDS="1 2", CHECKPOINTS="ckpt2.pt ckpt4.pt")
+    env = settings(tmp_path, SEEDS="1", CHECKPOINTS="ckpt2.pt ckpt4.pt", PROCESSES="2")
     flags = [*TINY, "--total_steps=4", "--save_step=2", f"--fid_cache={tmp_path}/stats.npz"]
     result = run_bash("com/default.sh", *flags, cwd=tmp_path, **env)
     assert "| ckpt2 " in result.stdout and "| ckpt4 " in result.stdout
     assert json.loads((tmp_path / "log/eval/table.json").read_text()).keys() == {"ckpt2", "ckpt4"}
+
+
+def test_slurm(tmp_path):
+    """With stand-ins for what only a cluster has: a job of one machine with two GPUs' processes."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    env = environment()
+    env = {"PATH": f"{tmp_path}:{env['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "here"}
+    env |= {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": str(10_000 + os.getpid() % 10_000)}
+    flags = ["main_fed.py", "--train", "--dataset=digits", "--img_size=8", "--num_train=32", *TINY]
+    run_bash("com/slurm.sbatch", *flags, f"--logdir={tmp_path / 'log'}", cwd=tmp_path, **env)
+    assert (tmp_path / "log/global_ckpt_round2.pt").exists()
 
 
 def test_demo(tmp_path):

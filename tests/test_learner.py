@@ -53,6 +53,32 @@ def test_update_against_plain_torch():
     assert learner.step == 5
 
 
+def test_a_learner_that_waits_in_host_memory_trains_as_one_that_stays(monkeypatch):
+    """Host memory stands for other memory here: what waits is a copy, and what is left behind is destroyed."""
+
+    def to_host(value):
+        copied = value.clone()
+        value.data.fill_(torch.nan)
+        return copied
+
+    monkeypatch.setattr("training.learner.to_host", to_host)
+    staying, moving = tiny_learner(), tiny_learner(offload=True)
+    batches = make_batches()
+    for _ in range(3):
+        train(staying, batches, 2)
+        with moving.on_device():
+            train(moving, batches, 2)
+        assert all(parameter.grad is None for parameter in moving.parameters)
+    ours, expected = moving.state_dict(), staying.state_dict()
+    for name in ("net_model", "ema_model"):
+        assert all(torch.equal(ours[name][key], expected[name][key]) for key in expected[name])
+    for i, state in expected["optim"]["state"].items():
+        assert all(torch.equal(ours["optim"]["state"][i][key], state[key]) for key in state)
+    moving.load_state_dict(copy.deepcopy(expected))
+    with moving.on_device():
+        train(moving, batches, 1)
+
+
 def test_losses_are_means_per_sample():
     learner = tiny_learner(dropout=0.0)
     batch = make_batches()(0)

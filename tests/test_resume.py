@@ -247,6 +247,22 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False).returncode == 130
 
 
+def test_the_same_signal_twice_within_a_second_is_one_request():
+    """torchrun passes on what a cluster has sent to every process already."""
+    code = (
+        "import os, signal, time\n"
+        "from training.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert interruption\n"
+        "    time.sleep(1.1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False).returncode == 143
+
+
 def test_a_log_that_was_removed_is_said_and_not_filled_with_zeros(finished, tmp_path):
     script, log = finished
     shutil.copytree(log, tmp_path / "log")

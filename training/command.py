@@ -27,7 +27,7 @@ def run(main):
 @record  # torchrun names the rank that failed first, with its traceback
 def launch(main):
     if not distributed.is_main():
-        sys.stdout = distributed.silence()
+        distributed.be_silent()
     distributed.initialize()
     try:
         main()
