@@ -1,4 +1,4 @@
-"""Evaluation from end to end: generate images, score their quality, measure memorisation, show the closest pairs.
+"""Evaluation from end to end: generate images, score their quality, measure memorisation, show it.
 
 python all_in.py --flagfile=config/DIGITS.txt --unet_dir=logs/digits --num_images=512
 torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=logs/iet_agc
@@ -24,14 +24,9 @@ from safe_files import one_line
 from score.generate import generate_batches
 from score.grids import save_grids
 from score.inception import find_weights
-from score.memorization import (
-    authenticity,
-    memorization_ratio,
-    memorized_quantity,
-    neighbors_by_all,
-    share_closer_than_third,
-)
+from score.memorization import above_floor, measures, memorization_ratio, neighbors_by_all
 from score.quality import Quality
+from score.report import write_report
 from score.samples import load_samples, save_pngs
 from score.unfinished import GeneratedImages
 from training import checkpoint, flags
@@ -138,57 +133,93 @@ def existing_images():
     return images, {name: record[name] for name in names}
 
 
-def memorise(images, training, identity, device):
-    """How many images copy the training set; their nearest training images are kept in --similar_dir."""
+def memorise(images, training, holdout, identity, device):
+    """How many images copy the training set; their nearest training images are kept in --similar_dir.
+
+    The same figures of held-out real images, if there are any, are the floor.
+    """
     training_on_device = training.to(device)
-    sq_distance, index = distributed.from_main(known_neighbors(identity) if distributed.is_main() else None)
-    if sq_distance is None:
+    result = measures(*neighbors(images, training_on_device, "memorization", identity, device), training_on_device)
+    if holdout is not None:
+        of_holdout = {**identity, "images_sha256": fingerprint(holdout)}
+        found = neighbors(holdout, training_on_device, "holdout", of_holdout, device)
+        floor = measures(*found, training_on_device)
+        result |= {"holdout": {"N": len(holdout), **floor}, "mq_above_floor": above_floor(result, floor)}
+    return result
+
+
+def neighbors(images, training, name, identity, device):
+    """(sq_distance, index) of the nearest training images, read from --similar_dir or searched and kept there."""
+    found = distributed.from_main(known_neighbors(name, identity) if distributed.is_main() else None)
+    if not found:
         blocks = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B}
-        sq_distance, index = neighbors_by_all(images.to(device), training_on_device, **blocks, progress=True)
+        found = neighbors_by_all(images.to(device), training, **blocks, progress=True)
         if distributed.is_main():
-            save_neighbors(sq_distance, index, identity)
-    sq_distance, index = sq_distance.to(device), index.to(device)
-    ratio = memorization_ratio(sq_distance)
-    counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
-    return {
-        "mq": counts,
-        "mq_fraction": {p: count / len(images) for p, count in counts.items()},
-        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
-        "auth_pct": 100 * authenticity(sq_distance, index, training_on_device),
-    }
+            save_neighbors(name, *found, identity)
+    return tuple(array.to(device) for array in found)
 
 
-def save_neighbors(sq_distance, index, identity):
+def save_neighbors(name, sq_distance, index, identity):
     arrays = {"ratio": memorization_ratio(sq_distance), "index": index, "sq_distance": sq_distance}
-    with atomic_write(neighbors_path()) as file:
-        np.savez(file, **{name: array.cpu().numpy() for name, array in arrays.items()}, **identity)
+    with atomic_write(neighbors_path(name)) as file:
+        np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **identity)
 
 
-def neighbors_path():
-    return Path(FLAGS.similar_dir) / "memorization.npz"
+def neighbors_path(name):
+    return Path(FLAGS.similar_dir) / f"{name}.npz"
 
 
-def known_neighbors(identity):
-    """(sq_distance, index) in --similar_dir if they are of these images and this training set, else (None, None)."""
-    path = neighbors_path()
+def known_neighbors(name, identity):
+    """(sq_distance, index) in --similar_dir if they are of these images and this training set, else None."""
+    path = neighbors_path(name)
     if not path.exists():
-        return None, None
+        return None
     try:
         with np.load(path, allow_pickle=False) as saved:
             if any(str(saved[key]) != value for key, value in identity.items()):
-                return None, None
+                return None
             return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)}): remove it") from error
 
 
+def neighbors_of_images(identity):
+    """(sq_distance, index) that the memorise stage has kept of these images."""
+    found = known_neighbors("memorization", identity)
+    if not found:
+        raise DataError(
+            f"{neighbors_path('memorization')}: no neighbours of these images: run the memorise stage first"
+        )
+    return found
+
+
 def draw_grids(images, training, identity):
     """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
-    sq_distance, index = known_neighbors(identity)
-    if sq_distance is None:
-        raise DataError(f"{neighbors_path()}: no neighbours of these images: run the memorise stage first")
+    sq_distance, index = neighbors_of_images(identity)
     ratio = memorization_ratio(sq_distance)
     return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
+
+
+def report(result, images, training, identity):
+    """Write the HTML page of all that result.json holds; returns its path."""
+    sq_distance, index = neighbors_of_images(identity)
+    holdout_ratio = None
+    if "holdout" in result:
+        with np.load(neighbors_path("holdout"), allow_pickle=False) as saved:
+            holdout_ratio = torch.from_numpy(saved["ratio"])
+    path = Path(FLAGS.grid_dir) / "report.html"
+    ratio = memorization_ratio(sq_distance)
+    skips = skip_counts(result["checkpoint"], len(training))
+    write_report(path, result, images, training, index[:, 0], ratio, holdout_ratio, skips)
+    return str(path)
+
+
+def skip_counts(path, size):
+    """How often training left out each of `size` images, (size,) int64, or None where the checkpoint does not say."""
+    if path is None or not Path(path).exists():
+        return None
+    counts = checkpoint.load(path).get("index_array")
+    return counts if isinstance(counts, torch.Tensor) and counts.shape == (size,) else None
 
 
 def append_published_format(result):
@@ -211,6 +242,9 @@ def print_summary(result):
     print("  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) if scores else "  not scored")
     if "mq" in result:
         print("  MQ " + ", ".join(f"@{p} {n} ({n / result['N']:.1%})" for p, n in result["mq"].items()))
+        if "mq_above_floor" in result:
+            above = ", ".join(f"@{p} {share:+.1%}" for p, share in result["mq_above_floor"].items())
+            print(f"  above the floor of {result['holdout']['N']} held-out images: {above}")
         print(f"  sqrt(d1/d2) < 1/3: {result['share_sqrt_d1_d2_below_third']:.1%}, AuthPct {result['auth_pct']:.1f}")
     print(f"  written to {FLAGS.grid_dir}")
 
@@ -234,6 +268,7 @@ def main():
         data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     training = data.train.images
+    holdout = flags.holdout_images(FLAGS, data)
     for flag in ("generate_dir", "similar_dir", "grid_dir"):
         make_directory(FLAGS[flag].value, flag)
     if "score" in stages:
@@ -251,10 +286,13 @@ def main():
                 numbers |= {**quality(images), "scored_with": scored_with}
     if "memorise" in stages:
         with evaluation.stage("memorise") as numbers:
-            numbers |= memorise(images, training, identity, device)
+            numbers |= memorise(images, training, holdout, identity, device)
     if "grid" in stages and distributed.is_main():
         with evaluation.stage("grid") as numbers:
             numbers["grids"] = draw_grids(images, training, identity)
+    if "report" in stages and distributed.is_main():
+        with evaluation.stage("report") as numbers:
+            numbers["report"] = report(evaluation.result, images, training, identity)
     if distributed.is_main():
         append_published_format(evaluation.result)
         print_summary(evaluation.result)

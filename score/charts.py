@@ -78,9 +78,8 @@ class Chart:
         """A curve through the points, in series colour number `colour`."""
         points = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in zip(xs, ys, strict=True))
         dash = ' stroke-dasharray="6 4"' if dashed else ""
-        self.parts.append(
-            f'<polyline points="{points}" fill="none" stroke="var(--series-{colour % COLOURS})" stroke-width="2"{dash}/>'
-        )
+        stroke = f'stroke="var(--series-{colour % COLOURS})" stroke-width="2"{dash}'
+        self.parts.append(f'<polyline points="{points}" fill="none" {stroke}/>')
 
     def bars(self, edges, heights, colour):
         """A histogram: heights between consecutive edges."""

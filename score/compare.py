@@ -1,5 +1,6 @@
-"""Several evaluations in one table, repeats as mean and spread:
+"""Several evaluations in one table and one page, repeats as mean and spread:
 
+python -m score.compare runs/a/grid runs/b/grid --html=both.html
 python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
 """
 
@@ -8,14 +9,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from errors import UsageError, UserError
-from files import read_json, write_json
+from errors import UserError
+from files import atomic_write, read_json, write_json
 from score.grids import save_comparison
+from score.report import curves, page, table
 
 COLUMNS = {
-    "MQ@15": lambda result: result.get("mq_fraction", {}).get("15"),
-    "MQ@30": lambda result: result.get("mq_fraction", {}).get("30"),
-    "MQ@50": lambda result: result.get("mq_fraction", {}).get("50"),
+    **{f"MQ@{p}": lambda result, p=p: result.get("mq_fraction", {}).get(p) for p in ("15", "30", "50")},
+    **{f"@{p} above floor": lambda result, p=p: result.get("mq_above_floor", {}).get(p) for p in ("15", "30", "50")},
     "sqrt(d1/d2)<1/3": lambda result: result.get("share_sqrt_d1_d2_below_third"),
     "AuthPct": lambda result: result.get("auth_pct"),
     "FID": lambda result: result.get("fid"),
@@ -26,6 +27,7 @@ COLUMNS = {
     "eval s": lambda result: sum(result["seconds"].values()),
 }
 FORMATS = {"AuthPct": "{:.1f}", "FID": "{:.3f}", "IS": "{:.3f}", "fpd": "{:.3f}", "images": "{:.0f}"}
+FORMATS |= {f"@{p} above floor": "{:+.1%}" for p in (15, 30, 50)}
 FORMATS |= {"train s": "{:.0f}", "eval s": "{:.0f}"}
 
 
@@ -72,21 +74,55 @@ def format_cell(column, entry):
 
 
 def read_results(arguments):
-    """{label: [(path, result)]} from arguments LABEL=FILE."""
+    """{label: [(path, result)]} from arguments RUN or LABEL=RUN: a result.json, or the directory that holds it."""
     groups = {}
     for argument in arguments:
-        label, separator, path = argument.partition("=")
-        if not separator:
-            raise UsageError(f"{argument}: give every result as LABEL=FILE")
-        groups.setdefault(label, []).append((Path(path), read_json(path)))
+        label, _, path = argument.rpartition("=")
+        path = Path(path)
+        if path.is_dir():
+            path = path / "result.json"
+        label = label or (path.parent.parent.name if path.parent.name == "grid" else path.parent.name) or str(path)
+        groups.setdefault(label, []).append((path, read_json(path)))
     return groups
 
 
+def compare_page(groups, summaries):
+    """Everything of several runs that fits side by side, as HTML."""
+    columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
+    cells = [[label, *(format_cell(c, summary.get(c)) for c in columns)] for label, summary in summaries.items()]
+    measured = {
+        label: [result["mq_curve"] for _, result in results if "mq_curve" in result]
+        for label, results in groups.items()
+    }
+    floors = [
+        result["holdout"]["mq_curve"] for results in groups.values() for _, result in results if "holdout" in result
+    ]
+    if floors:
+        measured["held-out real images"] = floors[:1]
+    sections = [
+        ("Scores", table(["run", *columns], cells) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
+        ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
+        ("Settings that differ", table(["flag", *groups], differing_flags(groups))),
+    ]
+    return page("Runs compared", sections)
+
+
+def differing_flags(groups):
+    """Rows [flag, value of each label's first run ...] of the flags that are not the same in all of them."""
+    flags = {label: results[0][1].get("flags", {}) for label, results in groups.items()}
+    names = sorted({name for values in flags.values() for name in values})
+    rows = [[name, *(values.get(name) for values in flags.values())] for name in names]
+    return [row for row in rows if any(value != row[1] for value in row[2:])]
+
+
 def main(arguments=None):
-    """Print the table; with --json also write it, with --picture draw the most memorised pairs of each method."""
+    """Print the table; --json also writes it, --html a page, --picture the most memorised pairs of each method."""
     parser = argparse.ArgumentParser(prog="python -m score.compare", description="Several evaluations in one table.")
-    parser.add_argument("results", nargs="+", metavar="LABEL=FILE", help="a result.json; equal labels are repeats")
+    parser.add_argument(
+        "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; equal labels are repeats"
+    )
     parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--html", help="also write a page with the table and the curves to this file")
     parser.add_argument("--picture", help="also draw the most memorised pairs of every label to this .png")
     options = parser.parse_args(arguments)
     try:
@@ -95,6 +131,9 @@ def main(arguments=None):
         print(format_table(summaries))
         if options.json:
             write_json(options.json, summaries)
+        if options.html:
+            with atomic_write(options.html) as file:
+                file.write(compare_page(groups, summaries).encode())
         if options.picture:
             grids = {label: results[0][0].with_name("grid_image0.png") for label, results in groups.items()}
             save_comparison(options.picture, grids)

@@ -11,7 +11,9 @@ from score.neighbors import nearest_neighbors, nearest_other
 
 __all__ = [
     "THRESHOLDS",
+    "above_floor",
     "authenticity",
+    "measures",
     "memorization_ratio",
     "memorized_quantity",
     "nearest_neighbors",
@@ -49,6 +51,36 @@ def memorized_quantity(ratio, thresholds=THRESHOLDS):
     ratio: (N,) of `memorization_ratio`. Returns {p: count}.
     """
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
+
+
+def mq_curve(ratio):
+    """MQ as a share for all thresholds p = 0, 1, .. 100 percent, of the ratios (N,): a list of 101 floats."""
+    ordered = (100 * ratio.double()).sort().values
+    below = torch.searchsorted(ordered, torch.arange(101, dtype=torch.float64, device=ratio.device))
+    return (below.double() / len(ratio)).tolist()
+
+
+def measures(sq_distance, index, training):
+    """All criteria of one set of images, as JSON values: counts and shares at the published thresholds, and the rest.
+
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
+    """
+    counts = {str(p): count for p, count in memorized_quantity(memorization_ratio(sq_distance)).items()}
+    return {
+        "mq": counts,
+        "mq_fraction": {p: count / len(sq_distance) for p, count in counts.items()},
+        "mq_curve": mq_curve(memorization_ratio(sq_distance)),
+        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
+        "auth_pct": 100 * authenticity(sq_distance, index, training),
+    }
+
+
+def above_floor(result, floor):
+    """MQ above floor: the share of generated images below each threshold less that of held-out real images.
+
+    result, floor: `measures` of the generated images and of real ones that were not trained on. {p: difference}.
+    """
+    return {p: share - floor["mq_fraction"][p] for p, share in result["mq_fraction"].items()}
 
 
 def share_closer_than_third(sq_distance):

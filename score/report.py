@@ -71,22 +71,18 @@ def tiles(numbers):
     return '<div class="tiles">' + "".join(f"<div>{escape(k)}<b>{escape(v)}</b></div>" for k, v in numbers) + "</div>"
 
 
-def memorised_share(ratio):
-    """Share of images with 100 * ratio < p for p = 0, 1, .. 100: a list of 101 floats."""
-    ordered = (100 * ratio.double()).sort().values
-    below = torch.searchsorted(ordered, torch.arange(101, dtype=torch.float64))
-    return (below.double() / len(ratio)).tolist()
-
-
 def curves(series):
-    """MQ over all thresholds as a chart with its legend; series: {name: ratio (N,)}."""
-    shares = {name: memorised_share(ratio) for name, ratio in series.items()}
-    said = "; ".join(f"{name}: {share[15]:.1%} below 15, {share[50]:.1%} below 50" for name, share in shares.items())
-    alt = f"Share of images whose ratio is below a threshold. {said}."
+    """MQ over all thresholds as a chart with its legend; series: {name: curves of `mq_curve`, one per repeat}."""
+    said = []
+    for name, repeats in series.items():
+        low, high = (sum(curve[p] for curve in repeats) / len(repeats) for p in (15, 50))
+        said.append(f"{name}: {low:.1%} below 15, {high:.1%} below 50")
+    alt = f"Share of images whose ratio is below a threshold. {'; '.join(said)}."
     chart = Chart((0, 100), (0, 1), "threshold p, percent", "share with ratio below p", alt, percent=True)
-    for colour, share in enumerate(shares.values()):
-        chart.line(range(101), share, colour)
-    return chart.svg() + legend(shares)
+    for colour, repeats in enumerate(series.values()):
+        for curve in repeats:
+            chart.line(range(101), curve, colour)
+    return chart.svg() + legend(series)
 
 
 def histogram(series):
@@ -164,6 +160,9 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         skips: (M,) int64, how often training left each image out; None if it did not count.
     """
     series = {"generated": ratio} | ({} if holdout_ratio is None else {"held-out real images": holdout_ratio})
+    all_thresholds = {"generated": [result["mq_curve"]]}
+    if "holdout" in result:
+        all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
     names = {"fid": "FID", "fpd": "fpd", "is": "IS"}
     numbers = [(names[key], f"{result[key]:.3f}") for key in names if key in result]
     numbers += [(f"MQ@{p}", f"{result['mq_fraction'][str(p)]:.1%}") for p in (15, 30, 50)]
@@ -172,9 +171,9 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     numbers += [("√(d1/d2) < 1/3", f"{result['share_sqrt_d1_d2_below_third']:.1%}")]
     numbers += [("AuthPct", f"{result['auth_pct']:.1f}")]
     note = (
-        '<p class="note">The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest '
-        "training images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: "
-        "what a generator that copies nothing may reach.</p>"
+        '<p class="note">The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 '
+        "nearest training images (Liu et al. 2024). The floor is the same figure for real images that were not trained "
+        "on: what a generator that copies nothing may reach.</p>"
     )
     copies = copy_counts(nearest, ratio, len(training))
     about = f'<p class="note">A generated image with a ratio below {COPIED} % is a copy of its nearest training image.'
@@ -184,7 +183,7 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     title = f"{result['N']:,} images of {source} against {result['training_set_size']:,} training images"
     sections = [
         ("Summary", tiles(numbers) + note),
-        ("Memorised quantity over all thresholds", curves(series) + thresholds(result)),
+        ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         ("Distribution of the ratios", histogram(series)),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", about + copied(training, copies, skips)),

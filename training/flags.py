@@ -14,7 +14,7 @@ from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS
 
-STAGES = ("generate", "score", "memorise", "grid")
+STAGES = ("generate", "score", "memorise", "grid", "report")
 
 # what to do
 flags.DEFINE_bool("train", False, "train (main, main_fed)")
@@ -125,6 +125,9 @@ flags.DEFINE_enum(
     "fid_features", "inception", ("inception", "pixels"), "inception: FID and IS; pixels: fpd, which needs no weights"
 )
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
+flags.DEFINE_bool(
+    "holdout", None, "all_in: also measure held-out real images, the floor of MQ; default: where the data set has them"
+)
 flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
@@ -196,6 +199,17 @@ def reference_images(values, data):
         raise UsageError(
             f"--fid_reference=heldout: no image of {values.dataset} is held out, leave some out with --num_train"
         )
+    return data.heldout.images
+
+
+def holdout_images(values, data):
+    """The real images (N, 3, H, W) that `--holdout` measures, or None."""
+    if values.holdout is False:
+        return None
+    if data.heldout is None:
+        if values.holdout:
+            raise UsageError(f"--holdout: no image of {values.dataset} is held out, leave some out with --num_train")
+        return None
     return data.heldout.images
 
 
