@@ -203,6 +203,8 @@ def draw_grids(images, training, identity):
 def report(result, images, training, identity):
     """Write the HTML page of all that result.json holds; returns its path."""
     sq_distance, index = neighbors_of_images(identity)
+    if "mq_curve" not in result:
+        raise DataError(f"{FLAGS.grid_dir}/result.json: lacks what a report shows: run the memorise stage again")
     holdout_ratio = None
     if "holdout" in result:
         with np.load(neighbors_path("holdout"), allow_pickle=False) as saved:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from torchvision.utils import make_grid
 
 from files import atomic_write
 from safe_files import read_image
@@ -23,6 +22,8 @@ def save_grids(folder, generated, training, nearest, ratio):
     there are fewer than 640 generated images. Pictures that an earlier run left beyond those are removed.
     Raises DataError if a picture can't be written.
     """
+    from torchvision.utils import make_grid  # takes a second, which most commands need not wait
+
     check_images(generated)
     check_images(training)
     folder = Path(folder)

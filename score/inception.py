@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pytorch_fid.inception import FID_WEIGHTS_URL, FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
 from torch import nn
-from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
 
 import distributed
 from errors import DataError
@@ -20,6 +18,9 @@ from files import atomic_write, file_hash
 from safe_files import one_line
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
+FID_WEIGHTS_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"  # pytorch-fid's
+)
 WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
 FEATURES = 2048
 CLASSES = 1008
@@ -111,6 +112,9 @@ class Inception(nn.Module):
 
 def build_network():
     """pytorch-fid's variant of torchvision's Inception v3, with torch's default random weights and 1,008 classes."""
+    # these take a second, which commands without Inception need not wait
+    from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
+    from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
 
     def last_block(in_channels):
         return FIDInceptionE_1(in_channels) if in_channels == 1280 else FIDInceptionE_2(in_channels)

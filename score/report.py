@@ -14,7 +14,7 @@ from score.memorization import THRESHOLDS
 PAIRS = 40
 TRAINING_IMAGES = 24
 LARGEST_SIDE = 96  # pixels of a picture in the page
-COPIED = 30  # a generated image counts as a copy of its nearest training image below this ratio, in percent
+COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
 
 PAGE = (
     STYLE

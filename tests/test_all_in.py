@@ -73,11 +73,28 @@ def test_memorisation_against_brute_force(evaluated):
     assert result["auth_pct"] == pytest.approx(100 * authentic.mean())
 
 
+def test_the_floor_against_brute_force(evaluated):
+    """The same figures for the held-out digits in the place of generated images."""
+    data = load_dataset("digits", ".", 8, num_train=48)
+    training, heldout = data.train.images.numpy(), data.heldout.images.numpy()
+    ordered = np.sort(np.concatenate([brute_force(part, training) for part in np.array_split(heldout, 9)]), axis=1)
+    ratio = ordered[:, 0] / ordered.mean(axis=1)
+    result = result_of(evaluated)
+    floor = result["holdout"]
+    assert floor["N"] == len(heldout) == 1797 - 48
+    assert floor["mq"] == {p: int((100 * ratio < int(p)).sum()) for p in result["mq"]}
+    for p, difference in result["mq_above_floor"].items():
+        assert difference == pytest.approx(result["mq"][p] / 24 - np.mean(100 * ratio < int(p)))
+    np.testing.assert_allclose(np.load(evaluated / "similar/holdout.npz")["ratio"], ratio, rtol=1e-6)
+
+
 def test_result_says_everything(evaluated, checkpoint):
     result = result_of(evaluated)
     assert result["N"] == 24 and result["training_set_size"] == 48
     assert result["checkpoint"] == str(checkpoint) and result["weights"] == "ema"
-    assert result["seconds"].keys() == {"generate", "score", "memorise", "grid"}
+    assert result["seconds"].keys() == {"generate", "score", "memorise", "grid", "report"}
+    page = (evaluated / "grid/report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and f"{result['fpd']:.3f}" in page and "held-out real images" in page
     assert result["fpd"] > 0 and "fid" not in result and result["non_finite_images"] == 0
     assert result["flags"]["ch_mult"] == [2] and result["flags"]["seed"] == 12
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
@@ -98,7 +115,7 @@ def test_images_do_not_depend_on_the_batch_size_and_raw_weights_differ(evaluated
 
 def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path):
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path)]
-    for stage in ("generate", "memorise", "grid", "score"):
+    for stage in ("generate", "memorise", "grid", "score,report"):
         run("all_in.py", *flags, f"--stages={stage}", cwd=tmp_path)
     ours, reference = result_of(tmp_path), result_of(evaluated)
     for key in ("mq", "fpd", "auth_pct", "N", "checkpoint_sha256", "images_sha256"):

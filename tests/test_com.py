@@ -26,19 +26,22 @@ def settings(tmp_path, **more):
 @pytest.mark.parametrize("script", SETS)
 def test_iet_agc_experiments(script, tmp_path):
     SETS[script](tmp_path / "data")
-    env = settings(tmp_path, SEEDS="1 2", CHECKPOINTS="global_ckpt_round2.pt")
+    seeds = "1 2" if script == "com_c10_v.sh" else "1"
+    env = settings(tmp_path, SEEDS=seeds, CHECKPOINTS="global_ckpt_round2.pt")
     flags = [*TINY, f"--fid_cache={tmp_path}/stats.npz"]
     first = run_bash(f"com/{script}", *flags, cwd=tmp_path, **env)
-    assert "| global_ckpt_round2 |" in first.stdout and " ± " in first.stdout
-    results = sorted(tmp_path.glob("log/eval/global_ckpt_round2/seed*/grid/result.json"))
-    assert len(results) == 2
-    one, two = (json.loads(path.read_text()) for path in results)
-    assert one["weights"] == "raw" and one["N"] == 12 and one["images_sha256"] != two["images_sha256"]
+    assert "| global_ckpt_round2 |" in first.stdout
+    paths = sorted(tmp_path.glob("log/eval/global_ckpt_round2/seed*/grid/result.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    assert results[0]["weights"] == "raw" and results[0]["N"] == 12
+    if script != "com_c10_v.sh":
+        return
+    assert " ± " in first.stdout and results[0]["images_sha256"] != results[1]["images_sha256"]
 
-    before = {path: path.stat().st_mtime_ns for path in results}
+    before = {path: path.stat().st_mtime_ns for path in paths}
     again = run_bash(f"com/{script}", *flags, cwd=tmp_path, **env)
     assert again.stdout.count("done before") == 3, "training and two evaluations are skipped"
-    assert before == {path: path.stat().st_mtime_ns for path in results}
+    assert before == {path: path.stat().st_mtime_ns for path in paths}
 
 
 def test_default_experiment(tmp_path):

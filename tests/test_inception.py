@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import pytorch_fid.inception
 import torch
 
 from errors import DataError
@@ -196,3 +197,7 @@ def test_inception_score_of_the_extremes():
 def test_inception_score_needs_an_image_a_split():
     with pytest.raises(ValueError, match="at least 10"):
         inception_score(torch.full((9, 7), 1 / 7))
+
+
+def test_the_download_is_that_of_pytorch_fid():
+    assert inception_module.FID_WEIGHTS_URL == pytorch_fid.inception.FID_WEIGHTS_URL

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import distributed
@@ -167,6 +166,8 @@ class Progress:
 
     def images(self, tag, step, images):
         """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/, and on rank 0 to TensorBoard."""
+        from torchvision.utils import make_grid, save_image  # takes a second, which most commands need not wait
+
         grid = make_grid((images.clamp(-1, 1) + 1) / 2)
         path = self.logdir / "sample" / f"{tag}.png"
         path.parent.mkdir(exist_ok=True)

@@ -1,0 +1,52 @@
+"""The frontier as a picture: memorisation above the floor against quality, a curve an arm, a band over seeds."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from files import atomic_write
+
+COLOURS = {"default": "#b4470a", "IET": "#7a6200", "AGC": "#8a2f8f", "IET-AGC": "#0b62a8"}
+THRESHOLD = "15"
+
+
+def curves(points, arm, weights):
+    """(steps (S,), fpd (seeds, S), MQ above floor (seeds, S)) of an arm, of the steps that all of its seeds have."""
+    by_seed = {}
+    for point in points:
+        if point["arm"] == arm and point["weights"] == weights:
+            value = (point["fpd"], point["mq_above_floor"][THRESHOLD])
+            by_seed.setdefault(point["seed"], {})[point["steps"]] = value
+    steps = sorted(set.intersection(*(set(of_seed) for of_seed in by_seed.values()))) if by_seed else []
+    values = np.array([[of_seed[step] for step in steps] for of_seed in by_seed.values()])
+    return steps, *(np.moveaxis(values, -1, 0) if len(steps) else (np.empty((0, 0)), np.empty((0, 0))))
+
+
+def plot_frontier(path, results):
+    """Write the picture of `results`, as frontier.json holds them: a row a data set, raw and EMA side by side."""
+    figure, axes = plt.subplots(len(results), 2, figsize=(11, 4.4 * len(results)), squeeze=False, layout="constrained")
+    for row, (name, result) in zip(axes, results.items(), strict=True):
+        for axis, weights in zip(row, ("raw", "ema"), strict=True):
+            for arm, colour in COLOURS.items():
+                steps, distances, shares = curves(result["points"], arm, weights)
+                if not steps:
+                    continue
+                x, y = distances.mean(axis=0), shares.mean(axis=0)
+                axis.errorbar(
+                    x, y, shares.std(axis=0), distances.std(axis=0), color=colour, alpha=0.25, fmt="none", capsize=2
+                )
+                axis.plot(x, y, "o-", color=colour, label=arm, markersize=4)
+                axis.annotate(f"{steps[-1]:,} steps", (x[-1], y[-1]), fontsize=7, color=colour)
+            floor = next(value for key, value in result["floor"].items() if key.endswith("to the others"))
+            axis.axvline(floor, color="grey", linestyle=":", label="held-out images against others")
+            axis.axhline(0, color="grey", linewidth=0.8)
+            axis.set(xscale="log", xlabel="fpd to held-out images (less is better)", title=f"{name}, {weights} weights")
+            axis.set_ylabel(f"MQ@{THRESHOLD} above the floor of held-out images")
+            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            axis.legend(fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
