@@ -24,7 +24,8 @@ for method in default iet_agc; do
 done
 
 echo
-"$PYTHON" -m score.compare --json="$out/table.json" --picture="$out/memorised.png" "${results[@]}"
+"$PYTHON" -m score.compare --json="$out/table.json" --html="$out/compare.html" --picture="$out/memorised.png" "${results[@]}"
 echo
 echo "Lower MQ and sqrt(d1/d2) < 1/3: less memorised. Lower fpd (to held-out digits): better images."
+echo "Pages: $out/compare.html, $out/*/eval/grid/report.html"
 echo "Pictures: $out/memorised.png, $out/*/eval/grid/grid_image*.png, $out/*/sample/*.png"
