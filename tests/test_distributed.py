@@ -156,6 +156,23 @@ def test_default_training_does_not_depend_on_the_number_of_processes(tmp_path):
     assert load(tmp_path / "two/ckpt50.pt").keys() == load(tmp_path / "one/ckpt50.pt").keys()
 
 
+def test_a_signal_stops_processes_that_share_batches_at_the_same_step(tmp_path):
+    log = tmp_path / "log"
+    flags = ["--train", *TINY_FLAGS, "--total_steps=100000", "--save_step=0", "--log_step=2", f"--logdir={log}"]
+    with subprocess.Popen(torchrun_command(2, "main.py", *flags), env=environment(), stderr=subprocess.PIPE) as process:
+        limit = time.monotonic() + 60
+        while not (log / "metrics.jsonl").exists() or not read_jsonl(log / "metrics.jsonl"):
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=60)[1].decode()
+    (saved,) = log.glob("ckpt*.pt")
+    step = load(saved)["step"]
+    assert f"saved as {saved}" in err and step >= 2
+    result = run("main.py", *flags, f"--total_steps={step + 1}", cwd=tmp_path)
+    assert f"continuing from {saved}: {step} of" in result.stdout
+
+
 def test_processes_have_the_same_weights_and_different_dropout(tmp_path):
     """Every process writes its weights after three steps, and what dropout makes of ones."""
     result = check(torchrun_command(2, "tests/shared_batches.py", tmp_path), ROOT, 0, {})

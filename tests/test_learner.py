@@ -206,7 +206,7 @@ def test_low_precision_trains_with_a_float32_loss(precision):
     losses = learner.losses(batches(0))
     assert losses.dtype == torch.float32
     before = losses.mean().item()
-    train(learner, batches, 20)
+    train(learner, batches, 12)
     assert learner.losses(batches(0)).mean().item() < 0.9 * before
     assert all(p.dtype == torch.float32 for p in learner.net.parameters())
 
