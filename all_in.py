@@ -143,8 +143,9 @@ def memorise(images, training, holdout, identity, device):
     if holdout is not None:
         of_holdout = {**identity, "images_sha256": fingerprint(holdout)}
         found = neighbors(holdout, training_on_device, "holdout", of_holdout, device)
-        floor = measures(*found, training_on_device)
-        result |= {"holdout": {"N": len(holdout), **floor}, "mq_above_floor": above_floor(result, floor)}
+        floor = {"N": len(holdout), "images_sha256": of_holdout["images_sha256"]}
+        floor |= measures(*found, training_on_device)
+        result |= {"holdout": floor, "mq_above_floor": above_floor(result, floor)}
     return result
 
 
@@ -153,7 +154,7 @@ def neighbors(images, training, name, identity, device):
     found = distributed.from_main(known_neighbors(name, identity) if distributed.is_main() else None)
     if not found:
         blocks = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B}
-        found = neighbors_by_all(images.to(device), training, **blocks, progress=True)
+        found = neighbors_by_all(images, training, **blocks, progress=True)
         if distributed.is_main():
             save_neighbors(name, *found, identity)
     return tuple(array.to(device) for array in found)
@@ -183,32 +184,30 @@ def known_neighbors(name, identity):
         raise DataError(f"{path}: cannot be read ({one_line(error)}): remove it") from error
 
 
-def neighbors_of_images(identity):
+def kept_neighbors(name, identity):
     """(sq_distance, index) that the memorise stage has kept of these images."""
-    found = known_neighbors("memorization", identity)
+    found = known_neighbors(name, identity)
     if not found:
-        raise DataError(
-            f"{neighbors_path('memorization')}: no neighbours of these images: run the memorise stage first"
-        )
+        raise DataError(f"{neighbors_path(name)}: no neighbours of these images: run the memorise stage first")
     return found
 
 
 def draw_grids(images, training, identity):
     """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
-    sq_distance, index = neighbors_of_images(identity)
+    sq_distance, index = kept_neighbors("memorization", identity)
     ratio = memorization_ratio(sq_distance)
     return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
 
 
 def report(result, images, training, identity):
     """Write the HTML page of all that result.json holds; returns its path."""
-    sq_distance, index = neighbors_of_images(identity)
+    sq_distance, index = kept_neighbors("memorization", identity)
     if "mq_curve" not in result:
         raise DataError(f"{FLAGS.grid_dir}/result.json: lacks what a report shows: run the memorise stage again")
     holdout_ratio = None
     if "holdout" in result:
-        with np.load(neighbors_path("holdout"), allow_pickle=False) as saved:
-            holdout_ratio = torch.from_numpy(saved["ratio"])
+        of_holdout = {**identity, "images_sha256": result["holdout"]["images_sha256"]}
+        holdout_ratio = memorization_ratio(kept_neighbors("holdout", of_holdout)[0])
     path = Path(FLAGS.grid_dir) / "report.html"
     ratio = memorization_ratio(sq_distance)
     skips = skip_counts(result["checkpoint"], len(training))

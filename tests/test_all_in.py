@@ -255,6 +255,14 @@ def test_images_of_another_origin_are_not_reused(change, checkpoint, tmp_path):
     assert not np.array_equal(first, np.load(tmp_path / "generate/generate.npy"))
 
 
+def test_a_report_without_the_neighbours_of_the_floor_says_so(evaluated, checkpoint, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    (tmp_path / "eval/similar/holdout.npz").unlink()
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval")]
+    result = run("all_in.py", *flags, cwd=tmp_path, code=1)
+    assert "holdout.npz: no neighbours of these images: run the memorise stage" in result.stderr.splitlines()[-1]
+
+
 def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path / "eval")]
