@@ -31,6 +31,15 @@ def normalize(images):
     return images.float() / 127.5 - 1
 
 
+def move(images, down, right):
+    """Images (B, C, H, W) moved by down (B,) and right (B,) pixels, int64; their edges are repeated."""
+    (B, C, H, W), device = images.shape, images.device
+    rows = (torch.arange(H, device=device) - down[:, None]).clamp(0, H - 1)[:, None, :, None]
+    columns = (torch.arange(W, device=device) - right[:, None]).clamp(0, W - 1)[:, None, None, :]
+    sample, channel = torch.arange(B, device=device)[:, None, None, None], torch.arange(C, device=device)[:, None, None]
+    return images[sample, channel, rows, columns]
+
+
 class ShardBatches:
     """The batches of one shard, addressed by the shard's own step number (counted over all epochs and rounds).
 
@@ -43,6 +52,7 @@ class ShardBatches:
         seed, shard: the address of the shard's randomness.
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
+        shift: move every image by up to so many pixels each way.
         part: which samples of every batch are wanted; their dropout is drawn anew for every part.
 
     Raises:
@@ -61,6 +71,7 @@ class ShardBatches:
         shard=0,
         hflip=False,
         label_dropout=0.0,
+        shift=0,
         part=slice(None),
     ):
         if len(index) < batch_size:
@@ -77,6 +88,7 @@ class ShardBatches:
         self.shard = shard
         self.hflip = hflip
         self.label_dropout = label_dropout
+        self.shift = shift
         self.part = part
         self.steps_per_epoch = len(index) // batch_size
         self._epoch, self._order = None, None  # the last order made, since every step of an epoch needs it
@@ -106,6 +118,9 @@ class ShardBatches:
         if labels is not None and self.label_dropout > 0:
             dropped = (torch.rand(B, generator=stream, device=device) < self.label_dropout)[self.part]
             labels = labels.masked_fill(dropped, -1)
+        if self.shift:
+            down, right = torch.randint(-self.shift, self.shift + 1, (2, B), generator=stream, device=device)
+            x_0 = move(x_0, down[self.part], right[self.part])
         first = self.part.start or 0
         torch.manual_seed(derive_seed(self.seed, "dropout", self.shard, step, *([first] if first else [])))
         return Batch(x_0, labels, t, eps, index)

@@ -52,6 +52,7 @@ flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", l
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
 flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, digits and afhq never)")
+flags.DEFINE_integer("shift", 0, "move training images at random by up to so many pixels, >= 0", lower_bound=0)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer(
     "num_workers", 4, "workers that decode image files once; no effect where nothing is decoded", lower_bound=0
@@ -265,6 +266,7 @@ def batches(values):
         "T": values.T,
         "seed": values.seed,
         "label_dropout": values.label_dropout,
+        "shift": values.shift,
     }
 
 
@@ -307,6 +309,7 @@ def logdir(values, script, data):
     """Keyword arguments of `training.logdir.open_logdir`, the path aside; `script` is main or main_fed."""
     names = RESULT_FLAGS + (ENSEMBLE_RESULT_FLAGS if script == "main_fed" else ())
     settings = {name: values[name].value for name in names}
+    settings["shift"] = values.shift or None  # as in a run.json that is older than the flag
     content = {"script": script, "training images (sha256)": fingerprint(data.train.images)}
     return {
         "settings": {**settings, **content},
