@@ -3,7 +3,17 @@
 A training is a path of (quality, memorisation) over its checkpoints. Quality is a Frechet distance: less is better.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+
+
+class Point(NamedTuple):
+    """A checkpoint: the Frechet distance of its images, its standard deviation, and their ratios (N,)."""
+
+    distance: float
+    spread: float
+    ratios: np.ndarray
 
 
 def at_quality(distances, shares, quality):
@@ -21,11 +31,53 @@ def at_quality(distances, shares, quality):
     return None
 
 
+def share_below(ratios, threshold):
+    """MQ as a share: of the ratios (N,) those below `threshold` percent."""
+    return float(np.mean(100 * np.asarray(ratios) < threshold))
+
+
+def mean_at_quality(paths, quality, threshold):
+    """(mean share at a quality over the paths that reach it, None if none does; how many reach it)."""
+    found = [
+        at_quality([p.distance for p in path], [share_below(p.ratios, threshold) for p in path], quality)
+        for path in paths
+    ]
+    found = [share for share in found if share is not None]
+    return (float(np.mean(found)) if found else None), len(found)
+
+
+def bootstrap(paths, quality, threshold, draws, seed):
+    """`mean_at_quality` of seeds and images drawn again with replacement: (draws,), NaN where none reaches the quality.
+
+    Of images drawn again MQ is binomial, and their Frechet distance is taken to be normal and independent of it.
+    """
+    random = np.random.default_rng(seed)
+    shares = [[share_below(p.ratios, threshold) for p in path] for path in paths]
+    drawn = np.full(draws, np.nan)
+    for draw in range(draws):
+        found = []
+        for k in random.integers(len(paths), size=len(paths)):
+            distances = [p.distance + p.spread * random.standard_normal() for p in paths[k]]
+            again = [
+                random.binomial(len(p.ratios), s) / len(p.ratios) for p, s in zip(paths[k], shares[k], strict=True)
+            ]
+            found.append(at_quality(distances, again, quality))
+        found = [share for share in found if share is not None]
+        if found:
+            drawn[draw] = np.mean(found)
+    return drawn
+
+
+def summary(mean, drawn):
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
 def interval(paths, quality, threshold, floor, draws=1000, seed=0):
-    """Mean MQ above floor at a quality over seeds, with a 95 % bootstrap interval over seeds and generated images.
+    """Mean MQ above floor at a quality over seeds, with a 95 % bootstrap interval over seeds and images.
 
     Args:
-        paths: one per seed, lists of (distance, ratios (N,)) in the order of the steps.
+        paths: one per seed, lists of `Point` in the order of the steps.
         threshold: p of MQ, in percent.
         floor: ratios (L,) of held-out real images.
 
@@ -33,25 +85,21 @@ def interval(paths, quality, threshold, floor, draws=1000, seed=0):
         {"mean", "low", "high", "reached"} with `reached` the number of seeds that reach the quality, or only that if
         none of them does. Draws in which no seed reaches it are left out.
     """
-
-    def share(ratios):
-        return np.mean(100 * np.asarray(ratios) < threshold)
-
-    def mean_of(chosen, of_floor):
-        found = [at_quality([d for d, _ in path], [s for _, s in path], quality) for path in chosen]
-        found = [value for value in found if value is not None]
-        return (np.mean(found) - of_floor if found else None), len(found)
-
-    mean, reached = mean_of([[(d, share(r)) for d, r in path] for path in paths], share(floor))
+    mean, reached = mean_at_quality(paths, quality, threshold)
     if mean is None:
         return {"reached": 0}
-    random = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(draws):
-        chosen = []
-        for k in random.integers(len(paths), size=len(paths)):
-            # MQ of images drawn again is binomial
-            chosen.append([(d, random.binomial(len(r), share(r)) / len(r)) for d, r in paths[k]])
-        drawn.append(mean_of(chosen, random.binomial(len(floor), share(floor)) / len(floor))[0])
-    low, high = np.quantile([value for value in drawn if value is not None], [0.025, 0.975])
-    return {"mean": float(mean), "low": float(low), "high": float(high), "reached": reached}
+    of_floor = share_below(floor, threshold)
+    floors = np.random.default_rng((seed, 1)).binomial(len(floor), of_floor, size=draws) / len(floor)
+    return {**summary(mean - of_floor, bootstrap(paths, quality, threshold, draws, seed) - floors), "reached": reached}
+
+
+def difference(paths, others, quality, threshold, draws=1000, seed=0):
+    """Mean MQ of `paths` less that of `others` at the same quality, as `interval`; the floor cancels.
+
+    Returns {"mean", "low", "high"}, or None where a side does not reach the quality with all its seeds.
+    """
+    (mean, reached), (other, others_reached) = (mean_at_quality(p, quality, threshold) for p in (paths, others))
+    if reached < len(paths) or others_reached < len(others):
+        return None
+    drawn, again = (bootstrap(p, quality, threshold, draws, (seed, i)) for i, p in enumerate((paths, others)))
+    return summary(mean - other, drawn - again)

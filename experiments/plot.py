@@ -9,7 +9,10 @@ from matplotlib import pyplot as plt
 
 from files import atomic_write
 
-COLOURS = {"default": "#b4470a", "IET": "#7a6200", "AGC": "#8a2f8f", "IET-AGC": "#0b62a8"}
+COLOURS = {
+    "default": "#b4470a", "IET": "#7a6200", "AGC": "#8a2f8f", "IET-AGC": "#0b62a8",
+    "tuned default": "#e8863c", "tuned IET-AGC": "#3fa7f0",
+}  # fmt: skip
 THRESHOLD = "15"
 
 
@@ -30,23 +33,31 @@ def plot_frontier(path, results):
     figure, axes = plt.subplots(len(results), 2, figsize=(11, 4.4 * len(results)), squeeze=False, layout="constrained")
     for row, (name, result) in zip(axes, results.items(), strict=True):
         for axis, weights in zip(row, ("raw", "ema"), strict=True):
-            for arm, colour in COLOURS.items():
-                steps, distances, shares = curves(result["points"], arm, weights)
-                if not steps:
-                    continue
-                x, y = distances.mean(axis=0), shares.mean(axis=0)
-                axis.errorbar(
-                    x, y, shares.std(axis=0), distances.std(axis=0), color=colour, alpha=0.25, fmt="none", capsize=2
-                )
-                axis.plot(x, y, "o-", color=colour, label=arm, markersize=4)
-                axis.annotate(f"{steps[-1]:,} steps", (x[-1], y[-1]), fontsize=7, color=colour)
-            floor = next(value for key, value in result["floor"].items() if key.endswith("to the others"))
-            axis.axvline(floor, color="grey", linestyle=":", label="held-out images against others")
-            axis.axhline(0, color="grey", linewidth=0.8)
-            axis.set(xscale="log", xlabel="fpd to held-out images (less is better)", title=f"{name}, {weights} weights")
-            axis.set_ylabel(f"MQ@{THRESHOLD} above the floor of held-out images")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-            axis.legend(fontsize=8)
+            draw(axis, result, weights)
+            axis.set(title=f"{name}, {weights} weights", ylabel=f"MQ@{THRESHOLD} above the floor of held-out images")
+            axis.set_xlabel("fpd to held-out images (less is better)")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
+
+
+def draw(axis, result, weights):
+    """One pane: the mean over seeds of every checkpoint; one standard deviation of MQ as a band, of fpd as bars."""
+    for arm, colour in COLOURS.items():
+        steps, distances, shares = curves(result["points"], arm, weights)
+        if not steps:
+            continue
+        x, y = distances.mean(axis=0), shares.mean(axis=0)
+        style = {"linestyle": "--"} if arm.startswith("tuned") else {}
+        axis.plot(x, y, "o-", color=colour, label=arm, markersize=4, **style)
+        axis.fill_between(x, y - shares.std(axis=0), y + shares.std(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axis.errorbar(x, y, xerr=distances.std(axis=0), color=colour, alpha=0.35, fmt="none")
+        axis.annotate(f"{steps[-1]:,} steps", (x[-1], y[-1]), fontsize=7, color=colour)
+    floor = result["floor"]["fpd of a held-out sample to the others"]
+    axis.axvline(floor, color="grey", linestyle=":", label="held-out images against others")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set_xscale("log")
+    for numbers in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        numbers(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axis.legend(fontsize=8)

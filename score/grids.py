@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
 
 from files import atomic_write
@@ -49,19 +50,41 @@ def save_comparison(path, grids, height=96, scale=4):
     path: the .png to write; grids: {label: path of a grid_image0.png}; height: pixels taken from the top of each.
     Raises DataError if a grid cannot be read or the picture cannot be written.
     """
-    caption = 28
     tops = {}
     for label, grid in grids.items():
         image = read_image(grid)
-        top = image.crop((0, 0, image.width, min(height, image.height)))
-        tops[label] = top.resize((scale * top.width, scale * top.height), Image.Resampling.NEAREST)
-    width = max(top.width for top in tops.values())
-    picture = Image.new("RGB", (width, sum(top.height + caption for top in tops.values())), "white")
-    draw, y = ImageDraw.Draw(picture), 0
-    for label, top in tops.items():
+        tops[label] = image.crop((0, 0, image.width, min(height, image.height)))
+    save_labelled(path, tops, scale)
+
+
+def save_pairs(path, pairs, scale=4):
+    """One picture with a row of pairs for every label: {label: uint8 (P, 2, 3, H, W)}, training image first."""
+    from torchvision.utils import make_grid  # takes a second, which most commands need not wait
+
+    rows = {}
+    for label, of_label in pairs.items():
+        images = torch.as_tensor(of_label).flatten(0, 1)
+        rows[label] = Image.fromarray(make_grid(images, nrow=len(images), padding=2).permute(1, 2, 0).numpy())
+    save_labelled(path, rows, scale)
+
+
+def save_labelled(path, pictures, scale):
+    """Pictures {label: PIL image} below each other, enlarged, each under its label, as one .png."""
+    caption = 28
+    large = {
+        label: image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+        for label, image in pictures.items()
+    }
+    width, height = (
+        max(image.width for image in large.values()),
+        sum(image.height + caption for image in large.values()),
+    )
+    whole = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(whole), 0
+    for label, image in large.items():
         text = f"{label}: nearest training image and generated image side by side, most memorised first"
         draw.text((6, y + 5), text, fill="black", font_size=16)
-        picture.paste(top, (0, y + caption))
-        y += top.height + caption
+        whole.paste(image, (0, y + caption))
+        y += image.height + caption
     with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+        whole.save(file, format="PNG")

@@ -1,12 +1,20 @@
-"""The frontier: its arithmetic by hand, and the experiment itself with almost no steps."""
+"""The experiments: their arithmetic by hand or brute force, and the commands themselves with almost no steps."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+import sklearn.datasets
+import torch
 
-from experiments.matched import at_quality, interval
-from tests.commands import run_bash
+from errors import UsageError
+from experiments import arms, document, tuning
+from experiments.detection import per_image_loss, roc_auc
+from experiments.judge import Judge
+from experiments.matched import Point, at_quality, difference, interval
+from experiments.patches import choose, tiles, write_patches
+from tests.commands import ROOT, run_bash
 
 
 def test_memorisation_at_a_quality_by_hand():
@@ -19,38 +27,175 @@ def test_memorisation_at_a_quality_by_hand():
     assert at_quality(distances, shares, 0.4) is None
 
 
+def ratios(random, share, n):
+    """n ratios, each of them below 15 % with probability `share`."""
+    return np.where(random.random(n) < share, 0.1, 0.9)
+
+
+def path(random, share, n=200):
+    """A training that comes to memorise a share of its images when its distance is 1."""
+    return [Point(2.0, 0.0, ratios(random, 0.1, n)), Point(1.0, 0.0, ratios(random, share, n))]
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """Images whose ratio is below 15 % with probability 0.3; seeds that do not differ."""
     random = np.random.default_rng(0)
     hits = 0
     for trial in range(60):
-        draw = lambda share, n: np.where(random.random(n) < share, 0.1, 0.9)  # noqa: E731
-        paths = [[(2.0, draw(0.1, 200)), (1.0, draw(0.3, 200))] for _ in range(4)]
-        found = interval(paths, 1.0, 15, draw(0.05, 500), draws=200, seed=trial)
+        paths = [path(random, 0.3) for _ in range(4)]
+        found = interval(paths, 1.0, 15, ratios(random, 0.05, 500), draws=200, seed=trial)
         hits += found["low"] <= 0.25 <= found["high"]
         assert found["low"] <= found["mean"] <= found["high"] and found["reached"] == 4
     assert hits >= 50
 
 
+def test_a_difference_is_found_where_there_is_one_and_seldom_where_there_is_none():
+    random = np.random.default_rng(1)
+    false_alarms = 0
+    for trial in range(40):
+        a, b, c = ([path(random, share) for _ in range(4)] for share in (0.3, 0.3, 0.5))
+        equal = difference(a, b, 1.0, 15, draws=200, seed=trial)
+        false_alarms += not equal["low"] <= 0 <= equal["high"]
+        unequal = difference(a, c, 1.0, 15, draws=200, seed=trial)
+        assert unequal["high"] < 0 and unequal["low"] < -0.2 < unequal["high"] + 0.15
+    assert false_alarms <= 8
+    assert difference(a, [*c, path(random, 0.5)[:1]], 1.0, 15) is None, "a seed of the other side does not reach it"
+
+
+def test_an_uncertain_distance_widens_the_interval():
+    random = np.random.default_rng(2)
+    certain = [path(random, 0.8) for _ in range(4)]
+    uncertain = [[point._replace(spread=0.3) for point in p] for p in certain]
+    widths = []
+    for paths in (certain, uncertain):
+        found = interval(paths, 1.5, 15, ratios(random, 0.05, 500))
+        widths.append(found["high"] - found["low"])
+    assert widths[1] > 1.5 * widths[0]
+
+
 def test_a_quality_that_some_seeds_do_not_reach():
-    ratios = np.array([0.1, 0.9])
-    paths = [[(2.0, ratios), (1.0, ratios)], [(2.0, ratios), (1.6, ratios)]]
-    assert interval(paths, 1.5, 15, ratios)["reached"] == 1
-    assert interval(paths, 0.5, 15, ratios) == {"reached": 0}
+    values = np.array([0.1, 0.9])
+    paths = [[Point(2.0, 0.0, values), Point(last, 0.0, values)] for last in (1.0, 1.6)]
+    assert interval(paths, 1.5, 15, values)["reached"] == 1
+    assert interval(paths, 0.5, 15, values) == {"reached": 0}
 
 
-def test_the_frontier_is_made_and_nothing_is_made_twice(tmp_path):
-    flags = ["--seeds=1", "--round_steps=8", "--rounds=2", "--images=20", f"--out={tmp_path}", "--num_train=32"]
-    first = run_bash("com/frontier.sh", *flags, "--arms=default,IET-AGC", cwd=tmp_path)
+def test_roc_auc_against_all_pairs():
+    random = np.random.default_rng(3)
+    scores, labels = random.integers(0, 6, 60), random.random(60) < 0.3
+    pairs = itertools.product(scores[labels], scores[~labels])
+    assert roc_auc(scores, labels) == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+    assert roc_auc(scores, np.zeros(60, bool)) is None and roc_auc(scores, np.ones(60, bool)) is None
+
+
+def test_patches_do_not_overlap_and_some_are_repeated_ten_times(tmp_path):
+    patches = tiles(16)
+    assert len(patches) > 600 and len(np.unique(patches.reshape(len(patches), -1), axis=0)) == len(patches)
+    photographs = [image[: 26 * 16, : 40 * 16] for image in sklearn.datasets.load_sample_images().images]
+    all_cuts = [p[y : y + 16, x : x + 16] for p in photographs for y in range(0, 416, 16) for x in range(0, 640, 16)]
+    smoothest = np.mean([cut.std(axis=(0, 1)).mean() for cut in patches]), min(c.std((0, 1)).mean() for c in patches)
+    assert sum(cut.std(axis=(0, 1)).mean() >= smoothest[1] for cut in all_cuts) == len(patches)
+    train, heldout = choose(len(patches), 256)
+    times = np.bincount(train, minlength=len(patches))
+    assert sorted(times[times > 0].tolist()) == [1] * 156 + [10] * 10
+    assert set(heldout) == set(np.flatnonzero(times == 0))
+    # copies are not neighbours in file order, so they come into several shards
+    shards = [set(train[k * 64 : k * 64 + 64]) for k in range(4)]
+    assert all(sum(tile in shard for shard in shards) > 1 for tile in np.flatnonzero(times == 10))
+
+    write_patches(tmp_path / "p", 50, 16)
+    names = sorted(path.name for path in (tmp_path / "p/train").iterdir())
+    assert len(names) == 50 and len({name[6:] for name in names}) == 32
+
+
+def test_repeated_images_are_measured_once(tmp_path):
+    judge = Judge(arms.subject("patches50", tmp_path), 20)
+    assert judge.training.shape == (50, 3, 16, 16) and judge.distinct.shape == (32, 3, 16, 16)
+    assert torch.equal(judge.distinct[judge.group], judge.training)
+    assert sorted(np.bincount(judge.group).tolist()) == [1] * 30 + [10] * 2
+    assert judge.floor["fpd of a held-out sample to the others"] > 0
+
+
+def test_per_image_loss_prefers_what_the_network_knows():
+    """A network that says the noise of every x_t from knowing x_0 has no loss on that image, and some on others."""
+    images = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    known = images[2].float() / 127.5 - 1
+    betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float32).astype(np.float64)
+    abar = torch.from_numpy(np.cumprod(1 - betas))
+
+    def knows_one(x_t, t, labels=None):
+        a = abar[t].float()[:, None, None, None]
+        return (x_t - a.sqrt() * known) / (1 - a).sqrt()
+
+    losses = per_image_loss(knows_one, images, {"beta_1": 1e-4, "beta_T": 0.02, "T": 1000, "mean_type": "epsilon"}, 0)
+    assert losses[2] < 1e-6 and np.delete(losses, 2).min() > 0.01
+    # the loss of another image is abar / (1 - abar) |x_0 - known|^2, averaged over the timesteps
+    steps = [round((i + 0.5) * 1000 / 32) for i in range(32)]
+    weight = np.mean([float(abar[t] / (1 - abar[t])) for t in steps])
+    expected = weight * (images.float() / 127.5 - 1 - known).square().mean(dim=(1, 2, 3)).numpy()
+    np.testing.assert_allclose(np.delete(losses, 2), np.delete(expected, 2), rtol=1e-4)
+
+
+def test_arms_have_the_steps_they_say(tmp_path):
+    for name in ("digits64", "digits256", "patches256"):
+        about = arms.subject(name, tmp_path)
+        for arm in [*arms.ARMS.values(), *arms.TRIALS["default"], *arms.TRIALS["IET-AGC"]]:
+            flags, steps = arms.command_line(about, arm, 1, 6, tmp_path)
+            value = {name: number for name, _, number in (flag.removeprefix("--").partition("=") for flag in flags)}
+            rounds, kept, batch = (int(value[name]) for name in ("total_round", "save_round", "batch_size"))
+            total = steps * rounds
+            assert 0.9 * about.steps <= total / (1 if arm.shards == 1 else arms.ENSEMBLE_STEPS) <= about.steps
+            assert 4 < rounds / kept <= 6 and about.num_train // arm.shards >= batch
+    assert len(arms.TRIALS["default"]) == len(arms.TRIALS["IET-AGC"])
+    for wrong in ("digits", "patches7", "cifar64"):
+        with pytest.raises(UsageError, match=wrong):
+            arms.subject(wrong, tmp_path)
+
+
+def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
+    def entry(fifteen, thirty):
+        return {"fpd reached": 1.0, "MQ@15": fifteen, "MQ@30": thirty}
+
+    found = {
+        "a": {"raw": entry(0.1, 0.0), "ema": entry(None, None)},
+        "b": {"raw": entry(-0.05, 0.3), "ema": entry(-0.01, 0.2)},
+    }
+    assert tuning.best(found) == {"setting": "b", "weights": "ema"}
+
+
+TINY = ["--steps=16", "--points=2", "--images=20"]
+
+
+def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    monkeypatch.setattr(tuning, "TRIALS", {method: trials[:1] for method, trials in arms.TRIALS.items()})
+    monkeypatch.chdir(ROOT)
+    assert tuning.main(["--data=digits32", *TINY, f"--out={out}"]) == 0
+    chosen = json.loads((out / "tuning.json").read_text())
+    assert chosen["best"]["IET-AGC"]["setting"] == "IET-AGC" and chosen["best"]["default"]["setting"] == "default"
+
+    frontier = ["com/frontier.sh", "--data=digits32", "--seeds=1", *TINY, f"--out={out}", "--arms=default,IET-AGC"]
+    first = run_bash(*frontier, cwd=tmp_path)
     assert "IET-AGC" in first.stdout and "fpd" in first.stdout
-    result = json.loads((tmp_path / "frontier.json").read_text())["digits32"]
+    result = json.loads((out / "frontier.json").read_text())["digits32"]
     points = {(p["arm"], p["weights"], p["steps"]) for p in result["points"]}
-    assert points == {(a, w, s) for a, last in (("default", 16), ("IET-AGC", 32)) for w in ("raw", "ema") for s in
-                      range(16, last + 1, 16)}  # fmt: skip
-    assert result["floor"]["heldout"]["mq_fraction"]["90"] > 0 and len(result["floor"]) == 3
-    assert (tmp_path / "frontier.png").stat().st_size > 10_000
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    run_bash("com/frontier.sh", *flags, "--arms=default,IET-AGC", cwd=tmp_path)
+    expected = itertools.product((("default", (8, 16)), ("IET-AGC", (16, 24))), ("raw", "ema"))
+    assert points == {(arm, weights, s) for (arm, steps), weights in expected for s in steps}
+    assert result["floor"]["heldout"]["mq_fraction"]["90"] > 0
+    assert result["matched quality"]["raw"].keys() and result["samplers"].keys() == {"default", "IET-AGC"}
+    assert (out / "frontier.png").stat().st_size > 10_000 and (out / "pairs_digits32.png").stat().st_size > 1000
+    assert "held-out real images" in (out / "frontier_digits32.html").read_text()
+
+    times = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+    run_bash(*frontier[:-1], "--arms=default,IET-AGC", cwd=tmp_path)
     assert times == {path: path.stat().st_mtime_ns for path in times}
-    again = json.loads((tmp_path / "frontier.json").read_text())["digits32"]
+    again = json.loads((out / "frontier.json").read_text())["digits32"]
     assert again["points"] == result["points"] and again["seconds"] > result["seconds"]
+
+    (tmp_path / "README.md").write_text(f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n")
+    pages = document.written(tmp_path)
+    assert (
+        "IET-AGC less default" in pages[tmp_path / "docs/RESULTS.md"]
+        and "**chosen**" in pages[tmp_path / "docs/RESULTS.md"]
+    )
+    readme = pages[tmp_path / "README.md"]
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme

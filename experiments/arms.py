@@ -1,0 +1,118 @@
+"""What is compared: the data sets, the four arms of the ablation, and the settings that were tried in tuning."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UsageError
+from files import read_json
+
+SHARDS = 4
+BATCH = 16
+ENSEMBLE_STEPS = 5 / 3  # times those of default training, over all shards: a sub-model makes a part of them only
+SAMPLER = ("--sampler=dpmpp", "--sample_steps=20")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A data set to train on.
+
+    `steps` are those of default training; ensembles are given ENSEMBLE_STEPS times as many. A round has `round_steps` steps over all shards. `data_root` is where patches are.
+    """
+
+    name: str
+    num_train: int
+    flags: tuple[str, ...]
+    steps: int
+    round_steps: int
+    side: int
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: flags of main_fed.py. A round is made of 1 / `more_rounds` of the subject's steps."""
+
+    name: str
+    shards: int
+    flags: tuple[str, ...]
+    more_rounds: int = 1
+
+
+OFF = ("--anti_grad=off",)
+ARMS = {
+    "default": Arm("default", 1, OFF),
+    "IET": Arm("IET", SHARDS, OFF),
+    "AGC": Arm("AGC", 1, ()),
+    "IET-AGC": Arm("IET-AGC", SHARDS, ()),
+}
+# equal effort: as many trials for both, every knob of each at least once; every checkpoint of a trial is measured, with
+# raw and EMA weights, which is early stopping
+TRIALS = {
+    "default": [
+        ARMS["default"],
+        Arm("dropout 0.3", 1, (*OFF, "--dropout=0.3")),
+        Arm("dropout 0.5", 1, (*OFF, "--dropout=0.5")),
+        Arm("shift 1", 1, (*OFF, "--shift=1")),
+        Arm("shift 1, dropout 0.3", 1, (*OFF, "--shift=1", "--dropout=0.3")),
+        Arm("EMA decay 0.999", 1, (*OFF, "--ema_decay=0.999")),
+    ],
+    "IET-AGC": [
+        ARMS["IET-AGC"],
+        Arm("2 shards", 2, ()),
+        Arm("5 times as many rounds", SHARDS, (), more_rounds=5),
+        Arm("mem_ratio 1.25", SHARDS, ("--mem_ratio=1.25",)),
+        Arm("arr_ema_decay 0.95", SHARDS, ("--arr_ema_decay=0.95",)),
+        Arm("ascend 0.1", SHARDS, ("--anti_grad=ascend", "--anti_grad_weight=0.1")),
+    ],
+}
+
+
+def subject(name, out):
+    """The data set of a name such as digits64 or patches256; `out` is where patches are written.
+
+    Raises:
+        UsageError: it is no such name.
+    """
+    match = re.fullmatch(r"(digits|patches)(\d+)", name)
+    if not match or int(match[2]) < 2 * SHARDS:
+        raise UsageError(f"--data={name}: name data sets like digits64 or patches256, of at least {2 * SHARDS} images")
+    kind, size = match[1], int(match[2])
+    if kind == "digits":
+        flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
+        steps, round_steps = (2400, 400) if size <= 64 else (3000, 500)
+        return Subject(name, size, flags, steps, round_steps, side=8)
+    data_root = Path(out).resolve() / "data" / name / "train"
+    flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
+    return Subject(name, size, flags, steps=1500, round_steps=256, side=16, data_root=data_root)
+
+
+def tuned_arms(out):
+    """{"tuned default": arm, "tuned IET-AGC": arm} as tuning.json has chosen them, or {} if there is none yet."""
+    path = Path(out) / "tuning.json"
+    if not path.exists():
+        return {}
+    best = read_json(path)["best"]
+    chosen = {}
+    for method, trials in TRIALS.items():
+        arm = next(trial for trial in trials if trial.name == best[method]["setting"])
+        chosen[f"tuned {method}"] = Arm(f"tuned {method}", arm.shards, arm.flags, arm.more_rounds)
+    return chosen
+
+
+def command_line(subject, arm, seed, points, logdir, steps=None):
+    """(flags of main_fed.py, steps of a round over all shards).
+
+    A checkpoint is kept for each of `points` measurements; `steps` replaces the subject's.
+    """
+    batch = min(BATCH, subject.num_train // arm.shards)
+    per_epoch = arm.shards * (subject.num_train // arm.shards // batch)
+    total = round((steps or subject.steps) * (1 if arm.shards == 1 else ENSEMBLE_STEPS))
+    epochs = max(1, min(subject.round_steps, total // points) // arm.more_rounds // per_epoch)
+    rounds = max(1, total // (epochs * per_epoch))
+    flags = (
+        *subject.flags, "--train", "--device=cpu", "--save_step=0", "--sample_step=0", "--log_step=500",
+        f"--batch_size={batch}", f"--client_num={arm.shards}", f"--local_epoch={epochs}", f"--total_round={rounds}",
+        f"--save_round={-(-rounds // points)}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
+    )  # fmt: skip
+    return flags, epochs * per_epoch

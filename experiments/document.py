@@ -1,0 +1,359 @@
+"""docs/RESULTS.md and the results in the README, written from results/*.json:
+
+python -m experiments.document
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+from errors import DataError, UserError
+from experiments.frontier import DIFFERENCES
+from files import atomic_write, read_json
+from score.memorization import THRESHOLDS
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+SHOWN = (15, 30, 50)
+DESCRIPTIONS = {
+    "digits64": "64 handwritten digits of 8x8 pixels, held out: the other 1,733",
+    "digits256": "256 handwritten digits of 8x8 pixels, held out: the other 1,541",
+    "patches256": "256 colour patches of 16x16 pixels cut from two photographs, ten of them repeated ten times; "
+    "held out: the other patches",
+}
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def share(found):
+    """An interval of `matched.interval` or `matched.difference` in percent."""
+    if found is None or found.get("reached") == 0:
+        return "not reached"
+    seeds = f" ({found['reached']} seeds)" if "reached" in found else ""
+    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{seeds}"
+
+
+def spread(values, form):
+    deviation = f" ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else ""
+    return form.format(statistics.fmean(values)) + deviation
+
+
+def points_of(result, arm, weights, steps=None):
+    """The points of an arm, one per seed, after the last steps, or after those that are nearest to `steps`."""
+    points = [p for p in result["points"] if p["arm"] == arm and p["weights"] == weights]
+    chosen = max(p["steps"] for p in points)
+    if steps:
+        chosen = min({p["steps"] for p in points}, key=lambda made: abs(made - steps))
+    return [p for p in points if p["steps"] == chosen]
+
+
+def verdict(found):
+    """What a `matched.difference` says."""
+    if found is None:
+        return "not reached by all seeds"
+    if found["high"] < 0:
+        return "less"
+    return "more" if found["low"] > 0 else "no difference found"
+
+
+def floor_table(result):
+    heldout = result["floor"]["heldout"]
+    rows = [[f"MQ@{p}", f"{heldout['mq_fraction'][str(p)]:.1%}"] for p in THRESHOLDS]
+    rows.append(["sqrt(d1/d2) < 1/3", f"{heldout['share_sqrt_d1_d2_below_third']:.1%}"])
+    rows.append(["AuthPct", f"{heldout['auth_pct']:.1f}"])
+    rows.append([f"fpd of {result['floor']['images held out, sample']} held-out images to the others",
+                 f"{result['floor']['fpd of a held-out sample to the others']:.3f}"])  # fmt: skip
+    rows.append(["fpd of the training images to the held-out", f"{result['floor']['fpd of training images']:.3f}"])
+    return markdown(["held-out real images in the place of generated ones", ""], rows)
+
+
+def end_table(result, weights):
+    """Mean and spread over seeds after the last step."""
+    rows = []
+    for arm in result["flags"]:
+        points = points_of(result, arm, weights)
+        shares = [spread([100 * p["mq_fraction"][str(t)] for p in points], "{:.1f}") for t in SHOWN]
+        above = spread([100 * p["mq_above_floor"]["15"] for p in points], "{:+.1f}")
+        third = spread([100 * p["share_sqrt_d1_d2_below_third"] for p in points], "{:.1f}")
+        authentic = spread([p["auth_pct"] for p in points], "{:.1f}")
+        fpd = spread([p["fpd"] for p in points], "{:.2f}")
+        rows.append([arm, f"{points[0]['steps']:,}", fpd, *shares, above, third, authentic])
+    header = ["arm", "steps", "fpd", *(f"MQ@{t} %" for t in SHOWN), "MQ@15 above floor", "sqrt(d1/d2)<1/3 %", "AuthPct"]
+    return markdown(header, rows)
+
+
+def matched_table(result, weights):
+    rows = []
+    for quality, arms in result["matched quality"][weights].items():
+        for arm, found in arms.items():
+            rows.append([quality, arm, *(share(found[f"MQ@{p}"]) for p in SHOWN)])
+    return markdown(["fpd", "arm", *(f"MQ@{p} above floor, points" for p in SHOWN)], rows)
+
+
+def all_thresholds_table(result, weights):
+    """MQ above floor at the best quality that all reach, at every threshold."""
+    quality, arms = next(iter(result["matched quality"][weights].items()))
+    rows = [
+        [arm, *(f"{100 * found[f'MQ@{p}']['mean']:+.1f}" if found[f"MQ@{p}"]["reached"] else "–" for p in THRESHOLDS)]
+        for arm, found in arms.items()
+    ]
+    return markdown([f"at fpd {quality}", *(f"MQ@{p}" for p in THRESHOLDS)], rows)
+
+
+def comparisons(result):
+    """[(weights, quality, arm, baseline, threshold, difference)] of all arms with their default training."""
+    found = []
+    for weights, table in result["matched quality"].items():
+        for quality, arms in table.items():
+            for arm, entry in arms.items():
+                for baseline in ("default", "tuned default"):
+                    for p in DIFFERENCES:
+                        if (key := f"MQ@{p} less {baseline}") in entry:
+                            found.append((weights, quality, arm, baseline, p, entry[key]))
+    return found
+
+
+def difference_table(result):
+    rows = {}
+    for weights, quality, arm, baseline, _, found in comparisons(result):
+        row = rows.setdefault((weights, quality, arm, baseline), [weights, quality, f"{arm} less {baseline}"])
+        row += [share(found), verdict(found)]
+    header = ["weights", "fpd", "", *(cell for p in DIFFERENCES for cell in (f"MQ@{p}, points", "memorises"))]
+    return markdown(header, rows.values())
+
+
+def tally(result, arm, baseline):
+    """{verdict: how often} of an arm over weights and qualities at MQ@15, and the number of comparisons."""
+    verdicts = [verdict(f) for _, _, a, b, p, f in comparisons(result) if (a, b, p) == (arm, baseline, 15)]
+    return {name: verdicts.count(name) for name in ("less", "more", "no difference found")}, len(verdicts)
+
+
+def auc(values):
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "none or all"
+
+
+def detection_table(result):
+    rows = []
+    for arm, labels in result["detection (ROC AUC per seed)"].items():
+        for label, detectors in labels.items():
+            if any(value is not None for values in detectors.values() for value in values):
+                rows.append([arm, label, *(auc(detectors[name]) for name in ("skip count", "low loss"))])
+    return markdown(["training", "images that are", "skip count", "low loss (baseline)"], rows)
+
+
+def sampler_table(result):
+    rows = [
+        [arm, sampler, f"{found['fpd']:.2f}", *(f"{100 * found['mq_fraction'][str(p)]:.1f}" for p in SHOWN)]
+        for arm, samplers in result["samplers"].items()
+        for sampler, found in samplers.items()
+    ]
+    return markdown(["arm", "sampler", "fpd", *(f"MQ@{p} %" for p in SHOWN)], rows)
+
+
+def pairs_table(result):
+    rows = [
+        [arm, *(f"{100 * pair['ratio']:.2f} ({pair['training image']})" for pair in pairs)]
+        for arm, pairs in result["most memorised"].items()
+    ]
+    return markdown(["arm", *(str(i + 1) for i in range(max(map(len, rows)) - 1))], rows)
+
+
+def at_equal_steps(name, result):
+    """One sentence: default training and IET-AGC after as many steps, raw weights."""
+    default = points_of(result, "default", "raw")
+    ours = points_of(result, "IET-AGC", "raw", default[0]["steps"])
+    mean = lambda points, value: statistics.fmean(value(p) for p in points)  # noqa: E731
+    above = lambda p: 100 * p["mq_above_floor"]["15"]  # noqa: E731
+    fpd = lambda p: p["fpd"]  # noqa: E731
+    return (
+        f"{name}: after {default[0]['steps']:,} steps default training has MQ@15 {mean(default, above):+.1f} points "
+        f"above the floor at fpd {mean(default, fpd):.2f}, IET-AGC after {ours[0]['steps']:,} has "
+        f"{mean(ours, above):+.1f} at {mean(ours, fpd):.2f}"
+    )
+
+
+def in_words(name, result, arm, baseline):
+    """One sentence: an arm against default training at matched quality."""
+    found, number = tally(result, arm, baseline)
+    return (
+        f"{name}: {arm} against {baseline}, {number} comparisons at matched quality: memorises less in "
+        f"{found['less']}, more in {found['more']}, no difference found in {found['no difference found']}"
+    )
+
+
+def answers(frontier):
+    """The findings as Markdown lists, from the numbers alone."""
+    lines = ["At equal steps (raw weights, mean over seeds):", ""]
+    lines += [f"- {at_equal_steps(name, result)}." for name, result in frontier.items()]
+    lines += ["", "At equal quality (MQ@15, raw and EMA weights at four values of fpd, 95 % intervals):", ""]
+    for name, result in frontier.items():
+        for arm, baseline in (("IET", "default"), ("AGC", "default"), ("IET-AGC", "default"),
+                              ("tuned IET-AGC", "tuned default")):  # fmt: skip
+            if tally(result, arm, baseline)[1]:
+                lines.append(f"- {in_words(name, result, arm, baseline)}.")
+    return "\n".join(lines) + "\n"
+
+
+def data_set(name, result):
+    """The chapter of a data set."""
+    minutes = result["seconds"] / 60
+    flags = markdown(["arm", "flags of main_fed.py"], [[arm, f"`{' '.join(f)}`"] for arm, f in result["flags"].items()])
+    return f"""## {name}
+
+{DESCRIPTIONS.get(name, name)}. {result["distinct training images"]} distinct training images,
+{result["generated images"]} images generated for every point, seeds {", ".join(map(str, result["seeds"]))}.
+`{result["command"]}`: {minutes:.0f} minutes.
+
+### The floor
+
+{floor_table(result)}
+### After the last step
+
+Raw weights, mean ± standard deviation over seeds:
+
+{end_table(result, "raw")}
+EMA weights:
+
+{end_table(result, "ema")}
+### At matched quality
+
+MQ above floor where a training first reaches a Frechet distance to held-out images, linear between its checkpoints;
+mean over seeds and 95 % bootstrap interval over seeds and images. Raw weights:
+
+{matched_table(result, "raw")}
+EMA weights:
+
+{matched_table(result, "ema")}
+All thresholds, raw and EMA weights, in points above the floor:
+
+{all_thresholds_table(result, "raw")}
+{all_thresholds_table(result, "ema")}
+Less default training, at the same quality:
+
+{difference_table(result)}
+### Skip counts as detectors
+
+Area under the ROC curve, mean over seeds (lowest to highest). 0.5 is chance. A training image is *memorised* if it is
+the nearest of a generated one with a ratio below 15 %, after the last step.
+
+{detection_table(result)}
+### The ten most memorised pairs
+
+Of the first seed, after the last step, raw weights; ratio in % and number of the distinct training image:
+
+{pairs_table(result)}
+![The ten most memorised pairs of every arm on {name}](../results/pairs_{name}.png)
+
+### The published sampler
+
+The first seed after the last step, raw weights, sampled twice:
+
+{sampler_table(result)}
+### Settings
+
+{flags}"""
+
+
+def tuning_chapter(tuning):
+    rows = []
+    for method, trials in tuning["trials"].items():
+        for setting, found in trials.items():
+            for weights in ("raw", "ema"):
+                entry = found[weights]
+                shares = (
+                    "not reached" if entry[f"MQ@{p}"] is None else f"{100 * entry[f'MQ@{p}']:+.1f}" for p in (15, 30)
+                )
+                is_best = tuning["best"][method] == {"setting": setting, "weights": weights}
+                mark = " **chosen**" if is_best else ""
+                rows.append([method, setting + mark, weights, f"{entry['fpd reached']:.2f}", *shares])
+    header = ["method", "setting", "weights", "best fpd", "MQ@15 above floor, points", "MQ@30"]
+    return f"""## Tuning
+
+As many trials for default training as for IET-AGC, on {tuning["data"]} with seed {tuning["seed"]}, judged at fpd
+{tuning["fpd matched"]:.2f}: 1.15 times the best that the worse of the two reaches untuned. Every checkpoint with raw
+and EMA weights is a candidate, which is early stopping. The chosen settings are the *tuned* arms above, trained with
+other seeds and on all data sets. One other value of each knob is no thorough search.
+`{tuning["command"]}`: {tuning["seconds"] / 60:.0f} minutes.
+
+{markdown(header, rows)}"""
+
+
+def document(frontier, tuning):
+    """The text of docs/RESULTS.md."""
+    machine = ", ".join(f"{key} {value}" for key, value in next(iter(frontier.values()))["machine"].items())
+    chapters = "\n".join(data_set(name, result) for name, result in frontier.items())
+    return f"""# Does it work?
+
+Written by `python -m experiments.document` from `results/*.json`, which `bash com/results.sh` makes; not by hand.
+
+Machine: {machine}; trainings side by side on one thread each. Quality is fpd, the Frechet distance on pooled pixels to
+held-out real images. Memorisation is measured among the distinct training images, and its floor is the same figure for
+held-out real images. All arms are `main_fed.py` with the same data, network and learning rate. Ensembles make 5/3
+times the steps of the others in all, since each sub-model makes a part of them. Images are made by DPM-Solver++ with 20
+steps; the published sampler is compared below.
+
+![Quality against memorisation of all arms](../results/frontier.png)
+
+{answers(frontier)}
+{chapters}
+{tuning_chapter(tuning) if tuning else ""}"""
+
+
+def readme_part(frontier):
+    """What the README shows: the plot and three sentences."""
+    steps = "; ".join(at_equal_steps(name, result) for name, result in frontier.items())
+    plain = "; ".join(in_words(name, result, "IET-AGC", "default") for name, result in frontier.items())
+    tuned = "; ".join(
+        in_words(name, result, "tuned IET-AGC", "tuned default")
+        for name, result in frontier.items()
+        if tally(result, "tuned IET-AGC", "tuned default")[1]
+    )
+    sentences = [f"At equal steps: {steps}.", f"At equal quality: {plain}.", f"Both tuned: {tuned}."]
+    return (
+        "![Quality against memorisation of all arms](results/frontier.png)\n\n"
+        + "\n".join(sentences[: 3 if tuned else 2])
+        + "\n"
+    )
+
+
+def with_results(readme, frontier):
+    """The README with its part about results replaced.
+
+    Raises:
+        DataError: it lacks the marks that the part stands between.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise DataError(f"README.md: lacks the lines {BEGIN} and {END} around its results: put them back")
+    return f"{before}{BEGIN}\n{readme_part(frontier)}{END}{after}"
+
+
+def written(root):
+    """{path: text} of what is written from the results in `root`/results."""
+    frontier, tuning = root / "results/frontier.json", root / "results/tuning.json"
+    found = read_json(frontier)
+    return {
+        root / "docs/RESULTS.md": document(found, read_json(tuning) if tuning.exists() else None),
+        root / "README.md": with_results((root / "README.md").read_text(), found),
+    }
+
+
+def main():
+    try:
+        for path, text in written(ROOT).items():
+            with atomic_write(path) as file:
+                file.write(text.encode())
+            print(f"written: {path.relative_to(ROOT)}")
+    except UserError as error:
+        print(f"experiments.document: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

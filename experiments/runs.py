@@ -1,0 +1,177 @@
+"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
+
+A run is in <out>/runs/<data set>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, points.json what was
+measured, and measured/ what the intervals, pictures and detectors are made of. The same call goes on where it stopped.
+"""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import flags as absl_flags
+from tqdm import tqdm
+
+from diffusion import GaussianDiffusionSampler
+from errors import DataError
+from experiments.arms import Arm, Subject, command_line, subject
+from experiments.judge import Judge
+from files import atomic_write, read_json, write_json
+from model import UNet
+from training import checkpoint, flags
+
+FLAGS = absl_flags.FLAGS
+ROOT = Path(__file__).parent.parent
+WEIGHTS = ("raw", "ema")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its place in the experiment, its directory, its command line and the steps of a round."""
+
+    subject: Subject
+    arm: Arm
+    seed: int
+    directory: Path
+    flags: tuple[str, ...]
+    steps_per_round: int
+
+
+def plan(data, arms, seeds, options):
+    """All trainings of a data set, seed by seed, so that an experiment that is stopped has all arms.
+
+    options: has `out`, `points` and `steps` of the command.
+    """
+    about = subject(data, options.out)
+    runs = []
+    for seed in seeds:
+        for arm in arms:
+            place = re.sub(r"[^A-Za-z0-9.]+", "_", arm.name)
+            directory = Path(options.out) / "runs" / data / place / f"seed{seed}"
+            own, steps = command_line(about, arm, seed, options.points, directory / "log", options.steps)
+            runs.append(Run(about, arm, seed, directory, own, steps))
+    return runs
+
+
+def train(run, deadline):
+    """Train unless it is done; returns whether it is. At the deadline it is stopped, to go on another time."""
+    if (run.directory / "trained").exists():
+        return True
+    if time.time() > deadline:
+        return False
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with (run.directory / "train.err").open("w") as err:
+        command = [sys.executable, str(ROOT / "main_fed.py"), *run.flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=err, stderr=err) as process:
+            try:
+                code = process.wait(timeout=max(1.0, deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+                return False
+    if code:
+        last_words = (run.directory / "train.err").read_text()[-500:]
+        raise DataError(f"{run.directory}/train.err: training failed: {last_words}")
+    (run.directory / "trained").touch()
+    return True
+
+
+def flags_of(run):
+    """The flags that a training was started with, as absl's values."""
+    FLAGS.unparse_flags()
+    FLAGS([sys.argv[0], f"--flagfile={run.directory / 'log/flagfile.txt'}"])
+    return FLAGS
+
+
+def rounds_kept(run):
+    """The rounds that there are checkpoints of, ascending."""
+    return [checkpoint.progress_of(path)[0] for path in reversed(checkpoint.newest_first(run.directory / "log"))]
+
+
+def load_network(run, r, use_ema):
+    """(network of a checkpoint, how often each training image was left out until then)."""
+    path = run.directory / "log" / checkpoint.round_name(r)
+    state = checkpoint.load(path)
+    net = UNet(**flags.unet(flags_of(run)))
+    checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
+    return net.eval(), state["index_array"]
+
+
+def measured_path(run, r, weights):
+    return run.directory / "measured" / f"round{r}_{weights}.npz"
+
+
+def read_measured(run, r, weights):
+    """What `Judge` kept of a checkpoint: {name: array}."""
+    with np.load(measured_path(run, r, weights), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def evaluate(run, judge, deadline):
+    """Measure the checkpoints of a training that have not been yet: points.json and measured/."""
+    path = run.directory / "points.json"
+    points = read_points(run)
+    done = {(point["round"], point["weights"]) for point in points}
+    for r in rounds_kept(run):
+        for weights in WEIGHTS:
+            if (r, weights) in done or time.time() > deadline:
+                continue
+            net, skips = load_network(run, r, weights == "ema")
+            sampler = GaussianDiffusionSampler(net, **flags.sampler(flags_of(run)))
+            point, kept = judge(sampler, run.seed)
+            with atomic_write(measured_path(run, r, weights)) as file:
+                np.savez_compressed(file, **kept, skips=skips.numpy())
+            points.append({"round": r, "steps": r * run.steps_per_round, "weights": weights, **point})
+            write_json(path, points)
+
+
+def with_published_sampler(run, judge):
+    """The point of the last raw checkpoint with DDIM-50, kept beside the others."""
+    path = run.directory / "measured" / "ddim50.json"
+    if not path.exists():
+        net, _ = load_network(run, rounds_kept(run)[-1], False)
+        settings = flags.sampler(flags_of(run)) | {"sampler": "ddim", "steps": 50}
+        write_json(path, judge(GaussianDiffusionSampler(net, **settings), run.seed)[0])
+    return read_json(path)
+
+
+def read_points(run):
+    """The points of a training so far, in the order of their steps."""
+    path = run.directory / "points.json"
+    return sorted(read_json(path), key=lambda point: point["steps"]) if path.exists() else []
+
+
+@functools.cache
+def judge_of(about, images):
+    return Judge(about, images)
+
+
+def work(run, images, deadline):
+    """Train and measure one run in a process of its own, on one thread; returns whether it is complete."""
+    torch.set_num_threads(1)
+    done = train(run, deadline)
+    if rounds_kept(run):
+        evaluate(run, judge_of(run.subject, images), deadline)
+    return done and len(read_points(run)) == len(WEIGHTS) * len(rounds_kept(run))
+
+
+def work_all(runs, images, deadline):
+    """`work` of all runs, one process per core."""
+    judge_of(runs[0].subject, images)  # writes the data, if need be, before several processes want it
+    context = multiprocessing.get_context("spawn")
+    with (
+        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
+        tqdm(total=len(runs), desc=f"runs of {runs[0].subject.name}") as bar,
+    ):
+        jobs = [pool.submit(work, run, images, deadline) for run in runs]
+        for job in concurrent.futures.as_completed(jobs):
+            bar.update(job.result())

@@ -1,0 +1,105 @@
+"""Equal effort for both: as many trials for default training as for IET-AGC, each one's best at matched quality.
+
+python -m experiments.tuning --data=digits64 --seed=11
+
+Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.__main__ import machine
+from errors import DataError, UserError
+from experiments.arms import TRIALS
+from experiments.frontier import paths_of
+from experiments.matched import mean_at_quality, share_below
+from experiments.runs import WEIGHTS, judge_of, plan, read_points, work_all
+from files import read_json, write_json
+
+FACTOR = 1.15  # of the better quality of the two that both methods reach untuned
+
+
+def memorised_at(runs, quality, floor_ratio):
+    """{setting: {weights: {"fpd reached", "MQ@15", "MQ@30"}}}: MQ above floor at a quality, None if not reached."""
+    found = {}
+    for run in runs:
+        for weights in WEIGHTS:
+            paths = paths_of([run], run.arm.name, weights)
+            entry = {"fpd reached": min(point.distance for point in paths[0])}
+            for p in (15, 30):
+                share, reached = mean_at_quality(paths, quality, p)
+                entry[f"MQ@{p}"] = share - share_below(floor_ratio, p) if reached else None
+            found.setdefault(run.arm.name, {})[weights] = entry
+    return found
+
+
+def best(found):
+    """{"setting", "weights"} of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
+    reached = [
+        (max(0.0, entry["MQ@15"]), entry["MQ@30"], setting, weights)
+        for setting, of_setting in found.items()
+        for weights, entry in of_setting.items()
+        if entry["MQ@15"] is not None
+    ]
+    *_, setting, weights = min(reached)
+    return {"setting": setting, "weights": weights}
+
+
+def quality_to_match(runs_of_base):
+    """FACTOR times the best fpd of the worse of the untuned methods, each with its better weights."""
+    return FACTOR * max(min(point["fpd"] for point in read_points(run)) for run in runs_of_base)
+
+
+def tune(options):
+    start = time.time()
+    trials = [arm for pair in zip(*TRIALS.values(), strict=True) for arm in pair]
+    runs = plan(options.data, trials, [options.seed], options)
+    work_all(runs, options.images, start + 60 * options.minutes)
+    if not all((run.directory / "trained").exists() for run in runs):
+        raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
+    judge = judge_of(runs[0].subject, options.images)
+    quality = quality_to_match([run for run in runs if run.arm.name in TRIALS])
+    found = memorised_at(runs, quality, judge.floor_ratio)
+    path = Path(options.out) / "tuning.json"
+    seconds = (read_json(path)["seconds"] if path.exists() else 0) + time.time() - start
+    methods = {
+        name: {arm.name: {"flags": arm.flags, **found[arm.name]} for arm in arms} for name, arms in TRIALS.items()
+    }
+    result = {
+        "command": f"python -m experiments.tuning {' '.join(options.command)}",
+        "machine": machine(),
+        "seconds": round(seconds, 1),
+        "data": options.data,
+        "seed": options.seed,
+        "fpd matched": quality,
+        "trials": methods,
+        "best": {name: best({arm.name: found[arm.name] for arm in arms}) for name, arms in TRIALS.items()},
+    }
+    write_json(path, result)
+    for name, chosen in result["best"].items():
+        print(f"{name}: best at fpd {quality:.3f} is {chosen['setting']!r} with {chosen['weights']} weights")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.tuning", description=__doc__)
+    parser.add_argument("--data", default="digits64", help="data set with its size")
+    parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
+    parser.add_argument("--steps", type=int, help="of default training, in place of the data set's own")
+    parser.add_argument("--points", type=int, default=6, help="measurements along a training")
+    parser.add_argument("--images", type=int, default=512, help="images generated for every point")
+    parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
+    parser.add_argument("--out", default="results", help="directory of everything that is written")
+    options = parser.parse_args(arguments)
+    options.command = sys.argv[1:] if arguments is None else arguments
+    try:
+        tune(options)
+    except UserError as error:
+        print(f"experiments.tuning: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
