@@ -17,7 +17,8 @@ SAMPLER = ("--sampler=dpmpp", "--sample_steps=20")
 class Subject:
     """A data set to train on.
 
-    `steps` are those of default training; ensembles are given ENSEMBLE_STEPS times as many. A round has `round_steps` steps over all shards. `data_root` is where patches are.
+    `steps` are those of default training; ensembles are given ENSEMBLE_STEPS times as many. A round has `round_steps`
+    steps over all shards. `data_root` is where patches are.
     """
 
     name: str

@@ -137,7 +137,7 @@ def parse_arguments(arguments):
     words = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument(
-        "--data", type=words, default=["digits64", "digits256", "patches256"], help="data sets with their sizes"
+        "--data", type=words, default=["digits64", "patches256", "digits256"], help="data sets with their sizes"
     )
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
     parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
