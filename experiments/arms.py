@@ -9,7 +9,7 @@ from files import read_json
 
 SHARDS = 4
 BATCH = 16
-ENSEMBLE_STEPS = 5 / 3  # times those of default training, over all shards: a sub-model makes a part of them only
+ENSEMBLE_STEPS = 2  # times those of default training, over all shards: a sub-model makes a part of them only
 SAMPLER = ("--sampler=dpmpp", "--sample_steps=20")
 
 
@@ -81,11 +81,11 @@ def subject(name, out):
     kind, size = match[1], int(match[2])
     if kind == "digits":
         flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
-        steps, round_steps = (2400, 400) if size <= 64 else (3000, 500)
+        steps, round_steps = (2800, 400) if size <= 64 else (2500, 500)
         return Subject(name, size, flags, steps, round_steps, side=8)
     data_root = Path(out).resolve() / "data" / name / "train"
     flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-    return Subject(name, size, flags, steps=1500, round_steps=256, side=16, data_root=data_root)
+    return Subject(name, size, flags, steps=1200, round_steps=256, side=16, data_root=data_root)
 
 
 def tuned_arms(out):
@@ -108,12 +108,12 @@ def command_line(subject, arm, seed, points, logdir, steps=None):
     """
     batch = min(BATCH, subject.num_train // arm.shards)
     per_epoch = arm.shards * (subject.num_train // arm.shards // batch)
-    total = round((steps or subject.steps) * (1 if arm.shards == 1 else ENSEMBLE_STEPS))
+    total = (steps or subject.steps) * (1 if arm.shards == 1 else ENSEMBLE_STEPS)
     epochs = max(1, min(subject.round_steps, total // points) // arm.more_rounds // per_epoch)
     rounds = max(1, total // (epochs * per_epoch))
     flags = (
         *subject.flags, "--train", "--device=cpu", "--save_step=0", "--sample_step=0", "--log_step=500",
         f"--batch_size={batch}", f"--client_num={arm.shards}", f"--local_epoch={epochs}", f"--total_round={rounds}",
-        f"--save_round={-(-rounds // points)}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
+        f"--save_round={max(1, round(rounds / points))}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
     )  # fmt: skip
     return flags, epochs * per_epoch

@@ -126,8 +126,8 @@ def difference_table(result):
 
 
 def tally(result, arm, baseline):
-    """{verdict: how often} of an arm over weights and qualities at MQ@15, and the number of comparisons."""
-    verdicts = [verdict(f) for _, _, a, b, p, f in comparisons(result) if (a, b, p) == (arm, baseline, 15)]
+    """{verdict: how often} of an arm over weights, qualities and thresholds, and the number of comparisons."""
+    verdicts = [verdict(found) for _, _, a, b, _, found in comparisons(result) if (a, b) == (arm, baseline)]
     return {name: verdicts.count(name) for name in ("less", "more", "no difference found")}, len(verdicts)
 
 
@@ -179,22 +179,45 @@ def at_equal_steps(name, result):
 def in_words(name, result, arm, baseline):
     """One sentence: an arm against default training at matched quality."""
     found, number = tally(result, arm, baseline)
-    return (
-        f"{name}: {arm} against {baseline}, {number} comparisons at matched quality: memorises less in "
-        f"{found['less']}, more in {found['more']}, no difference found in {found['no difference found']}"
-    )
+    less, more = found["less"], found["more"]
+    if less and more:
+        said = f"mixed: it memorises less in {less} of {number} comparisons and more in {more}"
+    elif less or more:
+        said = f"it memorises {'less' if less else 'more'} in {less or more} of {number} comparisons"
+        said += ", and in none the other way round"
+    else:
+        said = f"no difference found in any of {number} comparisons"
+    return f"{name}: {arm} against {baseline}: {said}"
+
+
+def skips_in_words(name, result):
+    """One sentence: what skip counts of IET-AGC reveal, against the loss of default training."""
+    labels = result["detection (ROC AUC per seed)"]
+    parts = []
+    for label in ("repeated", "memorised by default"):
+        ours, baseline = (labels[arm][label][detector] for arm, detector in
+                          (("IET-AGC", "skip count"), ("default", "low loss")))  # fmt: skip
+        if any(value is not None for value in ours):
+            parts.append(f"images {label}: {auc(ours)} against {auc(baseline)}")
+    return f"{name}: {'; '.join(parts) or 'no image is repeated or memorised'}"
+
+
+PAIRS_COMPARED = (
+    ("IET", "default"), ("AGC", "default"), ("IET-AGC", "default"), ("tuned IET-AGC", "tuned default"),
+)  # fmt: skip
 
 
 def answers(frontier):
     """The findings as Markdown lists, from the numbers alone."""
     lines = ["At equal steps (raw weights, mean over seeds):", ""]
     lines += [f"- {at_equal_steps(name, result)}." for name, result in frontier.items()]
-    lines += ["", "At equal quality (MQ@15, raw and EMA weights at four values of fpd, 95 % intervals):", ""]
+    lines += ["", "At equal quality (MQ@15 and MQ@30, raw and EMA weights, four values of fpd; 95 % intervals):", ""]
     for name, result in frontier.items():
-        for arm, baseline in (("IET", "default"), ("AGC", "default"), ("IET-AGC", "default"),
-                              ("tuned IET-AGC", "tuned default")):  # fmt: skip
+        for arm, baseline in PAIRS_COMPARED:
             if tally(result, arm, baseline)[1]:
                 lines.append(f"- {in_words(name, result, arm, baseline)}.")
+    lines += ["", "Skip counts of IET-AGC as detectors, against the low loss of default training (ROC AUC):", ""]
+    lines += [f"- {skips_in_words(name, result)}." for name, result in frontier.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -292,8 +315,8 @@ Written by `python -m experiments.document` from `results/*.json`, which `bash c
 
 Machine: {machine}; trainings side by side on one thread each. Quality is fpd, the Frechet distance on pooled pixels to
 held-out real images. Memorisation is measured among the distinct training images, and its floor is the same figure for
-held-out real images. All arms are `main_fed.py` with the same data, network and learning rate. Ensembles make 5/3
-times the steps of the others in all, since each sub-model makes a part of them. Images are made by DPM-Solver++ with 20
+held-out real images. All arms are `main_fed.py` with the same data, network and learning rate. Ensembles make twice as
+many steps in all as the others, since each sub-model makes a part of them. Images are made by DPM-Solver++ with 20
 steps; the published sampler is compared below.
 
 ![Quality against memorisation of all arms](../results/frontier.png)

@@ -3,20 +3,16 @@
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from score.charts import ticks
 from score.memorization import above_floor, measures, memorization_ratio, mq_curve, nearest_neighbors
 from score.report import copy_counts, write_report
+from tests.browser import CHROMIUM, assert_readable, needs_chromium
 from tests.commands import run_module
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def evaluation(N, M, size, seed=0):
@@ -111,35 +107,10 @@ def test_ticks_are_round_and_few(low, high):
     assert np.allclose(gaps, gaps[0]) and f"{gaps[0]:.0e}"[0] in "125"
 
 
-def browse(page, *flags):
-    """Open a page in headless Chromium; returns its standard output."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@needs_chromium
 def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
-    page, _, _ = report
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe id="f" src="{page.as_uri()}" style="width:390px;height:800px;border:0"></iframe><pre id="o"></pre>'
-        "<script>f.onload = () => { const d = f.contentDocument; const images = [...d.images];"
-        "o.textContent = JSON.stringify({wide: d.documentElement.scrollWidth, broken:"
-        "images.filter(i => !i.naturalWidth).length, images: images.length, charts: d.querySelectorAll('svg').length,"
-        "chart: d.querySelector('svg').getBoundingClientRect().width}) }</script>"
-    )
-    dom = browse(frame, "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
-    seen = json.loads(re.search(r'<pre id="o">(.*?)</pre>', dom)[1])
-    assert seen["wide"] <= 390 and seen["broken"] == 0 and seen["images"] > 80 and seen["charts"] == 2
-    assert 300 < seen["chart"] <= 390
-    corners = {}
-    for scheme in (0, 1):  # dark, light
-        picture = tmp_path / f"{scheme}.png"
-        browse(
-            page, "--window-size=500,900", f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"
-        )
-        corners[scheme] = sum(Image.open(picture).convert("RGB").getpixel((2, 2)))
-    assert corners[0] < 100 < 700 < corners[1]
+    seen = assert_readable(report[0], tmp_path)
+    assert seen["images"] > 80 and seen["charts"] == 2
 
 
 def test_compare_puts_runs_on_one_page(tmp_path):
@@ -158,5 +129,7 @@ def test_compare_puts_runs_on_one_page(tmp_path):
     Tags(page)
     assert page.count("<polyline") == 4 and "IET &amp; AGC" in page and "held-out real images" in page
     assert "<td>lr</td><td>0.001</td><td>0.002</td>" in page and "<td>ch</td>" not in page
+    if CHROMIUM:
+        assert assert_readable(tmp_path / "both.html", tmp_path)["charts"] == 1
     by_name = run_module("score.compare", tmp_path / "default0" / "grid", cwd=tmp_path)
     assert "| default0 |" in by_name.stdout
