@@ -7,7 +7,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from errors import DataError, UserError
+from errors import DataError
+from experiments.command import report_errors
 from experiments.frontier import DIFFERENCES
 from files import atomic_write, read_json
 from score.memorization import THRESHOLDS
@@ -366,17 +367,12 @@ def written(root):
     }
 
 
-def main():
-    try:
-        for path, text in written(ROOT).items():
-            with atomic_write(path) as file:
-                file.write(text.encode())
-            print(f"written: {path.relative_to(ROOT)}")
-    except UserError as error:
-        print(f"experiments.document: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def write():
+    for path, text in written(ROOT).items():
+        with atomic_write(path) as file:
+            file.write(text.encode())
+        print(f"written: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report_errors("document", write))

@@ -6,21 +6,21 @@ Every arm is trained with every seed, and its checkpoints are measured, raw and 
 again: the same command goes on where it was stopped. The settings that experiments.tuning has chosen are arms as well.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
-from errors import UsageError, UserError
-from experiments import runs as experiment
+from errors import UsageError
 from experiments.arms import ARMS, subject, tuned_arms
+from experiments.command import parse, parser_of, report_errors
 from experiments.detection import detection
 from experiments.matched import Point, difference, interval
 from experiments.page import write_page
 from experiments.plot import plot_frontier
 from experiments.runs import (
     WEIGHTS,
+    judge_of,
     plan,
     read_measured,
     read_points,
@@ -133,7 +133,7 @@ def print_table(name, result):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(prog="python -m experiments.frontier", description=__doc__)
+    parser = parser_of("frontier", __doc__)
     words = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument(
@@ -141,14 +141,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
     parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
-    parser.add_argument("--steps", type=int, help="of default training, in place of the data set's own")
-    parser.add_argument("--points", type=int, default=6, help="measurements along a training")
-    parser.add_argument("--images", type=int, default=512, help="images generated for every point")
-    parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
-    parser.add_argument("--out", default="results", help="directory of everything that is written")
-    options = parser.parse_args(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
-    return options
+    return parse(parser, arguments)
 
 
 def chosen_arms(options):
@@ -167,7 +160,7 @@ def run_data_set(name, options, arms, deadline):
     measured = [run for run in runs if read_points(run)]
     if not measured:
         return
-    judge = experiment.judge_of(runs[0].subject, options.images)
+    judge = judge_of(runs[0].subject, options.images)
     path = Path(options.out) / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
@@ -179,19 +172,18 @@ def run_data_set(name, options, arms, deadline):
     print_table(name, results[name])
 
 
+def run_all(options):
+    arms = chosen_arms(options)
+    for name in options.data:
+        subject(name, options.out)
+    deadline = time.time() + 60 * options.minutes
+    for name in options.data:
+        run_data_set(name, options, arms, deadline)
+
+
 def main(arguments=None):
-    try:
-        options = parse_arguments(arguments)
-        arms = chosen_arms(options)
-        for name in options.data:
-            subject(name, options.out)
-        deadline = time.time() + 60 * options.minutes
-        for name in options.data:
-            run_data_set(name, options, arms, deadline)
-    except UserError as error:
-        print(f"experiments.frontier: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    options = parse_arguments(arguments)
+    return report_errors("frontier", lambda: run_all(options))
 
 
 if __name__ == "__main__":

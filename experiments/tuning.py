@@ -5,14 +5,14 @@ python -m experiments.tuning --data=digits64 --seed=11
 Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
-from errors import DataError, UserError
+from errors import DataError
 from experiments.arms import TRIALS
+from experiments.command import parse, parser_of, report_errors
 from experiments.frontier import paths_of
 from experiments.matched import mean_at_quality, share_below
 from experiments.runs import WEIGHTS, judge_of, plan, read_points, work_all
@@ -83,22 +83,11 @@ def tune(options):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.tuning", description=__doc__)
+    parser = parser_of("tuning", __doc__)
     parser.add_argument("--data", default="digits64", help="data set with its size")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
-    parser.add_argument("--steps", type=int, help="of default training, in place of the data set's own")
-    parser.add_argument("--points", type=int, default=6, help="measurements along a training")
-    parser.add_argument("--images", type=int, default=512, help="images generated for every point")
-    parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
-    parser.add_argument("--out", default="results", help="directory of everything that is written")
-    options = parser.parse_args(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
-    try:
-        tune(options)
-    except UserError as error:
-        print(f"experiments.tuning: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    options = parse(parser, arguments)
+    return report_errors("tuning", lambda: tune(options))
 
 
 if __name__ == "__main__":
