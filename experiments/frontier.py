@@ -32,8 +32,9 @@ from files import read_json, write_json
 from score.grids import save_pairs
 from score.memorization import THRESHOLDS
 
-FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that all arms reach with all seeds
+FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
 DIFFERENCES = (15, 30)  # percent: thresholds at which arms are compared with default training
+BASELINES = {"IET": "default", "AGC": "default", "IET-AGC": "default", "tuned IET-AGC": "tuned default"}
 
 
 def paths_of(runs, arm, weights):
@@ -49,21 +50,33 @@ def paths_of(runs, arm, weights):
     ]
 
 
-def matched_table(runs, floor_ratio, weights):
-    """{fpd: {arm: {"MQ@p": interval, "MQ@p less default": difference}}} at the same distances to held-out images."""
-    paths = {arm: paths_of(runs, arm, weights) for arm in dict.fromkeys(run.arm.name for run in runs)}
-    reached_by_all = max(min(point.distance for point in path) for of_arm in paths.values() for path in of_arm)
-    table = {}
-    for quality in (reached_by_all * factor for factor in FACTORS):
-        row = table[f"{quality:.3f}"] = {}
-        for arm, of_arm in paths.items():
-            row[arm] = {f"MQ@{p}": interval(of_arm, quality, p, floor_ratio) for p in THRESHOLDS}
-            baseline = "tuned default" if arm == "tuned IET-AGC" else "default"
-            if arm != baseline and baseline in paths:
-                row[arm] |= {
-                    f"MQ@{p} less {baseline}": difference(of_arm, paths[baseline], quality, p) for p in DIFFERENCES
-                }
-    return table
+def reached_by_all(paths):
+    """The best Frechet distance that every training reaches; paths: [[Point]]."""
+    return max(min(point.distance for point in path) for path in paths)
+
+
+def matched_table(paths, floor_ratio):
+    """{fpd: {arm: {"MQ@p": interval}}} of all arms {name: paths} at the same distances to held-out images."""
+    best = reached_by_all([path for of_arm in paths.values() for path in of_arm])
+    return {
+        f"{best * factor:.3f}": {
+            arm: {f"MQ@{p}": interval(of_arm, best * factor, p, floor_ratio) for p in THRESHOLDS}
+            for arm, of_arm in paths.items()
+        }
+        for factor in FACTORS
+    }
+
+
+def comparisons(paths):
+    """Every arm against default training, at qualities that the two reach with all their seeds: a list of JSON rows."""
+    rows = []
+    for arm, baseline in BASELINES.items():
+        if arm in paths and baseline in paths:
+            best = reached_by_all(paths[arm] + paths[baseline])
+            for quality in (best * factor for factor in FACTORS):
+                found = {f"MQ@{p}": difference(paths[arm], paths[baseline], quality, p) for p in DIFFERENCES}
+                rows.append({"arm": arm, "baseline": baseline, "fpd": round(quality, 3), **found})
+    return rows
 
 
 def most_memorised(runs):
@@ -94,6 +107,8 @@ def samplers(runs, judge):
 
 def collect(runs, judge, options, seconds):
     """All results of a data set as one dict of JSON values."""
+    arms = dict.fromkeys(run.arm.name for run in runs)
+    paths = {weights: {arm: paths_of(runs, arm, weights) for arm in arms} for weights in WEIGHTS}
     return {
         "command": " ".join(["bash com/frontier.sh", *options.command]),
         "machine": machine(),
@@ -107,7 +122,8 @@ def collect(runs, judge, options, seconds):
         "points": [
             {"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)
         ],
-        "matched quality": {weights: matched_table(runs, judge.floor_ratio, weights) for weights in WEIGHTS},
+        "matched quality": {weights: matched_table(paths[weights], judge.floor_ratio) for weights in WEIGHTS},
+        "comparisons": {weights: comparisons(paths[weights]) for weights in WEIGHTS},
         "detection (ROC AUC per seed)": detection(runs, judge),
         "samplers": samplers(runs, judge),
         "most memorised": most_memorised(runs)[0],
