@@ -81,11 +81,11 @@ def subject(name, out):
     kind, size = match[1], int(match[2])
     if kind == "digits":
         flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
-        steps, round_steps = (2800, 400) if size <= 64 else (2500, 500)
+        steps, round_steps = (2800, 400) if size <= 64 else (2000, 500)
         return Subject(name, size, flags, steps, round_steps, side=8)
     data_root = Path(out).resolve() / "data" / name / "train"
     flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-    return Subject(name, size, flags, steps=1200, round_steps=256, side=16, data_root=data_root)
+    return Subject(name, size, flags, steps=1600, round_steps=400, side=16, data_root=data_root)
 
 
 def tuned_arms(out):

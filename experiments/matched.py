@@ -46,26 +46,34 @@ def mean_at_quality(paths, quality, threshold):
     return (float(np.mean(found)) if found else None), len(found)
 
 
+def at_quality_of_draws(distances, shares, quality):
+    """`at_quality` of many paths at once: distances, shares (draws, S) -> (draws,), NaN where it is not reached."""
+    reached = distances <= quality
+    first = reached.argmax(axis=1)
+    row, before = np.arange(len(first)), np.maximum(first - 1, 0)
+    gap = distances[row, before] - distances[row, first]
+    weight = np.where(first > 0, (distances[row, before] - quality) / np.where(gap > 0, gap, 1), 0)
+    found = shares[row, before] + weight * (shares[row, first] - shares[row, before])
+    return np.where(reached.any(axis=1), found, np.nan)
+
+
 def bootstrap(paths, quality, threshold, draws, seed):
     """`mean_at_quality` of seeds and images drawn again with replacement: (draws,), NaN where none reaches the quality.
 
     Of images drawn again MQ is binomial, and their Frechet distance is taken to be normal and independent of it.
     """
     random = np.random.default_rng(seed)
-    shares = [[share_below(p.ratios, threshold) for p in path] for path in paths]
-    drawn = np.full(draws, np.nan)
-    for draw in range(draws):
-        found = []
-        for k in random.integers(len(paths), size=len(paths)):
-            distances = [p.distance + p.spread * random.standard_normal() for p in paths[k]]
-            again = [
-                random.binomial(len(p.ratios), s) / len(p.ratios) for p, s in zip(paths[k], shares[k], strict=True)
-            ]
-            found.append(at_quality(distances, again, quality))
-        found = [share for share in found if share is not None]
-        if found:
-            drawn[draw] = np.mean(found)
-    return drawn
+    chosen = random.integers(len(paths), size=(draws, len(paths)))
+    found = np.full(chosen.shape, np.nan)
+    for place, k in np.ndindex(len(paths), len(paths)):
+        N = np.array([len(p.ratios) for p in paths[k]])
+        share = np.array([share_below(p.ratios, threshold) for p in paths[k]])
+        noise = random.standard_normal((draws, len(N))) * [p.spread for p in paths[k]]
+        distances = noise + [p.distance for p in paths[k]]
+        again = at_quality_of_draws(distances, random.binomial(N, share, size=(draws, len(N))) / N, quality)
+        found[:, place] = np.where(chosen[:, place] == k, again, found[:, place])
+    number = (~np.isnan(found)).sum(axis=1)
+    return np.where(number > 0, np.nansum(found, axis=1) / np.maximum(number, 1), np.nan)
 
 
 def summary(mean, drawn):
