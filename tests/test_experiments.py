@@ -212,3 +212,8 @@ def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, 
     )
     readme = pages[tmp_path / "README.md"]
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+
+
+def test_the_documents_say_what_the_results_say():
+    for path, text in document.written(ROOT).items():
+        assert path.read_text() == text, f"{path.name} differs from results/*.json: run python -m experiments.document"
