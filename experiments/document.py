@@ -177,7 +177,14 @@ def in_words(name, result, arm):
         said += ", and in none the other way round"
     else:
         said = f"no difference found in any of {number} comparisons"
+    if not any(memorises(result, side) for side in (arm, BASELINES[arm])):
+        said += " (neither memorises above the floor at MQ@15 at any checkpoint, so this says little)"
     return f"{name}: {arm} against {BASELINES[arm]}: {said}"
+
+
+def memorises(result, arm):
+    """Whether any checkpoint of an arm is above the floor at MQ@15."""
+    return any(point["mq_above_floor"]["15"] > 0 for point in result["points"] if point["arm"] == arm)
 
 
 def skips_in_words(name, result):
@@ -296,8 +303,9 @@ def document(frontier, tuning):
 
 Written by `python -m experiments.document` from `results/*.json`, which `bash com/results.sh` makes; not by hand.
 
-Machine: {machine}; trainings side by side on one thread each. Quality is fpd, the Frechet distance on pooled pixels to
-held-out real images. Memorisation is measured among the distinct training images, and its floor is the same figure for
+Machine: {machine}; trainings side by side on one thread each.
+
+Quality is fpd, the Frechet distance on pooled pixels to held-out real images. Memorisation is measured among the distinct training images, and its floor is the same figure for
 held-out real images. All arms are `main_fed.py` with the same data, network and learning rate. Ensembles make twice as
 many steps in all as the others, since each sub-model makes a part of them. Images are made by DPM-Solver++ with 20
 steps; the published sampler is compared below.

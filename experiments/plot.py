@@ -58,6 +58,6 @@ def draw(axis, result, weights):
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xscale("log")
     for numbers in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        numbers(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+        numbers(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axis.legend(fontsize=8)
