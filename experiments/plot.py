@@ -48,8 +48,8 @@ def draw(axis, result, weights):
         if not steps:
             continue
         x, y = distances.mean(axis=0), shares.mean(axis=0)
-        style = {"linestyle": "--"} if arm.startswith("tuned") else {}
-        axis.plot(x, y, "o-", color=colour, label=arm, markersize=4, **style)
+        line = "o--" if arm.startswith("tuned") else "o-"
+        axis.plot(x, y, line, color=colour, label=arm, markersize=4)
         axis.fill_between(x, y - shares.std(axis=0), y + shares.std(axis=0), color=colour, alpha=0.15, linewidth=0)
         axis.errorbar(x, y, xerr=distances.std(axis=0), color=colour, alpha=0.35, fmt="none")
         axis.annotate(f"{steps[-1]:,} steps", (x[-1], y[-1]), fontsize=7, color=colour)
