@@ -307,7 +307,7 @@ Machine: {machine}; trainings side by side on one thread each.
 
 Quality is fpd, the Frechet distance on pooled pixels to held-out real images. Memorisation is measured among the
 distinct training images, and its floor is the same figure for held-out real images. All arms are `main_fed.py` with the
-same data, network and learning rate. Ensembles make twice as many steps in all as the others, since each sub-model makes
+same data, network and learning rate. Ensembles make twice as many steps in all as the others: each sub-model makes
 a part of them. Images are made by DPM-Solver++ with 20 steps; the published sampler is compared below.
 
 ![Quality against memorisation of all arms](../results/frontier.png)
