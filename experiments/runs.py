@@ -63,7 +63,8 @@ def plan(data, arms, seeds, options):
 
 def train(run, deadline):
     """Train unless it is done; returns whether it is. At the deadline it is stopped, to go on another time."""
-    if (run.directory / "trained").exists():
+    marker, flags_now = run.directory / "trained", "\n".join(run.flags)
+    if marker.exists() and marker.read_text() == flags_now:
         return True
     if time.time() > deadline:
         return False
@@ -81,7 +82,7 @@ def train(run, deadline):
     if code:
         last_words = (run.directory / "train.err").read_text()[-500:]
         raise DataError(f"{run.directory}/train.err: training failed: {last_words}")
-    (run.directory / "trained").touch()
+    marker.write_text(flags_now)
     return True
 
 
@@ -119,7 +120,7 @@ def read_measured(run, r, weights):
 def evaluate(run, judge, deadline):
     """Measure the checkpoints of a training that have not been yet: points.json and measured/."""
     path = run.directory / "points.json"
-    points = read_points(run)
+    points = measured_with(run, judge.images)
     done = {(point["round"], point["weights"]) for point in points}
     for r in rounds_kept(run):
         for weights in WEIGHTS:
@@ -136,9 +137,10 @@ def evaluate(run, judge, deadline):
 
 def with_published_sampler(run, judge):
     """The point of the last raw checkpoint with DDIM-50, kept beside the others."""
-    path = run.directory / "measured" / "ddim50.json"
+    r = last_round(run)
+    path = run.directory / "measured" / f"round{r}_ddim50_{judge.images}.json"
     if not path.exists():
-        net, _ = load_network(run, rounds_kept(run)[-1], False)
+        net, _ = load_network(run, r, False)
         settings = flags.sampler(flags_of(run)) | {"sampler": "ddim", "steps": 50}
         write_json(path, judge(GaussianDiffusionSampler(net, **settings), run.seed)[0])
     return read_json(path)
@@ -148,6 +150,26 @@ def read_points(run):
     """The points of a training so far, in the order of their steps."""
     path = run.directory / "points.json"
     return sorted(read_json(path), key=lambda point: point["steps"]) if path.exists() else []
+
+
+def measured_with(run, images):
+    """The points that were measured with so many generated images; others are made again."""
+    return [p for p in read_points(run) if len(read_measured(run, p["round"], p["weights"])["ratio"]) == images]
+
+
+def is_measured(run):
+    """Whether there is a point of the raw and of the EMA weights, as all tables need."""
+    return {point["weights"] for point in read_points(run)} == set(WEIGHTS)
+
+
+def last_round(run):
+    """The last round whose raw weights have been measured: a run that was stopped may have saved later ones."""
+    return max(point["round"] for point in read_points(run) if point["weights"] == "raw")
+
+
+def last_measured(run):
+    """What `Judge` kept of the last raw checkpoint."""
+    return read_measured(run, last_round(run), "raw")
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """The experiments: their arithmetic by hand or brute force, and the commands themselves with almost no steps."""
 
+import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import sklearn.datasets
 import torch
 
 from errors import UsageError
-from experiments import arms, document, tuning
+from experiments import arms, document, runs, tuning
 from experiments.detection import per_image_loss, roc_auc
 from experiments.judge import Judge
 from experiments.matched import Point, at_quality, at_quality_of_draws, difference, interval
@@ -217,3 +219,41 @@ def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, 
 def test_the_documents_say_what_the_results_say():
     for path, text in document.written(ROOT).items():
         assert path.read_text() == text, f"{path.name} differs from results/*.json: run python -m experiments.document"
+
+
+@pytest.fixture
+def half_measured(tmp_path):
+    """A run whose training was stopped by the deadline, and measuring after the first of its two checkpoints."""
+    options = SimpleNamespace(out=tmp_path, points=2, steps=16)
+    (run,) = runs.plan("digits32", [arms.ARMS["default"]], [1], options)
+    (run.directory / "log").mkdir(parents=True)
+    (run.directory / "measured").mkdir()
+    points = []
+    for r in (1, 2):
+        (run.directory / "log" / f"global_ckpt_round{r}.pt").touch()
+    for weights in ("raw", "ema"):
+        np.savez(runs.measured_path(run, 1, weights), ratio=np.full(20, 0.5), skips=np.arange(32))
+        points.append({"round": 1, "steps": 8, "weights": weights})
+    (run.directory / "points.json").write_text(json.dumps(points))
+    return run
+
+
+def test_what_is_measured_last_is_not_what_was_saved_last(half_measured):
+    assert runs.rounds_kept(half_measured) == [1, 2]
+    assert runs.is_measured(half_measured)
+    assert runs.last_measured(half_measured)["skips"].tolist() == list(range(32))
+    path = half_measured.directory / "points.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:1]))
+    assert not runs.is_measured(half_measured), "it has no EMA point to compare with other runs"
+
+
+def test_points_of_another_number_of_images_are_made_again(half_measured):
+    assert {(p["round"], p["weights"]) for p in runs.measured_with(half_measured, 20)} == {(1, "raw"), (1, "ema")}
+    assert runs.measured_with(half_measured, 40) == []
+
+
+def test_a_training_with_other_flags_is_not_taken_for_done(half_measured):
+    (half_measured.directory / "trained").write_text("\n".join(half_measured.flags))
+    assert runs.train(half_measured, deadline=0)
+    longer = dataclasses.replace(half_measured, flags=(*half_measured.flags, "--total_round=9"))
+    assert not runs.train(longer, deadline=0)
