@@ -5,16 +5,16 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from diffusion import GaussianDiffusionTrainer
-from experiments.runs import flags_of, load_network, read_measured, rounds_kept
+from experiments.runs import flags_of, last_measured, last_round, load_network
 from files import atomic_write
-from score.report import COPIED
+from score.report import copy_counts
 from seeding import generator
 from training import flags
 from training.batches import normalize
 
 TIMESTEPS = 32
 DETECTORS = {
-    "skip count": lambda run, training: read_measured(run, rounds_kept(run)[-1], "raw")["skips"].astype(float),
+    "skip count": lambda run, training: last_measured(run)["skips"].astype(float),
     "low loss": lambda run, training: -mean_losses(run, training),
 }
 
@@ -42,20 +42,28 @@ def per_image_loss(net, images, trainer_settings, seed):
 
 def mean_losses(run, training):
     """`per_image_loss` under the raw weights that a training ended with; kept beside it."""
-    path = run.directory / "measured" / "losses.npy"
+    r = last_round(run)
+    path = run.directory / "measured" / f"round{r}_losses.npy"
     if not path.exists():
-        net, _ = load_network(run, rounds_kept(run)[-1], False)
+        net, _ = load_network(run, r, False)
         losses = per_image_loss(net, training, flags.diffusion(flags_of(run)), run.seed)
         with atomic_write(path) as file:
             np.save(file, losses)
     return np.load(path)
 
 
+def copies_of(found, group):
+    """How often generated images copy each training image, int64 (M,).
+
+    found: what `Judge` kept of them; group: (M,) which distinct image a training image is.
+    """
+    nearest, ratio = torch.from_numpy(found["nearest"]).long(), torch.from_numpy(found["ratio"])
+    return copy_counts(nearest, ratio, group.max() + 1)[torch.from_numpy(group)]
+
+
 def copied_images(run, group):
-    """Which training images (M,) a training copies in the end: a generated image has a ratio below COPIED percent."""
-    found = read_measured(run, rounds_kept(run)[-1], "raw")
-    copied = np.unique(found["nearest"][100 * found["ratio"] < COPIED])
-    return np.isin(group, copied)
+    """Which training images (M,) a training copies in the end."""
+    return (copies_of(last_measured(run), group) > 0).numpy()
 
 
 def detection(runs, judge):

@@ -11,12 +11,13 @@ from pathlib import Path
 from errors import DataError
 from experiments.command import report_errors
 from experiments.frontier import BASELINES, DIFFERENCES
+from experiments.runs import WEIGHTS
+from experiments.tables import SHOWN, floor_rows, matched_rows, share
 from files import atomic_write, read_json
 from score.memorization import THRESHOLDS
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-SHOWN = (15, 30, 50)
 DESCRIPTIONS = {
     "digits64": "64 handwritten digits of 8x8 pixels, held out: the other 1,733",
     "digits256": "256 handwritten digits of 8x8 pixels, held out: the other 1,541",
@@ -30,14 +31,6 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def share(found):
-    """An interval of `matched.interval` or `matched.difference` in percent."""
-    if found is None or found.get("reached") == 0:
-        return "not reached"
-    seeds = f" ({found['reached']} seeds)" if "reached" in found else ""
-    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{seeds}"
-
-
 def spread(values, form):
     deviation = f" ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + deviation
@@ -48,7 +41,7 @@ def points_of(result, arm, weights, steps=None):
     points = [p for p in result["points"] if p["arm"] == arm and p["weights"] == weights]
     chosen = max(p["steps"] for p in points)
     if steps:
-        chosen = min({p["steps"] for p in points}, key=lambda made: abs(made - steps))
+        chosen = min(sorted(p["steps"] for p in points), key=lambda made: abs(made - steps))
     return [p for p in points if p["steps"] == chosen]
 
 
@@ -59,17 +52,6 @@ def verdict(found):
     if found["high"] < 0:
         return "less"
     return "more" if found["low"] > 0 else "no difference found"
-
-
-def floor_table(result):
-    heldout = result["floor"]["heldout"]
-    rows = [[f"MQ@{p}", f"{heldout['mq_fraction'][str(p)]:.1%}"] for p in THRESHOLDS]
-    rows.append(["sqrt(d1/d2) < 1/3", f"{heldout['share_sqrt_d1_d2_below_third']:.1%}"])
-    rows.append(["AuthPct", f"{heldout['auth_pct']:.1f}"])
-    rows.append([f"fpd of {result['floor']['images held out, sample']} held-out images to the others",
-                 f"{result['floor']['fpd of a held-out sample to the others']:.3f}"])  # fmt: skip
-    rows.append(["fpd of the training images to the held-out", f"{result['floor']['fpd of training images']:.3f}"])
-    return markdown(["held-out real images in the place of generated ones", ""], rows)
 
 
 def end_table(result, weights):
@@ -85,14 +67,6 @@ def end_table(result, weights):
         rows.append([arm, f"{points[0]['steps']:,}", fpd, *shares, above, third, authentic])
     header = ["arm", "steps", "fpd", *(f"MQ@{t} %" for t in SHOWN), "MQ@15 above floor", "sqrt(d1/d2)<1/3 %", "AuthPct"]
     return markdown(header, rows)
-
-
-def matched_table(result, weights):
-    rows = []
-    for quality, arms in result["matched quality"][weights].items():
-        for arm, found in arms.items():
-            rows.append([quality, arm, *(share(found[f"MQ@{p}"]) for p in SHOWN)])
-    return markdown(["fpd", "arm", *(f"MQ@{p} above floor, points" for p in SHOWN)], rows)
 
 
 def all_thresholds_table(result, weights):
@@ -152,17 +126,19 @@ def pairs_table(result):
     return markdown(["arm", *(str(i + 1) for i in range(max(map(len, rows)) - 1))], rows)
 
 
+def memorisation_and_quality(points):
+    """(steps, mean MQ@15 above floor in points, mean fpd) of points with the same steps."""
+    above = statistics.fmean(100 * point["mq_above_floor"]["15"] for point in points)
+    return points[0]["steps"], above, statistics.fmean(point["fpd"] for point in points)
+
+
 def at_equal_steps(name, result):
     """One sentence: default training and IET-AGC after as many steps, raw weights."""
-    default = points_of(result, "default", "raw")
-    ours = points_of(result, "IET-AGC", "raw", default[0]["steps"])
-    mean = lambda points, value: statistics.fmean(value(p) for p in points)  # noqa: E731
-    above = lambda p: 100 * p["mq_above_floor"]["15"]  # noqa: E731
-    fpd = lambda p: p["fpd"]  # noqa: E731
+    steps, above, fpd = memorisation_and_quality(points_of(result, "default", "raw"))
+    our_steps, our_above, our_fpd = memorisation_and_quality(points_of(result, "IET-AGC", "raw", steps))
     return (
-        f"{name}: after {default[0]['steps']:,} steps default training has MQ@15 {mean(default, above):+.1f} points "
-        f"above the floor at fpd {mean(default, fpd):.2f}, IET-AGC after {ours[0]['steps']:,} has "
-        f"{mean(ours, above):+.1f} at {mean(ours, fpd):.2f}"
+        f"{name}: after {steps:,} steps default training has MQ@15 {above:+.1f} points above the floor at fpd "
+        f"{fpd:.2f}, IET-AGC after {our_steps:,} has {our_above:+.1f} at {our_fpd:.2f}"
     )
 
 
@@ -223,7 +199,7 @@ def data_set(name, result):
 
 ### The floor
 
-{floor_table(result)}
+{markdown(*floor_rows(result))}
 ### After the last step
 
 Raw weights, mean ± standard deviation over seeds:
@@ -237,10 +213,10 @@ EMA weights:
 MQ above floor where a training first reaches a Frechet distance to held-out images, linear between its checkpoints;
 mean over seeds and 95 % bootstrap interval over seeds and images. Raw weights:
 
-{matched_table(result, "raw")}
+{markdown(*matched_rows(result, "raw"))}
 EMA weights:
 
-{matched_table(result, "ema")}
+{markdown(*matched_rows(result, "ema"))}
 All thresholds, raw and EMA weights, in points above the floor:
 
 {all_thresholds_table(result, "raw")}
@@ -275,10 +251,10 @@ def tuning_chapter(tuning):
     rows = []
     for method, trials in tuning["trials"].items():
         for setting, found in trials.items():
-            for weights in ("raw", "ema"):
+            for weights in WEIGHTS:
                 entry = found[weights]
                 shares = (
-                    "not reached" if entry[f"MQ@{p}"] is None else f"{100 * entry[f'MQ@{p}']:+.1f}" for p in (15, 30)
+                    "not reached" if entry[f"MQ@{p}"] is None else f"{100 * entry[f'MQ@{p}']:+.1f}" for p in DIFFERENCES
                 )
                 is_best = tuning["best"][method] == {"setting": setting, "weights": weights}
                 mark = " **chosen**" if is_best else ""

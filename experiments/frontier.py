@@ -20,14 +20,16 @@ from experiments.page import write_page
 from experiments.plot import plot_frontier
 from experiments.runs import (
     WEIGHTS,
+    is_measured,
     judge_of,
+    last_measured,
     plan,
     read_measured,
     read_points,
-    rounds_kept,
     with_published_sampler,
     work_all,
 )
+from experiments.tables import matched_rows
 from files import read_json, write_json
 from score.grids import save_pairs
 from score.memorization import THRESHOLDS
@@ -79,19 +81,21 @@ def comparisons(paths):
     return rows
 
 
-def most_memorised(runs):
-    """{arm: [{"ratio", "training image"}]} and {arm: pairs (P, 2, 3, H, W)} of the first seed's last raw checkpoint."""
-    listed, pictures = {}, {}
+def last_by_arm(runs):
+    """{arm: what was kept of the last raw checkpoint of each seed}."""
+    found = {}
     for run in runs:
-        if run.arm.name not in listed:
-            found = read_measured(run, rounds_kept(run)[-1], "raw")
-            top = found["top"]
-            listed[run.arm.name] = [
-                {"ratio": round(float(ratio), 6), "training image": int(image)}
-                for ratio, image in zip(found["ratio"][top], found["nearest"][top], strict=True)
-            ]
-            pictures[run.arm.name] = found["pairs"]
-    return listed, pictures
+        found.setdefault(run.arm.name, []).append(last_measured(run))
+    return found
+
+
+def most_memorised(found):
+    """[{"ratio", "training image"}] of what was kept of a checkpoint."""
+    top = found["top"]
+    return [
+        {"ratio": round(float(ratio), 6), "training image": int(image)}
+        for ratio, image in zip(found["ratio"][top], found["nearest"][top], strict=True)
+    ]
 
 
 def samplers(runs, judge):
@@ -105,8 +109,8 @@ def samplers(runs, judge):
     return found
 
 
-def collect(runs, judge, options, seconds):
-    """All results of a data set as one dict of JSON values."""
+def collect(runs, last, judge, options, seconds):
+    """All results of a data set as one dict of JSON values; last: `last_by_arm`."""
     arms = dict.fromkeys(run.arm.name for run in runs)
     paths = {weights: {arm: paths_of(runs, arm, weights) for arm in arms} for weights in WEIGHTS}
     return {
@@ -126,7 +130,7 @@ def collect(runs, judge, options, seconds):
         "comparisons": {weights: comparisons(paths[weights]) for weights in WEIGHTS},
         "detection (ROC AUC per seed)": detection(runs, judge),
         "samplers": samplers(runs, judge),
-        "most memorised": most_memorised(runs)[0],
+        "most memorised": {arm: most_memorised(seeds[0]) for arm, seeds in last.items()},
     }  # fmt: skip
 
 
@@ -135,17 +139,12 @@ def is_of_run(flag):
     return flag.startswith(("--logdir=", "--seed=", "--data_root="))
 
 
-def print_table(name, result):
-    for weights, table in result["matched quality"].items():
-        print(f"{name}, {weights} weights, MQ above the floor of held-out images, mean over seeds [95 % interval]")
-        for quality, arms in table.items():
-            for arm, found in arms.items():
-                cells = (
-                    f"MQ@{p} {value['mean']:+.1%} [{value['low']:+.1%}, {value['high']:+.1%}]"
-                    for p in (15, 30, 50)
-                    if (value := found[f"MQ@{p}"])["reached"]
-                )
-                print(f"| fpd {quality} | {arm} | {' | '.join(cells) or 'not reached'} |")
+def print_tables(name, result):
+    for weights in WEIGHTS:
+        print(f"{name}, {weights} weights, mean over seeds [95 % interval]")
+        header, rows = matched_rows(result, weights)
+        for row in [header, *rows]:
+            print("| " + " | ".join(row) + " |")
 
 
 def parse_arguments(arguments):
@@ -173,19 +172,20 @@ def run_data_set(name, options, arms, deadline):
     start = time.time()
     runs = plan(name, arms, options.seeds, options)
     work_all(runs, options.images, deadline)
-    measured = [run for run in runs if read_points(run)]
+    measured = [run for run in runs if is_measured(run)]
     if not measured:
         return
     judge = judge_of(runs[0].subject, options.images)
     path = Path(options.out) / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
-    results[name] = collect(measured, judge, options, round(seconds, 1))
+    last = last_by_arm(measured)
+    results[name] = collect(measured, last, judge, options, round(seconds, 1))
     write_json(path, results)
     plot_frontier(path.with_suffix(".png"), results)
-    save_pairs(path.with_name(f"pairs_{name}.png"), most_memorised(measured)[1])
-    write_page(path.with_name(f"frontier_{name}.html"), name, results[name], measured, judge)
-    print_table(name, results[name])
+    save_pairs(path.with_name(f"pairs_{name}.png"), {arm: seeds[0]["pairs"] for arm, seeds in last.items()})
+    write_page(path.with_name(f"frontier_{name}.html"), name, results[name], last, judge)
+    print_tables(name, results[name])
 
 
 def run_all(options):

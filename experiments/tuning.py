@@ -13,7 +13,7 @@ from benchmarks.__main__ import machine
 from errors import DataError
 from experiments.arms import TRIALS
 from experiments.command import parse, parser_of, report_errors
-from experiments.frontier import paths_of
+from experiments.frontier import DIFFERENCES, paths_of
 from experiments.matched import mean_at_quality, share_below
 from experiments.runs import WEIGHTS, judge_of, plan, read_points, work_all
 from files import read_json, write_json
@@ -28,7 +28,7 @@ def memorised_at(runs, quality, floor_ratio):
         for weights in WEIGHTS:
             paths = paths_of([run], run.arm.name, weights)
             entry = {"fpd reached": min(point.distance for point in paths[0])}
-            for p in (15, 30):
+            for p in DIFFERENCES:
                 share, reached = mean_at_quality(paths, quality, p)
                 entry[f"MQ@{p}"] = share - share_below(floor_ratio, p) if reached else None
             found.setdefault(run.arm.name, {})[weights] = entry
@@ -68,7 +68,7 @@ def tune(options):
         name: {arm.name: {"flags": arm.flags, **found[arm.name]} for arm in arms} for name, arms in TRIALS.items()
     }
     result = {
-        "command": f"python -m experiments.tuning {' '.join(options.command)}",
+        "command": " ".join(["python -m experiments.tuning", *options.command]),
         "machine": machine(),
         "seconds": round(seconds, 1),
         "data": options.data,

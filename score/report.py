@@ -97,15 +97,20 @@ def histogram(series):
     return chart.svg() + legend(counts)
 
 
+def pair_figure(place, original, j, copy, i, ratio):
+    """Training image j beside generated image i, uint8 (3, H, W) both; `place` is its rank by `ratio`."""
+    left = picture(original, f"training image {j}")
+    right = picture(copy, f"generated image {i}, its ratio is {100 * ratio:.1f} percent")
+    caption = f"{place}. ratio {100 * ratio:.1f}&thinsp;%, training {j}, generated {i}"
+    return f"<figure>{left} {right}<figcaption>{caption}</figcaption></figure>"
+
+
 def pairs(generated, training, nearest, ratio):
     """The most memorised pairs as figures."""
     figures = []
     for place, i in enumerate(ratio.argsort(stable=True)[:PAIRS].tolist()):
         j = nearest[i].item()
-        left = picture(training[j], f"training image {j}")
-        right = picture(generated[i], f"generated image {i}, its ratio is {100 * ratio[i].item():.1f} percent")
-        caption = f"{place + 1}. ratio {100 * ratio[i].item():.1f}&thinsp;%, training {j}, generated {i}"
-        figures.append(f"<figure>{left} {right}<figcaption>{caption}</figcaption></figure>")
+        figures.append(pair_figure(place + 1, training[j], j, generated[i], i, ratio[i].item()))
     return f'<div class="pictures">{"".join(figures)}</div>'
 
 
