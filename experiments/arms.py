@@ -70,22 +70,22 @@ TRIALS = {
 
 
 def subject(name, out):
-    """The data set of a name such as digits64 or patches256; `out` is where patches are written.
+    """The data set of a name such as digits64 or patches128; `out` is where patches are written.
 
     Raises:
         UsageError: it is no such name.
     """
     match = re.fullmatch(r"(digits|patches)(\d+)", name)
     if not match or int(match[2]) < 2 * SHARDS:
-        raise UsageError(f"--data={name}: name data sets like digits64 or patches256, of at least {2 * SHARDS} images")
+        raise UsageError(f"--data={name}: name data sets like digits64 or patches128, of at least {2 * SHARDS} images")
     kind, size = match[1], int(match[2])
     if kind == "digits":
         flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
-        steps, round_steps = (2800, 400) if size <= 64 else (2000, 500)
+        steps, round_steps = (2800, 400) if size <= 64 else (6000, 500)
         return Subject(name, size, flags, steps, round_steps, side=8)
     data_root = Path(out).resolve() / "data" / name / "train"
     flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-    return Subject(name, size, flags, steps=1600, round_steps=400, side=16, data_root=data_root)
+    return Subject(name, size, flags, steps=2400, round_steps=400, side=16, data_root=data_root)
 
 
 def tuned_arms(out):

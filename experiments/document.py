@@ -21,8 +21,8 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 DESCRIPTIONS = {
     "digits64": "64 handwritten digits of 8x8 pixels, held out: the other 1,733",
     "digits256": "256 handwritten digits of 8x8 pixels, held out: the other 1,541",
-    "patches256": "256 colour patches of 16x16 pixels cut from two photographs, ten of them repeated ten times; "
-    "held out: the other patches",
+    "patches128": "128 colour patches of 16x16 pixels cut from two photographs and moved to mid grey, five of them "
+    "repeated ten times; held out: the other patches",
 }
 
 
@@ -137,8 +137,8 @@ def at_equal_steps(name, result):
     steps, above, fpd = memorisation_and_quality(points_of(result, "default", "raw"))
     our_steps, our_above, our_fpd = memorisation_and_quality(points_of(result, "IET-AGC", "raw", steps))
     return (
-        f"{name}: after {steps:,} steps default training has MQ@15 {above:+.1f} points above the floor at fpd "
-        f"{fpd:.2f}, IET-AGC after {our_steps:,} has {our_above:+.1f} at {our_fpd:.2f}"
+        f"{name}: {steps:,} steps of default training give MQ@15 {above:+.1f} points above the floor and fpd "
+        f"{fpd:.2f}, {our_steps:,} of IET-AGC {our_above:+.1f} and {our_fpd:.2f}"
     )
 
 
@@ -293,19 +293,23 @@ a part of them. Images are made by DPM-Solver++ with 20 steps; the published sam
 {tuning_chapter(tuning) if tuning else ""}"""
 
 
+def compared_in_all(frontier, arm):
+    """One sentence: how often an arm memorises less and more than default training at matched quality."""
+    tallies = {name: tally(result, arm) for name, result in frontier.items() if tally(result, arm)}
+    total = sum(tallies.values(), Counter())
+    each = "; ".join(f"{name}: {found['less']} and {found['more']}" for name, found in tallies.items())
+    return (
+        f"At equal quality {arm} memorises less than {BASELINES[arm]} in {total['less']} of {total.total()} "
+        f"comparisons, and more in {total['more']} ({each})."
+    )
+
+
 def readme_part(frontier):
     """What the README shows: the plot and three sentences."""
     steps = "; ".join(at_equal_steps(name, result) for name, result in frontier.items())
-    plain = "; ".join(in_words(name, result, "IET-AGC") for name, result in frontier.items())
-    tuned = "; ".join(
-        in_words(name, result, "tuned IET-AGC") for name, result in frontier.items() if tally(result, "tuned IET-AGC")
-    )
-    sentences = [f"At equal steps: {steps}.", f"At equal quality: {plain}.", f"Both tuned: {tuned}."]
-    return (
-        "![Quality against memorisation of all arms](results/frontier.png)\n\n"
-        + "\n".join(sentences[: 3 if tuned else 2])
-        + "\n"
-    )
+    arms = [arm for arm in ("IET-AGC", "tuned IET-AGC") if any(tally(result, arm) for result in frontier.values())]
+    sentences = [f"At equal steps: {steps}.", *(compared_in_all(frontier, arm) for arm in arms)]
+    return "![Quality against memorisation of all arms](results/frontier.png)\n\n" + "\n".join(sentences) + "\n"
 
 
 def with_results(readme, frontier):

@@ -1,6 +1,6 @@
 """The memorisation frontier: quality against memorisation along whole trainings, for the four arms of the ablation.
 
-bash com/frontier.sh --data=digits64,patches256 --seeds=1,2,3 --minutes=60
+bash com/frontier.sh --data=digits64,patches128 --seeds=1,2,3 --minutes=60
 
 Every arm is trained with every seed, and its checkpoints are measured, raw and EMA. What is there already is not made
 again: the same command goes on where it was stopped. The settings that experiments.tuning has chosen are arms as well.
@@ -152,7 +152,7 @@ def parse_arguments(arguments):
     words = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument(
-        "--data", type=words, default=["digits64", "patches256", "digits256"], help="data sets with their sizes"
+        "--data", type=words, default=["digits64", "patches128", "digits256"], help="data sets with their sizes"
     )
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
     parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")

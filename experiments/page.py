@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from experiments.detection import copies_of
+from experiments.plot import SHOWN
 from experiments.plot import curves as frontier_curves
 from experiments.runs import WEIGHTS
 from experiments.tables import floor_rows, matched_rows
@@ -15,11 +16,11 @@ from score.memorization import mq_curve
 from score.report import copied, curves, histogram, page, pair_figure, table
 
 
-def frontier_chart(result, weights):
+def frontier_chart(result, weights, threshold):
     """Quality against memorisation: a line an arm, the mean over seeds at every checkpoint."""
     drawn = {}
     for arm in result["flags"]:
-        steps, distances, shares = frontier_curves(result["points"], arm, weights)
+        steps, distances, shares = frontier_curves(result["points"], arm, weights, threshold)
         if steps:
             drawn[arm] = distances.mean(axis=0), shares.mean(axis=0)
     said = "; ".join(f"{arm} ends at fpd {x[-1]:.2f} with {y[-1]:+.1%}" for arm, (x, y) in drawn.items())
@@ -28,13 +29,13 @@ def frontier_chart(result, weights):
         (0, 1.05 * xs.max()),
         (min(0.0, ys.min()) - 0.02, max(0.1, 1.05 * ys.max())),
         "fpd to held-out images",
-        "MQ@15 above floor",
-        f"Memorisation against quality, {weights} weights. {said}.",
+        f"MQ@{threshold} above floor",
+        f"MQ@{threshold} against quality, {weights} weights. {said}.",
         percent=True,
     )
     for colour, (x, y) in enumerate(drawn.values()):
         chart.line(x, y, colour)
-    return f"<h3>{weights} weights</h3>" + chart.svg() + legend(drawn)
+    return f"<h3>MQ@{threshold}, {weights} weights</h3>" + chart.svg() + legend(drawn)
 
 
 def pairs(found):
@@ -69,8 +70,9 @@ def write_page(path, name, result, last, judge):
     note = '<p class="note">After the last step, raw weights.</p>'
     counted = "IET-AGC" if "IET-AGC" in last else next(iter(last))
     at_matched = (f"<h3>{weights} weights</h3>" + table(*matched_rows(result, weights)) for weights in WEIGHTS)
+    charts = (frontier_chart(result, weights, threshold) for threshold in SHOWN for weights in WEIGHTS)
     sections = [
-        ("Quality against memorisation", "".join(frontier_chart(result, weights) for weights in WEIGHTS)),
+        ("Quality against memorisation", "".join(charts)),
         ("At matched quality", "".join(at_matched)),
         ("The floor", table(*floor_rows(result))),
         ("Memorised quantity over all thresholds", note + curves(all_curves)),
