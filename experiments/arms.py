@@ -32,12 +32,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: flags of main_fed.py. A round is made of 1 / `more_rounds` of the subject's steps."""
+    """A way to train: flags of main_fed.py. A round is made of 1 / `more_rounds` of the subject's steps.
+
+    `setting` is the name of the trial that a tuned arm repeats: another choice is another training.
+    """
 
     name: str
     shards: int
     flags: tuple[str, ...]
     more_rounds: int = 1
+    setting: str = ""
 
 
 OFF = ("--anti_grad=off",)
@@ -57,6 +61,8 @@ TRIALS = {
         Arm("shift 1", 1, (*OFF, "--shift=1")),
         Arm("shift 1, dropout 0.3", 1, (*OFF, "--shift=1", "--dropout=0.3")),
         Arm("EMA decay 0.999", 1, (*OFF, "--ema_decay=0.999")),
+        Arm("EMA decay 0.999, dropout 0.5", 1, (*OFF, "--ema_decay=0.999", "--dropout=0.5")),
+        Arm("dropout 0.7", 1, (*OFF, "--dropout=0.7")),
     ],
     "IET-AGC": [
         ARMS["IET-AGC"],
@@ -65,6 +71,8 @@ TRIALS = {
         Arm("mem_ratio 1.25", SHARDS, ("--mem_ratio=1.25",)),
         Arm("arr_ema_decay 0.95", SHARDS, ("--arr_ema_decay=0.95",)),
         Arm("ascend 0.1", SHARDS, ("--anti_grad=ascend", "--anti_grad_weight=0.1")),
+        Arm("1 shard, dropout 0.5", 1, ("--dropout=0.5",)),
+        Arm("1 shard, dropout 0.5, mem_ratio 1.25", 1, ("--dropout=0.5", "--mem_ratio=1.25")),
     ],
 }
 
@@ -97,7 +105,7 @@ def tuned_arms(out):
     chosen = {}
     for method, trials in TRIALS.items():
         arm = next(trial for trial in trials if trial.name == best[method]["setting"])
-        chosen[f"tuned {method}"] = Arm(f"tuned {method}", arm.shards, arm.flags, arm.more_rounds)
+        chosen[f"tuned {method}"] = Arm(f"tuned {method}", arm.shards, arm.flags, arm.more_rounds, arm.name)
     return chosen
 
 

@@ -265,7 +265,7 @@ def tuning_chapter(tuning):
 As many trials for default training as for IET-AGC, on {tuning["data"]} with seed {tuning["seed"]}, judged at fpd
 {tuning["fpd matched"]:.2f}: 1.15 times the best that the worse of the two reaches untuned. Every checkpoint with raw
 and EMA weights is a candidate, which is early stopping. The chosen settings are the *tuned* arms above, trained with
-other seeds and on all data sets. One other value of each knob is no thorough search.
+other seeds and on all data sets. One or two other values of each knob are no thorough search.
 `{tuning["command"]}`: {tuning["seconds"] / 60:.0f} minutes.
 
 {markdown(header, rows)}"""

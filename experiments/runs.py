@@ -54,7 +54,7 @@ def plan(data, arms, seeds, options):
     runs = []
     for seed in seeds:
         for arm in arms:
-            place = re.sub(r"[^A-Za-z0-9.]+", "_", arm.name)
+            place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{arm.name} {arm.setting}".strip())
             directory = Path(options.out) / "runs" / data / place / f"seed{seed}"
             own, steps = command_line(about, arm, seed, options.points, directory / "log", options.steps)
             runs.append(Run(about, arm, seed, directory, own, steps))

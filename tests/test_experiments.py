@@ -167,6 +167,18 @@ def test_arms_have_the_steps_they_say(tmp_path):
             arms.subject(wrong, tmp_path)
 
 
+def test_another_choice_of_the_tuning_is_another_training(tmp_path):
+    options = SimpleNamespace(out=tmp_path, points=2, steps=16)
+    places = []
+    for setting in ("2 shards", "mem_ratio 1.25"):
+        best = {"default": {"setting": "dropout 0.3"}, "IET-AGC": {"setting": setting}}
+        (tmp_path / "tuning.json").write_text(json.dumps({"best": best}))
+        tuned = arms.tuned_arms(tmp_path)
+        assert list(tuned) == ["tuned default", "tuned IET-AGC"]
+        places.append([run.directory for run in runs.plan("digits32", tuned.values(), [1], options)])
+    assert places[0][0] == places[1][0] and places[0][1] != places[1][1]
+
+
 def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
     def entry(fifteen, thirty):
         return {"fpd reached": 1.0, "MQ@15": fifteen, "MQ@30": thirty}
