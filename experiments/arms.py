@@ -93,7 +93,7 @@ def subject(name, out):
         return Subject(name, size, flags, steps, round_steps, side=8)
     data_root = Path(out).resolve() / "data" / name / "train"
     flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-    return Subject(name, size, flags, steps=2400, round_steps=400, side=16, data_root=data_root)
+    return Subject(name, size, flags, steps=1600, round_steps=400, side=16, data_root=data_root)
 
 
 def tuned_arms(out):
