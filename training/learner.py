@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distributed
 from diffusion import GaussianDiffusionTrainer
+from training.adam import Adam
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**16  # of the loss at the start: halved when a gradient overflows, doubled after FP16_GROWTH good steps
@@ -98,13 +99,7 @@ class Learner:
         network = wrap_for_training(net, compile, parallel, share_batches)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.optim = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-        for parameter in self.parameters:
-            self.optim.state[parameter] = {
-                "step": torch.zeros((), device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optim = Adam(net.parameters(), lr)
         self.list_tensors()
         self.base_lr = lr
         self.warmup = warmup
@@ -148,45 +143,18 @@ class Learner:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.loss_scale
         applied = norm.isfinite() & loss.isfinite()
         not_applied = (~applied).float()
-        self.adam(gradients, self.loss_scale * clip_divisor(norm, self.grad_clip), not_applied)
+        self.optim.lr = self.lr
+        self.optim.step(gradients, self.loss_scale * clip_divisor(norm, self.grad_clip), not_applied)
         update_ema(self.ema_entries, self.entries, (1 - self.ema_decay) * applied)
         if self.dtype == torch.float16:
             torch._amp_update_scale_(self.loss_scale, self.good_since_growth, not_applied, 2.0, 0.5, FP16_GROWTH)
         self.step += 1
         return loss, applied
 
-    @torch.no_grad()
-    def adam(self, gradients, divisor, not_applied):
-        """Adam (Kingma & Ba 2015) with gradients / divisor, or nothing where not_applied is 1: one fused pass."""
-        group = self.optim.param_groups[0]
-        group["lr"] = self.lr
-        exp_avgs, exp_avg_sqs, steps = self.adam_state
-        torch._foreach_add_(steps, [1 - not_applied] * len(steps))
-        # what torch.optim.Adam(fused=True).step() calls; that method itself cannot be captured by torch.compile
-        torch._fused_adam_(
-            self.parameters,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-            found_inf=not_applied,
-        )
-
     def list_tensors(self):
-        """Collect what an update works on: weights, EMA, and Adam's first moments, second moments and steps."""
+        """Collect what the EMA works on."""
         self.entries = list(self.net.state_dict().values())
         self.ema_entries = list(self.ema.state_dict().values())
-        states = [self.optim.state[parameter] for parameter in self.parameters]
-        self.adam_state = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")]
 
     @contextmanager
     def on_device(self):
@@ -202,9 +170,7 @@ class Learner:
             parameter.grad = None
         for net in (self.net, self.ema):
             net._apply(move)  # what nn.Module.to does, with any function
-        for state in self.optim.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = move(state[name])
+        self.optim.move(move)
         self.list_tensors()
 
     def set_weights(self, net_state, ema_state):
@@ -237,7 +203,6 @@ class Learner:
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         self.optim.load_state_dict(state["optim"])
-        self.list_tensors()
         if state["scaler"] and self.dtype == torch.float16:
             self.loss_scale.fill_(state["scaler"]["scale"])
             self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])
