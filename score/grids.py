@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from files import atomic_write
@@ -14,6 +15,20 @@ PAIRS_PER_PICTURE = 128
 PICTURES = 5
 
 
+def image_grid(images, columns=8, gap=2):
+    """Images (B, C, H, W) in rows of at most `columns`, on black and `gap` apart: (C, rows (H + gap) + gap, ...).
+
+    What torchvision.utils.make_grid makes; torchvision takes a second to import, torch's compiler with it.
+    """
+    B, C, H, W = images.shape
+    columns = min(columns, B)
+    rows = -(-B // columns)
+    cells = images.new_zeros(rows * columns, C, H + gap, W + gap)
+    cells[:B, :, gap:, gap:] = images
+    grid = cells.view(rows, columns, C, H + gap, W + gap).permute(2, 0, 3, 1, 4)
+    return F.pad(grid.reshape(C, rows * (H + gap), columns * (W + gap)), (0, gap, 0, gap))
+
+
 def save_grids(folder, generated, training, nearest, ratio):
     """Writes grid_image0.png .. grid_image4.png with pairs (nearest training image, generated image), 8 pairs a row.
 
@@ -23,8 +38,6 @@ def save_grids(folder, generated, training, nearest, ratio):
     there are fewer than 640 generated images. Pictures that an earlier run left beyond those are removed.
     Raises DataError if a picture can't be written.
     """
-    from torchvision.utils import make_grid  # takes a second, which most commands need not wait
-
     check_images(generated)
     check_images(training)
     folder = Path(folder)
@@ -35,7 +48,7 @@ def save_grids(folder, generated, training, nearest, ratio):
         copies = generated[chosen.to(generated.device)].cpu()
         pairs = originals.new_empty(2 * len(chosen), *originals.shape[1:])
         pairs[0::2], pairs[1::2] = originals, copies
-        picture = make_grid(pairs, nrow=IMAGES_PER_ROW, padding=2).permute(1, 2, 0).numpy()
+        picture = image_grid(pairs, IMAGES_PER_ROW).permute(1, 2, 0).numpy()
         written.append(folder / f"grid_image{k}.png")
         with atomic_write(written[-1]) as file:
             Image.fromarray(picture).save(file, format="PNG")
@@ -59,12 +72,10 @@ def save_comparison(path, grids, height=96, scale=4):
 
 def save_pairs(path, pairs, scale=4):
     """One picture with a row of pairs for every label: {label: uint8 (P, 2, 3, H, W)}, training image first."""
-    from torchvision.utils import make_grid  # takes a second, which most commands need not wait
-
     rows = {}
     for label, of_label in pairs.items():
         images = torch.as_tensor(of_label).flatten(0, 1)
-        rows[label] = Image.fromarray(make_grid(images, nrow=len(images), padding=2).permute(1, 2, 0).numpy())
+        rows[label] = Image.fromarray(image_grid(images, len(images)).permute(1, 2, 0).numpy())
     save_labelled(path, rows, scale)
 
 

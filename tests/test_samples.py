@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from errors import DataError
 from files import atomic_write
-from score.grids import save_grids
+from score.grids import image_grid, save_grids
 from score.samples import load_samples, non_finite_images, save_pngs, save_samples, to_uint8
 
 
@@ -334,3 +335,9 @@ def test_few_images_make_few_grids_and_remove_old_ones(tmp_path):
     assert paths == [tmp_path / "grid_image0.png", tmp_path / "grid_image1.png"]
     # With equal ratios the images keep their order: the second picture shows images 128, 129 and 130.
     np.testing.assert_array_equal(tile(Image.open(paths[1]), 0, 5, 4), generated[130])
+
+
+@pytest.mark.parametrize(("number", "columns"), [(7, 3), (8, 8), (2, 16)])
+def test_a_grid_of_images_is_what_torchvision_makes(number, columns):
+    images = torch.randint(0, 256, (number, 3, 5, 4), dtype=torch.uint8)
+    assert torch.equal(image_grid(images, columns), torchvision.utils.make_grid(images, nrow=columns, padding=2))

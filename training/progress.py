@@ -6,12 +6,15 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import distributed
 from errors import DataError
 from files import atomic_write, write_json
+from score.grids import image_grid
+from score.samples import to_uint8
 
 
 def due(count, every):
@@ -166,14 +169,13 @@ class Progress:
 
     def images(self, tag, step, images):
         """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/, and on rank 0 to TensorBoard."""
-        from torchvision.utils import make_grid, save_image  # takes a second, which most commands need not wait
-
-        grid = make_grid((images.clamp(-1, 1) + 1) / 2)
+        grid = image_grid(to_uint8(images)).cpu()
         path = self.logdir / "sample" / f"{tag}.png"
         path.parent.mkdir(exist_ok=True)
-        save_image(grid, path)
+        with atomic_write(path) as file:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
         if self.main:
-            self.writer.add_image(tag.split("_step")[0], grid.cpu().numpy(), step)
+            self.writer.add_image(tag.split("_step")[0], grid.numpy(), step)
 
     def memorization(self, skip_counts, banks, r):
         """After round r: a histogram of skips per training image, and every shard's memory bank over t, in TensorBoard.
