@@ -154,7 +154,7 @@ def in_words(name, result, arm):
     else:
         said = f"no difference found in any of {number} comparisons"
     if not any(memorises(result, side) for side in (arm, BASELINES[arm])):
-        said += " (neither memorises above the floor at MQ@15 at any checkpoint, so this says little)"
+        said += " (neither is above the floor at MQ@15 at any checkpoint)"
     return f"{name}: {arm} against {BASELINES[arm]}: {said}"
 
 

@@ -22,7 +22,13 @@ flags.DEFINE_bool("eval", False, "main: FID and IS of the raw and the EMA weight
 flags.DEFINE_list("stages", list(STAGES), f"all_in: what to do, in this order, of {','.join(STAGES)}")
 
 # UNet
-flags.DEFINE_integer("ch", 128, f"base width of the UNet, a multiple of {GROUPS}", lower_bound=GROUPS)
+flags.DEFINE_integer(
+    "ch",
+    128,
+    f"base width of the UNet, a multiple of {GROUPS}; with {GROUPS} it does not learn the mean colour of its images: "
+    "every group of a GroupNorm is one channel",
+    lower_bound=GROUPS,
+)
 flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", lower_bound=1)
 flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
 flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
