@@ -3,7 +3,8 @@
 import torch
 
 import distributed
-from score.samples import non_finite_images, to_uint8
+from pictures import to_uint8
+from score.samples import non_finite_images
 from seeding import SampleNoise, derive_seed
 
 

@@ -3,30 +3,16 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from files import atomic_write
+from pictures import image_grid
 from safe_files import read_image
 from score.samples import check_images
 
 IMAGES_PER_ROW = 16
 PAIRS_PER_PICTURE = 128
 PICTURES = 5
-
-
-def image_grid(images, columns=8, gap=2):
-    """Images (B, C, H, W) in rows of at most `columns`, on black and `gap` apart: (C, rows (H + gap) + gap, ...).
-
-    What torchvision.utils.make_grid makes; torchvision takes a second to import, torch's compiler with it.
-    """
-    B, C, H, W = images.shape
-    columns = min(columns, B)
-    rows = -(-B // columns)
-    cells = images.new_zeros(rows * columns, C, H + gap, W + gap)
-    cells[:B, :, gap:, gap:] = images
-    grid = cells.view(rows, columns, C, H + gap, W + gap).permute(2, 0, 3, 1, 4)
-    return F.pad(grid.reshape(C, rows * (H + gap), columns * (W + gap)), (0, gap, 0, gap))
 
 
 def save_grids(folder, generated, training, nearest, ratio):

@@ -20,14 +20,6 @@ BOMB_RATIO = 100
 BOMB_BYTES = 2**30
 
 
-def to_uint8(x):
-    """Network output in [-1, 1] as pixels: clip((x + 1) / 2, 0, 1) * 255, rounded to uint8.
-
-    Takes and returns any shape, on x's device. NaN becomes 0: find those with `non_finite_images` and report them.
-    """
-    return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
-
-
 def non_finite_images(x):
     """Which of the images x (N, C, H, W) hold a NaN or an infinity: bool (N,)."""
     return (~torch.isfinite(x)).flatten(1).any(dim=1)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from errors import DataError
 from files import atomic_write
-from score.grids import image_grid, save_grids
-from score.samples import load_samples, non_finite_images, save_pngs, save_samples, to_uint8
+from pictures import image_grid, to_uint8
+from score.grids import save_grids
+from score.samples import load_samples, non_finite_images, save_pngs, save_samples
 
 
 def random_images(N=5, height=6, width=7, seed=0):

@@ -13,8 +13,7 @@ from tqdm import tqdm
 import distributed
 from errors import DataError
 from files import atomic_write, write_json
-from score.grids import image_grid
-from score.samples import to_uint8
+from pictures import image_grid, to_uint8
 
 
 def due(count, every):
