@@ -175,13 +175,16 @@ def skips_in_words(name, result):
     return f"{name}: {'; '.join(parts) or 'no image is repeated or memorised'}"
 
 
-def answers(frontier):
+def answers(frontier, tuning):
     """The findings as Markdown lists, from the numbers alone."""
     lines = ["At equal steps (raw weights, mean over seeds):", ""]
     lines += [f"- {at_equal_steps(name, result)}." for name, result in frontier.items()]
     lines += ["", "At equal quality (MQ@15 and MQ@30, raw and EMA weights, four values of fpd; 95 % intervals):", ""]
     for name, result in frontier.items():
         lines += [f"- {in_words(name, result, arm)}." for arm in BASELINES if tally(result, arm)]
+    if tuning:
+        chosen = " and ".join(with_setting(f"tuned {method}", tuning) for method in tuning["best"])
+        lines += ["", f"The tuned arms are {chosen}."]
     lines += ["", "Skip counts of IET-AGC as detectors, against the low loss of default training (ROC AUC):", ""]
     lines += [f"- {skips_in_words(name, result)}." for name, result in frontier.items()]
     return "\n".join(lines) + "\n"
@@ -288,31 +291,37 @@ a part of them. Images are made by DPM-Solver++ with 20 steps; the published sam
 
 ![Quality against memorisation of all arms](../results/frontier.png)
 
-{answers(frontier)}
+{answers(frontier, tuning)}
 {chapters}
 {tuning_chapter(tuning) if tuning else ""}"""
 
 
-def compared_in_all(frontier, arm):
+def with_setting(arm, tuning):
+    """A tuned arm with the setting that was chosen for it, as text."""
+    return f"{arm} ({tuning['best'][arm.removeprefix('tuned ')]['setting']})" if arm.startswith("tuned ") else arm
+
+
+def compared_in_all(frontier, tuning, arm):
     """One sentence: how often an arm memorises less and more than default training at matched quality."""
     tallies = {name: tally(result, arm) for name, result in frontier.items() if tally(result, arm)}
     total = sum(tallies.values(), Counter())
     each = "; ".join(f"{name}: {found['less']} and {found['more']}" for name, found in tallies.items())
+    ours, baseline = (with_setting(side, tuning) for side in (arm, BASELINES[arm]))
     return (
-        f"At equal quality {arm} memorises less than {BASELINES[arm]} in {total['less']} of {total.total()} "
+        f"At equal quality {ours} memorises less than {baseline} in {total['less']} of {total.total()} "
         f"comparisons, and more in {total['more']} ({each})."
     )
 
 
-def readme_part(frontier):
+def readme_part(frontier, tuning):
     """What the README shows: the plot and three sentences."""
     steps = "; ".join(at_equal_steps(name, result) for name, result in frontier.items())
     arms = [arm for arm in ("IET-AGC", "tuned IET-AGC") if any(tally(result, arm) for result in frontier.values())]
-    sentences = [f"At equal steps: {steps}.", *(compared_in_all(frontier, arm) for arm in arms)]
+    sentences = [f"At equal steps: {steps}.", *(compared_in_all(frontier, tuning, arm) for arm in arms)]
     return "![Quality against memorisation of all arms](results/frontier.png)\n\n" + "\n".join(sentences) + "\n"
 
 
-def with_results(readme, frontier):
+def with_results(readme, frontier, tuning):
     """The README with its part about results replaced.
 
     Raises:
@@ -322,16 +331,16 @@ def with_results(readme, frontier):
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise DataError(f"README.md: lacks the lines {BEGIN} and {END} around its results: put them back")
-    return f"{before}{BEGIN}\n{readme_part(frontier)}{END}{after}"
+    return f"{before}{BEGIN}\n{readme_part(frontier, tuning)}{END}{after}"
 
 
 def written(root):
     """{path: text} of what is written from the results in `root`/results."""
-    frontier, tuning = root / "results/frontier.json", root / "results/tuning.json"
-    found = read_json(frontier)
+    frontier, path = read_json(root / "results/frontier.json"), root / "results/tuning.json"
+    tuning = read_json(path) if path.exists() else None
     return {
-        root / "docs/RESULTS.md": document(found, read_json(tuning) if tuning.exists() else None),
-        root / "README.md": with_results((root / "README.md").read_text(), found),
+        root / "docs/RESULTS.md": document(frontier, tuning),
+        root / "README.md": with_results((root / "README.md").read_text(), frontier, tuning),
     }
 
 
