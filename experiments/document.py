@@ -250,7 +250,8 @@ The first seed after the last step, raw weights, sampled twice:
 {flags}"""
 
 
-def tuning_chapter(tuning):
+def tuning_chapter(tuning, frontier):
+    on = " and ".join(name for name, result in frontier.items() if "tuned IET-AGC" in result["flags"])
     rows = []
     for method, trials in tuning["trials"].items():
         for setting, found in trials.items():
@@ -268,7 +269,7 @@ def tuning_chapter(tuning):
 As many trials for default training as for IET-AGC, on {tuning["data"]} with seed {tuning["seed"]}, judged at fpd
 {tuning["fpd matched"]:.2f}: 1.15 times the best that the worse of the two reaches untuned. Every checkpoint with raw
 and EMA weights is a candidate, which is early stopping. The chosen settings are the *tuned* arms above, trained with
-other seeds and on all data sets. One or two other values of each knob are no thorough search.
+other seeds on {on or "no data set yet"}. One or two other values of each knob are no thorough search.
 `{tuning["command"]}`: {tuning["seconds"] / 60:.0f} minutes.
 
 {markdown(header, rows)}"""
@@ -293,7 +294,7 @@ a part of them. Images are made by DPM-Solver++ with 20 steps; the published sam
 
 {answers(frontier, tuning)}
 {chapters}
-{tuning_chapter(tuning) if tuning else ""}"""
+{tuning_chapter(tuning, frontier) if tuning else ""}"""
 
 
 def with_setting(arm, tuning):
