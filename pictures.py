@@ -15,7 +15,8 @@ def to_uint8(x):
 def image_grid(images, columns=8, gap=2):
     """Images (B, C, H, W) in rows of at most `columns`, on black and `gap` apart: (C, rows (H + gap) + gap, ...).
 
-    What torchvision.utils.make_grid makes; torchvision takes a second to import, torch's compiler with it.
+    What torchvision.utils.make_grid makes of two images or more; importing torchvision takes a second, and torch's
+    compiler comes with it.
     """
     B, C, H, W = images.shape
     columns = min(columns, B)

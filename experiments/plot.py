@@ -41,7 +41,8 @@ def plot_frontier(path, results):
             axis.set_xlabel("fpd to held-out images (less is better)")
     by_label = {}
     for axis in axes.flat:
-        by_label |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        handles, labels = axis.get_legend_handles_labels()
+        by_label |= zip(labels, handles, strict=True)
     figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=4)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)

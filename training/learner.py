@@ -98,8 +98,8 @@ class Learner:
         self.share_batches = share_batches
         network = wrap_for_training(net, compile, parallel, share_batches)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
-        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optim = Adam(net.parameters(), lr)
+        self.parameters = self.optim.parameters
         self.list_tensors()
         self.base_lr = lr
         self.warmup = warmup
