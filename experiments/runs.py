@@ -5,10 +5,12 @@ measured, and measured/ what the intervals, pictures and detectors are made of. 
 """
 
 import concurrent.futures
+import ctypes
 import functools
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ from training import checkpoint, flags
 FLAGS = absl_flags.FLAGS
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ("raw", "ema")
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ def plan(data, arms, seeds, options):
     return runs
 
 
+def end_with_parent():
+    """Have the kernel end this process with SIGTERM when the one that started it has ended, killed or not.
+
+    A training would go on otherwise and hold the log directory that the next start wants. Other systems than Linux
+    have no such call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def train(run, deadline):
     """Train unless it is done; returns whether it is. At the deadline it is stopped, to go on another time."""
     marker, flags_now = run.directory / "trained", "\n".join(run.flags)
@@ -72,7 +85,9 @@ def train(run, deadline):
     with (run.directory / "train.err").open("w") as err:
         command = [sys.executable, str(ROOT / "main_fed.py"), *run.flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=err, stderr=err) as process:
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=err, stderr=err, preexec_fn=end_with_parent
+        ) as process:
             try:
                 code = process.wait(timeout=max(1.0, deadline - time.time()))
             except subprocess.TimeoutExpired:
@@ -191,9 +206,13 @@ def work_all(runs, images, deadline):
     judge_of(runs[0].subject, images)  # writes the data, if need be, before several processes want it
     context = multiprocessing.get_context("spawn")
     with (
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool,
+        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,
         tqdm(total=len(runs), desc=f"runs of {runs[0].subject.name}") as bar,
     ):
         jobs = [pool.submit(work, run, images, deadline) for run in runs]
-        for job in concurrent.futures.as_completed(jobs):
-            bar.update(job.result())
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                bar.update(job.result())
+        except BaseException:  # Ctrl-C too: what has not begun must not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

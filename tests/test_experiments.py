@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +20,7 @@ from experiments.judge import Judge
 from experiments.matched import Point, at_quality, at_quality_of_draws, difference, interval
 from experiments.patches import choose, tiles, write_patches
 from tests.browser import CHROMIUM, assert_readable
-from tests.commands import ROOT, run_bash
+from tests.commands import ROOT, environment, run_bash
 
 
 def test_memorisation_at_a_quality_by_hand():
@@ -230,6 +233,24 @@ def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, 
     )
     readme = pages[tmp_path / "README.md"]
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+
+
+def processes_of(path):
+    return subprocess.run(["pgrep", "-f", str(path)], capture_output=True, text=True, check=False).stdout.split()
+
+
+def test_a_killed_experiment_leaves_no_training_behind(tmp_path):
+    command = [sys.executable, "-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 100
+        while not list(tmp_path.glob("runs/digits32/*/seed11/log/flagfile.txt")):
+            assert time.monotonic() < limit and process.poll() is None
+            time.sleep(0.1)
+        assert len(processes_of(tmp_path)) > 1
+        process.kill()
+    while processes_of(tmp_path):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 def test_the_documents_say_what_the_results_say():
