@@ -63,6 +63,9 @@ TRIALS = {
         Arm("EMA decay 0.999", 1, (*OFF, "--ema_decay=0.999")),
         Arm("EMA decay 0.999, dropout 0.5", 1, (*OFF, "--ema_decay=0.999", "--dropout=0.5")),
         Arm("dropout 0.7", 1, (*OFF, "--dropout=0.7")),
+        Arm("dropout 0.8", 1, (*OFF, "--dropout=0.8")),
+        Arm("dropout 0.9", 1, (*OFF, "--dropout=0.9")),
+        Arm("EMA decay 0.999, dropout 0.7", 1, (*OFF, "--ema_decay=0.999", "--dropout=0.7")),
     ],
     "IET-AGC": [
         ARMS["IET-AGC"],
@@ -73,6 +76,9 @@ TRIALS = {
         Arm("ascend 0.1", SHARDS, ("--anti_grad=ascend", "--anti_grad_weight=0.1")),
         Arm("1 shard, dropout 0.5", 1, ("--dropout=0.5",)),
         Arm("1 shard, dropout 0.5, mem_ratio 1.25", 1, ("--dropout=0.5", "--mem_ratio=1.25")),
+        Arm("1 shard, dropout 0.7", 1, ("--dropout=0.7",)),
+        Arm("1 shard, dropout 0.8", 1, ("--dropout=0.8",)),
+        Arm("2 shards, dropout 0.7", 2, ("--dropout=0.7",)),
     ],
 }
 
