@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import write_json
+from score.markdown import markdown_table
 from training.allocator import keep_freed_memory
 
 PARTS = ("step", "sampler", "neighbors", "frechet", "data")
@@ -56,10 +57,12 @@ def main(arguments=None):
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return error.exit_code
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print("| what | ours | baseline | ratio | target | |\n|---|---|---|---|---|---|")
-    for entry in rows:
-        numbers = " | ".join(f"{entry[name]:.4g}" for name in ("ours", "baseline", "ratio", "target"))
-        print(f"| {entry['what']} | {numbers} | {'met' if entry['ok'] else 'MISSED'} |")
+    numbers = ("ours", "baseline", "ratio", "target")
+    cells = [
+        [entry["what"], *(f"{entry[name]:.4g}" for name in numbers), "met" if entry["ok"] else "MISSED"]
+        for entry in rows
+    ]
+    print(markdown_table(["what", *numbers, ""], cells), end="")
     if options.json:
         write_json(options.json, {"machine": machine(), "rows": rows})
     return int(options.check and not all(entry["ok"] for entry in rows))

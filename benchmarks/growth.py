@@ -15,6 +15,7 @@ from benchmarks.__main__ import machine
 from benchmarks.neighbors import K, natural, noise
 from benchmarks.step import NETWORKS, T, forward_backward, make_net, make_step
 from benchmarks.timing import alternate, seconds_of
+from score.markdown import markdown_table
 from score.memorization import nearest_neighbors
 from training.allocator import keep_freed_memory
 
@@ -114,9 +115,7 @@ def main(arguments=None):
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     for table in tqdm([floor, time_by_operation, step, search, *([paper] if options.paper else [])], desc="growth"):
         head, rows = table()
-        print(f"\n{table.__doc__.strip()}\n")
-        for cells in (head, ["---"] * len(head), *rows):
-            print("| " + " | ".join(cells) + " |")
+        print(f"\n{table.__doc__.strip()}\n\n{markdown_table(head, rows)}", end="")
 
 
 if __name__ == "__main__":

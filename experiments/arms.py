@@ -18,7 +18,8 @@ class Subject:
     """A data set to train on.
 
     `steps` are those of default training; ensembles are given ENSEMBLE_STEPS times as many. A round has `round_steps`
-    steps over all shards. `data_root` is where patches are.
+    steps over all shards. About `points` checkpoints are measured, with `images` generated images each. `data_root` is
+    where patches are.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Subject:
     flags: tuple[str, ...]
     steps: int
     round_steps: int
+    points: int
+    images: int
     side: int
     data_root: Path | None = None
 
@@ -83,8 +86,11 @@ TRIALS = {
 }
 
 
-def subject(name, out):
-    """The data set of a name such as digits64 or patches128; `out` is where patches are written.
+def subject(name, options):
+    """The data set of a name such as digits64 or patches128.
+
+    options: has `out` of a command, where patches are written, and what it says of `steps`, `points` and `images`, None
+    where the data set's own are meant.
 
     Raises:
         UsageError: it is no such name.
@@ -95,11 +101,14 @@ def subject(name, out):
     kind, size = match[1], int(match[2])
     if kind == "digits":
         flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
-        steps, round_steps = (2800, 400) if size <= 64 else (6000, 500)
-        return Subject(name, size, flags, steps, round_steps, side=8)
-    data_root = Path(out).resolve() / "data" / name / "train"
-    flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-    return Subject(name, size, flags, steps=1600, round_steps=400, side=16, data_root=data_root)
+        side, data_root = 8, None
+        steps, round_steps, points, images = (5600, 400, 12, 512) if size <= 64 else (6000, 500, 6, 384)
+    else:
+        data_root = Path(options.out).resolve() / "data" / name / "train"
+        flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
+        side, steps, round_steps, points, images = 16, 1600, 400, 4, 256
+    steps, points, images = options.steps or steps, options.points or points, options.images or images
+    return Subject(name, size, flags, steps, round_steps, points, images, side, data_root)
 
 
 def tuned_arms(out):
@@ -115,19 +124,17 @@ def tuned_arms(out):
     return chosen
 
 
-def command_line(subject, arm, seed, points, logdir, steps=None):
-    """(flags of main_fed.py, steps of a round over all shards).
-
-    A checkpoint is kept for each of `points` measurements; `steps` replaces the subject's.
-    """
+def command_line(subject, arm, seed, logdir):
+    """(flags of main_fed.py, steps of a round over all shards). A checkpoint is kept for each measurement."""
     batch = min(BATCH, subject.num_train // arm.shards)
     per_epoch = arm.shards * (subject.num_train // arm.shards // batch)
-    total = (steps or subject.steps) * (1 if arm.shards == 1 else ENSEMBLE_STEPS)
-    epochs = max(1, min(subject.round_steps, total // points) // arm.more_rounds // per_epoch)
+    total = subject.steps * (1 if arm.shards == 1 else ENSEMBLE_STEPS)
+    epochs = max(1, min(subject.round_steps, total // subject.points) // arm.more_rounds // per_epoch)
     rounds = max(1, total // (epochs * per_epoch))
+    save_round = max(1, round(rounds / subject.points))
     flags = (
         *subject.flags, "--train", "--device=cpu", "--save_step=0", "--sample_step=0", "--log_step=500",
         f"--batch_size={batch}", f"--client_num={arm.shards}", f"--local_epoch={epochs}", f"--total_round={rounds}",
-        f"--save_round={max(1, round(rounds / points))}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
+        f"--save_round={save_round}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
     )  # fmt: skip
     return flags, epochs * per_epoch

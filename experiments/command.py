@@ -6,14 +6,22 @@ import sys
 from errors import UserError
 
 
+def positive(text):
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def parser_of(name, doc):
     """A parser for `python -m experiments.<name>` with the flags that every experiment has."""
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, help="of default training, in place of the data set's own")
-    parser.add_argument("--points", type=int, default=6, help="about so many measurements along a training")
-    parser.add_argument("--images", type=int, default=512, help="images generated for every point")
+    own = "in place of the data set's own"
+    parser.add_argument("--steps", type=positive, help=f"of default training, {own}")
+    parser.add_argument("--points", type=positive, help=f"about so many measurements along a training, {own}")
+    parser.add_argument("--images", type=positive, help=f"images generated for every point, {own}")
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
     parser.add_argument("--out", default="results", help="directory of everything that is written")
     return parser

@@ -14,6 +14,7 @@ from experiments.frontier import BASELINES, DIFFERENCES
 from experiments.runs import WEIGHTS
 from experiments.tables import SHOWN, floor_rows, matched_rows, share
 from files import atomic_write, read_json
+from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
 ROOT = Path(__file__).parent.parent
@@ -24,11 +25,6 @@ DESCRIPTIONS = {
     "patches128": "128 colour patches of 16x16 pixels cut from two photographs and moved to mid grey, five of them "
     "repeated ten times; held out: the other patches",
 }
-
-
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def spread(values, form):
@@ -66,7 +62,7 @@ def end_table(result, weights):
         fpd = spread([p["fpd"] for p in points], "{:.2f}")
         rows.append([arm, f"{points[0]['steps']:,}", fpd, *shares, above, third, authentic])
     header = ["arm", "steps", "fpd", *(f"MQ@{t} %" for t in SHOWN), "MQ@15 above floor", "sqrt(d1/d2)<1/3 %", "AuthPct"]
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def all_thresholds_table(result, weights):
@@ -76,7 +72,7 @@ def all_thresholds_table(result, weights):
         [arm, *(f"{100 * found[f'MQ@{p}']['mean']:+.1f}" if found[f"MQ@{p}"]["reached"] else "–" for p in THRESHOLDS)]
         for arm, found in arms.items()
     ]
-    return markdown([f"at fpd {quality}", *(f"MQ@{p}" for p in THRESHOLDS)], rows)
+    return markdown_table([f"at fpd {quality}", *(f"MQ@{p}" for p in THRESHOLDS)], rows)
 
 
 def difference_table(result):
@@ -86,7 +82,7 @@ def difference_table(result):
             cells = (cell for p in DIFFERENCES for cell in (share(row[f"MQ@{p}"]), verdict(row[f"MQ@{p}"])))
             rows.append([weights, row["fpd"], f"{row['arm']} less {row['baseline']}", *cells])
     header = ["weights", "fpd", "", *(cell for p in DIFFERENCES for cell in (f"MQ@{p}, points", "memorises"))]
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def tally(result, arm):
@@ -106,7 +102,7 @@ def detection_table(result):
         for label, detectors in labels.items():
             if any(value is not None for values in detectors.values() for value in values):
                 rows.append([arm, label, *(auc(detectors[name]) for name in ("skip count", "low loss"))])
-    return markdown(["training", "images that are", "skip count", "low loss (baseline)"], rows)
+    return markdown_table(["training", "images that are", "skip count", "low loss (baseline)"], rows)
 
 
 def sampler_table(result):
@@ -115,7 +111,7 @@ def sampler_table(result):
         for arm, samplers in result["samplers"].items()
         for sampler, found in samplers.items()
     ]
-    return markdown(["arm", "sampler", "fpd", *(f"MQ@{p} %" for p in SHOWN)], rows)
+    return markdown_table(["arm", "sampler", "fpd", *(f"MQ@{p} %" for p in SHOWN)], rows)
 
 
 def pairs_table(result):
@@ -123,7 +119,7 @@ def pairs_table(result):
         [arm, *(f"{100 * pair['ratio']:.2f} ({pair['training image']})" for pair in pairs)]
         for arm, pairs in result["most memorised"].items()
     ]
-    return markdown(["arm", *(str(i + 1) for i in range(max(map(len, rows)) - 1))], rows)
+    return markdown_table(["arm", *(str(i + 1) for i in range(max(map(len, rows)) - 1))], rows)
 
 
 def memorisation_and_quality(points):
@@ -193,7 +189,9 @@ def answers(frontier, tuning):
 def data_set(name, result):
     """The chapter of a data set."""
     minutes = result["seconds"] / 60
-    flags = markdown(["arm", "flags of main_fed.py"], [[arm, f"`{' '.join(f)}`"] for arm, f in result["flags"].items()])
+    flags = markdown_table(
+        ["arm", "flags of main_fed.py"], [[arm, f"`{' '.join(f)}`"] for arm, f in result["flags"].items()]
+    )
     return f"""## {name}
 
 {DESCRIPTIONS.get(name, name)}. {result["distinct training images"]} distinct training images,
@@ -202,7 +200,7 @@ def data_set(name, result):
 
 ### The floor
 
-{markdown(*floor_rows(result))}
+{markdown_table(*floor_rows(result))}
 ### After the last step
 
 Raw weights, mean ± standard deviation over seeds:
@@ -216,10 +214,10 @@ EMA weights:
 MQ above floor where a training first reaches a Frechet distance to held-out images, linear between its checkpoints;
 mean over seeds and 95 % bootstrap interval over seeds and images. Raw weights:
 
-{markdown(*matched_rows(result, "raw"))}
+{markdown_table(*matched_rows(result, "raw"))}
 EMA weights:
 
-{markdown(*matched_rows(result, "ema"))}
+{markdown_table(*matched_rows(result, "ema"))}
 All thresholds, raw and EMA weights, in points above the floor:
 
 {all_thresholds_table(result, "raw")}
@@ -253,8 +251,8 @@ The first seed after the last step, raw weights, sampled twice:
 def tuning_chapter(tuning, frontier):
     on = " and ".join(name for name, result in frontier.items() if "tuned IET-AGC" in result["flags"])
     rows = []
-    for method, trials in tuning["trials"].items():
-        for setting, found in trials.items():
+    for method, settings in tuning["trials"].items():
+        for setting, found in settings.items():
             for weights in WEIGHTS:
                 entry = found[weights]
                 shares = (
@@ -263,16 +261,18 @@ def tuning_chapter(tuning, frontier):
                 is_best = tuning["best"][method] == {"setting": setting, "weights": weights}
                 mark = " **chosen**" if is_best else ""
                 rows.append([method, setting + mark, weights, f"{entry['fpd reached']:.2f}", *shares])
+    trials = len(tuning["trials"]["default"])
     header = ["method", "setting", "weights", "best fpd", "MQ@15 above floor, points", "MQ@30"]
     return f"""## Tuning
 
-As many trials for default training as for IET-AGC, on {tuning["data"]} with seed {tuning["seed"]}, judged at fpd
-{tuning["fpd matched"]:.2f}: 1.15 times the best that the worse of the two reaches untuned. Every checkpoint with raw
-and EMA weights is a candidate, which is early stopping. The chosen settings are the *tuned* arms above, trained with
-other seeds on {on or "no data set yet"}. One or two other values of each knob are no thorough search.
+{trials} trials of default training and as many of IET-AGC, on {tuning["data"]} with seed {tuning["seed"]}, judged at
+fpd {tuning["fpd matched"]:.2f}: 1.15 times the best that the worse of the two reaches untuned. Every checkpoint with
+raw and EMA weights is a candidate, which is early stopping. The chosen settings are the *tuned* arms above, trained
+with other seeds on {on or "no data set yet"}. Most knobs had one value besides their own, which is no
+thorough search, and one seed does not tell settings apart that differ by less than the intervals above.
 `{tuning["command"]}`: {tuning["seconds"] / 60:.0f} minutes.
 
-{markdown(header, rows)}"""
+{markdown_table(header, rows)}"""
 
 
 def document(frontier, tuning):

@@ -32,6 +32,7 @@ from experiments.runs import (
 from experiments.tables import matched_rows
 from files import read_json, write_json
 from score.grids import save_pairs
+from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
 FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
@@ -120,7 +121,7 @@ def collect(runs, last, judge, options, seconds):
         "seeds": sorted({run.seed for run in runs}),
         "training images": len(judge.training),
         "distinct training images": len(judge.distinct),
-        "generated images": options.images,
+        "generated images": judge.images,
         "floor": judge.floor,
         "flags": {run.arm.name: [flag for flag in run.flags if not is_of_run(flag)] for run in runs},
         "points": [
@@ -142,9 +143,7 @@ def is_of_run(flag):
 def print_tables(name, result):
     for weights in WEIGHTS:
         print(f"{name}, {weights} weights, mean over seeds [95 % interval]")
-        header, rows = matched_rows(result, weights)
-        for row in [header, *rows]:
-            print("| " + " | ".join(row) + " |")
+        print(markdown_table(*matched_rows(result, weights)), end="")
 
 
 def parse_arguments(arguments):
@@ -171,11 +170,11 @@ def run_data_set(name, options, arms, deadline):
     """Do what is missing of one data set and write the results with what is there."""
     start = time.time()
     runs = plan(name, arms, options.seeds, options)
-    work_all(runs, options.images, deadline)
+    work_all(runs, deadline)
     measured = [run for run in runs if is_measured(run)]
     if not measured:
         return
-    judge = judge_of(runs[0].subject, options.images)
+    judge = judge_of(runs[0].subject)
     path = Path(options.out) / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
@@ -191,7 +190,7 @@ def run_data_set(name, options, arms, deadline):
 def run_all(options):
     arms = chosen_arms(options)
     for name in options.data:
-        subject(name, options.out)
+        subject(name, options)
     deadline = time.time() + 60 * options.minutes
     for name in options.data:
         run_data_set(name, options, arms, deadline)

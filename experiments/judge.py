@@ -41,13 +41,12 @@ class Judge:
     and `group[j]` says which of them training image j is.
 
     Args:
-        about: an `arms.Subject`.
-        images: how many to generate from a checkpoint.
+        about: an `arms.Subject`, which says how many images to generate from a checkpoint.
     """
 
-    def __init__(self, about, images):
+    def __init__(self, about):
         self.training, self.heldout = load_images(about)
-        self.images = images
+        self.images = about.images
         rows = self.training.flatten(1).numpy()
         _, first, group = np.unique(rows, axis=0, return_index=True, return_inverse=True)
         order = first.argsort()
@@ -57,7 +56,7 @@ class Judge:
         sq_distance, index = nearest_neighbors(self.heldout, self.distinct)
         self.floor_ratio = memorization_ratio(sq_distance).numpy()
         shuffled = self.heldout[torch.randperm(len(self.heldout), generator=torch.Generator().manual_seed(0))]
-        size = min(images, len(shuffled) // 2)
+        size = min(self.images, len(shuffled) // 2)
         sample, rest = shuffled[:size], shuffled[size:]
         self.floor = {
             "heldout": without_curve(measures(sq_distance, index, self.distinct)),

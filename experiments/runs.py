@@ -51,15 +51,15 @@ class Run:
 def plan(data, arms, seeds, options):
     """All trainings of a data set, seed by seed, so that an experiment that is stopped has all arms.
 
-    options: has `out`, `points` and `steps` of the command.
+    options: has `out`, `steps`, `points` and `images` of the command.
     """
-    about = subject(data, options.out)
+    about = subject(data, options)
     runs = []
     for seed in seeds:
         for arm in arms:
             place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{arm.name} {arm.setting}".strip())
             directory = Path(options.out) / "runs" / data / place / f"seed{seed}"
-            own, steps = command_line(about, arm, seed, options.points, directory / "log", options.steps)
+            own, steps = command_line(about, arm, seed, directory / "log")
             runs.append(Run(about, arm, seed, directory, own, steps))
     return runs
 
@@ -135,7 +135,7 @@ def read_measured(run, r, weights):
 def evaluate(run, judge, deadline):
     """Measure the checkpoints of a training that have not been yet: points.json and measured/."""
     path = run.directory / "points.json"
-    points = measured_with(run, judge.images)
+    points = measured_already(run)
     done = {(point["round"], point["weights"]) for point in points}
     for r in rounds_kept(run):
         for weights in WEIGHTS:
@@ -153,7 +153,7 @@ def evaluate(run, judge, deadline):
 def with_published_sampler(run, judge):
     """The point of the last raw checkpoint with DDIM-50, kept beside the others."""
     r = last_round(run)
-    path = run.directory / "measured" / f"round{r}_ddim50_{judge.images}.json"
+    path = run.directory / "measured" / f"round{r}_ddim50_{run.subject.images}.json"
     if not path.exists():
         net, _ = load_network(run, r, False)
         settings = flags.sampler(flags_of(run)) | {"sampler": "ddim", "steps": 50}
@@ -167,8 +167,9 @@ def read_points(run):
     return sorted(read_json(path), key=lambda point: point["steps"]) if path.exists() else []
 
 
-def measured_with(run, images):
-    """The points that were measured with so many generated images; others are made again."""
+def measured_already(run):
+    """The points that were measured with as many generated images as now; others are made again."""
+    images = run.subject.images
     return [p for p in read_points(run) if len(read_measured(run, p["round"], p["weights"])["ratio"]) == images]
 
 
@@ -188,28 +189,28 @@ def last_measured(run):
 
 
 @functools.cache
-def judge_of(about, images):
-    return Judge(about, images)
+def judge_of(about):
+    return Judge(about)
 
 
-def work(run, images, deadline):
+def work(run, deadline):
     """Train and measure one run in a process of its own, on one thread; returns whether it is complete."""
     torch.set_num_threads(1)
     done = train(run, deadline)
     if rounds_kept(run):
-        evaluate(run, judge_of(run.subject, images), deadline)
+        evaluate(run, judge_of(run.subject), deadline)
     return done and len(read_points(run)) == len(WEIGHTS) * len(rounds_kept(run))
 
 
-def work_all(runs, images, deadline):
+def work_all(runs, deadline):
     """`work` of all runs, one process per core."""
-    judge_of(runs[0].subject, images)  # writes the data, if need be, before several processes want it
+    judge_of(runs[0].subject)  # writes the data, if need be, before several processes want it
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,
         tqdm(total=len(runs), desc=f"runs of {runs[0].subject.name}") as bar,
     ):
-        jobs = [pool.submit(work, run, images, deadline) for run in runs]
+        jobs = [pool.submit(work, run, deadline) for run in runs]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())

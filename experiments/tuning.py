@@ -1,6 +1,6 @@
 """Equal effort for both: as many trials for default training as for IET-AGC, each one's best at matched quality.
 
-python -m experiments.tuning --data=digits64 --seed=11
+python -m experiments.tuning --data=digits64 --seed=11 --steps=2800
 
 Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
 """
@@ -56,10 +56,10 @@ def tune(options):
     start = time.time()
     trials = [arm for pair in zip(*TRIALS.values(), strict=True) for arm in pair]
     runs = plan(options.data, trials, [options.seed], options)
-    work_all(runs, options.images, start + 60 * options.minutes)
+    work_all(runs, start + 60 * options.minutes)
     if not all((run.directory / "trained").exists() for run in runs):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
-    judge = judge_of(runs[0].subject, options.images)
+    judge = judge_of(runs[0].subject)
     quality = quality_to_match([run for run in runs if run.arm.name in TRIALS])
     found = memorised_at(runs, quality, judge.floor_ratio)
     path = Path(options.out) / "tuning.json"
@@ -86,6 +86,7 @@ def main(arguments=None):
     parser = parser_of("tuning", __doc__)
     parser.add_argument("--data", default="digits64", help="data set with its size")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
+    parser.set_defaults(steps=2800, points=6)  # enough for the quality at which they are judged
     options = parse(parser, arguments)
     return report_errors("tuning", lambda: tune(options))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from errors import UserError
 from files import atomic_write, read_json, write_json
 from score.grids import save_comparison
+from score.markdown import markdown_table
 from score.report import curves, page, table
 
 COLUMNS = {
@@ -54,15 +55,11 @@ def summarize(results):
 def format_table(summaries):
     """A Markdown table of {label: summary}, with the columns that at least one of them has."""
     columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
-    rows = [["method", *columns]]
-    for label, summary in summaries.items():
-        rows.append([label, *(format_cell(column, summary.get(column)) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    rows = [
+        [label, *(format_cell(column, summary.get(column)) for column in columns)]
+        for label, summary in summaries.items()
     ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown_table(["method", *columns], rows)
 
 
 def format_cell(column, entry):
@@ -128,7 +125,7 @@ def main(arguments=None):
     try:
         groups = read_results(options.results)
         summaries = {label: summarize([result for _, result in results]) for label, results in groups.items()}
-        print(format_table(summaries))
+        print(format_table(summaries), end="")
         if options.json:
             write_json(options.json, summaries)
         if options.html:

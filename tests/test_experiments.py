@@ -23,6 +23,11 @@ from tests.browser import CHROMIUM, assert_readable
 from tests.commands import ROOT, environment, run_bash
 
 
+def options_of(out, **said):
+    """What a command has read of its line."""
+    return SimpleNamespace(**{"out": out, "steps": None, "points": None, "images": None, **said})
+
+
 def test_memorisation_at_a_quality_by_hand():
     distances, shares = [4.0, 2.0, 1.0, 1.5, 0.5], [0.0, 0.1, 0.4, 0.5, 0.9]
     assert at_quality(distances, shares, 2.0) == 0.1
@@ -127,7 +132,7 @@ def test_patches_do_not_overlap_and_some_are_repeated_ten_times(tmp_path):
 
 
 def test_repeated_images_are_measured_once(tmp_path):
-    judge = Judge(arms.subject("patches50", tmp_path), 20)
+    judge = Judge(arms.subject("patches50", options_of(tmp_path, images=20)))
     assert judge.training.shape == (50, 3, 16, 16) and judge.distinct.shape == (32, 3, 16, 16)
     assert torch.equal(judge.distinct[judge.group], judge.training)
     assert sorted(np.bincount(judge.group).tolist()) == [1] * 30 + [10] * 2
@@ -156,22 +161,22 @@ def test_per_image_loss_prefers_what_the_network_knows():
 
 def test_arms_have_the_steps_they_say(tmp_path):
     for name in ("digits64", "digits256", "patches128"):
-        about = arms.subject(name, tmp_path)
+        about = arms.subject(name, options_of(tmp_path))
         for arm in [*arms.ARMS.values(), *arms.TRIALS["default"], *arms.TRIALS["IET-AGC"]]:
-            flags, steps = arms.command_line(about, arm, 1, 6, tmp_path)
+            flags, steps = arms.command_line(about, arm, 1, tmp_path)
             value = {name: number for name, _, number in (flag.removeprefix("--").partition("=") for flag in flags)}
             rounds, kept, batch = (int(value[name]) for name in ("total_round", "save_round", "batch_size"))
             total = steps * rounds
             assert 0.9 * about.steps <= total / (1 if arm.shards == 1 else arms.ENSEMBLE_STEPS) <= about.steps
-            assert 3 < rounds / kept <= 8 and about.num_train // arm.shards >= batch
+            assert about.points / 2 < rounds / kept <= about.points + 2 and about.num_train // arm.shards >= batch
     assert len(arms.TRIALS["default"]) == len(arms.TRIALS["IET-AGC"])
     for wrong in ("digits", "patches7", "cifar64"):
         with pytest.raises(UsageError, match=wrong):
-            arms.subject(wrong, tmp_path)
+            arms.subject(wrong, options_of(tmp_path))
 
 
 def test_another_choice_of_the_tuning_is_another_training(tmp_path):
-    options = SimpleNamespace(out=tmp_path, points=2, steps=16)
+    options = options_of(tmp_path, points=2, steps=16)
     places = []
     for setting in ("2 shards", "mem_ratio 1.25"):
         best = {"default": {"setting": "dropout 0.3"}, "IET-AGC": {"setting": setting}}
@@ -261,7 +266,7 @@ def test_the_documents_say_what_the_results_say():
 @pytest.fixture
 def half_measured(tmp_path):
     """A run whose training was stopped by the deadline, and measuring after the first of its two checkpoints."""
-    options = SimpleNamespace(out=tmp_path, points=2, steps=16)
+    options = options_of(tmp_path, points=2, steps=16, images=20)
     (run,) = runs.plan("digits32", [arms.ARMS["default"]], [1], options)
     (run.directory / "log").mkdir(parents=True)
     (run.directory / "measured").mkdir()
@@ -285,8 +290,9 @@ def test_what_is_measured_last_is_not_what_was_saved_last(half_measured):
 
 
 def test_points_of_another_number_of_images_are_made_again(half_measured):
-    assert {(p["round"], p["weights"]) for p in runs.measured_with(half_measured, 20)} == {(1, "raw"), (1, "ema")}
-    assert runs.measured_with(half_measured, 40) == []
+    assert {(p["round"], p["weights"]) for p in runs.measured_already(half_measured)} == {(1, "raw"), (1, "ema")}
+    more = dataclasses.replace(half_measured.subject, images=40)
+    assert runs.measured_already(dataclasses.replace(half_measured, subject=more)) == []
 
 
 def test_a_training_with_other_flags_is_not_taken_for_done(half_measured):
