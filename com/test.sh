@@ -7,5 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 "$PYTHON" -m ruff format --check .
 scripts="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"
 "$scripts/shellcheck" --external-sources --source-path=SCRIPTDIR com/*.sh com/*.sbatch .ci/run
-# one test process per core, each with one thread: the networks of the tests are too small for more
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$(nproc)" "$@"
+# one test process per core, each with one thread: the networks of the tests are too small for more; neighbouring tests
+# share what they have prepared, so they stay in one process
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$(nproc)" --dist=worksteal "$@"

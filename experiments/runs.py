@@ -74,10 +74,20 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def marker_of(run):
+    """The file that a finished training leaves, with its flags."""
+    return run.directory / "trained"
+
+
+def is_trained(run):
+    """Whether the training has been finished with these flags."""
+    marker = marker_of(run)
+    return marker.exists() and marker.read_text() == "\n".join(run.flags)
+
+
 def train(run, deadline):
     """Train unless it is done; returns whether it is. At the deadline it is stopped, to go on another time."""
-    marker, flags_now = run.directory / "trained", "\n".join(run.flags)
-    if marker.exists() and marker.read_text() == flags_now:
+    if is_trained(run):
         return True
     if time.time() > deadline:
         return False
@@ -97,7 +107,7 @@ def train(run, deadline):
     if code:
         last_words = (run.directory / "train.err").read_text()[-500:]
         raise DataError(f"{run.directory}/train.err: training failed: {last_words}")
-    marker.write_text(flags_now)
+    marker_of(run).write_text("\n".join(run.flags))
     return True
 
 
@@ -173,6 +183,11 @@ def measured_already(run):
     return [p for p in read_points(run) if len(read_measured(run, p["round"], p["weights"])["ratio"]) == images]
 
 
+def is_complete(run):
+    """Whether the run is trained and all its checkpoints are measured."""
+    return is_trained(run) and len(measured_already(run)) == len(WEIGHTS) * len(rounds_kept(run))
+
+
 def is_measured(run):
     """Whether there is a point of the raw and of the EMA weights, as all tables need."""
     return {point["weights"] for point in read_points(run)} == set(WEIGHTS)
@@ -196,21 +211,22 @@ def judge_of(about):
 def work(run, deadline):
     """Train and measure one run in a process of its own, on one thread; returns whether it is complete."""
     torch.set_num_threads(1)
-    done = train(run, deadline)
+    train(run, deadline)
     if rounds_kept(run):
         evaluate(run, judge_of(run.subject), deadline)
-    return done and len(read_points(run)) == len(WEIGHTS) * len(rounds_kept(run))
+    return is_complete(run)
 
 
 def work_all(runs, deadline):
-    """`work` of all runs, one process per core."""
+    """`work` of all runs that are not complete, one process per core."""
     judge_of(runs[0].subject)  # writes the data, if need be, before several processes want it
+    missing = [run for run in runs if not is_complete(run)]
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,
-        tqdm(total=len(runs), desc=f"runs of {runs[0].subject.name}") as bar,
+        tqdm(total=len(runs), initial=len(runs) - len(missing), desc=f"runs of {runs[0].subject.name}") as bar,
     ):
-        jobs = [pool.submit(work, run, deadline) for run in runs]
+        jobs = [pool.submit(work, run, deadline) for run in missing]
         try:
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())

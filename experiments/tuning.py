@@ -15,7 +15,7 @@ from experiments.arms import TRIALS
 from experiments.command import parse, parser_of, report_errors
 from experiments.frontier import DIFFERENCES, paths_of
 from experiments.matched import mean_at_quality, share_below
-from experiments.runs import WEIGHTS, judge_of, plan, read_points, work_all
+from experiments.runs import WEIGHTS, is_complete, judge_of, plan, read_points, work_all
 from files import read_json, write_json
 
 FACTOR = 1.15  # of the better quality of the two that both methods reach untuned
@@ -57,7 +57,7 @@ def tune(options):
     trials = [arm for pair in zip(*TRIALS.values(), strict=True) for arm in pair]
     runs = plan(options.data, trials, [options.seed], options)
     work_all(runs, start + 60 * options.minutes)
-    if not all((run.directory / "trained").exists() for run in runs):
+    if not all(map(is_complete, runs)):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
     judge = judge_of(runs[0].subject)
     quality = quality_to_match([run for run in runs if run.arm.name in TRIALS])
