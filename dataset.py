@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import hashlib
+import importlib.util
 import os
 import stat
 import sys
@@ -160,13 +161,21 @@ def join(parts: list[ImageSet]) -> ImageSet:
 
 
 def read_digits(img_size: int) -> ImageSet:
-    """scikit-learn's handwritten digits: v of 0 .. 16 becomes the grey level round(255 v / 16)."""
-    import sklearn.datasets  # slow to import, and needed here only
+    """scikit-learn's handwritten digits: v of 0 .. 16 becomes the grey level round(255 v / 16).
 
-    bunch = sklearn.datasets.load_digits()
-    levels = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    Read from the file that scikit-learn comes with, since importing it takes a second.
+
+    Raises:
+        DataError: there is no scikit-learn, or not one that keeps the digits where the pinned version does.
+    """
+    package = importlib.util.find_spec("sklearn")
+    path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package else None
+    if path is None or not path.exists():
+        raise DataError(f"{path or 'scikit-learn'}: not found: the digits need scikit-learn as in requirements.txt")
+    rows = np.loadtxt(path, delimiter=",", dtype=np.int64)  # 8x8 values, then the class
+    levels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
     images = np.stack([np.asarray(resize(Image.fromarray(level), img_size)) for level in levels])
-    return ImageSet(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(bunch.target).long())
+    return ImageSet(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(rows[:, -1]))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,12 @@ def test_digits_are_scikit_learns_values():
     assert loaded.train.images.dtype == torch.uint8 and loaded.train.labels.dtype == torch.int64
 
 
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"scikit-learn as in requirements\.txt"):
+        load_dataset("digits", "nowhere", img_size=8)
+
+
 @pytest.mark.parametrize("size", [5, 32])
 def test_digits_are_resized_by_pil(size):
     loaded = load_dataset("digits", "nowhere", img_size=size)
