@@ -18,6 +18,7 @@ from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
 ROOT = Path(__file__).parent.parent
+MQ_COLUMNS = (*(f"MQ@{p} %" for p in SHOWN), *(f"@{p} above floor" for p in SHOWN))
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 DESCRIPTIONS = {
     "digits64": "64 handwritten digits of 8x8 pixels, held out: the other 1,733",
@@ -56,13 +57,12 @@ def end_table(result, weights):
     for arm in result["flags"]:
         points = points_of(result, arm, weights)
         shares = [spread([100 * p["mq_fraction"][str(t)] for p in points], "{:.1f}") for t in SHOWN]
-        above = spread([100 * p["mq_above_floor"]["15"] for p in points], "{:+.1f}")
+        above = [spread([100 * p["mq_above_floor"][str(t)] for p in points], "{:+.1f}") for t in SHOWN]
         third = spread([100 * p["share_sqrt_d1_d2_below_third"] for p in points], "{:.1f}")
         authentic = spread([p["auth_pct"] for p in points], "{:.1f}")
         fpd = spread([p["fpd"] for p in points], "{:.2f}")
-        rows.append([arm, f"{points[0]['steps']:,}", fpd, *shares, above, third, authentic])
-    header = ["arm", "steps", "fpd", *(f"MQ@{t} %" for t in SHOWN), "MQ@15 above floor", "sqrt(d1/d2)<1/3 %", "AuthPct"]
-    return markdown_table(header, rows)
+        rows.append([arm, f"{points[0]['steps']:,}", fpd, *shares, *above, third, authentic])
+    return markdown_table(["arm", "steps", "fpd", *MQ_COLUMNS, "sqrt(d1/d2)<1/3 %", "AuthPct"], rows)
 
 
 def all_thresholds_table(result, weights):
@@ -106,12 +106,13 @@ def detection_table(result):
 
 
 def sampler_table(result):
-    rows = [
-        [arm, sampler, f"{found['fpd']:.2f}", *(f"{100 * found['mq_fraction'][str(p)]:.1f}" for p in SHOWN)]
-        for arm, samplers in result["samplers"].items()
-        for sampler, found in samplers.items()
-    ]
-    return markdown_table(["arm", "sampler", "fpd", *(f"MQ@{p} %" for p in SHOWN)], rows)
+    rows = []
+    for arm, samplers in result["samplers"].items():
+        for sampler, found in samplers.items():
+            shares = (f"{100 * found['mq_fraction'][str(p)]:.1f}" for p in SHOWN)
+            above = (f"{100 * found['mq_above_floor'][str(p)]:+.1f}" for p in SHOWN)
+            rows.append([arm, sampler, f"{found['fpd']:.2f}", *shares, *above])
+    return markdown_table(["arm", "sampler", "fpd", *MQ_COLUMNS], rows)
 
 
 def pairs_table(result):
