@@ -1,9 +1,11 @@
 """Files of our own: written whole or not at all, JSON, hashes, directories. All raise a `DataError` naming the file."""
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +57,31 @@ def make_directory(path, flag):
         probe.unlink()
     except OSError as error:
         raise DataError(f"--{flag}={path}: cannot be written ({error.strerror}): choose another directory") from error
+
+
+def lock_directory(path, flag):
+    """Take a directory for this process until it ends or closes the file that is returned, which holds the lock.
+
+    Where the file system has no locks, a warning says so and the work goes on.
+
+    Raises:
+        DataError: another process has taken it; `flag` is the name of the flag that names the directory.
+    """
+    path = Path(path)
+    file = (path / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise DataError(
+            f"--{flag}={path}: process {file.read().strip()} is writing there: wait for it or choose another directory"
+        ) from None
+    except OSError as error:
+        print(f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing", file=sys.stderr)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def write_json(path, value):

@@ -211,7 +211,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
     try:
         wait_until(lambda: list(tmp_path.glob("log/ckpt*.pt")))
         result = run("main.py", "--train", *flags, cwd=tmp_path, code=1)
-        assert f"process {first.pid} is training there" in result.stderr
+        assert f"process {first.pid} is writing there" in result.stderr
     finally:
         first.kill()
         first.wait()

@@ -1,6 +1,5 @@
 """The log directory of a run: one process at a time, and told what the run is made of before the work starts."""
 
-import fcntl
 import os
 import shutil
 import socket
@@ -10,33 +9,13 @@ import numpy as np
 
 import distributed
 from errors import DataError, UsageError
-from files import make_directory, read_json, write_json
+from files import lock_directory, make_directory, read_json, write_json
 
 # what a run writes; --fresh --overwrite removes these and nothing else
 OWN_FILES = [
     "ckpt*.pt", "global_ckpt_round*.pt", "*.pt.corrupt", "state", "sample", "metrics.jsonl", "events.out.tfevents.*",
     "train.json", "run.json", "flagfile.txt", "subset.npy", "eval_*.json",
 ]  # fmt: skip
-
-
-def lock(path):
-    """Take a log directory for this process until it ends; returns the open file that holds the lock.
-
-    Raises:
-        DataError: another process has it.
-    """
-    file = (path / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise DataError(
-            f"--logdir={path}: process {file.read().strip()} is training there: wait for it or choose another directory"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def shared_lock(path):
@@ -121,7 +100,7 @@ def open_logdir(path, settings, flagfile, subset, *, fresh=False, overwrite=Fals
     if not distributed.is_main():
         return shared_lock(path)
     make_directory(path, "logdir")
-    held = lock(path)
+    held = lock_directory(path, "logdir")
     if fresh:
         start_over(path, overwrite)
     check_changes(path / "run.json", settings, allow_change)
