@@ -42,7 +42,8 @@ def train(data, quality, device, logdir):
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
     learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
-    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data))  # after whatever the flags can have wrong
+    # after whatever the flags can have wrong
+    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
     x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
     state, meter = resume(learner, logdir), Meter(FLAGS.max_bad_steps)
@@ -120,7 +121,7 @@ def score(net, quality):
 def evaluate(quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
     state = checkpoint.load(path, device)
-    net = UNet(**flags.unet(FLAGS)).to(device)
+    net = UNet(**flags.unet(FLAGS, state, path)).to(device)
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)

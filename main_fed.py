@@ -53,7 +53,9 @@ def train(data, device, logdir):
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
-    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data))  # after whatever the flags can have wrong
+    groups = shards[0].learner.net.groups
+    # after whatever the flags can have wrong
+    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
     rounds_done, seconds = ensemble_state.restore(shards, schedule, skip_counts, logdir)
     total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
@@ -76,7 +78,7 @@ def train(data, device, logdir):
                 if FLAGS.sample_step:
                     with shards[0].learner.on_device():
                         progress.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
-                save_round(r, average, ema_average, all_counts, progress, logdir)
+                save_round(r, average, ema_average, groups, all_counts, progress, logdir)
         progress.finish(sum(schedule.steps) * max(rounds_done, FLAGS.total_round))
     lock.close()
 
@@ -120,7 +122,7 @@ def make_shards_of_this_process(batches, device):
     shards = []
     for number in range(distributed.rank(), len(batches), distributed.world_size()):
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-        net = UNet(**flags.unet(FLAGS)).to(device)
+        net = UNet(**flags.unet(FLAGS, start, FLAGS.check_dir)).to(device)
         settings = flags.learner(FLAGS, WARMUP * batches[number].steps_per_epoch)
         learner = Learner(net, **settings, offload=FLAGS.shard_state == "cpu")
         if start:
@@ -163,9 +165,10 @@ def save_shard(shard, end_of_last_round, skip_counts, progress, logdir):
     return path
 
 
-def save_round(r, average, ema_average, skip_counts, progress, logdir):
+def save_round(r, average, ema_average, groups, skip_counts, progress, logdir):
     """Write the averages: always for the next round to start from, and every --save_round rounds to keep."""
     state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts.cpu(), "round": r}
+    state["norm_groups"] = groups
     state["progress"] = {**progress.state(), "metrics_lines": progress.metrics_lines}
     if due(r, FLAGS.save_round) or r == FLAGS.total_round:
         checkpoint.save(logdir / checkpoint.round_name(r), state)

@@ -4,12 +4,11 @@ It knows nothing of diffusion: it maps an image, a timestep and an optional clas
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-GROUPS = 32  # of every GroupNorm; channel counts must be multiples of it
 
 
 def sinusoidal_table(T, dim):
@@ -93,9 +92,9 @@ class Dropout(nn.Dropout):
 class AttnBlock(nn.Module):
     """Single-head self-attention over the H*W positions, with a residual connection: (B, C, H, W) -> the same."""
 
-    def __init__(self, ch):
+    def __init__(self, ch, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(GROUPS, ch)
+        self.group_norm = nn.GroupNorm(groups, ch)
         self.proj_q = conv(ch, ch, 1)
         self.proj_k = conv(ch, ch, 1)
         self.proj_v = conv(ch, ch, 1)
@@ -117,17 +116,17 @@ class AttnBlock(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm-swish-conv twice around the time and class embeddings, a shortcut, then optional attention."""
 
-    def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional):
+    def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional, groups):
         super().__init__()
-        self.block1 = nn.Sequential(nn.GroupNorm(GROUPS, in_ch), nn.SiLU(), conv(in_ch, out_ch, 3))
+        self.block1 = nn.Sequential(nn.GroupNorm(groups, in_ch), nn.SiLU(), conv(in_ch, out_ch, 3))
         self.temb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch))
         # without classes it is a name in the published checkpoints only, and is not trained
         self.cemb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch)).requires_grad_(conditional)
         self.block2 = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_ch), nn.SiLU(), Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
+            nn.GroupNorm(groups, out_ch), nn.SiLU(), Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
         )
         self.shortcut = conv(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
-        self.attn = AttnBlock(out_ch) if attn else nn.Identity()
+        self.attn = AttnBlock(out_ch, groups) if attn else nn.Identity()
 
     def forward(self, x, temb, cemb):
         h = self.block1(x)
@@ -143,29 +142,33 @@ class UNet(nn.Module):
 
     Args:
         T: number of timesteps; `forward` takes t in 0..T-1.
-        ch: base width, a multiple of 32.
+        ch: base width, a multiple of groups.
         ch_mult: width of each level as a multiple of ch; each level after the first halves the image.
         attn: levels (0-based indices into ch_mult) with self-attention.
         num_res_blocks: residual blocks per level on the way down (one more on the way up).
         dropout: probability in [0, 1).
         num_labels: number of classes, or None for an unconditional network.
+        groups: of every GroupNorm, 32 in the published networks. With one channel a group, the norm that opens block2
+            takes out just what the embeddings have added, and the block sees neither t nor the class.
 
     Raises:
-        ValueError: a level in attn does not exist, or ch is not a multiple of 32.
+        ValueError: a level in attn does not exist, or ch is not a multiple of groups.
     """
 
-    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None):
+    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None, groups=32):
         super().__init__()
         if any(not 0 <= level < len(ch_mult) for level in attn):
             raise ValueError(f"attn {list(attn)} names a level that ch_mult {list(ch_mult)} does not have (0-based)")
-        if ch % GROUPS:
-            raise ValueError(f"ch is {ch}: must be a multiple of {GROUPS}")
+        if ch % groups:
+            raise ValueError(f"ch is {ch}: must be a multiple of groups, {groups}")
         tdim = 4 * ch
         conditional = num_labels is not None
         self.time_embedding = Embedding(nn.Embedding.from_pretrained(sinusoidal_table(T, ch)), ch, tdim)
         if conditional:
             self.cond_embedding = Embedding(nn.Embedding(num_labels + 1, ch, padding_idx=0), ch, tdim)
         self.num_labels = num_labels
+        self.groups = groups
+        block = partial(ResBlock, tdim=tdim, dropout=dropout, conditional=conditional, groups=groups)
 
         self.head = conv(3, ch, 3)
         self.downblocks = nn.ModuleList()
@@ -173,30 +176,23 @@ class UNet(nn.Module):
         now_ch = ch
         for level, mult in enumerate(ch_mult):
             for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(now_ch, ch * mult, tdim, dropout, level in attn, conditional))
+                self.downblocks.append(block(now_ch, ch * mult, attn=level in attn))
                 now_ch = ch * mult
                 skip_channels.append(now_ch)
             if level < len(ch_mult) - 1:
                 self.downblocks.append(DownSample(now_ch))
                 skip_channels.append(now_ch)
 
-        self.middleblocks = nn.ModuleList(
-            [
-                ResBlock(now_ch, now_ch, tdim, dropout, True, conditional),
-                ResBlock(now_ch, now_ch, tdim, dropout, False, conditional),
-            ]
-        )
+        self.middleblocks = nn.ModuleList([block(now_ch, now_ch, attn=attention) for attention in (True, False)])
 
         self.upblocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mult))):
             for _ in range(num_res_blocks + 1):
-                self.upblocks.append(
-                    ResBlock(skip_channels.pop() + now_ch, ch * mult, tdim, dropout, level in attn, conditional)
-                )
+                self.upblocks.append(block(skip_channels.pop() + now_ch, ch * mult, attn=level in attn))
                 now_ch = ch * mult
             if level > 0:
                 self.upblocks.append(UpSample(now_ch))
-        self.tail = nn.Sequential(nn.GroupNorm(GROUPS, now_ch), nn.SiLU(), conv(now_ch, 3, 3, gain=1e-5))
+        self.tail = nn.Sequential(nn.GroupNorm(groups, now_ch), nn.SiLU(), conv(now_ch, 3, 3, gain=1e-5))
 
     def forward(self, x, t, labels=None):
         """Predict from noisy images.
