@@ -3,6 +3,7 @@
 Importing torch takes seconds, in which Ctrl-C would print a traceback, and a file could be opened as descriptor 2.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from errors import UserError, printable
+from errors import UsageError, UserError, printable
 
 
 class Stream(io.FileIO):
@@ -29,6 +30,13 @@ class Stream(io.FileIO):
 
 class Stopped(BaseException):
     """A signal has arrived, whose number is the argument: what is at work is left as by any other exception."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as every other error of a user: in one line."""
+
+    def error(self, message):
+        raise UsageError(f"{message}: see --help")
 
 
 def prepare():
