@@ -5,6 +5,11 @@ torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=l
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import time
 import zipfile
 from contextlib import contextmanager
@@ -17,7 +22,7 @@ from absl import flags as absl_flags
 import distributed
 from dataset import fingerprint, load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import DataError, UsageError
+from errors import DataError, UsageError, printable
 from files import atomic_write, file_hash, make_directory, read_json, write_json
 from model import UNet
 from safe_files import one_line
@@ -30,7 +35,7 @@ from score.report import write_report
 from score.samples import load_samples, save_pngs
 from score.unfinished import GeneratedImages
 from training import checkpoint, flags
-from training.command import pick_device, run
+from training.command import announce, pick_device, run
 from training.learner import wrap_network
 
 FLAGS = absl_flags.FLAGS
@@ -228,9 +233,10 @@ def append_published_format(result):
     inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
     name = "fpd" if "fpd" in result else "FID"
     distance = f"({result.get(name.lower(), 'nan')}, {FLAGS.fid_reference})"
-    lines = [f"{inception_score}, {name}: {distance}, N: {result['N']}, checkpoint: {result['checkpoint']}"]
+    lines = [f"{inception_score}, {name}: {distance}, N: {result['N']}"]
+    lines[0] += f", checkpoint: {printable(result['checkpoint'])}"
     lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
-    with (Path(FLAGS.grid_dir) / "result.txt").open("a") as file:
+    with (Path(FLAGS.grid_dir) / "result.txt").open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -256,7 +262,7 @@ def main():
         raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
     device = pick_device(FLAGS.device)
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
-    weights = None
+    net = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if "generate" in stages:
@@ -275,6 +281,8 @@ def main():
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
         quality = Quality(flags.reference_images(FLAGS, data), number, weights, **flags.quality(FLAGS), device=device)
+
+    announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
         images, provenance = generate_images(net, path, device)

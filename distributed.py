@@ -43,13 +43,35 @@ def is_main():
 
 def be_silent():
     """Leave printing and warning to rank 0; errors are still seen."""
-    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
     warnings.simplefilter("ignore")
 
 
-def bar(*args, **settings):
-    """A tqdm bar of rank 0; the others show none."""
-    return tqdm(*args, **settings, dynamic_ncols=True, disable=not is_main())
+class Lines:
+    """Takes what a tqdm bar writes and hands on plain lines, for log files."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.flush = stream.flush
+
+    def write(self, text):
+        if text.strip():
+            self.stream.write(f"{text.strip()}\n")
+
+
+def bar(*args, disable=False, **settings):
+    """A tqdm bar of rank 0; the others show none. All bars are made here.
+
+    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends. What the user has set in
+    tqdm's variables, such as TQDM_DISABLE and TQDM_MININTERVAL, holds.
+    """
+    if disable or not is_main():
+        settings["disable"] = True
+    own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
+    if not sys.stderr.isatty():
+        own = {"mininterval": 30, "miniters": 1, "file": Lines(sys.stderr)}  # miniters=1: at least a step a line
+    own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
+    return tqdm(*args, **settings, **own)
 
 
 def initialize():

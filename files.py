@@ -84,10 +84,15 @@ def lock_directory(path, flag):
     return file
 
 
+def write_text(path, text):
+    """Write a text atomically, in UTF-8; what names of files hold that is none becomes escapes."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 def write_json(path, value):
     """Write a value as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):

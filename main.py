@@ -4,6 +4,11 @@ python main.py --train --flagfile=config/DIGITS.txt --logdir=logs/digits
 python main.py --eval  --flagfile=config/DIGITS.txt --logdir=logs/digits
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 from pathlib import Path
 
 import torch
@@ -21,7 +26,7 @@ from score.quality import Quality
 from seeding import derive_seed, generator
 from training import checkpoint, flags
 from training.batches import ShardBatches
-from training.command import pick_device, run
+from training.command import announce, pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
 from training.logdir import open_logdir
@@ -42,6 +47,7 @@ def train(data, quality, device, logdir):
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
     learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
+    announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
     # after whatever the flags can have wrong
     lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
@@ -118,10 +124,12 @@ def score(net, quality):
     return quality(generate(sampler, **flags.generation(FLAGS)))
 
 
-def evaluate(quality, device, logdir):
+def evaluate(data, quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
     state = checkpoint.load(path, device)
     net = UNet(**flags.unet(FLAGS, state, path)).to(device)
+    if not FLAGS.train:
+        announce(device, net, len(data.train.images), FLAGS.batch_size)
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
@@ -157,7 +165,7 @@ def main():
         train(data, quality, device, logdir)
     if FLAGS.eval:
         make_directory(logdir, "logdir")
-        evaluate(quality, device, logdir)
+        evaluate(data, quality, device, logdir)
 
 
 if __name__ == "__main__":

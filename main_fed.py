@@ -7,6 +7,11 @@ The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC w
 both, which is default training with a memory bank looking on.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from training import checkpoint, ensemble_state, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.batches import ShardBatches
-from training.command import pick_device, run
+from training.command import announce, pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
 from training.logdir import open_logdir
@@ -53,6 +58,8 @@ def train(data, device, logdir):
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
+    steps = sum(shard.steps_per_epoch for shard in batches)
+    announce(device, shards[0].learner.net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
     groups = shards[0].learner.net.groups
     # after whatever the flags can have wrong
     lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))

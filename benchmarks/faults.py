@@ -3,7 +3,11 @@
 python -m benchmarks.faults --minutes 30 [--json FILE]
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import contextlib
 import json
 import os
@@ -18,8 +22,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+import distributed
+import startup
 from files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +184,7 @@ def attack(script, disk, counts, chance, faults):
             counts[fault] += 1
             if not survived:
                 counts["unclear endings"] += 1
-                tqdm.write(f"{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
+                print(f"\n{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
         process = start(script, logdir)
         if process.wait() != 0:
             counts["runs that did not continue"] += 1
@@ -189,16 +194,16 @@ def attack(script, disk, counts, chance, faults):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser = startup.Parser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30, help="how long to go on")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their instants")
-    parser.add_argument("--json", help="also write the counts to this file")
+    parser.add_argument("--json", type=os.path.expanduser, help="also write the counts to this file")
     options = parser.parse_args(arguments)
     chance = random.Random(options.seed)
     endings = ("unclear endings", "set aside as .corrupt", "runs", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *endings], 0)
     limit = time.monotonic() + 60 * options.minutes
-    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, tqdm(unit="run") as bar:
+    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, distributed.bar(unit="run") as bar:
         expected = {}
         for script in SCRIPTS:
             logdir = Path(directory) / script
@@ -211,7 +216,7 @@ def main(arguments=None):
             counts["runs"] += 1
             if state is not None and (found := differences(expected[script], state)):
                 counts["runs that differ"] += 1
-                tqdm.write(f"{script} differs in {found[:5]}", file=sys.stderr)
+                print(f"\n{script} differs in {found[:5]}", file=sys.stderr)
             bar.update()
             bar.set_postfix({name: count for name, count in counts.items() if count})
     for name, count in counts.items():
@@ -222,4 +227,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -1,9 +1,10 @@
-"""What the commands of the experiments share: flags, and one line where a person has to correct something."""
+"""The flags that the commands of the experiments share."""
 
 import argparse
+import os
 import sys
 
-from errors import UserError
+import startup
 
 
 def positive(text):
@@ -15,7 +16,7 @@ def positive(text):
 
 def parser_of(name, doc):
     """A parser for `python -m experiments.<name>` with the flags that every experiment has."""
-    parser = argparse.ArgumentParser(
+    parser = startup.Parser(
         prog=f"python -m experiments.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own = "in place of the data set's own"
@@ -23,7 +24,9 @@ def parser_of(name, doc):
     parser.add_argument("--points", type=positive, help=f"about so many measurements along a training, {own}")
     parser.add_argument("--images", type=positive, help=f"images generated for every point, {own}")
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
-    parser.add_argument("--out", default="results", help="directory of everything that is written")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, default="results", help="directory of everything that is written"
+    )
     return parser
 
 
@@ -32,13 +35,3 @@ def parse(parser, arguments):
     options = parser.parse_args(arguments)
     options.command = sys.argv[1:] if arguments is None else arguments
     return options
-
-
-def report_errors(name, work):
-    """Call work(); returns the exit code, with a person's error said in one line."""
-    try:
-        work()
-    except UserError as error:
-        print(f"experiments.{name}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0

@@ -3,17 +3,20 @@
 python -m experiments.document
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
 
 from errors import DataError
-from experiments.command import report_errors
 from experiments.frontier import BASELINES, DIFFERENCES
 from experiments.runs import WEIGHTS
 from experiments.tables import SHOWN, floor_rows, matched_rows, share
-from files import atomic_write, read_json
+from files import read_json, write_text
 from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
@@ -355,10 +358,9 @@ def written(root):
 
 def write():
     for path, text in written(ROOT).items():
-        with atomic_write(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
         print(f"written: {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.exit(report_errors("document", write))
+    startup.run(write)

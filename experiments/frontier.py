@@ -6,14 +6,18 @@ Every arm is trained with every seed, and its checkpoints are measured, raw and 
 again: the same command goes on where it was stopped. The settings that experiments.tuning has chosen are arms as well.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
 from errors import UsageError
 from experiments.arms import ARMS, subject, tuned_arms
-from experiments.command import parse, parser_of, report_errors
+from experiments.command import parse, parser_of
 from experiments.detection import detection
 from experiments.matched import Point, difference, interval
 from experiments.page import write_page
@@ -197,9 +201,8 @@ def run_all(options):
 
 
 def main(arguments=None):
-    options = parse_arguments(arguments)
-    return report_errors("frontier", lambda: run_all(options))
+    run_all(parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

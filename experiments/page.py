@@ -10,7 +10,7 @@ from experiments.plot import SHOWN
 from experiments.plot import curves as frontier_curves
 from experiments.runs import WEIGHTS
 from experiments.tables import floor_rows, matched_rows
-from files import atomic_write
+from files import write_text
 from score.charts import Chart, legend
 from score.memorization import mq_curve
 from score.report import copied, curves, histogram, page, pair_figure, table
@@ -81,5 +81,4 @@ def write_page(path, name, result, last, judge):
         (f"Training images under {counted}", training_images(last[counted][0], judge)),
         ("Settings", f"<details><summary>All flags</summary>{settings}<p>{escape(result['command'])}</p></details>"),
     ]
-    with atomic_write(path) as file:
-        file.write(page(f"The memorisation frontier of {name}", sections).encode())
+    write_text(path, page(f"The memorisation frontier of {name}", sections))

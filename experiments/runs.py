@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import flags as absl_flags
-from tqdm import tqdm
 
+import distributed
 from diffusion import GaussianDiffusionSampler
 from errors import DataError
 from experiments.arms import Arm, Subject, command_line, subject
@@ -58,20 +58,22 @@ def plan(data, arms, seeds, options):
     for seed in seeds:
         for arm in arms:
             place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{arm.name} {arm.setting}".strip())
-            directory = Path(options.out) / "runs" / data / place / f"seed{seed}"
+            directory = Path(options.out).resolve() / "runs" / data / place / f"seed{seed}"
             own, steps = command_line(about, arm, seed, directory / "log")
             runs.append(Run(about, arm, seed, directory, own, steps))
     return runs
 
 
-def end_with_parent():
-    """Have the kernel end this process with SIGTERM when the one that started it has ended, killed or not.
+def end_with_parent(parent):
+    """Have the kernel end this process with SIGTERM when `parent`, which started it, has ended, killed or not.
 
     A training would go on otherwise and hold the log directory that the next start wants. Other systems than Linux
     have no such call.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def marker_of(run):
@@ -82,7 +84,7 @@ def marker_of(run):
 def is_trained(run):
     """Whether the training has been finished with these flags."""
     marker = marker_of(run)
-    return marker.exists() and marker.read_text() == "\n".join(run.flags)
+    return marker.exists() and marker.read_bytes() == os.fsencode("\n".join(run.flags))
 
 
 def train(run, deadline):
@@ -95,9 +97,8 @@ def train(run, deadline):
     with (run.directory / "train.err").open("w") as err:
         command = [sys.executable, str(ROOT / "main_fed.py"), *run.flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=err, stderr=err, preexec_fn=end_with_parent
-        ) as process:
+        end = functools.partial(end_with_parent, os.getpid())
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=err, stderr=err, preexec_fn=end) as process:
             try:
                 code = process.wait(timeout=max(1.0, deadline - time.time()))
             except subprocess.TimeoutExpired:
@@ -105,16 +106,16 @@ def train(run, deadline):
                 process.wait()
                 return False
     if code:
-        last_words = (run.directory / "train.err").read_text()[-500:]
+        last_words = (run.directory / "train.err").read_text(errors="replace")[-500:]
         raise DataError(f"{run.directory}/train.err: training failed: {last_words}")
-    marker_of(run).write_text("\n".join(run.flags))
+    marker_of(run).write_bytes(os.fsencode("\n".join(run.flags)))
     return True
 
 
 def flags_of(run):
     """The flags that a training was started with, as absl's values."""
     FLAGS.unparse_flags()
-    FLAGS([sys.argv[0], f"--flagfile={run.directory / 'log/flagfile.txt'}"])
+    flags.parse(FLAGS, [sys.argv[0], f"--flagfile={run.directory / 'log/flagfile.txt'}"])
     return FLAGS
 
 
@@ -222,14 +223,15 @@ def work_all(runs, deadline):
     judge_of(runs[0].subject)  # writes the data, if need be, before several processes want it
     missing = [run for run in runs if not is_complete(run)]
     context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,
-        tqdm(total=len(runs), initial=len(runs) - len(missing), desc=f"runs of {runs[0].subject.name}") as bar,
-    ):
-        jobs = [pool.submit(work, run, deadline) for run in missing]
+    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),))
+    done = len(runs) - len(missing)
+    with distributed.bar(total=len(runs), initial=done, desc=f"runs of {runs[0].subject.name}", unit="run") as bar:
         try:
+            # what is started here never sees Ctrl-C, and ends with this process
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            jobs = [pool.submit(work, run, deadline) for run in missing]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
-        except BaseException:  # Ctrl-C too: what has not begun must not begin
+        finally:  # what has not begun must not begin
             pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -5,14 +5,18 @@ python -m experiments.tuning --data=digits64 --seed=11 --steps=2800
 Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
 """
 
-import sys
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
 from errors import DataError
 from experiments.arms import TRIALS
-from experiments.command import parse, parser_of, report_errors
+from experiments.command import parse, parser_of
 from experiments.frontier import DIFFERENCES, paths_of
 from experiments.matched import mean_at_quality, share_below
 from experiments.runs import WEIGHTS, is_complete, judge_of, plan, read_points, work_all
@@ -87,9 +91,8 @@ def main(arguments=None):
     parser.add_argument("--data", default="digits64", help="data set with its size")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
     parser.set_defaults(steps=2800, points=6)  # enough for the quality at which they are judged
-    options = parse(parser, arguments)
-    return report_errors("tuning", lambda: tune(options))
+    tune(parse(parser, arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

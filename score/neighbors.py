@@ -21,7 +21,6 @@ plus 2 eps. Whatever is within that is kept and measured directly, as the sum of
 import time
 
 import torch
-from tqdm import tqdm
 
 import distributed
 
@@ -61,7 +60,7 @@ def nearest_neighbors(generated, training, k=50, batch_generated=2048, batch_tra
     multiply = _fastest_product(training)
     found = []
     show = progress and distributed.is_main()
-    with tqdm(total=len(generated), desc="nearest neighbours", unit="image", disable=not show) as bar:
+    with distributed.bar(total=len(generated), desc="nearest neighbours", unit="image", disable=not show) as bar:
         for batch in generated.split(batch_generated):
             found.append(search(batch, training, k, max(batch_training, k), multiply))
             bar.update(len(batch))

@@ -3,9 +3,13 @@
 python -m score.stats --dataset=cifar10 --data_root=data --output=stats/cifar10.train.npz
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import itertools
-import sys
+import os
 import warnings
 from pathlib import Path
 
@@ -14,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+import startup
 from dataset import DATASETS, fingerprint, load_dataset
-from errors import DataError, UsageError, UserError
+from errors import DataError, UsageError
 from files import atomic_write
 from score.inception import FEATURES, Inception, find_weights
 from score.samples import npz_headers, read_npz
@@ -188,29 +193,25 @@ def _check_provenance(path, dimension, found, expected):
         warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as every other error of a user: in one line."""
-
-    def error(self, message):
-        raise UsageError(message)
-
-
 def parse_arguments(arguments):
     """The command line of `python -m score.stats`. Raises UsageError."""
-    parser = _Parser(prog="python -m score.stats", description="Write mean and covariance of a data set to an .npz.")
+    parser = startup.Parser(
+        prog="python -m score.stats", description="Write mean and covariance of a data set to an .npz."
+    )
     parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--data_root", default="./data", help="directory of the data sets (default: %(default)s)")
+    path = {"type": os.path.expanduser}
+    parser.add_argument("--data_root", **path, default="./data", help="directory of the data sets (%(default)s)")
     parser.add_argument("--img_size", type=int, default=32, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--num_train", type=int, default=0, help="size of the training subset, 0 for all images")
     parser.add_argument("--subset_seed", type=int, default=0, help="seed of the training subset (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "heldout"), default="train", help="default: %(default)s")
     parser.add_argument("--features", choices=tuple(DIMENSIONS), default="inception", help="default: %(default)s")
-    parser.add_argument("--inception_weights", help="a file like pytorch-fid's (default: found or downloaded)")
+    parser.add_argument("--inception_weights", **path, help="a file like pytorch-fid's (default: found or downloaded)")
     parser.add_argument(
         "--device", default="auto", help="auto is cuda if there is one, else cpu (default: %(default)s)"
     )
     parser.add_argument("--batch_size", type=int, default=50, help="images a step of Inception (default: %(default)s)")
-    parser.add_argument("--output", required=True, help="the .npz to write")
+    parser.add_argument("--output", **path, required=True, help="the .npz to write")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UsageError(f"--batch_size={options.batch_size}: must be at least 1")
@@ -246,14 +247,9 @@ def write_statistics(options):
 
 
 def main(arguments=None):
-    """Runs the command; returns its exit code."""
-    try:
-        write_statistics(parse_arguments(arguments))
-    except UserError as error:
-        print(f"score.stats: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """Runs the command. Raises UserError."""
+    write_statistics(parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

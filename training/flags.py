@@ -3,6 +3,12 @@
 All scripts accept all flags, so that they share flagfiles; a help text says so where a flag belongs to one script.
 """
 
+import codecs
+import itertools
+import json
+import os
+from pathlib import Path
+
 from absl import flags
 
 import distributed
@@ -14,6 +20,18 @@ from training.learner import PRECISIONS
 from training.shards import SPLITS
 
 STAGES = ("generate", "score", "memorise", "grid", "report")
+
+
+class PathParser(flags.ArgumentParser):
+    """A path, with ~ and ~user for a home directory."""
+
+    def parse(self, argument):
+        return os.path.expanduser(argument)  # noqa: PTH111 - an unknown user's ~ stays, as in a shell
+
+
+def DEFINE_path(name, default, help):  # noqa: N802 - as absl's
+    flags.DEFINE(PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
+
 
 # what to do
 flags.DEFINE_bool("train", False, "train (main, main_fed)")
@@ -52,7 +70,7 @@ flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 
 
 # data
 flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits needs no files")
-flags.DEFINE_string("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
+DEFINE_path("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
 flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
@@ -89,14 +107,14 @@ flags.DEFINE_enum("anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memori
 flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
-flags.DEFINE_string("check_dir", None, "main_fed: checkpoint file that all shards start from")
+DEFINE_path("check_dir", None, "main_fed: checkpoint file that all shards start from")
 flags.DEFINE_enum(
     "shard_state", "device", ("device", "cpu"), "main_fed: where weights and Adam's state of shards that wait are kept"
 )
 flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
 
 # logs and checkpoints
-flags.DEFINE_string("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
+DEFINE_path("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
 flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in --logdir, which must have none")
 flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
 flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
@@ -115,15 +133,13 @@ flags.DEFINE_integer("eval_step", 0, "main: steps between two evaluations during
 
 # evaluation
 flags.DEFINE_integer("num_images", 65_536, "images to generate", lower_bound=2)
-flags.DEFINE_string(
-    "unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)"
-)
+DEFINE_path("unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)")
 flags.DEFINE_bool("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones")
 flags.DEFINE_bool("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file")
-flags.DEFINE_string("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
-flags.DEFINE_string("generate_dir", "./results/generate", "all_in: directory of generate.npy")
-flags.DEFINE_string("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
-flags.DEFINE_string("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
+DEFINE_path("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
+DEFINE_path("generate_dir", "./results/generate", "all_in: directory of generate.npy")
+DEFINE_path("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
+DEFINE_path("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
 flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
@@ -134,9 +150,9 @@ flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images t
 flags.DEFINE_bool(
     "holdout", None, "all_in: also measure held-out real images, the floor of MQ; default: where the data set has them"
 )
-flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
+DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
-flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
+DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
 # what a continued run must not change: it would not end as the run that was started
 RESULT_FLAGS = (
@@ -157,6 +173,69 @@ for _name in ("dropout", "label_dropout", "ema_decay"):
 flags.register_validator(
     "stages", lambda stages: set(stages) <= set(STAGES), message=f"must be some of {','.join(STAGES)}"
 )
+
+
+def parse(values, argv):
+    """Parse a command line, its program first, into absl's `values`; returns what is no flag.
+
+    --flagfile is read here. What comes later wins, as a whole where a flag is given several times: its values in one
+    flagfile, or on the command line, replace those of an earlier one.
+
+    Raises:
+        UsageError, flags.Error: what cannot be parsed.
+    """
+    found = list(split(argv[1:], values))
+    last = {name: source for source, name, _ in found}
+    kept = [words for source, name, words in found if not is_multi(values, name) or source == last[name]]
+    return values([argv[0], *itertools.chain(*kept)])[1:]
+
+
+def is_multi(values, name):
+    return name in values and isinstance(values[name], flags.MultiFlag)
+
+
+def split(words, values, opened=()):
+    """(source, name of the flag, its words) of every flag in words, those of flagfiles in their place.
+
+    source: an object for each file and for the command line; opened: the flagfiles that the words come from.
+    """
+    source, words = object(), iter(words)
+    for word in words:
+        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
+        if word == "--":
+            yield source, name, [word, *words]
+        elif not word.startswith("-"):
+            yield source, "", [word]
+        elif name == "flagfile":
+            path = Path(PathParser().parse(value if equals else next(words, "")))
+            if path.resolve() in opened:
+                raise UsageError(f"--flagfile={path}: it includes itself: remove that line from {opened[-1]}")
+            yield from split(read_flagfile(path), values, (*opened, path.resolve()))
+        elif not equals and name in values and not values[name].boolean:
+            yield source, name, [word, *itertools.islice(words, 1)]
+        else:
+            yield source, name, [word]
+
+
+def read_flagfile(path):
+    """The lines of a flagfile without blank ones and comments. UTF-8, or UTF-16 with a byte order mark.
+
+    Bytes that are no UTF-8 are kept, for names of files. A line in double quotes is JSON: see `as_flagfile`.
+    """
+    try:
+        data = path.read_bytes()
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16") if is_utf16 else data.decode("utf-8-sig", "surrogateescape")
+        lines = [line.strip(" \t\f\v") for line in text.replace("\r", "\n").split("\n")]
+        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+        lines = [json.loads(line) if line.startswith('"') else line for line in lines]
+        if any("\0" in line for line in lines):
+            raise ValueError("it holds zero bytes")
+    except OSError as error:
+        raise UsageError(f"--flagfile={path}: cannot be read ({error.strerror}): name a text file of flags") from error
+    except ValueError as error:
+        raise UsageError(f"--flagfile={path}: not a text file ({error}): write a flag a line, in UTF-8") from error
+    return lines
 
 
 def check(values):
@@ -361,7 +440,13 @@ def as_dict(values):
 
 
 def as_flagfile(values):
-    """The same as the text of a file for `--flagfile`, without what is meant for one command only."""
+    """The same as the text of a file for `--flagfile`, without what is meant for one command only.
+
+    A line that `read_flagfile` would change, as for a directory whose name ends in a space, is in JSON.
+    """
     once = ("fresh", "overwrite", "allow_change")
-    lines = (flag.serialize() for flag in values.get_key_flags_for_module(__name__) if flag.name not in once)
-    return "".join(f"{line}\n" for line in lines if line)
+    lines = []
+    for flag in values.get_key_flags_for_module(__name__):
+        if flag.name not in once and (text := flag.serialize()):
+            lines += text.split("\n") if is_multi(values, flag.name) else [text]
+    return "".join(f"{line if line.isprintable() and line == line.strip() else json.dumps(line)}\n" for line in lines)

@@ -104,7 +104,7 @@ def open_logdir(path, settings, flagfile, subset, *, fresh=False, overwrite=Fals
     if fresh:
         start_over(path, overwrite)
     check_changes(path / "run.json", settings, allow_change)
-    (path / "flagfile.txt").write_text(flagfile)
+    (path / "flagfile.txt").write_text(flagfile, encoding="utf-8")
     np.save(path / "subset.npy", subset.numpy())
     distributed.from_main(str(os.getpid()))
     return held

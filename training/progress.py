@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 import distributed
 from errors import DataError
@@ -69,7 +68,7 @@ class Progress:
         self.main = distributed.is_main()
         processes = distributed.world_size()
         desc = f"process 1 of {processes}" if processes > 1 else None
-        self.bar = tqdm(total=total, initial=done, desc=desc, dynamic_ncols=True, unit="step", disable=not self.main)
+        self.bar = distributed.bar(total=total, initial=done, desc=desc, unit="step")
         if self.main:
             # an unbounded queue: after a full disk its thread is dead and would never make room
             self.writer = SummaryWriter(str(self.logdir), max_queue=0)
@@ -118,7 +117,8 @@ class Progress:
             meter.lines.append(line)
         skip = ("step", "bad_steps") if not line["bad_steps"] else ("step",)
         shown = {name: value for name, value in line.items() if value is not None and name not in skip}
-        self.bar.set_postfix({k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()})
+        postfix = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()}
+        self.bar.set_postfix(postfix, refresh=False)
         self.write(line)
         try:
             meter.check(line, self.last_save)
