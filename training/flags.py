@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from absl import flags
 
 import distributed
@@ -17,7 +18,7 @@ from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
-from training.shards import SPLITS
+from training.shards import SPLITS, default_split
 
 STAGES = ("generate", "score", "memorise", "grid", "report")
 
@@ -119,7 +120,7 @@ flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in -
 flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
 flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
 flags.DEFINE_integer(
-    "keep", 2, "newest checkpoints kept besides those of --save_step (main) and --save_round (main_fed)", lower_bound=1
+    "keep", 2, "newest files kept with all that a run continues from (main; main_fed: per shard)", lower_bound=1
 )
 flags.DEFINE_integer(
     "max_bad_steps", 20, "stop after so many steps in a row without a finite loss and gradient", lower_bound=1
@@ -154,14 +155,18 @@ DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; d
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
-# what a continued run must not change: it would not end as the run that was started
+# what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
+# where what it has saved depends on it
+FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "T", "img_size")
 RESULT_FLAGS = (
-    "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels", "label_dropout",
-    "beta_1", "beta_T", "T", "mean_type", "dataset", "img_size", "num_train", "subset_seed", "hflip",
-    "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed", "shift",
+    *FIXED_FLAGS, "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
+    "hflip", "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
 )  # fmt: skip
-ENSEMBLE_RESULT_FLAGS = (
-    "client_num", "split", "local_epoch", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "check_dir",
+FIXED_ENSEMBLE_FLAGS = (
+    "client_num", "split", "local_epoch", "batch_size", "seed", "dataset", "num_train", "subset_seed", "check_dir",
+)  # fmt: skip
+ENSEMBLE_FLAGS = (
+    "client_num", "split", "local_epoch", "check_dir", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay",
 )  # fmt: skip
 
 for _name in ("lr", "grad_clip", "mem_ratio"):
@@ -414,18 +419,26 @@ def quality(values):
 
 
 def logdir(values, script, data, groups):
-    """Keyword arguments of `training.logdir.open_logdir`, the path aside.
+    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside.
 
     Args:
         script: main or main_fed.
         data: the `dataset.Dataset` trained on.
         groups: of the UNet's GroupNorms.
     """
-    names = RESULT_FLAGS + (ENSEMBLE_RESULT_FLAGS if script == "main_fed" else ())
-    settings = {name: values[name].value for name in names}
-    content = {"script": script, "norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
+    settings = {name: values[name].value for name in RESULT_FLAGS}
+    settings |= {"script": script, "norm_groups": groups}
+    settings["training images (sha256)"] = fingerprint(data.train.images)
+    fixed = {"script", "norm_groups", *FIXED_FLAGS}
+    if script == "main_fed":
+        settings |= {name: values[name].value for name in ENSEMBLE_FLAGS}
+        settings["split"] = values.split or default_split(values.dataset)
+        fixed |= {*FIXED_ENSEMBLE_FLAGS, "training images (sha256)", "classes (sha256)"}
+    if script == "main_fed" or values.use_labels:
+        settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
     return {
-        "settings": {**settings, **content},
+        "settings": settings,
+        "fixed": fixed,
         "flagfile": as_flagfile(values),
         "subset": data.subset,
         "fresh": values.fresh,
