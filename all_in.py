@@ -36,7 +36,6 @@ from score.samples import load_samples, save_pngs
 from score.unfinished import GeneratedImages
 from training import checkpoint, flags
 from training.command import announce, pick_device, run
-from training.learner import wrap_network
 
 FLAGS = absl_flags.FLAGS
 
@@ -104,7 +103,7 @@ def generate_images(net, path, device):
     if done:
         print(f"{FLAGS.generate_dir}: {done} of {FLAGS.num_images} images are there already")
     if not complete:
-        network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
+        network = torch.compile(net) if FLAGS.compile else net
         sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
         batches = generate_batches(sampler, **settings, first=done)
         if distributed.is_main():
@@ -143,13 +142,13 @@ def memorise(images, training, holdout, identity, device):
 
     The same figures of held-out real images, if there are any, are the floor.
     """
-    training_on_device = training.to(device)
-    result = measures(*neighbors(images, training_on_device, "memorization", identity, device), training_on_device)
+    training = training.to(flags.data_device(FLAGS, device))
+    result = measures(*neighbors(images, training, "memorization", identity, device), training)
     if holdout is not None:
         of_holdout = {**identity, "images_sha256": fingerprint(holdout)}
-        found = neighbors(holdout, training_on_device, "holdout", of_holdout, device)
+        found = neighbors(holdout, training, "holdout", of_holdout, device)
         floor = {"N": len(holdout), "images_sha256": of_holdout["images_sha256"]}
-        floor |= measures(*found, training_on_device)
+        floor |= measures(*found, training)
         result |= {"holdout": floor, "mq_above_floor": above_floor(result, floor)}
     return result
 
@@ -159,7 +158,7 @@ def neighbors(images, training, name, identity, device):
     found = distributed.from_main(known_neighbors(name, identity) if distributed.is_main() else None)
     if not found:
         blocks = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B}
-        found = neighbors_by_all(images, training, **blocks, progress=True)
+        found = neighbors_by_all(images, training, **blocks, device=device, progress=True)
         if distributed.is_main():
             save_neighbors(name, *found, identity)
     return tuple(array.to(device) for array in found)
@@ -260,7 +259,7 @@ def main():
     stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
     if not stages:
         raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
     net = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# a process waits for the others as long as a round of a shard takes; torchrun sees a dead one, no clock has to
-TIMEOUT = timedelta(days=7)
+# processes wait for each other's shards, so for a round; torchrun sees a dead one, no clock has to
+LONGEST_ROUND = timedelta(days=7)
+# GPUs exchange tensors right after such a wait, or in every step: what holds one of them up meanwhile is a sample grid,
+# a save or torch.compile. NCCL ends a process that waits longer, which would else keep its GPU busy for nothing.
+GPU_TIMEOUT = timedelta(minutes=30)
+gpus = None  # the group for tensors on GPUs
 
 
 def rank():
@@ -75,13 +80,20 @@ def bar(*args, disable=False, **settings):
 
 
 def initialize():
-    """Meet the other processes: NCCL for tensors on GPUs, gloo for those on the CPU."""
-    if world_size() == 1:
+    """Meet the other processes: gloo for tensors on the CPU and for waiting, NCCL for those on GPUs."""
+    global gpus
+    if not dist.is_torchelastic_launched():
         return
-    store, *place = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, *place = next(dist.rendezvous("env://", timeout=LONGEST_ROUND))
     store = dist.PrefixStore(name_of_start(store, *place), store)
-    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backends, store=store, rank=place[0], world_size=place[1], timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=place[0], world_size=place[1], timeout=LONGEST_ROUND)
+    if torch.cuda.is_available():
+        gpus = dist.new_group(backend="nccl", timeout=GPU_TIMEOUT)
+
+
+def group_of(device):
+    """The processes as they exchange tensors of a device."""
+    return gpus if device.type == "cuda" else dist.group.WORLD
 
 
 def name_of_start(store, rank, world_size):
@@ -126,15 +138,24 @@ def barrier():
 def total(tensor):
     """The sum of the processes' tensors of one shape, in place and returned."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group_of(tensor.device))
     return tensor
 
 
 def largest(tensor):
     """The element-wise maximum of the processes' tensors of one shape, in place and returned."""
     if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group_of(tensor.device))
     return tensor
+
+
+def average_gradients(network):
+    """The network, its gradient the mean over all processes. Its buffers are constants, which need no exchange."""
+    if world_size() == 1:
+        return network
+    group = group_of(next(network.parameters()).device)
+    settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(network, process_group=group, **settings)
 
 
 def mean(tensor):

@@ -36,10 +36,10 @@ WARMUP = 5000  # steps
 
 
 def train(data, quality, device, logdir):
-    images = data.train.images.to(device)
-    labels = data.train.labels.to(device) if FLAGS.use_labels else None
+    images = data.train.images.to(flags.data_device(FLAGS, device))
+    labels = data.train.labels if FLAGS.use_labels else None
     whole, part = torch.arange(len(images)), distributed.share(FLAGS.batch_size)
-    batches = ShardBatches(images, labels, whole, **flags.batches(FLAGS), hflip=data.hflip, part=part)
+    batches = ShardBatches(images, labels, whole, device, **flags.batches(FLAGS), hflip=data.hflip, part=part)
 
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
@@ -131,7 +131,7 @@ def main():
     if not (FLAGS.train or FLAGS.eval):
         raise UsageError("nothing to do: add --train and/or --eval")
     logdir = Path(FLAGS.logdir or "logs/default")
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     if FLAGS.train and FLAGS.batch_size % distributed.world_size():
         raise UsageError(
             f"--batch_size={FLAGS.batch_size} is of all processes together: it must be a multiple of the "

@@ -50,7 +50,7 @@ class Shard:
 
 
 def train(data, device, logdir):
-    images = data.train.images.to(device)
+    images = data.train.images.to(flags.data_device(FLAGS, device))
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
@@ -138,11 +138,11 @@ def train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir):
 
 def make_batches(data, images, device):
     """The batches of all K shards."""
-    labels = data.train.labels.to(device) if FLAGS.use_labels else None
+    labels = data.train.labels if FLAGS.use_labels else None
     split = FLAGS.split or default_split(FLAGS.dataset)
     indices = make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed)
     settings = {**flags.batches(FLAGS), "hflip": data.hflip}
-    return [ShardBatches(images, labels, index, **settings, shard=k) for k, index in enumerate(indices)]
+    return [ShardBatches(images, labels, index, device, **settings, shard=k) for k, index in enumerate(indices)]
 
 
 def make_shards_of_this_process(batches, device):
@@ -188,7 +188,7 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (all_in.py evaluates)")
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)

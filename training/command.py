@@ -28,6 +28,8 @@ def run(main):
 def launch(main):
     if not distributed.is_main():
         distributed.be_silent()
+    if flags.FLAGS.parallel and distributed.is_main():
+        print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
     distributed.initialize()
     try:
         main()
@@ -75,18 +77,25 @@ def announce(device, net, images, batch_size, **more):
     print(", ".join(said))
 
 
-def pick_device(name):
-    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank."""
+def pick_device(name, precision="fp32"):
+    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
+
+    It is also set up here: float32 products of a GPU are rounded to TF32 with `--precision=tf32` only (torch's default
+    is to do so in convolutions), and cuDNN tries its algorithms for every new shape, of which a run has few.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and distributed.world_size() > 1:
-            device = torch.device("cuda", gpu_of_this_process(device))
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            number = gpu_of_this_process(device) if distributed.world_size() > 1 else device.index or 0
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)  # so that nothing takes memory of another
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
     return device
 
 

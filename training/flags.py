@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from absl import flags
 
-import distributed
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
@@ -93,10 +92,22 @@ flags.DEFINE_integer(
     "batch_size", 128, "images per step, of all processes in main; also per call when generating", lower_bound=1
 )
 flags.DEFINE_float("ema_decay", 0.9999, "decay of the EMA weights, in [0, 1)", lower_bound=0.0)
-flags.DEFINE_enum("precision", "fp32", PRECISIONS, "fp32, bf16 (autocast) or fp16 (autocast and a loss scaler)")
+flags.DEFINE_enum(
+    "precision",
+    "fp32",
+    PRECISIONS,
+    "of a network's products: fp32; tf32, which a GPU takes for float32 with 10 bits; bf16 (autocast); fp16 (autocast and "
+    "a loss scaler)",
+)
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
-flags.DEFINE_bool("parallel", False, "use every visible GPU of this process; torchrun has a process per GPU instead")
+flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
+flags.DEFINE_enum(
+    "data_device",
+    "device",
+    ("device", "cpu"),
+    "where the training images are kept; cpu: for data sets that are larger than the GPU's memory",
+)
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
 # what main_fed adds: iterative ensemble training and anti-gradient control
@@ -261,8 +272,6 @@ def check(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
-    if values.parallel and distributed.world_size() > 1:
-        raise UsageError("--parallel is for one process: torchrun has started several, leave it out")
     if values.overwrite and not values.fresh:
         raise UsageError("--overwrite does nothing without --fresh: add it, or leave both out to continue the run")
     for name in ("label_dropout", "guidance", "legacy_labels"):
@@ -324,6 +333,11 @@ def norm_groups(values, checkpoint=None, path=None):
         of = "" if path is None else f" of {path}"
         raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
     return groups
+
+
+def data_device(values, device):
+    """Where the training images are kept, `device` being where they are trained on."""
+    return "cpu" if values.data_device == "cpu" else device
 
 
 def unet(values, checkpoint=None, path=None):
@@ -393,7 +407,6 @@ def learner(values, warmup):
         "ema_decay": values.ema_decay,
         "precision": values.precision,
         "compile": values.compile,
-        "parallel": values.parallel,
     }
 
 
@@ -405,7 +418,7 @@ def generation(values):
         "seed": values.seed,
         "num_labels": values.num_labels if values.use_labels else None,
         "legacy_labels": values.legacy_labels,
-        "precision": PRECISIONS[values.precision],
+        "dtype": PRECISIONS[values.precision],
     }
 
 
