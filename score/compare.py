@@ -120,17 +120,30 @@ def compare_page(groups, summaries):
     sections = [
         ("Scores", table(["run", *columns], cells) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
         ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
-        ("Settings that differ", table(["flag", *groups], differing_flags(groups))),
+        ("Settings that differ", differing_settings(groups)),
     ]
     return page("Runs compared", sections)
 
 
-def differing_flags(groups):
-    """Rows [flag, value of each label's first run ...] of the flags that are not the same in all of them."""
-    flags = {label: results[0][1].get("flags", {}) for label, results in groups.items()}
-    names = sorted({name for values in flags.values() for name in values})
-    rows = [[name, *(values.get(name) for values in flags.values())] for name in names]
-    return [row for row in rows if any(value != row[1] for value in row[2:])]
+def settings_of(result):
+    """{name: value} of what made a result's images: how the network was trained, and how it was sampled.
+
+    Less is known of other programs' checkpoints, and nothing of images made elsewhere.
+    """
+    checkpoint = Path(result["checkpoint"]).name if result["checkpoint"] else None
+    sampling = {f"sampling: {k}": v for k, v in (result.get("origin") or {}).items() if k != "checkpoint_sha256"}
+    return {"checkpoint": checkpoint, **(result.get("training") or {}), **sampling}
+
+
+def differing_settings(groups):
+    """A table of the settings that differ between labels, the values of a label's repeats side by side."""
+    settings = {label: [settings_of(result) for _, result in results] for label, results in groups.items()}
+    rows = []
+    for name in dict.fromkeys(name for of_label in settings.values() for values in of_label for name in values):
+        cells = [dict.fromkeys(str(v[name]) for v in of_label if name in v) for of_label in settings.values()]
+        if any(set(cell) != set(known) for known in filter(None, cells) for cell in filter(None, cells)):
+            rows.append([name, *(" / ".join(cell) or "unknown" for cell in cells)])
+    return table(["setting", *groups], rows) if rows else "<p>None that are known.</p>"
 
 
 def main(arguments=None):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import distributed
-from dataset import list_images, read_images, scan
+from dataset import list_images, read_images
 from errors import DataError
 from files import atomic_write
 from safe_files import check_memory, one_line
@@ -46,20 +46,26 @@ def save_pngs(folder, images):
     """
     check_images(images)
     folder = Path(folder)
-    digits = max(5, len(str(len(images) - 1)))
-    names = [f"{i:0{digits}d}.png" for i in range(len(images))]
+    names = png_names(folder, len(images))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted({Path(path).name for path in scan(folder)[0]}.difference(names))
-        if others:
-            raise DataError(
-                f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one"
-            )
         bar = distributed.bar(names, desc="save PNG", unit="image")
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.cpu().numpy()).save(folder / name)
     except OSError as error:
         raise DataError(f"{folder}: can't be written ({error.strerror or error}); check it and its space") from None
+
+
+def png_names(folder, number):
+    """The names of so many images in a folder. Raises DataError if it holds other .png files."""
+    digits = max(5, len(str(number - 1)))
+    names = [f"{i:0{digits}d}.png" for i in range(number)]
+    folder = Path(folder)
+    found = scan(folder)[0] if folder.is_dir() else []
+    others = sorted({Path(path).name for path in found}.difference(names))
+    if others:
+        raise DataError(f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one")
+    return names
 
 
 def load_samples(path, img_size=None):

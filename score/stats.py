@@ -1,6 +1,6 @@
 """Mean and covariance of features, the reference statistics of FID and fpd, and a command that writes them:
 
-python -m score.stats --dataset=cifar10 --data_root=data --output=stats/cifar10.train.npz
+python -m score.stats --dataset=cifar10 --data_root=data --output=results/cifar10.train.npz
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -10,7 +10,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import itertools
 import os
+import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,14 @@ import distributed
 import startup
 from dataset import DATASETS, fingerprint, load_dataset
 from errors import DataError, UsageError
-from files import atomic_write
+from files import atomic_write, make_directory
 from score.inception import FEATURES, Inception, find_weights
 from score.samples import npz_headers, read_npz
 
 POOLED_SIZE = 8
 DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
 PIXEL_BATCH = 1024
+CACHE = Path("results/stats")
 
 
 class Statistics:
@@ -159,20 +162,39 @@ def compute_statistics(images, features, inception=None, batch_size=50):
 
 
 def reference_statistics(images, features, cache_path=None, inception=None, batch_size=50):
-    """As `compute_statistics`, but read from `cache_path` if that file exists, else kept there (unless it is None).
+    """As `compute_statistics`, but read from a file if it exists, else kept there.
 
-    Raises DataError if the file was made from other images, other features or other weights. A file that does not say
-    what it was made from, as the published ones, is taken at its word, with a warning.
+    cache_path: what a person has named. Raises DataError if that cannot be read, was made from other images, features
+    or weights, or could not be written, which shows before the work. A file that does not say what it was made from, as
+    the published ones, is taken at its word, with a warning.
+    None: in ./results/stats, named by what it is made from. A warning says so if that cannot be read or written.
     """
-    if cache_path is None:
-        return compute_statistics(images, features, inception, batch_size)
     provenance = provenance_of(images, features, inception)
-    if distributed.from_main(Path(cache_path).exists()):
-        return distributed.from_main(_known_statistics(cache_path, provenance) if distributed.is_main() else None)
-    mu, sigma = compute_statistics(images, features, inception, batch_size)
+    path = Path(cache_path or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
+    statistics = None
     if distributed.is_main():
-        save_statistics(cache_path, mu, sigma, **provenance)
-    return mu, sigma
+        with _only_a_warning(unless=cache_path):
+            if os.access(path, os.F_OK):  # False also where a directory may not be read
+                statistics = _known_statistics(path, provenance)
+            elif cache_path:
+                make_directory(path.parent, "fid_cache")
+    statistics = distributed.from_main(statistics)
+    if statistics is None:
+        statistics = compute_statistics(images, features, inception, batch_size)
+        if distributed.is_main():
+            with _only_a_warning(unless=cache_path):
+                save_statistics(path, *statistics, **provenance)
+    return statistics
+
+
+@contextmanager
+def _only_a_warning(unless):
+    try:
+        yield
+    except DataError as error:
+        if unless:
+            raise
+        print(f"warning: {error}; going on without it", file=sys.stderr)
 
 
 def _known_statistics(path, provenance):
@@ -228,6 +250,7 @@ def parse_arguments(arguments):
 
 def write_statistics(options):
     """Computes and writes what the parsed `options` say. Raises UserError."""
+    make_directory(Path(options.output).parent, "output")
     inception = None
     if options.features == "inception":
         inception = Inception(find_weights(options.inception_weights), options.device)

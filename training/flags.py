@@ -96,8 +96,8 @@ flags.DEFINE_enum(
     "precision",
     "fp32",
     PRECISIONS,
-    "of a network's products: fp32; tf32, which a GPU takes for float32 with 10 bits; bf16 (autocast); fp16 (autocast and "
-    "a loss scaler)",
+    "of a network's products: fp32; tf32, which a GPU takes for float32 with 10 bits; bf16 (autocast); fp16 (autocast "
+    "and a loss scaler)",
 )
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
 flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")
@@ -162,7 +162,7 @@ flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images t
 flags.DEFINE_bool(
     "holdout", None, "all_in: also measure held-out real images, the floor of MQ; default: where the data set has them"
 )
-DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
+DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
@@ -179,6 +179,17 @@ FIXED_ENSEMBLE_FLAGS = (
 ENSEMBLE_FLAGS = (
     "client_num", "split", "local_epoch", "check_dir", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay",
 )  # fmt: skip
+
+# which of the flags a stage of all_in.py depends on, besides the data's
+STAGE_FLAGS = {
+    "generate": (
+        "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
+        "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "sample_steps", "eta", "guidance",
+        "precision", "compile", "batch_size", "seed", "num_images", "unet_dir", "use_ema", "generate_dir",
+    ),
+    "score": ("fid_features", "fid_reference", "fid_cache", "inception_weights"),
+    "memorise": ("holdout", "batch_A", "batch_B", "similar_dir"),
+}  # fmt: skip
 
 for _name in ("lr", "grad_clip", "mem_ratio"):
     flags.register_validator(_name, lambda value: value > 0, message="must be > 0")
