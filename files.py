@@ -35,13 +35,7 @@ def atomic_write(path):
         # after the rename there is none; where it cannot be removed, what is wrong has been reported already
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    # what is there by now is whole, also where a file system cannot open or sync directories
-    with contextlib.suppress(OSError):
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -59,6 +53,16 @@ def sync(file):
     file.flush()
     with where_supported():
         os.fsync(file.fileno())
+
+
+def sync_directory(path):
+    """Make a rename in a directory durable, where the file system can open and sync directories."""
+    with contextlib.suppress(OSError):
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def remove(path):

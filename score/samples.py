@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import distributed
-from dataset import list_images, read_images
+from dataset import list_images, read_images, scan
 from errors import DataError
 from files import atomic_write
 from safe_files import check_memory, one_line

@@ -1,6 +1,5 @@
 """Generated images on their way to a file: kept batch by batch, so that a killed generation goes on where it was."""
 
-import os
 import secrets
 import shutil
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from errors import DataError
-from files import file_hash, read_json, sync_directory, write_json
+from files import file_hash, read_json, sync, sync_directory, write_json
 from safe_files import one_line
 from score.samples import check_memory
 
@@ -133,8 +132,7 @@ class GeneratedImages:
             )
 
     def _save_part(self, file, part):
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
         write_json(self.directory / PART_RECORD, self.record(part))
 
 
