@@ -117,7 +117,7 @@ def test_another_format_is_refused(finished, tmp_path):
     assert contents(tmp_path / "log") == files
 
 
-REFUSED = [
+REFUSED = [  # before begin()
     ("main.py", "--lr=2e-3", "--lr=0.002: the run in {} was started with 0.001"),
     ("main.py", "--warmup=3", "--warmup=3: the run in {} was started with 0"),
     ("main.py", "--num_train=40", "--num_train=40: the run in {} was started with 48"),
