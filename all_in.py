@@ -73,8 +73,8 @@ def hashes(images, training):
 def load_network(device):
     """The network of the checkpoint that the flags name, its file, and which of its weights are used."""
     path = checkpoint.find(FLAGS.unet_dir)
-    net = UNet(**flags.unet(FLAGS)).to(device)
     state = checkpoint.load(path, device)
+    net = UNet(**flags.unet(FLAGS, state, path)).to(device)
     checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
     return net, path
 

@@ -39,7 +39,7 @@ def train(data, quality, device, logdir):
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
     learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data))  # after whatever else can be wrong
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     earlier = resume(learner, directory)
 
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
@@ -109,7 +109,7 @@ def score(net, quality):
 def evaluate(quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
     state = checkpoint.load(path, device)
-    net = UNet(**flags.unet(FLAGS)).to(device)
+    net = UNet(**flags.unet(FLAGS, state, path)).to(device)
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)

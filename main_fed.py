@@ -49,7 +49,8 @@ def train(data, device, logdir):
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data))  # after whatever else is wrong
+    groups = shards[0].learner.net.groups
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
     rounds_done, earlier = resume(shards, schedule, skip_counts, directory)
     total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
@@ -72,10 +73,11 @@ def train(data, device, logdir):
                 if FLAGS.sample_step:
                     with shards[0].learner.on_device():
                         logger.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
-                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
                 logger.flush()
+                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
+                state |= {"norm_groups": groups, "round": r, "seconds": logger.seconds}
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
-                checkpoint.save_average(logdir, {**state, "round": r, "seconds": logger.seconds}, publish, FLAGS.keep)
+                checkpoint.save_average(logdir, state, publish, FLAGS.keep)
         logger.finish(sum(schedule.steps) * FLAGS.total_round)
     directory.close()
 
@@ -142,7 +144,7 @@ def make_shards_of_this_process(batches, device):
     shards = []
     for number in range(distributed.rank(), len(batches), distributed.world_size()):
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-        net = UNet(**flags.unet(FLAGS)).to(device)
+        net = UNet(**flags.unet(FLAGS, start, FLAGS.check_dir)).to(device)
         settings = flags.learner(FLAGS, WARMUP * batches[number].steps_per_epoch)
         learner = Learner(net, **settings, offload=FLAGS.shard_state == "cpu")
         if start:

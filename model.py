@@ -4,12 +4,11 @@ It knows nothing of diffusion: it maps an image, a timestep and an optional clas
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-GROUPS = 32  # of every GroupNorm; channel counts must be multiples of it
 
 
 def sinusoidal_table(T, dim):
@@ -55,79 +54,47 @@ class DownSample(nn.Module):
 
 
 class UpSample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution, (B, C, H, W) -> (B, C, 2H, 2W), with 4/9 of its products.
-
-    An input pixel j is seen by the output pixels o of its two copies 2j and 2j + 1 through w[2j - o + 1] and
-    w[2j + 1 - o + 1]. With o = 2j - 1 + k these are w[2 - k] and w[3 - k], so in each direction the two operations are
-    one transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
-    """
-
     def __init__(self, ch):
         super().__init__()
         self.main = conv(ch, ch, 3)
-        sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        self.register_buffer("kernel_sums", torch.kron(sums, sums).T.contiguous(), persistent=False)
 
     def forward(self, x, temb, cemb):
-        weight = self.main.weight.transpose(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            kernel = (weight.flatten(2) @ self.kernel_sums).unflatten(2, (4, 4))
-        return F.conv_transpose2d(x, kernel, self.main.bias, stride=2, padding=1)
-
-
-class Dropout(nn.Dropout):
-    """As `nn.Dropout`, with a cheaper mask on the CPU: 16 random bits per element, four elements per random number.
-
-    p is rounded to a multiple of 2^-16 there.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        numbers = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
-        keep = numbers.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
-        mask = keep.to(x.dtype).mul_(1 / (1 - self.p))
-        return x * mask.as_strided(x.shape, x.stride())
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class AttnBlock(nn.Module):
     """Single-head self-attention over the H*W positions, with a residual connection: (B, C, H, W) -> the same."""
 
-    def __init__(self, ch):
+    def __init__(self, ch, groups):
         super().__init__()
-        self.group_norm = nn.GroupNorm(GROUPS, ch)
+        self.group_norm = nn.GroupNorm(groups, ch)
         self.proj_q = conv(ch, ch, 1)
         self.proj_k = conv(ch, ch, 1)
         self.proj_v = conv(ch, ch, 1)
         self.proj = conv(ch, ch, 1)
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        projections = (self.proj_q, self.proj_k, self.proj_v)
-        # one matrix product for all three 1x1 convolutions
-        weight = torch.cat([projection.weight for projection in projections]).flatten(1)
-        bias = torch.cat([projection.bias for projection in projections])
-        h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, C)
-        q, k, v = F.linear(h, weight, bias).chunk(3, dim=-1)
+        h = self.group_norm(x)
+        # (B, 1 head, H*W, C)
+        q, k, v = (proj(h).flatten(2).mT[:, None] for proj in (self.proj_q, self.proj_k, self.proj_v))
         h = F.scaled_dot_product_attention(q, k, v)
-        h = F.linear(h, self.proj.weight.flatten(1), self.proj.bias)
-        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.proj(h[:, 0].mT.view_as(x))
 
 
 class ResBlock(nn.Module):
     """GroupNorm-swish-conv twice around the time and class embeddings, a shortcut, then optional attention."""
 
-    def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional):
+    def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional, groups):
         super().__init__()
-        self.block1 = nn.Sequential(nn.GroupNorm(GROUPS, in_ch), nn.SiLU(), conv(in_ch, out_ch, 3))
+        self.block1 = nn.Sequential(nn.GroupNorm(groups, in_ch), nn.SiLU(), conv(in_ch, out_ch, 3))
         self.temb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch))
         # without classes it is a name in the published checkpoints only, and is not trained
         self.cemb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch)).requires_grad_(conditional)
         self.block2 = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_ch), nn.SiLU(), Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
+            nn.GroupNorm(groups, out_ch), nn.SiLU(), nn.Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
         )
         self.shortcut = conv(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
-        self.attn = AttnBlock(out_ch) if attn else nn.Identity()
+        self.attn = AttnBlock(out_ch, groups) if attn else nn.Identity()
 
     def forward(self, x, temb, cemb):
         h = self.block1(x)
@@ -143,29 +110,33 @@ class UNet(nn.Module):
 
     Args:
         T: number of timesteps; `forward` takes t in 0..T-1.
-        ch: base width, a multiple of 32.
+        ch: base width, a multiple of groups.
         ch_mult: width of each level as a multiple of ch; each level after the first halves the image.
         attn: levels (0-based indices into ch_mult) with self-attention.
         num_res_blocks: residual blocks per level on the way down (one more on the way up).
         dropout: probability in [0, 1).
         num_labels: number of classes, or None for an unconditional network.
+        groups: of every GroupNorm, 32 in the published networks. With one channel a group, the norm that opens block2
+            takes out just what the embeddings have added, and the block sees neither t nor the class.
 
     Raises:
-        ValueError: a level in attn does not exist, or ch is not a multiple of 32.
+        ValueError: a level in attn does not exist, or ch is not a multiple of groups.
     """
 
-    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None):
+    def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None, groups=32):
         super().__init__()
         if any(not 0 <= level < len(ch_mult) for level in attn):
             raise ValueError(f"attn {list(attn)} names a level that ch_mult {list(ch_mult)} does not have (0-based)")
-        if ch % GROUPS:
-            raise ValueError(f"ch is {ch}: must be a multiple of {GROUPS}")
+        if ch % groups:
+            raise ValueError(f"ch is {ch}: must be a multiple of groups, {groups}")
         tdim = 4 * ch
         conditional = num_labels is not None
         self.time_embedding = Embedding(nn.Embedding.from_pretrained(sinusoidal_table(T, ch)), ch, tdim)
         if conditional:
             self.cond_embedding = Embedding(nn.Embedding(num_labels + 1, ch, padding_idx=0), ch, tdim)
         self.num_labels = num_labels
+        self.groups = groups
+        block = partial(ResBlock, tdim=tdim, dropout=dropout, conditional=conditional, groups=groups)
 
         self.head = conv(3, ch, 3)
         self.downblocks = nn.ModuleList()
@@ -173,30 +144,23 @@ class UNet(nn.Module):
         now_ch = ch
         for level, mult in enumerate(ch_mult):
             for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(now_ch, ch * mult, tdim, dropout, level in attn, conditional))
+                self.downblocks.append(block(now_ch, ch * mult, attn=level in attn))
                 now_ch = ch * mult
                 skip_channels.append(now_ch)
             if level < len(ch_mult) - 1:
                 self.downblocks.append(DownSample(now_ch))
                 skip_channels.append(now_ch)
 
-        self.middleblocks = nn.ModuleList(
-            [
-                ResBlock(now_ch, now_ch, tdim, dropout, True, conditional),
-                ResBlock(now_ch, now_ch, tdim, dropout, False, conditional),
-            ]
-        )
+        self.middleblocks = nn.ModuleList([block(now_ch, now_ch, attn=attention) for attention in (True, False)])
 
         self.upblocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(ch_mult))):
             for _ in range(num_res_blocks + 1):
-                self.upblocks.append(
-                    ResBlock(skip_channels.pop() + now_ch, ch * mult, tdim, dropout, level in attn, conditional)
-                )
+                self.upblocks.append(block(skip_channels.pop() + now_ch, ch * mult, attn=level in attn))
                 now_ch = ch * mult
             if level > 0:
                 self.upblocks.append(UpSample(now_ch))
-        self.tail = nn.Sequential(nn.GroupNorm(GROUPS, now_ch), nn.SiLU(), conv(now_ch, 3, 3, gain=1e-5))
+        self.tail = nn.Sequential(nn.GroupNorm(groups, now_ch), nn.SiLU(), conv(now_ch, 3, 3, gain=1e-5))
 
     def forward(self, x, t, labels=None):
         """Predict from noisy images.

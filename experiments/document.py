@@ -20,6 +20,10 @@ from score.memorization import THRESHOLDS
 ROOT = Path(__file__).parent.parent
 MQ_COLUMNS = (*(f"MQ@{p} %" for p in SHOWN), *(f"@{p} above floor" for p in SHOWN))
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+MEASURED_ON = (
+    "**Measured on networks of which 3 of 8 blocks (digits) and 5 of 11 (patches) saw neither t nor the class, since "
+    "their GroupNorms had one channel a group; it is being measured again with 8 groups.**"
+)
 DESCRIPTIONS = {
     "digits64": "64 handwritten digits of 8x8 pixels, held out: the other 1,733",
     "digits256": "256 handwritten digits of 8x8 pixels, held out: the other 1,541",
@@ -282,6 +286,8 @@ def document(frontier, tuning):
     chapters = "\n".join(data_set(name, result) for name, result in frontier.items())
     return f"""# Does it work?
 
+{MEASURED_ON}
+
 Written by `python -m experiments.document` from `results/*.json`, which `bash com/results.sh` makes; not by hand.
 
 Machine: {machine}; trainings side by side on one thread each.
@@ -320,7 +326,8 @@ def readme_part(frontier, tuning):
     steps = "; ".join(at_equal_steps(name, result) for name, result in frontier.items())
     arms = [arm for arm in ("IET-AGC", "tuned IET-AGC") if any(tally(result, arm) for result in frontier.values())]
     sentences = [f"At equal steps: {steps}.", *(compared_in_all(frontier, tuning, arm) for arm in arms)]
-    return "![Quality against memorisation of all arms](results/frontier.png)\n\n" + "\n".join(sentences) + "\n"
+    picture = "![Quality against memorisation of all arms](results/frontier.png)"
+    return f"{MEASURED_ON}\n\n{picture}\n\n" + "\n".join(sentences) + "\n"
 
 
 def with_results(readme, frontier, tuning):

@@ -17,7 +17,7 @@ def tiles(side):
     """Patches of the photographs without a pixel in common, the third with most contrast: uint8 (N, side, side, 3).
 
     Smooth ones, of sky or out of focus, are so near to each other and so far from the rest that half of those that
-    were not trained on would count as copies at MQ@15. The mean colour of each is moved to mid grey: see `centred`.
+    were not trained on would count as copies at MQ@15.
     """
     parts = []
     for photograph in sklearn.datasets.load_sample_images().images:
@@ -26,18 +26,7 @@ def tiles(side):
         parts.append(cut.swapaxes(1, 2).reshape(-1, side, side, 3))
     patches = np.concatenate(parts)
     contrast = patches.std(axis=(1, 2)).mean(axis=1)
-    return centred(patches[contrast >= np.quantile(contrast, 1 - TEXTURED)])
-
-
-def centred(patches):
-    """Each patch (N, side, side, 3) with its mean colour moved to mid grey, clipped to [0, 255].
-
-    In a UNet of 32 channels every group of a GroupNorm is a single channel, whose mean it takes away: such a network
-    does not learn the mean colour of its images. Of patches as they are it made grey ones, which are far from all real
-    images however well it knew them.
-    """
-    moved = patches - patches.mean(axis=(1, 2), keepdims=True) + 127.5
-    return moved.round().clip(0, 255).astype(np.uint8)
+    return patches[contrast >= np.quantile(contrast, 1 - TEXTURED)]
 
 
 def choose(num_tiles, num_files, seed=0):

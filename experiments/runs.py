@@ -127,7 +127,7 @@ def load_network(run, r, use_ema):
     """(network of a checkpoint, how often each training image was left out until then)."""
     path = run.directory / "log" / checkpoint.round_name(r)
     state = checkpoint.load(path)
-    net = UNet(**flags.unet(flags_of(run)))
+    net = UNet(**flags.unet(flags_of(run), state, path))
     checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
     return net.eval(), state["index_array"]
 

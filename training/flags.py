@@ -10,7 +10,6 @@ import distributed
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
-from model import GROUPS
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS, default_split
@@ -23,16 +22,16 @@ flags.DEFINE_bool("eval", False, "main: FID and IS of the raw and the EMA weight
 flags.DEFINE_list("stages", list(STAGES), f"all_in: what to do, in this order, of {','.join(STAGES)}")
 
 # UNet
-flags.DEFINE_integer(
-    "ch",
-    128,
-    f"base width of the UNet, a multiple of {GROUPS}; with {GROUPS} it does not learn the mean colour of its images: "
-    "every group of a GroupNorm is one channel",
-    lower_bound=GROUPS,
-)
+flags.DEFINE_integer("ch", 128, "base width of the UNet, a multiple of the groups", lower_bound=4)
 flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", lower_bound=1)
 flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
 flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
+flags.DEFINE_integer(
+    "norm_groups",
+    0,
+    "groups of every GroupNorm; 0: what the checkpoint was trained with, and min(32, ch // 4) where a training starts",
+    lower_bound=0,
+)
 flags.DEFINE_float("dropout", 0.1, "dropout probability, in [0, 1)", lower_bound=0.0)
 flags.DEFINE_integer("num_labels", None, "number of classes of a conditional UNet, >= 1", lower_bound=1)
 flags.DEFINE_bool("use_labels", False, "condition on the class; needs --num_labels")
@@ -142,7 +141,7 @@ flags.DEFINE_string("inception_weights", None, "Inception weights file; default:
 
 # what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
 # where what it has saved depends on it
-FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "T", "img_size")
+FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size")
 RESULT_FLAGS = (
     *FIXED_FLAGS, "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
     "hflip", "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
@@ -160,7 +159,6 @@ for _name in ("beta_1", "beta_T"):
     flags.register_validator(_name, lambda value: 0 < value < 1, message="must be in (0, 1)")
 for _name in ("dropout", "label_dropout", "ema_decay"):
     flags.register_validator(_name, lambda value: value < 1, message="must be in [0, 1)")
-flags.register_validator("ch", lambda ch: ch % GROUPS == 0, message=f"must be a multiple of {GROUPS}")
 flags.register_validator(
     "stages", lambda stages: set(stages) <= set(STAGES), message=f"must be some of {','.join(STAGES)}"
 )
@@ -168,6 +166,7 @@ flags.register_validator(
 
 def check(values):
     """Raise a UsageError where two flags contradict each other; `values` is absl's FLAGS."""
+    norm_groups(values)
     levels = len(values.ch_mult)
     for level in values.attn:
         if level >= levels:
@@ -225,9 +224,33 @@ def holdout_images(values, data):
     return data.heldout.images
 
 
-def unet(values):
-    """Keyword arguments of `model.UNet`."""
+def norm_groups(values, checkpoint=None, path=None):
+    """G of every GroupNorm: what a checkpoint says, else the flag, else min(32, ch // 4) as Karras et al. 2022 (EDM).
+
+    Args:
+        checkpoint: the dict of a checkpoint, or None where a training starts from random weights. One that records no
+            number is published, with 32.
+        path: of the checkpoint.
+
+    Raises:
+        UsageError: the flag contradicts the checkpoint, or --ch is no multiple of G.
+    """
+    groups = values.norm_groups or min(32, values.ch // 4)
+    if checkpoint is not None:
+        trained = checkpoint.get("norm_groups", 32)
+        if values.norm_groups not in (0, trained):
+            raise UsageError(f"--norm_groups={groups}: {path} was trained with {trained}, leave the flag out")
+        groups = trained
+    if values.ch % groups:
+        of = "" if path is None else f" of {path}"
+        raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
+    return groups
+
+
+def unet(values, checkpoint=None, path=None):
+    """Keyword arguments of `model.UNet`, the groups as `norm_groups` finds them."""
     return {
+        "groups": norm_groups(values, checkpoint, path),
         "T": values.T,
         "ch": values.ch,
         "ch_mult": values.ch_mult,
@@ -316,10 +339,16 @@ def quality(values):
     }
 
 
-def logdir(values, script, data):
-    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside; `script` is main or main_fed."""
-    settings = {name: values[name].value for name in RESULT_FLAGS}
-    settings |= {"script": script, "training images (sha256)": fingerprint(data.train.images)}
+def logdir(values, script, data, groups):
+    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside.
+
+    Args:
+        script: main or main_fed.
+        data: the `dataset.Dataset` trained on.
+        groups: of the UNet's GroupNorms.
+    """
+    settings = {"script": script} | {name: values[name].value for name in RESULT_FLAGS}
+    settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
     fixed = {"script", *FIXED_FLAGS}
     if script == "main_fed":
         settings |= {name: values[name].value for name in ENSEMBLE_FLAGS}

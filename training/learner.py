@@ -181,6 +181,7 @@ class Learner:
     def state_dict(self):
         """Everything that a later `load_state_dict` needs to continue exactly."""
         return {
+            "norm_groups": self.net.groups,
             "net_model": self.net.state_dict(),
             "ema_model": self.ema.state_dict(),
             "sched": self.schedule_state(),

@@ -1,0 +1,109 @@
+"""GroupNorm's groups: no block is blind to t or to the class, and the number of groups goes with the weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from absl.flags import FLAGS
+from absl.testing import flagsaver
+
+from model import ResBlock, UNet
+from tests.commands import ROOT, eval_flags, run
+from tests.networks import TINY_FLAGS, visible
+from training import flags
+
+CONFIGS = sorted(path.stem for path in (ROOT / "config").glob("*.txt"))
+TINY = [*TINY_FLAGS, "--num_images=4", "--fid_features=pixels"]
+
+
+def flags_of(*arguments):
+    """The flags of a command line, as absl's values; those of the test process stay as they are."""
+    with flagsaver.flagsaver():
+        FLAGS(["test", *arguments])
+        return SimpleNamespace(**FLAGS.flag_values_dict())
+
+
+def outputs_of_blocks(net, inputs, temb, cemb):
+    """What every block makes of the same images with other embeddings: {name: (B, C, H, W)}."""
+    blocks = {name: block for name, block in net.named_modules() if isinstance(block, ResBlock)}
+    return {name: block(inputs[name], temb, cemb) for name, block in blocks.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_block_sees_t_and_the_class(name):
+    values = flags_of(f"--flagfile={ROOT}/config/{name}.txt")
+    torch.manual_seed(0)
+    net, num_labels = visible(UNet(**flags.unet(values))), values.num_labels
+    inputs = {}
+    for block_name, block in net.named_modules():
+        if isinstance(block, ResBlock):
+            block.register_forward_pre_hook(lambda _, args, key=block_name: inputs.__setitem__(key, args[0]))
+    labels = torch.tensor([3]) if num_labels else None
+    net(torch.randn(1, 3, 16, 16), torch.tensor([900]), labels)
+
+    def outputs(t, label):
+        cemb = net.cond_embedding(torch.tensor([label + 1])) if num_labels else None
+        return outputs_of_blocks(net, inputs, net.time_embedding(torch.tensor([t])), cemb)
+
+    early, late = outputs(10, 3), outputs(900, 3)
+    others = [(early, late), *([(early, outputs(10, 5))] if num_labels else [])]
+    for before, after in others:
+        change = {key: ((after[key] - before[key]).norm() / before[key].norm()).item() for key in before}
+        assert len(change) >= 8
+        assert min(change.values()) > 0.01, change
+
+
+@pytest.mark.parametrize(("ch", "groups"), [(128, 32), (256, 32), (64, 16), (32, 8), (4, 1)])
+def test_default_number(ch, groups):
+    """The published network from 128 channels on, at least four channels a group below."""
+    assert flags.norm_groups(flags_of(f"--ch={ch}")) == groups
+
+
+def test_the_number_goes_with_the_weights(tmp_path):
+    """Recorded by both scripts, taken by evaluation and --check_dir; a flag that contradicts it is refused."""
+    run("main.py", "--train", *TINY, "--norm_groups=4", "--total_steps=2", "--logdir=main", cwd=tmp_path)
+    once = ["--client_num=2", "--local_epoch=1", "--total_round=1", "--check_dir=main/ckpt2.pt"]
+    run("main_fed.py", "--train", *TINY, *once, "--logdir=fed", cwd=tmp_path)
+    paths = {"main": tmp_path / "main/ckpt2.pt", "fed": tmp_path / "fed/global_ckpt_round1.pt"}
+    for path in paths.values():
+        assert torch.load(path, weights_only=True)["norm_groups"] == 4
+    state = torch.load(paths["main"], weights_only=True)
+    net = UNet(T=20, ch=32, ch_mult=[2], attn=[0], num_res_blocks=1, dropout=0.1, groups=4)
+    net.load_state_dict(state["net_model"])
+
+    place = ["--stages=generate", "--unet_dir=main", *eval_flags(tmp_path)]
+    run("all_in.py", *TINY, *place, cwd=tmp_path)
+    run("main.py", "--eval", *TINY, "--logdir=main", cwd=tmp_path)
+    for script, *rest in (
+        ("all_in.py", *place),
+        ("main.py", "--eval", "--logdir=main"),
+        ("main_fed.py", "--train", *once, "--logdir=other"),
+    ):
+        result = run(script, *TINY, *rest, "--norm_groups=8", cwd=tmp_path, code=2)
+        assert "--norm_groups=8: " in result.stderr and "was trained with 4" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "other").exists()
+    result = run("main.py", "--train", *TINY, "--total_steps=3", "--logdir=main", cwd=tmp_path, code=2)
+    assert "--norm_groups=8: the run in main was started with 4" in result.stderr
+
+
+def test_a_checkpoint_that_records_no_number_is_published(tmp_path):
+    """Its 32 groups make another image than 8 would."""
+    torch.manual_seed(0)
+    net = visible(UNet(T=20, ch=32, ch_mult=[2], attn=[0], num_res_blocks=1, dropout=0.1))
+    state = {"net_model": net.state_dict(), "ema_model": net.state_dict(), "step": 1}
+    torch.save(state, tmp_path / "ckpt1.pt")
+    torch.save({**state, "norm_groups": 8}, tmp_path / "ckpt2.pt")
+    images = {}
+    for name in ("ckpt1", "ckpt2"):
+        where = eval_flags(tmp_path / name)
+        run("all_in.py", *TINY, "--stages=generate", f"--unet_dir={name}.pt", *where, cwd=tmp_path)
+        images[name] = (tmp_path / name / "generate/generate.npy").read_bytes()
+    assert images["ckpt1"] != images["ckpt2"]
+    result = run("all_in.py", *TINY, "--unet_dir=ckpt1.pt", "--norm_groups=8", cwd=tmp_path, code=2)
+    assert "was trained with 32" in result.stderr
+    result = run("all_in.py", *TINY, "--ch=16", "--unet_dir=ckpt1.pt", cwd=tmp_path, code=2)
+    assert (
+        result.stderr == "all_in.py: error: --ch=16: must be a multiple of the 32 groups of a GroupNorm of ckpt1.pt\n"
+    )
