@@ -94,15 +94,16 @@ def resume(learner, directory):
         state = checkpoint.load(path)
         checkpoint.restore(learner, state, path)
         seconds = state["seconds"]
-        print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
-    elif later:
-        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
     if learner.step > FLAGS.total_steps:
         raise UsageError(
             f"--total_steps={FLAGS.total_steps}: the run in {logdir} has done {learner.step}: give at least that, or "
             "choose another --logdir"
         )
     directory.begin(learner.step, later)
+    if path:
+        print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
+    elif later:
+        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
     return {"seconds": seconds, "last_save": path}
 
 

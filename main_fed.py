@@ -81,9 +81,9 @@ def train(data, device, logdir):
                 if FLAGS.sample_step:
                     with shards[0].learner.on_device():
                         logger.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
+                logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
                 state |= {"norm_groups": groups, "round": r, "seconds": logger.seconds}
-                logger.flush()
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
                 checkpoint.save_average(logdir, state, publish, FLAGS.keep)
         logger.finish(sum(schedule.steps) * FLAGS.total_round)
@@ -96,17 +96,18 @@ def resume(shards, schedule, skip_counts, directory):
     found = checkpoint.newest_round(schedule, logdir) if distributed.is_main() else None
     r, steps, average, later = distributed.from_main(found)
     seconds = checkpoint.restore_shards(shards, schedule, skip_counts, logdir, r, steps, average)
-    if any(steps):
-        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    elif later:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
     if r > FLAGS.total_round:
         raise UsageError(
             f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
             "another --logdir"
         )
     directory.begin(sum(steps), later)
-    return r, {"seconds": seconds, "last_save": average}
+    if any(steps):
+        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
+    elif later:
+        print(f"{logdir}: nothing in it can be continued, starting anew")
+    started = [checkpoint.shard_file(logdir, number, step) for number, step in enumerate(steps) if step]
+    return r, {"seconds": seconds, "last_save": average or next(iter(started), None)}
 
 
 def train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir):

@@ -191,7 +191,7 @@ def test_old_milestones_keep_what_evaluation_needs(tmp_path):
         checkpoint.save_step(tmp_path, state, milestone=learner.step != 3, keep=2)
     files = {path.name: checkpoint.load(path) for path in tmp_path.iterdir()}
     assert sorted(files) == ["ckpt1.pt", "ckpt2.pt", "ckpt4.pt", "ckpt5.pt", "ckpt6.pt"]
-    slim = {"format", "net_model", "ema_model", "sched", "step", "x_T"}
+    slim = {"format", "norm_groups", "net_model", "ema_model", "sched", "step", "x_T"}
     assert all(files[f"ckpt{step}.pt"].keys() == slim for step in (1, 2, 4))
     assert all(files[f"ckpt{step}.pt"].keys() > {*slim, "optim"} for step in (5, 6))
     assert (tmp_path / "ckpt4.pt").stat().st_size < 0.6 * (tmp_path / "ckpt5.pt").stat().st_size

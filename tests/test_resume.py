@@ -12,12 +12,15 @@ import time
 
 import pytest
 import torch
+from absl import flags as absl_flags
 from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import faults
+from dataset import load_dataset
+from errors import UsageError
 from tests.commands import ROOT, environment, run
 from tests.networks import TINY_FLAGS
-from training import checkpoint
+from training import checkpoint, flags
 from training.logger import read_metrics
 
 SETTINGS = {
@@ -78,11 +81,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(kind, finished, tmp_path):
         for name in ("global_ckpt_round3.pt", "state/average_round3.pt"):
             (tmp_path / "log" / name).unlink()
     faults.damage(newest, kind, random.Random(3))
-    files, flags = contents(tmp_path / "log"), [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
+    files = contents(tmp_path / "log")
+    settings = [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
     if kind == "emptied":
-        result = run(script, "--train", *flags, "--lr=2e-3", "--allow_change", cwd=tmp_path, code=2)
+        result = run(script, "--train", *settings, "--lr=2e-3", "--allow_change", cwd=tmp_path, code=2)
         assert "made with other settings" in result.stderr and files == contents(tmp_path / "log")
-    result = run(script, "--train", *flags, cwd=tmp_path)
+    result = run(script, "--train", *settings, cwd=tmp_path)
     assert f"{newest.name}: cannot be read as a checkpoint" in result.stderr and "passed over" in result.stderr
     assert ("ckpt20.pt" if script == "main.py" else "34 steps done") in result.stdout
     assert faults.differences(ends(script, log), ends(script, tmp_path / "log")) == []
@@ -118,36 +122,59 @@ def test_another_format_is_refused(finished, tmp_path):
 
 
 REFUSED = [
-    ("main.py", "--lr=2e-3", "--lr=0.002: the run in {} was started with 0.001"),
-    ("main.py", "--warmup=3", "--warmup=3: the run in {} was started with 0"),
-    ("main.py", "--num_train=40", "--num_train=40: the run in {} was started with 48"),
-    ("main.py", "--ch=64 --allow_change", "--ch=64: the run in {} was started with 32, and what it has saved"),
-    ("main.py", "--img_size=16 --allow_change", "--img_size=16: the run in {} was started with 8, and what"),
-    ("main.py", "--use_labels --num_labels=10 --lr=1 --allow_change", "--num_labels=10: the run in {} was"),
-    ("main.py", "--total_steps=12", "--total_steps=12: the run in {} has done 24"),
-    ("main_fed.py", "--mem_ratio=3.0", "--mem_ratio=3.0: the run in {} was started with 1.0"),
-    ("main_fed.py", "--client_num=2 --allow_change", "--client_num=2: the run in {} was started with 3, and what"),
-    ("main_fed.py", "--client_num=1 --allow_change", "--client_num=1: the run in {} was started with 3, and what"),
+    ("main.py", "--lr=2e-3", "--lr=0.002: the run in {} was started with 0.001; give"),
+    ("main.py", "--warmup=3", "--warmup=3: the run in {} was started with 0; give"),
+    ("main.py", "--num_train=40", "--num_train=40: the run in {} was started with 48; give"),
+    ("main.py", "--ch=64 --allow_change", "--ch=64: the run in {} was started with 32, and"),
+    ("main.py", "--norm_groups=4 --allow_change", "--norm_groups=4: the run in {} was started with 8, and"),
+    ("main.py", "--img_size=16 --allow_change", "--img_size=16: the run in {} was started with 8, and"),
+    ("main.py", "--lr=1 --use_labels --num_labels=10 --allow_change", "--num_labels=10: the run in {} was"),
+    ("main_fed.py", "--mem_ratio=3.0", "--mem_ratio=3.0: the run in {} was started with 1.0; give"),
+    ("main_fed.py", "--client_num=2 --allow_change", "--client_num=2: the run in {} was started with 3, and"),
     ("main_fed.py", "--num_train=40 --allow_change", "--num_train=40: the run in {} was started with 48, and"),
     ("main_fed.py", "--local_epoch=3 --allow_change", "--local_epoch=3: the run in {} was started with 2, and"),
     ("main_fed.py", "--batch_size=4 --allow_change", "--batch_size=4: the run in {} was started with 8, and"),
-    ("main_fed.py", "--total_round=2", "--total_round=2: the run in {} has done 3"),
-    ("other script", "--allow_change", "--script=main"),
+    ("main_fed.py", "--split=random --allow_change", "--split=random: the run in {} was started with stratified, and"),
+    ("main_fed.py", "--seed=1 --split=stratified --allow_change", "--seed=1: the run in {} was started with 12, and"),
 ]
+
+
+def of_flags(script, *arguments):
+    """What a script tells its log directory where it is given these flags."""
+    values = absl_flags.FLAGS
+    values.unparse_flags()
+    values(["test", *arguments])
+    groups = flags.norm_groups(values)
+    return flags.logdir(values, script.removesuffix(".py"), load_dataset(**flags.data(values)), groups)
 
 
 @pytest.mark.parametrize(("script", "change", "message"), REFUSED)
 def test_what_cannot_be_continued_is_refused_and_nothing_is_touched(script, change, message, finished, tmp_path):
-    made_by, log = finished
-    if script == "other script":
-        script = {"main.py": "main_fed.py", "main_fed.py": "main.py"}[made_by]
-    elif script != made_by:
+    made_by, finished_log = finished
+    if script != made_by:
         pytest.skip("a run of the other script")
+    log = shutil.copytree(finished_log, tmp_path / "log")
     files = contents(log)
-    flags = [*TINY_FLAGS, *SETTINGS[script], *change.split(), f"--logdir={log}"]
-    result = run(script, "--train", *flags, cwd=tmp_path, code=2)
-    assert message.format(log) in result.stderr and len(result.stderr.splitlines()) == 1
-    assert ("--allow_change" in result.stderr) == ("allow_change" not in change and "total" not in change)
+    with pytest.raises(UsageError) as error:
+        checkpoint.LogDirectory(log, **of_flags(script, *TINY_FLAGS, *SETTINGS[script], *change.split()))
+    assert message.format(log) in str(error.value)
+    assert ("by --allow_change" in str(error.value)) == ("--allow_change" not in change)
+    assert contents(log) == files
+
+
+def test_so_it_is_by_the_scripts(finished, tmp_path):
+    """A change, fewer steps than are done, and the other script."""
+    script, log = finished
+    files, of_script = contents(log), [*TINY_FLAGS, *SETTINGS[script]]
+    other = {"main.py": "main_fed.py", "main_fed.py": "main.py"}[script]
+    shorter, done = ("--total_steps=12", 24) if script == "main.py" else ("--total_round=2", 3)
+    for program, settings, message in (
+        (script, [*of_script, "--ch=64", "--allow_change"], f"--ch=64: the run in {log} was started with 32"),
+        (script, [*of_script, shorter], f"{shorter}: the run in {log} has done {done}"),
+        (other, [*TINY_FLAGS, *SETTINGS[other], "--allow_change"], f"script={other[:-3]}: the run in {log} was"),
+    ):
+        result = run(program, "--train", *settings, f"--logdir={log}", cwd=tmp_path, code=2)
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1 and not result.stdout
     assert contents(log) == files
 
 

@@ -301,7 +301,7 @@ class LogDirectory:
             if before.get(name) != value
         ]
         for change in sorted(self.new_changes, key=lambda change: change["flag"] not in fixed):
-            name = change["flag"] if " " in change["flag"] else f"--{change['flag']}"
+            name = change["flag"] if change["flag"] == "script" or " " in change["flag"] else f"--{change['flag']}"
             what = f"{name}={change['after']}: the run in {path} was started with {change['before']}"
             if change["flag"] in fixed:
                 raise UsageError(f"{what}, and what it has saved depends on it: give that, or choose another --logdir")

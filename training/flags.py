@@ -168,7 +168,7 @@ DEFINE_path("inception_weights", None, "Inception weights file; default: torch h
 
 # what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
 # where what it has saved depends on it
-FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "T", "img_size")
+FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size")
 RESULT_FLAGS = (
     *FIXED_FLAGS, "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
     "hflip", "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
@@ -450,10 +450,9 @@ def logdir(values, script, data, groups):
         data: the `dataset.Dataset` trained on.
         groups: of the UNet's GroupNorms.
     """
-    settings = {name: values[name].value for name in RESULT_FLAGS}
-    settings |= {"script": script, "norm_groups": groups}
-    settings["training images (sha256)"] = fingerprint(data.train.images)
-    fixed = {"script", "norm_groups", *FIXED_FLAGS}
+    settings = {"script": script} | {name: values[name].value for name in RESULT_FLAGS}
+    settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
+    fixed = {"script", *FIXED_FLAGS}
     if script == "main_fed":
         settings |= {name: values[name].value for name in ENSEMBLE_FLAGS}
         settings["split"] = values.split or default_split(values.dataset)
