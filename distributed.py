@@ -142,10 +142,16 @@ def total(tensor):
     return tensor
 
 
-def largest(tensor):
-    """The element-wise maximum of the processes' tensors of one shape, in place and returned."""
+def total_later(tensor):
+    """As `total`, without waiting: returns a function that does and gives the sum."""
+    work = dist.all_reduce(tensor, async_op=True, group=group_of(tensor.device))
+    return lambda: (work.wait(), tensor)[1]
+
+
+def broadcast(tensor, source):
+    """The tensor of the process `source`, in all of them, in the place of their own and returned."""
     if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group_of(tensor.device))
+        dist.broadcast(tensor, source, group=group_of(tensor.device))
     return tensor
 
 
@@ -202,25 +208,3 @@ def main_first():
     yield
     if local_rank() == 0:
         barrier()
-
-
-class Agreement:
-    """Whether any process wishes something, known to all of them at the same call.
-
-    Nobody waits for the others: an answer is about the wishes of the call before.
-    """
-
-    def __init__(self):
-        self.pending = None
-
-    def __call__(self, wish):
-        if world_size() == 1:
-            return wish
-        agreed = False
-        if self.pending:
-            work, wishes = self.pending
-            work.wait()
-            agreed = bool(wishes)
-        wishes = torch.tensor(int(wish))
-        self.pending = dist.all_reduce(wishes, async_op=True), wishes
-        return agreed

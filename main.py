@@ -36,58 +36,51 @@ WARMUP = 5000  # steps
 
 
 def train(data, quality, device, logdir):
+    # what the run is made of
     images = data.train.images.to(flags.data_device(FLAGS, device))
     labels = data.train.labels if FLAGS.use_labels else None
     whole, part = torch.arange(len(images)), distributed.share(FLAGS.batch_size)
     batches = ShardBatches(images, labels, whole, device, **flags.batches(FLAGS), hflip=data.hflip, part=part)
-
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
     learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
-    announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
-    # after whatever else can be wrong
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
-    earlier = resume(learner, directory)
-
-    shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
-    x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    x_T_labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
+    x_T, x_T_labels = sample_noise(device)
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
-    settings = {"log_step": FLAGS.log_step, "max_bad_steps": FLAGS.max_bad_steps, "writes": distributed.is_main()}
-    logger = Logger(logdir, FLAGS.total_steps, learner.step, **settings, **earlier)
+    announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
+    seconds = resume(learner, directory)
+    writes = distributed.is_main()
+    logger = Logger(logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes, **flags.logger(FLAGS))
 
     with Interruption() as interruption, logger:
-        agreed = distributed.Agreement()
         while learner.step < FLAGS.total_steps:
+            torch.manual_seed(derive_seed(FLAGS.seed, "dropout", distributed.rank(), learner.step))
             batch = batches(learner.step)
-            lr = learner.lr
-            loss = learner.losses(batch).mean()
-            loss, applied = learner.update(loss)
+            losses = learner.losses(batch)
+            numbers = learner.update(losses.mean())
 
-            step = learner.step
-            logger.update(step, loss, applied, lr, FLAGS.batch_size)
-            if due(step, FLAGS.sample_step) and distributed.is_main():
+            step, stop = learner.step, interruption.of_any()
+            last = step == FLAGS.total_steps
+            logger.step(step, numbers, now=last or stop)
+            if due(step, FLAGS.sample_step) and writes:
                 logger.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
             if due(step, FLAGS.eval_step):
-                for name, net in (("net", learner.net), ("ema", learner.ema)):
-                    logger.write({"step": step, "weights": name, **score(net, quality)}, prefix=f"{name}/")
-            last, stop = step == FLAGS.total_steps, agreed(bool(interruption))
+                for name, network in (("net", learner.net), ("ema", learner.ema)):
+                    logger.write({"step": step, "weights": name, **score(network, quality)}, prefix=f"{name}/")
             milestone = due(step, FLAGS.save_step) or last
-            if last or stop:
-                logger.line(step)
-            if (milestone or stop) and distributed.is_main():
+            if (milestone or stop) and writes:
                 logger.flush()
                 state = {**learner.state_dict(), "x_T": x_T, "seconds": logger.seconds}
-                logger.last_save = checkpoint.save_step(logdir, state, milestone, FLAGS.keep)
+                checkpoint.save_step(logdir, state, milestone, FLAGS.keep)
             if stop:
                 distributed.barrier()  # rank 0 has saved
-                interruption.exit(logger.last_save)
+                interruption.exit(logdir)
         logger.finish(learner.step)
     directory.close()
 
 
 def resume(learner, directory):
-    """Continue from the newest good checkpoint, if there is one; returns what the logger must know of it."""
+    """Continue from the newest good checkpoint, if there is one; returns the seconds of training until then."""
     logdir, seconds = directory.path, 0.0
     path, later = distributed.from_main(checkpoint.newest_step(logdir) if distributed.is_main() else None)
     if path:
@@ -104,7 +97,15 @@ def resume(learner, directory):
         print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
     elif later:
         print(f"{logdir}: no checkpoint in it can be continued, starting anew")
-    return {"seconds": seconds, "last_save": path}
+    return seconds
+
+
+def sample_noise(device):
+    """x_T and classes (None without) of the sample grids, the same at all times of the run."""
+    shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
+    x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
+    labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
+    return x_T, labels
 
 
 def score(net, quality):

@@ -48,33 +48,54 @@ class Shard:
     learner: Learner
     agc: AntiGradientControl
 
+    def state_dict(self, skip_counts):
+        """What the shard needs to continue. skip_counts (N,): of all training images."""
+        return {**self.learner.state_dict(), "bank": self.agc.bank, "skip_counts": skip_counts[self.batches.index]}
+
 
 def train(data, device, logdir):
+    # what the run is made of
     images = data.train.images.to(flags.data_device(FLAGS, device))
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
+    shard_sizes = [len(shard.index) for shard in batches]
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
-    steps = sum(shard.steps_per_epoch for shard in batches)
-    announce(device, shards[0].learner.net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
-    groups = shards[0].learner.net.groups
-    # after whatever else can be wrong
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    rounds_done, earlier = resume(shards, schedule, skip_counts, directory)
+    steps, net = sum(shard.steps_per_epoch for shard in batches), shards[0].learner.net
+    announce(device, net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
+    rounds_done, seconds = resume(shards, schedule, skip_counts, directory)
     total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
     done = sum(shard.learner.step for shard in shards)
-    settings = {"log_step": FLAGS.log_step, "max_bad_steps": FLAGS.max_bad_steps}
-    logger = Logger(logdir, total, done, **settings, **earlier)
+    logger = Logger(logdir, total, done, seconds=seconds, **flags.logger(FLAGS))
 
     with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
-                with shard.learner.on_device():
-                    train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir)
-            wait_for_all_shards(interruption, logger)
+                k, learner, last = shard.number, shard.learner, schedule.end(shard.number, r)
+                with learner.on_device():
+                    while learner.step < last:
+                        torch.manual_seed(derive_seed(FLAGS.seed, "dropout", k, learner.step))
+                        batch = shard.batches(learner.step)
+                        losses = learner.losses(batch)
+                        loss, keep = shard.agc(losses, batch.t)
+                        numbers = learner.update(loss)
+                        skip_counts[batch.index] += ~keep
 
-            learners, numbers = [shard.learner for shard in shards], [shard.number for shard in shards]
-            average, ema_average = average_learners(learners, numbers, [len(shard.index) for shard in batches])
+                        step, stop = schedule.number(k, learner.step), bool(interruption)
+                        round_ends = learner.step == last
+                        logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
+                        if due(step, FLAGS.sample_step):
+                            logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
+                        if due(step, FLAGS.save_step) or round_ends or stop:
+                            logger.flush()
+                            state = {**shard.state_dict(skip_counts), "seconds": logger.seconds}
+                            checkpoint.save_shard(logdir, k, state, schedule.end(k, r - 1), FLAGS.keep)
+                        if stop:
+                            interruption.exit(logdir)
+
+            wait_for_all_shards(interruption, logdir)
+            average, ema_average = average_learners({shard.number: shard.learner for shard in shards}, shard_sizes)
             all_counts = distributed.total(skip_counts.clone())
             logger.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
@@ -83,7 +104,7 @@ def train(data, device, logdir):
                         logger.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
                 logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
-                state |= {"norm_groups": groups, "round": r, "seconds": logger.seconds}
+                state |= {"norm_groups": net.groups, "round": r, "seconds": logger.seconds}
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
                 checkpoint.save_average(logdir, state, publish, FLAGS.keep)
         logger.finish(sum(schedule.steps) * FLAGS.total_round)
@@ -91,7 +112,7 @@ def train(data, device, logdir):
 
 
 def resume(shards, schedule, skip_counts, directory):
-    """Continue from the newest good files; returns the rounds done, and what the logger must know."""
+    """Continue from the newest good files; returns the rounds done, and the seconds of training until then."""
     logdir = directory.path
     found = checkpoint.newest_round(schedule, logdir) if distributed.is_main() else None
     r, steps, average, later = distributed.from_main(found)
@@ -106,35 +127,7 @@ def resume(shards, schedule, skip_counts, directory):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
     elif later:
         print(f"{logdir}: nothing in it can be continued, starting anew")
-    started = [checkpoint.shard_file(logdir, number, step) for number, step in enumerate(steps) if step]
-    return r, {"seconds": seconds, "last_save": average or next(iter(started), None)}
-
-
-def train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir):
-    """The steps of one shard in round r: the inner loop of the paper's algorithm."""
-    learner, last = shard.learner, schedule.end(shard.number, r)
-    while learner.step < last:
-        batch = shard.batches(learner.step)
-        lr = learner.lr
-        losses = learner.losses(batch)
-        loss, keep = shard.agc(losses, batch.t)
-        loss, applied = learner.update(loss)
-        skip_counts[batch.index] += ~keep
-
-        step, where = schedule.number(shard.number, learner.step), {"round": r, "shard": shard.number}
-        logger.update(step, loss, applied, lr, FLAGS.batch_size, keep=keep, **where)
-        if due(step, FLAGS.sample_step):
-            logger.images(f"shard{shard.number}_step{step}", step, sample(learner.ema))
-        round_ends, stop = learner.step == last, bool(interruption)
-        if round_ends or stop:
-            logger.line(step, **where)
-        if due(step, FLAGS.save_step) or round_ends or stop:
-            logger.flush()
-            own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index], "seconds": logger.seconds}
-            state, end_of_last_round = {**learner.state_dict(), **own}, schedule.end(shard.number, r - 1)
-            logger.last_save = checkpoint.save_shard(logdir, shard.number, state, end_of_last_round, FLAGS.keep)
-        if stop:
-            interruption.exit(logger.last_save)
+    return r, seconds
 
 
 def make_batches(data, images, device):
@@ -166,13 +159,13 @@ def make_shards_of_this_process(batches, device):
     return shards
 
 
-def wait_for_all_shards(interruption, logger):
+def wait_for_all_shards(interruption, logdir):
     """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
     try:
         distributed.barrier()
     except RuntimeError:  # another process has gone
         if interruption:
-            interruption.exit(logger.last_save)
+            interruption.exit(logdir)
         raise
 
 

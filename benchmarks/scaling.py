@@ -98,7 +98,7 @@ def time_average():
         for _ in range(5):
             distributed.barrier()
             start = time.perf_counter()
-            average_learners(learners, numbers, [12_500] * SHARDS)
+            average_learners(dict(zip(numbers, learners, strict=True)), [12_500] * SHARDS)
             times.append(time.perf_counter() - start)
         seconds[name.split(",")[0]] = statistics.median(times)
     return seconds
@@ -143,7 +143,7 @@ def peak_memory(offload):
                 parameter.grad = None
             if offload:
                 learner._move(to_host)
-        average_learners(learners, range(10), [5000] * 10)
+        average_learners(dict(enumerate(learners)), [5000] * 10)
         peak = max(peak, anonymous_gigabytes())
     return peak - before
 

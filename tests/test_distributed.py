@@ -173,17 +173,16 @@ def test_a_signal_stops_processes_that_share_batches_at_the_same_step(tmp_path):
         err = process.communicate(timeout=60)[1].decode()
     (saved,) = log.glob("ckpt*.pt")
     step = load(saved)["step"]
-    assert f"saved as {saved}" in err and step >= 2
+    assert "saved in log:" in err and step >= 2
     result = run("main.py", *flags, f"--total_steps={step + 1}", cwd=tmp_path)
     assert f"continuing from {saved}: {step} of" in result.stdout
 
 
-def test_processes_have_the_same_weights_and_different_dropout(tmp_path):
-    """Every process writes its weights after three steps, and what dropout makes of ones."""
+def test_processes_that_share_batches_have_the_same_weights(tmp_path):
+    """Every process writes its weights after three steps."""
     result = check(torchrun_command(2, "tests/shared_batches.py", tmp_path), ROOT, 0, {})
     first, second = (load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert differences(first["weights"], second["weights"]) == [], result.stderr
-    assert not torch.equal(first["dropout"], second["dropout"])
     assert first["loss"] == second["loss"] and first["applied"].tolist() == second["applied"].tolist() == [1, 0, 1]
 
 

@@ -164,7 +164,7 @@ def test_a_step_that_is_not_finite_is_not_applied(precision):
     train(learner, batches, 2)
     before = copy.deepcopy(learner.state_dict())
     batch = batches(2)
-    assert not learner.update(learner.losses(batch).mean() * torch.inf)[1]
+    assert not learner.update(learner.losses(batch).mean() * torch.inf)["applied"]
     after = learner.state_dict()
     for name in ("net_model", "ema_model"):
         assert all(torch.equal(before[name][key], after[name][key]) for key in before[name])
@@ -173,7 +173,7 @@ def test_a_step_that_is_not_finite_is_not_applied(precision):
     assert after["step"] == 3, "the schedule and the data go on"
     if precision == "fp16":
         assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
-    assert learner.update(learner.losses(batch).mean())[1]
+    assert learner.update(learner.losses(batch).mean())["applied"]
     assert not torch.equal(learner.net.state_dict()["head.bias"], before["net_model"]["head.bias"])
 
 

@@ -1,4 +1,4 @@
-"""Which images, flips, timesteps, noise and dropout belong to a step: a pure function of (seed, shard, step).
+"""Which images, flips, timesteps and noise belong to a step: a pure function of (seed, shard, step).
 
 Processes that share a batch draw all of it and take their part, so that no image depends on how many they are.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from errors import UsageError
-from seeding import derive_seed, generator
+from seeding import generator
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ShardBatches:
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
         shift: move every image by up to so many pixels each way.
-        part: which samples of every batch are wanted; their dropout is drawn anew for every part.
+        part: which samples of every batch are wanted.
 
     Raises:
         UsageError: the shard is smaller than one batch.
@@ -112,7 +112,7 @@ class ShardBatches:
         return self._order
 
     def __call__(self, step):
-        """The `Batch` of a step. Also seeds torch's default generators, from which the network's dropout draws."""
+        """The `Batch` of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size][self.part]
         x_0 = normalize(to_device(self.images[index], self.device))
@@ -132,6 +132,4 @@ class ShardBatches:
         if self.shift:
             down, right = torch.randint(-self.shift, self.shift + 1, (2, B), generator=stream, device=device)
             x_0 = move(x_0, down[self.part], right[self.part])
-        first = self.part.start or 0
-        torch.manual_seed(derive_seed(self.seed, "dropout", self.shard, step, *([first] if first else [])))
         return Batch(x_0, labels, t, eps, index)

@@ -421,6 +421,11 @@ def learner(values, warmup):
     }
 
 
+def logger(values):
+    """Keyword arguments of `training.logger.Logger` that are flags."""
+    return {"log_step": values.log_step, "max_bad_steps": values.max_bad_steps, "batch_size": values.batch_size}
+
+
 def generation(values):
     """Keyword arguments of `score.generate.generate`, the sampler aside."""
     return {

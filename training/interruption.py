@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+import torch
+
 import distributed
 import startup
 
@@ -19,6 +21,7 @@ class Interruption:
 
     def __init__(self):
         self.number = None
+        self.pending = None
 
     def __enter__(self):
         self.before = startup.handle(self._receive)
@@ -37,7 +40,17 @@ class Interruption:
     def __bool__(self):
         return self.number is not None
 
-    def exit(self, path):
+    def of_any(self):
+        """Whether any of the processes that train one network was signalled, known to all of them at the same step.
+
+        Nobody waits for the others: the answer is about the step before.
+        """
+        if distributed.world_size() == 1:
+            return bool(self)
+        before, self.pending = self.pending, distributed.total_later(torch.tensor(int(bool(self))))
+        return before is not None and bool(before())
+
+    def exit(self, logdir):
         """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP.
 
         Where only another process was signalled, this one ends as after SIGTERM.
@@ -45,5 +58,5 @@ class Interruption:
         number = self.number or signal.SIGTERM
         if distributed.is_main():
             name = signal.Signals(number).name
-            print(f"stopped by {name}, saved as {path}: the same command continues the run", file=sys.stderr)
+            print(f"stopped by {name}, saved in {logdir}: the same command continues the run", file=sys.stderr)
         sys.exit(128 + number)

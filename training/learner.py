@@ -142,7 +142,7 @@ class Learner:
         is decided on the device, which is never waited for.
 
         Returns:
-            The loss of the whole batch, detached, and whether the step was applied (bool); scalars.
+            Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
         """
         self.clear_gradients()
         (self.loss_scale * loss).backward()
@@ -154,14 +154,14 @@ class Learner:
         # fused Adam reads these as torch's GradScaler sets them: a divisor of the gradient, and whether to leave it out
         self.optim.grad_scale = self.loss_scale * clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
-        self.optim.param_groups[0]["lr"] = self.lr
+        self.optim.param_groups[0]["lr"] = lr = self.lr
         with torch.no_grad():
             self.optim.step()
             self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
         if self.dtype == torch.float16:
             self.scale_loss(applied)
         self.step += 1
-        return loss, applied
+        return {"loss": loss, "applied": applied, "lr": lr}
 
     def scale_loss(self, applied):
         """Set the factor of the next loss, as torch's GradScaler does."""

@@ -46,20 +46,20 @@ class Logger:
         total, done: steps of this process in the whole run, and how many of them an earlier start has made.
         log_step: steps between two lines.
         max_bad_steps: stop after so many steps in a row that were not applied.
+        batch_size: images of a step.
         seconds: of training in earlier starts.
-        last_save: the checkpoint that the run continues from.
         writes: whether this process has files; those of a rank above 0 have the rank in their names.
 
     Raises:
         DataError: a log cannot be written.
     """
 
-    def __init__(self, logdir, total, done, *, log_step, max_bad_steps, seconds=0.0, last_save=None, writes=True):
+    def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
         self.logdir = Path(logdir)
         self.log_step = log_step
         self.max_bad_steps = max_bad_steps
         self.seconds_before = seconds
-        self.last_save = last_save
+        self.batch_size = batch_size
         self.main = distributed.is_main()
         self.writes = writes
         rank, processes = distributed.rank(), distributed.world_size()
@@ -97,42 +97,39 @@ class Logger:
         """Of training, over all starts."""
         return self.seconds_before + time.perf_counter() - self.start
 
-    def update(self, step, loss, applied, lr, batch_size, *, keep=None, **where):
+    def step(self, step, numbers, keep=None, *, now=False, **where):
         """Take in a step, and write a line every `log_step` steps.
 
         Args:
             step: the step's number in the whole run.
-            loss: scalar tensor.
-            applied: scalar bool tensor, whether loss and gradient were finite and the step was made.
-            lr: learning rate of the step.
-            batch_size: images of the step.
+            numbers: of `Learner.update`.
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
+            now: write the line of the steps until this one, since a round ends, or the run.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
         """
-        self.loss = self.loss + torch.where(applied, loss.detach(), 0.0)
+        loss, applied = numbers["loss"], numbers["applied"]
+        self.loss = self.loss + torch.where(applied, loss, 0.0)
         self.bad_steps = self.bad_steps + ~applied
         row, longest = self.bad_rows.get(where.get("shard"), (0, 0))
         row = torch.where(applied, 0, row + 1)
         self.bad_rows[where.get("shard")] = row, torch.clamp(row, min=longest)
         self.steps += 1
-        self.images_seen += batch_size
-        self.lr = lr
+        self.images_seen += self.batch_size
+        self.lr = numbers["lr"]
         if keep is not None:
             self.skipped = self.skipped + (~keep).sum()
         self.bar.update()
-        if due(step, self.log_step):
+        if due(step, self.log_step) or now:
             self.line(step, **where)
 
     def line(self, step, **where):
-        """Write a line of the steps since the last one, if there are any, to the bar and the logs.
+        """Write a line of the steps since the last one to the bar and the logs.
 
         `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
 
         Raises:
             DataError: too many steps in a row were not applied.
         """
-        if not self.steps:
-            return
         now, bad_steps = time.perf_counter(), int(self.bad_steps)
         loss = float(self.loss) / (self.steps - bad_steps) if bad_steps < self.steps else None
         line = {"step": step, **where, "loss": loss, "lr": self.lr, "bad_steps": bad_steps}
@@ -152,8 +149,8 @@ class Logger:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
             raise DataError(
                 f"{self.logdir}: {int(longest)} steps in a row without a finite loss and gradient, up to {place}, "
-                f"learning rate {line['lr']:.3g}; the last good checkpoint is {self.last_save or 'none'}: lower --lr "
-                "or --grad_clip, or use another --precision"
+                f"learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use another "
+                "--precision"
             )
 
     def write(self, line, prefix=""):
