@@ -56,7 +56,7 @@ def test_too_many_in_a_row_stop_the_run_even_between_two_records(pattern, stops,
 
     if not stops:
         return whole_run()
-    with pytest.raises(DataError, match="5 steps in a row .* step 8, round 1, shard 2, learning rate 0.001; "):
+    with pytest.raises(DataError, match=r"5 steps in a row .* step 8, round 1, shard 2, learning rate 0.001; "):
         whole_run()
     return None
 

@@ -24,6 +24,7 @@ def make_batches(labels=None):
 
 def train(learner, batches, steps):
     for _ in range(steps):
+        torch.manual_seed(learner.step)  # of dropout
         learner.update(learner.losses(batches(learner.step)).mean())
 
 

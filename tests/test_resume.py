@@ -267,7 +267,7 @@ def test_a_signal_saves_and_exits_as_clusters_expect(number, tmp_path):
         process.send_signal(number)
         _, errors = process.communicate()
         assert process.returncode == 128 + number
-        assert f"stopped by {number.name}, saved as log/ckpt" in errors and "Traceback" not in errors
+        assert f"stopped by {number.name}, saved in log:" in errors and "Traceback" not in errors
         assert len(list(tmp_path.glob("log/ckpt*.pt"))) == 1, "--keep=1 of those that are no milestones"
 
 
