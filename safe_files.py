@@ -29,6 +29,7 @@ MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpac
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def one_line(error: Exception) -> str:
@@ -142,13 +143,15 @@ def png_without_metadata(data: bytes) -> bytes | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), the rest as PIL does.
+    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
 
     Raises `ValueError` where the range of the values is unknown (32-bit integers, floats).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        values = np.asarray(image).astype(np.uint32)
-        levels = (values + 128) // 257
+        values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+        top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+        levels = (255 * values + top // 2) // top
+        levels = 255 - levels if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else levels
         levels[values == image.info.get("transparency")] = 255
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
