@@ -280,6 +280,13 @@ def test_bad_archives_are_named(tmp_path):
     link, huge, short = tarfile.TarInfo("wanted"), tarfile.TarInfo("other"), tarfile.TarInfo("wanted")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     huge.size = 2**50
+    sparse = tarfile.TarInfo("wanted")
+    sparse.pax_headers = {
+        "GNU.sparse.major": "0",
+        "GNU.sparse.minor": "1",
+        "GNU.sparse.map": "0,0",
+        "GNU.sparse.size": str(2**50),
+    }
     short.size = 100
     for data in (
         whole[: len(whole) // 2],
@@ -290,6 +297,7 @@ def test_bad_archives_are_named(tmp_path):
         archive_with_header(link),
         archive_with_header(huge),
         archive_with_header(short, b"too short"),
+        gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT)),
     ):
         path.write_bytes(data)
         data_error(lambda: read_archive(path, ["wanted"]), path, "fetch it again")
@@ -447,7 +455,7 @@ def test_ctrl_c_ends_decoding_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "read_image", slow)
     with pytest.raises(KeyboardInterrupt):
         load_dataset("folder", tmp_path, num_workers=2)
-    assert len(begun) < 10
+    assert 4 <= len(begun) < 10
     assert not multiprocessing.active_children()
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name]
 
