@@ -281,12 +281,7 @@ def test_bad_archives_are_named(tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     huge.size = 2**50
     sparse = tarfile.TarInfo("wanted")
-    sparse.pax_headers = {
-        "GNU.sparse.major": "0",
-        "GNU.sparse.minor": "1",
-        "GNU.sparse.map": "0,0",
-        "GNU.sparse.size": str(2**50),
-    }
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**20)}
     short.size = 100
     for data in (
         whole[: len(whole) // 2],
@@ -297,7 +292,7 @@ def test_bad_archives_are_named(tmp_path):
         archive_with_header(link),
         archive_with_header(huge),
         archive_with_header(short, b"too short"),
-        gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT)),
+        gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024)),
     ):
         path.write_bytes(data)
         data_error(lambda: read_archive(path, ["wanted"]), path, "fetch it again")
