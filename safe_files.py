@@ -1,6 +1,5 @@
 """Files from elsewhere, read without running what is in them and within bounded memory: images, CIFAR's pickles."""
 
-import codecs
 import contextlib
 import gzip
 import io
@@ -26,9 +25,11 @@ warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpacked archives 178 MiB
+NUMPY_NAMES = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def one_line(error: Exception) -> str:
@@ -142,13 +143,15 @@ def png_without_metadata(data: bytes) -> bytes | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), the rest as PIL does.
+    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
 
     Raises `ValueError` where the range of the values is unknown (32-bit integers, floats).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        values = np.asarray(image).astype(np.uint32)
-        levels = (values + 128) // 257
+        values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+        top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+        levels = (255 * values + top // 2) // top
+        levels = 255 - levels if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else levels
         levels[values == image.info.get("transparency")] = 255
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -177,37 +180,24 @@ def read_file(path: Path) -> bytes:
 
 
 def read_archive(path: Path, names: list[str]) -> list[bytes]:
-    """The contents of the members `names` of a .tar.gz, read as a stream: nothing is extracted, only they are kept.
+    """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
-    Raises `DataError` naming the archive if it is damaged, lacks a member, or unpacks to more than `MAX_FILE_BYTES`.
+    Raises `DataError` naming the archive if it is damaged, lacks a file, or unpacks to more than `MAX_FILE_BYTES`.
     """
-    too_large = f"more than {MAX_FILE_BYTES:,} bytes"
-    found: dict[str, bytes] = {}
     try:
         with gzip.open(path) as file:
-            # Header by header, because tarfile's own walk would also parse extended headers, of any size.
-            while any(header := file.read(tarfile.BLOCKSIZE)):
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-                padding = -member.size % tarfile.BLOCKSIZE
-                if not 0 <= member.size <= MAX_FILE_BYTES - file.tell():
-                    raise ValueError(too_large)
-                name = member.name.removeprefix("./")
-                if name in names and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    found[name] = file.read(member.size)
-                    if len(found[name]) < member.size:
-                        raise ValueError("it ends too early")
-                    file.seek(padding, io.SEEK_CUR)
-                else:
-                    file.seek(member.size + padding, io.SEEK_CUR)
-            while file.read(2**20):  # up to gzip's checksum of the whole
-                if file.tell() > MAX_FILE_BYTES:
-                    raise ValueError(too_large)
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            # A sparse file of any size takes no space in the archive.
+            plain = {member.name.removeprefix("./"): member for member in archive if not member.issparse()}
+            for name in names:
+                if name not in plain or not plain[name].isreg():
+                    raise ValueError(f"it lacks {name}")
+            return [archive.extractfile(plain[name]).read() for name in names]
     except Exception as error:  # a hostile file can make gzip, zlib and tarfile raise anything
         raise DataError(f"{path}: cannot be unpacked ({one_line(error)}): fetch it again") from None
-    for name in names:
-        if name not in found:
-            raise DataError(f"{path}: lacks {name}: fetch it again")
-    return [found[name] for name in names]
 
 
 class PickledArray:
@@ -234,23 +224,18 @@ class ArrayUnpickler(pickle.Unpickler):
         self.characters_left = len(data)
 
     def find_class(self, module: str, name: str) -> Callable:
-        allowed = {
-            ("numpy.core.multiarray", "_reconstruct"): PickledArray,
-            ("numpy._core.multiarray", "_reconstruct"): PickledArray,
-            ("numpy", "ndarray"): PickledArray,
-            ("numpy", "dtype"): PickledArray,
-            ("_codecs", "encode"): self.encode,
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data set has no use for")
-        return allowed[module, name]
+        if (module.replace("numpy._core", "numpy.core"), name) in NUMPY_NAMES:
+            return PickledArray
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data set has no use for")
 
     def encode(self, text: str, encoding: str) -> bytes:
         """How Python 3 writes bytes in old pickle protocols: each character of the file is encoded once at most."""
         self.characters_left -= len(text)
         if encoding != "latin1" or self.characters_left < 0:
             raise pickle.UnpicklingError("it misuses _codecs.encode")
-        return codecs.latin_1_encode(text)[0]
+        return text.encode("latin1")
 
 
 def unpickle_dict(data: bytes, name: Path | str) -> dict[str, object]:

@@ -1,12 +1,16 @@
 import gzip
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import tracemalloc
 import urllib.error
 import zlib
@@ -112,13 +116,13 @@ def test_cifar_fixture_is_what_python_2_wrote(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(5))
 def test_pickles_of_python_3_are_read(protocol):
-    array = np.arange(12, dtype=np.int32).reshape(3, 4)
-    big_endian = np.asfortranarray(np.array([[1.5, 2], [3, 4]], dtype=">f8"))
+    array = np.arange(244, 256, dtype=np.uint8).reshape(3, 4)
     content = unpickle_dict(
-        pickle.dumps({"data": array, b"big": big_endian, "labels": [1, 2], "f": 0.5}, protocol), "file"
+        pickle.dumps({"data": array, b"fortran": np.asfortranarray(array), "labels": [1, 2], "f": 0.5}, protocol),
+        "file",
     )
     np.testing.assert_array_equal(content["data"], array)
-    np.testing.assert_array_equal(content["big"], big_endian)
+    np.testing.assert_array_equal(content["fortran"], array)
     assert content["labels"] == [1, 2] and content["f"] == 0.5
 
 
@@ -168,6 +172,7 @@ def object_array_pickle():
         b"\x80\x02cnumpy.core.multiarray\nscalar\n.",
         b"\x80\x02}U\x04datac_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00bz2\x86Rs.",
         pickle.dumps({"data": np.array([b"text"])}, protocol=2),
+        pickle.dumps({"data": np.zeros((2, 3072), np.float32)}, protocol=2),
         b"\x80\x02cnumpy\ndtype\n}\x8c\x01xb.",
         b"\x80\x02]\x82\x01.",
         pickle.dumps([1, 2]),
@@ -181,6 +186,7 @@ def object_array_pickle():
         "scalar",
         "bz2",
         "strings",
+        "floats",
         "class-state",
         "extension",
         "list",
@@ -223,7 +229,6 @@ def test_pickles_cannot_fill_the_memory(payload):
 @pytest.mark.parametrize(
     "change",
     [
-        {b"data": np.zeros((2, 3072), np.float32)},
         {b"data": np.zeros((2, 1024), np.uint8)},
         {b"data": [0] * 3072},
         {b"labels": [0]},
@@ -275,6 +280,8 @@ def test_bad_archives_are_named(tmp_path):
     link, huge, short = tarfile.TarInfo("wanted"), tarfile.TarInfo("other"), tarfile.TarInfo("wanted")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     huge.size = 2**50
+    sparse = tarfile.TarInfo("wanted")
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**20)}
     short.size = 100
     for data in (
         whole[: len(whole) // 2],
@@ -285,6 +292,7 @@ def test_bad_archives_are_named(tmp_path):
         archive_with_header(link),
         archive_with_header(huge),
         archive_with_header(short, b"too short"),
+        gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024)),
     ):
         path.write_bytes(data)
         data_error(lambda: read_archive(path, ["wanted"]), path, "fetch it again")
@@ -359,20 +367,48 @@ def test_folder_without_classes_and_with_nested_directories(tmp_path):
     assert loaded.train.labels.tolist() == [0] * 4 + [1] * 4
 
 
-def test_hidden_files_are_ignored(tmp_path):
-    write_folder(tmp_path)
-    (tmp_path / ".DS_Store").write_text("not a picture")
-    (tmp_path / ".hidden").mkdir()
-    assert len(load_dataset("folder", tmp_path).train.labels) == 4
+def passed_over(capsys):
+    """The line about what was passed over, without the file that bars were drawn on."""
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "passed over" in line]
+    assert len(lines) <= 1
+    return lines[0] if lines else ""
+
+
+def test_system_files_are_ignored_and_others_are_named(tmp_path, capsys):
+    paths = write_folder(tmp_path, ["cat", "dog"], per_class=2)
+    (tmp_path / "cat/upper.JPEG").write_bytes(paths[0].read_bytes())
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "cat/._0000.png", "cat/thumbs.DB"):
+        (tmp_path / name).write_text("not a picture")
+    for name in ("__MACOSX", "dog/@eaDir", ".hidden"):
+        write_folder(tmp_path / name)
+    assert load_dataset("folder", tmp_path).train.labels.tolist() == [0] * 3 + [1] * 2
+    assert passed_over(capsys) == ""
+    (tmp_path / "empty/nested").mkdir(parents=True)
+    (tmp_path / "cat/list.txt").touch()
+    for number in range(4):
+        (tmp_path / f"notes\n{number}.txt").touch()
+    (tmp_path / "nothing").symlink_to("nowhere")
+    assert load_dataset("folder", tmp_path).num_classes == 2
+    names = "notes\\n0.txt, notes\\n1.txt, notes\\n2.txt, notes\\n3.txt, nothing, ..."
+    assert passed_over(capsys) == f"{tmp_path}: passed over 7 other files or sub-folders: {names}"
+
+
+def test_any_name_is_read(tmp_path):
+    root = tmp_path / os.fsdecode(b"lr=1e-3 'a' \"b\"\n\xff")
+    write_folder(root, ["a=b c", os.fsdecode(b"\xfe"), "new\nline"], per_class=2)
+    (root / "new\nline" / "0000.png").rename(root / "new\nline" / os.fsdecode(b"\xfd.PNG"))
+    for _ in range(2):
+        assert load_dataset("folder", root).num_classes == 3
+    (root / "new\nline" / os.fsdecode(b"\n\xfd.PNG")).touch()
+    message = data_error(lambda: load_dataset("folder", root), "not an image")
+    message.encode()
 
 
 def test_folder_that_is_missing_empty_or_ambiguous(tmp_path):
     data_error(lambda: load_dataset("folder", tmp_path / "none"), tmp_path / "none", "--data_root")
-    data_error(lambda: load_dataset("folder", tmp_path), tmp_path, "holds no images")
-    write_folder(tmp_path, ["cat"])
     (tmp_path / "dog").mkdir()
-    data_error(lambda: load_dataset("folder", tmp_path), tmp_path / "dog", "holds no images")
-    (tmp_path / "dog").rmdir()
+    data_error(lambda: load_dataset("folder", tmp_path), tmp_path, "no images in it")
+    write_folder(tmp_path, ["cat"])
     write_folder(tmp_path, per_class=1)
     data_error(lambda: load_dataset("folder", tmp_path), tmp_path / "0000.png", "sub-folders")
 
@@ -391,6 +427,41 @@ def test_a_bad_file_is_named(tmp_path, damage, num_workers):
     assert not list(tmp_path.rglob("*.npy"))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_files_are_named_together(tmp_path, num_workers):
+    paths = write_folder(tmp_path, ["cat"], per_class=20)
+    for path in paths[3:15]:
+        path.write_bytes(b"text")
+    message = data_error(lambda: load_dataset("folder", tmp_path, num_workers=num_workers), *paths[3:13], "and 2 more")
+    assert str(paths[13]) not in message and message.endswith("remove or replace them")
+
+
+def test_ctrl_c_ends_decoding_at_once(tmp_path, monkeypatch):
+    write_folder(tmp_path, per_class=200)
+    begun = []
+
+    def slow(path):
+        begun.append(path)
+        if len(begun) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(dataset, "read_image", slow)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("folder", tmp_path, num_workers=2)
+    assert 4 <= len(begun) < 10
+    assert not multiprocessing.active_children()
+    assert not [thread for thread in threading.enumerate() if "Pool" in thread.name]
+
+
+def test_more_than_the_memory_is_refused_before_decoding(tmp_path, monkeypatch):
+    write_folder(tmp_path, per_class=4, size=16)
+    monkeypatch.setattr(safe_files, "available_memory", lambda: 4 * 3 * 32 * 32 - 1)
+    data_error(lambda: load_dataset("folder", tmp_path), f"{tmp_path}: needs 0.0 GiB of memory")
+    assert len(load_dataset("folder", tmp_path, img_size=31).train.labels) == 4
+
+
 def test_links_and_special_files(tmp_path):
     write_folder(tmp_path / "pictures", ["cat"])
     (tmp_path / "root").symlink_to(tmp_path / "pictures")
@@ -399,10 +470,10 @@ def test_links_and_special_files(tmp_path):
     for make, reason in (
         (lambda path: path.symlink_to(tmp_path / "pictures"), "a symbolic link to a directory"),
         (lambda path: path.symlink_to(path), "symbolic links"),
-        (lambda path: path.symlink_to("nothing"), "No such file"),
+        (lambda path: path.symlink_to("nothing"), "neither a file nor a directory"),
         (os.mkfifo, "neither a file nor a directory"),
     ):
-        path = tmp_path / "pictures" / "cat" / "special"
+        path = tmp_path / "pictures" / "cat" / "special.png"
         make(path)
         data_error(lambda: load_dataset("folder", tmp_path / "pictures"), f"{path}: ", reason)
         path.unlink()
@@ -443,7 +514,11 @@ def palette_with_transparency():
             {},
             [[v] * 3 for v in (0, 0, 1, 100, 254, 255, 255)],
         ),
+        (grey16([0, 25700]), "PNG", {"transparency": 25700}, [[0] * 3, [255] * 3]),
         (grey16([0, 25700]), "TIFF", {}, [[0] * 3, [100] * 3]),
+        (grey16([0, 25700]), "TIFF", {"compression": "tiff_lzw"}, [[0] * 3, [100] * 3]),
+        (Image.fromarray(np.array([[0, 25700]], ">u2")), "TIFF", {}, [[0] * 3, [100] * 3]),
+        (grey16([0, 25700]), "TIFF", {"tiffinfo": {262: 0}}, [[255] * 3, [155] * 3]),
         (Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "TIFF", {}, [[0, 255, 255]]),
     ],
 )
@@ -466,21 +541,134 @@ def test_values_without_a_range_are_refused(tmp_path, mode):
     data_error(lambda: read_image(tmp_path / "image.tiff"), tmp_path / "image.tiff", "save it with 8 bits")
 
 
-def test_photographs_are_upright(tmp_path):
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P5 3 1 65535\n" + struct.pack(">3H", 0, 25700, 65535),
+        b"P2 3 1 65535\n0 25700 65535\n",
+        b"P2 3 1 1020\n0 400 1020\n",
+    ],
+)
+def test_grey_of_more_than_8_bits_in_netpbm(tmp_path, data):
+    (tmp_path / "image.pgm").write_bytes(data)
+    assert np.asarray(read_image(tmp_path / "image.pgm"))[0, :, 1].tolist() == [0, 100, 255]
+
+
+def test_the_first_picture_of_several_is_read(tmp_path):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff", "a.mpo"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        np.testing.assert_allclose(np.asarray(read_image(tmp_path / name))[4, 4], (255, 0, 0), atol=1)
+
+
+def exif(*entries):
+    """EXIF data of (tag, type, four bytes) in the order given."""
+    body = b"".join(struct.pack(">HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + body + bytes(4)
+
+
+ON_ITS_SIDE = (0x0112, 3, b"\0\6\0\0")  # the camera was turned: show the picture rotated by 90 degrees clockwise
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    "metadata, turned",
+    [
+        (exif(ON_ITS_SIDE), True),
+        (exif(ON_ITS_SIDE, (0x011A, 2, b"72\0\0")), True),
+        (exif(ON_ITS_SIDE, (0x8769, 4, b"\xff" * 4), (0x8825, 4, b"\0\0\0\1")), True),
+        (exif(ON_ITS_SIDE)[:-4], True),
+        (exif(ON_ITS_SIDE)[:18], False),
+        (exif((0x0112, 3, b"\0\x09\0\0")), False),
+        (exif((0x0112, 2, b"6\0\0\0")), False),
+        (b"Exif\0\0", False),
+        (b"Exif\0\0nonsense", False),
+    ],
+)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_metadata_turns_a_picture_or_is_ignored(tmp_path, metadata, turned, format):
     picture = Image.fromarray(random_images(1, 24, 16, seed=0)[0])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show the picture rotated by 90 degrees clockwise
-    picture.save(tmp_path / "image.png", exif=exif)
-    expected = np.rot90(np.asarray(picture), k=-1)
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image.png")), expected)
+    options = {"quality": 100, "subsampling": 0, "lossless": True}
+    picture.save(tmp_path / "image", format, exif=metadata, **options)
+    expected = np.asarray(picture).astype(int)
+    np.testing.assert_allclose(
+        np.asarray(read_image(tmp_path / "image")), np.rot90(expected, k=-1) if turned else expected, atol=4
+    )
 
 
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png_chunk(kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2 * 10**6))),
+        png_chunk(b"tEXt", b"key\0" + b"a" * 70 * 2**20),
+        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(np.random.default_rng(0).bytes(2 * 10**6))),
+        png_chunk(b"zTXt", b"key\0\7"),
+        png_chunk(b"tEXt", b"key\0text", crc=0),
+        png_chunk(b"gAMA", b""),
+        png_chunk(b"acTL", b""),
+    ],
+    ids=["text bomb", "much text", "large profile", "unknown compression", "checksum", "gamma", "animation"],
+)
+def test_a_png_is_read_whatever_stands_beside_its_pixels(tmp_path, chunk, turned):
+    pixels = random_images(1, 24, 16, seed=0)[0]
+    Image.fromarray(pixels).save(tmp_path / "image.png", **({"exif": exif(ON_ITS_SIDE)} if turned else {}))
+    whole = (tmp_path / "image.png").read_bytes()
+    expected = np.rot90(pixels, k=-1) if turned else pixels
+    for place in (33, len(whole) - 12):  # after the header, and before the end
+        (tmp_path / "image.png").write_bytes(whole[:place] + chunk + whole[place:])
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "image.png")), expected)
+    (tmp_path / "image.png").write_bytes(whole[:33] + chunk + whole[33:-40])
+    data_error(lambda: read_image(tmp_path / "image.png"), tmp_path / "image.png")
+
+
+# ---- memory ----
+
+
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", 2**63)
+VERSION_2 = ("memory.max", "memory.current", "max")
+
+
+@pytest.mark.parametrize(
+    "cgroups, group, files",
+    [
+        ("0::/outer/inner", "sys/fs/cgroup/outer", VERSION_2),
+        ("0::/outer/inner", "sys/fs/cgroup/outer/inner", VERSION_2),
+        ("3:cpu,memory:/outer/inner", "sys/fs/cgroup/memory/outer", VERSION_1),
+        ("0::/\n1:cpu:/\n3:memory:/host/name", "sys/fs/cgroup/memory", VERSION_1),
+    ],
+    ids=["outer", "inner", "version 1", "container"],
+)
+def test_available_memory(tmp_path, cgroups, group, files):
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    limit, usage, unlimited = files
+    assert safe_files.available_memory(tmp_path) == np.inf
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 2000 kB")
+    write("proc/self/cgroup", cgroups)
+    write(f"{group}/{usage}", 1300)
+    write(f"{group}/memory.stat", "active_file 200\ninactive_file 100\nfile 7000")
+    write(f"{group}/{limit}", unlimited)
+    assert safe_files.available_memory(tmp_path) == 2000 * 1024
+    write(f"{group}/{limit}", 1600)
+    assert safe_files.available_memory(tmp_path) == 1600 - (1300 - 300)
+    write(f"{group}/{limit}", 900)
+    assert safe_files.available_memory(tmp_path) == 0
+
+
+# ---- bombs ----
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_decompression_bomb(tmp_path, side):
     paths = write_folder(tmp_path, ["cat"])
     rows = zlib.compress(bytes((side // 8 + 1) * side), 1)
@@ -504,7 +692,7 @@ def no_decoding(monkeypatch):
     def fail(*arguments):
         pytest.fail("decoded again")
 
-    return lambda: monkeypatch.setattr(dataset, "decode", fail)
+    return lambda: monkeypatch.setattr(dataset, "read_images", fail)
 
 
 def test_second_read_comes_from_the_cache(tmp_path, no_decoding, capsys):
@@ -520,35 +708,31 @@ def test_second_read_comes_from_the_cache(tmp_path, no_decoding, capsys):
     assert torch.equal(first.train.images, load_dataset("folder", tmp_path, img_size=16).train.images)
 
 
-def test_cache_follows_the_files(tmp_path):
-    paths = write_folder(tmp_path, ["cat"])
-    before = load_dataset("folder", tmp_path, img_size=16).train.images
-    np.testing.assert_array_equal(load_dataset("folder", tmp_path, img_size=8).train.images, reference_pixels(paths, 8))
-    assert len(cache_files(tmp_path)) == 2
-
-    size, modified = paths[0].stat().st_size, paths[0].stat().st_mtime_ns
-    Image.fromarray(random_images(1, 16, 16, seed=9)[0]).save(paths[0], "BMP")
-    os.utime(paths[0], ns=(modified, modified))
-    assert paths[0].stat().st_size != size
-    after = load_dataset("folder", tmp_path, img_size=16).train.images
-    assert not torch.equal(before, after), "the size changed"
-
-    other = bytearray(paths[0].read_bytes())
-    other[-1] ^= 255
-    paths[0].write_bytes(other)
-    os.utime(paths[0], ns=(modified, modified + 1))
-    assert not torch.equal(after, load_dataset("folder", tmp_path, img_size=16).train.images), "the time changed"
-
-
-def test_cache_follows_the_names(tmp_path):
-    paths = write_folder(tmp_path, per_class=2)
-    for path in paths:
-        Image.open(path).save(path, "BMP")
+def test_cache_follows_the_contents(tmp_path, no_decoding, monkeypatch):
+    paths = write_folder(tmp_path, ["cat"], per_class=2)
+    for number, path in enumerate(paths):
+        Image.fromarray(random_images(1, 16, 16, seed=number)[0]).save(path, "BMP")
         os.utime(path, ns=(10**18, 10**18))
-    load_dataset("folder", tmp_path, img_size=16)
-    last = paths[0].rename(tmp_path / "last.png")
-    renamed = load_dataset("folder", tmp_path, img_size=16).train.images
-    np.testing.assert_array_equal(renamed, reference_pixels([paths[1], last], 16))
+
+    def read(size=16):
+        images = load_dataset("folder", tmp_path, img_size=size).train.images
+        np.testing.assert_array_equal(images, reference_pixels(paths, size))
+
+    read()
+    read(8)
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents[::-1], strict=True):
+        path.write_bytes(content)
+        os.utime(path, ns=(10**18, 10**18))
+    read()
+    assert len(cache_files(tmp_path)) == 3
+    monkeypatch.setattr("PIL.__version__", "another")
+    read()
+    assert len(cache_files(tmp_path)) == 4
+    os.utime(paths[0])
+    paths[1] = paths[1].rename(tmp_path / "cat" / "other.png")
+    no_decoding()
+    read()
 
 
 def test_cache_moves_with_the_folder(tmp_path, no_decoding):
@@ -559,12 +743,6 @@ def test_cache_moves_with_the_folder(tmp_path, no_decoding):
     assert torch.equal(images, load_dataset("folder", tmp_path / "there").train.images)
 
 
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
 def save_objects(path):
     with path.open("wb") as file:
         np.save(file, np.array([Touch(os.mkdir, str(path.parent / "marker"))], dtype=object), allow_pickle=True)
@@ -573,22 +751,19 @@ def save_objects(path):
 def save_array(path):
     with path.open("wb") as file:
         np.save(file, np.zeros((4, 3, 8, 8), np.uint8))
-        file.write(dataset.checksum(np.zeros((4, 3, 8, 8), np.uint8)))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        flip_a_bit,
         save_objects,
         save_array,
-        lambda path: os.truncate(path, path.stat().st_size - 9),
         lambda path: os.truncate(path, path.stat().st_size - 1),
         lambda path: os.truncate(path, 100),
         lambda path: os.truncate(path, 0),
         lambda path: path.write_bytes(b"PK\x03\x04 not an array"),
     ],
-    ids=["bit", "objects", "shape", "pixel", "checksum", "header", "empty", "zip"],
+    ids=["objects", "shape", "pixel", "header", "empty", "zip"],
 )
 def test_damaged_cache_is_rebuilt(tmp_path, no_decoding, capsys, damage):
     paths = write_folder(tmp_path)

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import safe_files
 from errors import DataError
 from files import atomic_write
 from pictures import image_grid, to_uint8
@@ -104,6 +105,18 @@ def test_every_published_layout_is_read(tmp_path, suffix, dtype, last):
     loaded = load_samples(path)
     assert loaded.dtype == torch.uint8
     np.testing.assert_array_equal(loaded, images)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_floats_a_rounding_outside_are_clipped(tmp_path, dtype):
+    array = np.full((2, 3, 8, 8), 0.5, dtype)
+    array[0, 0, 0, :3] = 1 + 9e-4, -9e-4, 1.0000001
+    np.save(tmp_path / "images.npy", array)
+    assert load_samples(tmp_path / "images.npy")[0, 0, 0, :4].tolist() == [255, 0, 255, 128]
+    array[0, 0, 0, 0] = 1 + 2e-3
+    np.save(tmp_path / "images.npy", array)
+    with pytest.raises(DataError, match=r"to 1\.00[12]\d* in images 0 .* at most 0\.001 beyond"):
+        load_samples(tmp_path / "images.npy")
 
 
 def test_fortran_order_and_unnamed_arrays_are_read(tmp_path):
@@ -224,7 +237,7 @@ def test_more_than_the_memory_is_refused(tmp_path, monkeypatch):
     np.save(tmp_path / "images.npy", random_images())
     np.savez(tmp_path / "images.npz", random_images())
     save_pngs(tmp_path / "images", torch.from_numpy(random_images()))
-    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    monkeypatch.setattr(safe_files, "available_memory", lambda: 100)
     for name in ("images.npy", "images.npz", "images"):
         with pytest.raises(DataError, match=f"{re.escape(name)}: needs .* GiB"):
             load_samples(tmp_path / name)
@@ -290,19 +303,44 @@ def test_files_that_are_no_images_are_named(tmp_path):
         refuse_beside_a_good_image(tmp_path, "bad.png")
 
 
-def test_loops_pipes_and_directories_are_named(tmp_path):
-    for i, make in enumerate([lambda path: path.symlink_to(path), os.mkfifo, Path.mkdir]):
+def test_loops_pipes_and_links_to_directories_are_named(tmp_path):
+    for i, make in enumerate([lambda path: path.symlink_to(path), os.mkfifo, lambda path: path.symlink_to(tmp_path)]):
         folder = tmp_path / str(i)
         folder.mkdir()
         make(folder / "bad.png")
         refuse_beside_a_good_image(folder, "bad.png")
 
 
-def test_other_files_in_a_folder_are_passed_over(tmp_path):
+def test_other_files_in_a_folder_are_passed_over(tmp_path, capsys):
     Image.new("RGB", (7, 6), "red").save(tmp_path / "b.PNG")
     Image.new("RGB", (7, 6), "blue").save(tmp_path / "a.png")
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "._a.png").write_bytes(b"side file of macOS")
+    (tmp_path / "result").mkdir()
+    Image.new("RGB", (70, 60)).save(tmp_path / "result" / "grid.png")
     assert load_samples(tmp_path)[:, :, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0]]
+    assert f"{tmp_path}: passed over 2 other files or sub-folders: notes.txt, result/\n" in capsys.readouterr().err
+
+
+def test_images_of_one_kind_or_another_are_measured_together(tmp_path):
+    for i, suffix in enumerate(("png", "gif", "BMP", "jpeg", "webp", "pgm")):
+        Image.new("L" if suffix == "pgm" else "RGB", (8, 8)).save(tmp_path / f"{i}.{suffix}")
+    assert len(load_samples(tmp_path)) == 6
+
+
+def test_sub_folders_are_read_where_no_images_lie_beside_them(tmp_path):
+    for i, name in enumerate(("b", "a/deeper", "c")):
+        save_pngs(tmp_path / name, torch.full((2, 3, 8, 8), i, dtype=torch.uint8))
+    assert load_samples(tmp_path)[:, 0, 0, 0].tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_all_bad_files_of_a_folder_are_named_together(tmp_path):
+    save_pngs(tmp_path, torch.from_numpy(random_images(20)))
+    (tmp_path / "00000.png").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save(tmp_path / "00007.png")
+    message = r"00000\.png: not an image.*; .*00007\.png: is 9x9, 00001\.png is 6x7: .* them"
+    with pytest.raises(DataError, match=message):
+        load_samples(tmp_path)
 
 
 def tile(picture, row, column, size):

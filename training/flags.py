@@ -78,7 +78,7 @@ flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always
 flags.DEFINE_integer("shift", 0, "move training images at random by up to so many pixels, >= 0", lower_bound=0)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer(
-    "num_workers", 4, "workers that decode image files once; no effect where nothing is decoded", lower_bound=0
+    "num_workers", 4, "threads that decode image files once; no effect where nothing is decoded", lower_bound=0
 )
 
 # training
