@@ -59,7 +59,7 @@ def bar(*args, **settings):
 
 def initialize():
     """Meet the other processes: gloo for tensors on the CPU and for waiting, NCCL for those on GPUs."""
-    global gpus  # noqa: PLW0603
+    global gpus
     if not dist.is_torchelastic_launched():
         return
     store, *place = next(dist.rendezvous("env://", timeout=LONGEST_ROUND))
