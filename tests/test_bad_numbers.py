@@ -94,9 +94,9 @@ def test_a_diverged_average_is_refused_before_it_overwrites_the_shards(ema):
     learners = [tiny_learner(seed) for seed in range(3)]
     broken = learners[1].ema if ema else learners[1].net
     broken.head.bias.data[3] = float("inf")
-    before = [[value.clone() for value in (*learner.entries, *learner.ema_entries)] for learner in learners]
+    before = [[learner.weights.clone(), learner.ema_weights.clone()] for learner in learners]
     with pytest.raises(DataError, match=r"not finite \(shards that diverged: \[1\]\)"):
         average_learners(learners, [0, 1, 2], [1, 1, 1])
     for learner, values in zip(learners, before, strict=True):
-        for value, kept in zip((*learner.entries, *learner.ema_entries), values, strict=True):
+        for value, kept in zip((learner.weights, learner.ema_weights), values, strict=True):
             assert torch.equal(value, kept)
