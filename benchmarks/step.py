@@ -45,12 +45,15 @@ def make_net(architecture, device):
     return undo_small_gains(UNet(T=T, dropout=0.1, **architecture)).to(device)
 
 
-def make_step(net, size, batch_size, device):
-    """One step of main_fed.py on a copy of the network and random images, to be called; and its images and batches."""
+def make_step(net, size, batch_size, device, **changes):
+    """One step of main_fed.py on a copy of the network and random images, to be called; and its images and batches.
+
+    changes: of the learner's settings.
+    """
     images = torch.randint(0, 256, (4 * batch_size, 3, size, size), dtype=torch.uint8, device=device)
     batches = ShardBatches(images, None, torch.arange(len(images)), batch_size=batch_size, T=T, seed=0, hflip=True)
     settings = {"beta_1": 1e-4, "beta_T": 0.02, "T": T, "mean_type": "epsilon", "lr": 2e-4, "warmup": 0}
-    learner = Learner(copy.deepcopy(net), **settings, grad_clip=1.0, ema_decay=0.9999)
+    learner = Learner(copy.deepcopy(net), **settings, grad_clip=1.0, ema_decay=0.9999, **changes)
     agc = AntiGradientControl(T).to(device)
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
 

@@ -18,12 +18,13 @@ def tiny_unet(seed=0, **changes):
     return UNet(**{**TINY, **changes})
 
 
-def tiny_learner(seed=0, num_labels=None, dropout=0.1, **changes):
+def tiny_learner(seed=0, num_labels=None, dropout=0.1, net=None, **changes):
     settings = {
         "beta_1": 1e-4, "beta_T": 0.02, "T": 10, "mean_type": "epsilon",
         "lr": 1e-3, "warmup": 0, "grad_clip": 1.0, "ema_decay": 0.9,
     }  # fmt: skip
-    return Learner(tiny_unet(seed, num_labels=num_labels, dropout=dropout), **{**settings, **changes})
+    net = net or tiny_unet(seed, num_labels=num_labels, dropout=dropout)
+    return Learner(net, **{**settings, **changes})
 
 
 def visible(net):

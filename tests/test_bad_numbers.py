@@ -83,7 +83,7 @@ def test_a_diverged_average_is_refused_before_it_overwrites_the_shards(ema):
     learners = [tiny_learner(seed) for seed in range(3)]
     broken = learners[1].ema if ema else learners[1].net
     broken.head.bias.data[3] = float("inf")
-    before = [[value.clone() for value in (learner.weights, learner.ema_weights)] for learner in learners]
+    before = [[learner.weights.clone(), learner.ema_weights.clone()] for learner in learners]
     with pytest.raises(DataError, match=r"not finite \(shards that diverged: \[1\]\)"):
         average_learners(dict(enumerate(learners)), [1, 1, 1])
     for learner, values in zip(learners, before, strict=True):

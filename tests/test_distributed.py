@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -81,6 +82,22 @@ def test_processes_of_a_restart_do_not_meet_those_that_are_gone():
         assert len(found) == 1
         names += found
     assert len(set(names)) == 3
+
+
+def test_processes_wait_long_for_each_other_and_gpus_do_not(monkeypatch):
+    """Without GPUs, so with stand-ins for what torch does."""
+    groups = {}
+    monkeypatch.setattr(distributed, "gpus", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 0, 1)]))
+    start = lambda backend, timeout, **_: groups.setdefault(backend, timeout)  # noqa: E731
+    monkeypatch.setattr(distributed.dist, "init_process_group", start)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: (start(backend, timeout), backend)[1])
+    distributed.initialize()
+    assert groups["gloo"] > timedelta(days=1) and groups["nccl"] <= timedelta(hours=1)
+    assert distributed.group_of(torch.device("cuda", 1)) == "nccl"
+    assert distributed.group_of(torch.device("cpu")) == distributed.dist.group.WORLD
 
 
 def kill_one(process, rank, log, number):
@@ -225,7 +242,6 @@ def test_a_failing_rank_ends_the_job_and_is_named():
     [
         ("main.py", ["--batch_size=9"], "multiple of the 2 that were started"),
         ("main_fed.py", ["--client_num=1"], "start at most 1"),
-        ("main.py", ["--parallel"], "--parallel is for one process"),
     ],
 )
 def test_what_does_not_fit_the_number_of_processes(script, flags, message, tmp_path):

@@ -13,8 +13,9 @@ PUBLISHED = (
     "use_ema"
 ).split()
 OURS = (
-    "data_root device precision compile legacy_labels split anti_grad anti_grad_weight label_dropout guidance stages "
-    "sampler sample_steps eta samples save_png inception_weights fid_reference fid_features num_train download"
+    "data_root device data_device precision compile legacy_labels split anti_grad anti_grad_weight label_dropout "
+    "guidance stages sampler sample_steps eta samples save_png inception_weights fid_reference fid_features num_train "
+    "download"
 ).split()
 
 
@@ -23,7 +24,7 @@ def test_help_explains_every_flag(script, tmp_path):
     text = run(script, "--help", cwd=tmp_path).stdout
     for name in (*PUBLISHED, *OURS):
         assert f"--{name}:" in text or f"--[no]{name}:" in text, name
-    for name in ("mid_T", "Fed"):
+    for name in ("mid_T", "Fed", "parallel"):
         assert f"{name}: no effect" in text.replace("[no]", "")
 
 

@@ -87,7 +87,9 @@ def test_conditional_low_precision_training(tmp_path):
     flags = ["--use_labels", "--num_labels=10", "--label_dropout=0.2", "--guidance=0.5", "--sample_step=2"]
     for precision in ("bf16", "fp16"):
         log = f"--logdir={precision}"
-        run("main.py", "--train", *TINY_FLAGS, *flags, "--total_steps=2", f"--precision={precision}", log, cwd=tmp_path)
+        options = ["--total_steps=2", f"--precision={precision}", "--parallel", "--data_device=cpu", log]
+        result = run("main.py", "--train", *TINY_FLAGS, *flags, *options, cwd=tmp_path)
+        assert result.stderr.count("--parallel has no effect: torchrun trains on several GPUs") == 1
         state = torch.load(tmp_path / precision / "ckpt2.pt", weights_only=True)
         assert state["net_model"]["cond_embedding.timembedding.0.weight"].shape == (11, 32)
 

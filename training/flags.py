@@ -96,8 +96,8 @@ flags.DEFINE_enum(
     "precision",
     "fp32",
     PRECISIONS,
-    "of a network's products: fp32; tf32, which a GPU takes for float32 with 10 bits; bf16 (autocast); fp16 (autocast "
-    "and a loss scaler)",
+    "of a network's products: fp32; tf32, a GPU's faster float32 with 10 bits behind the point; bf16 (autocast); "
+    "fp16 (autocast and a loss scaler)",
 )
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
 flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")

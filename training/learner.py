@@ -151,7 +151,7 @@ class Learner:
             loss = distributed.mean(loss.clone())
         norm = get_total_norm([parameter.grad for parameter in self.parameters]) / self.loss_scale
         applied = norm.isfinite() & loss.isfinite()
-        # fused Adam reads these as torch's GradScaler sets them: a divisor of the gradient, and whether to leave it out
+        # fused Adam reads these, as torch's GradScaler sets them: a divisor of the gradient, and whether to do nothing
         self.optim.grad_scale = self.loss_scale * clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
