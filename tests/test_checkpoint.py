@@ -157,7 +157,7 @@ def test_checkpoints_of_others_are_refused_and_left_as_they_are(write, ours, fla
         directory.close()
     write(tmp_path / "ckpt5.pt")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(DataError, match=r"ckpt5\.pt.*choose another --logdir|ckpt5\.pt: cannot be read"):
+    with pytest.raises(DataError, match=r"ckpt5\.pt: .*: choose another --logdir"):
         open_directory(tmp_path, **flags)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -35,8 +35,6 @@ OWN_FILES = (
 LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"  # of a killed save
 EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
 
-PICKLE = b"\x80"  # what files of torch's older format begin with, which we do not write
-
 # published global_ckpt files hold their skip counts as a NumPy array
 NUMPY_TYPES = [
     np.ndarray,
@@ -146,12 +144,18 @@ def read(path, device="cpu", mmap=False):
         kind = DataError
         if zipfile.is_zipfile(path):
             verify(path)
-        elif Path(path).read_bytes()[:1] != PICKLE:
+        elif not starts_as_pickle(path):
             kind = DamagedError
         raise kind(f"{path}: cannot be read as a checkpoint ({reason})") from error
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not the dict of a checkpoint")
     return state
+
+
+def starts_as_pickle(path):
+    """Whether a file may be of torch's older format, which this program does not write."""
+    with Path(path).open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def find(name):
@@ -231,6 +235,8 @@ def check_own(path, any_format):
         state = read(path, mmap=True)
     except DamagedError:
         return
+    except DataError as error:
+        raise DataError(f"{error}: choose another --logdir") from error
     if "format" not in state:
         raise DataError(f"{path}: another program's checkpoint cannot be continued: choose another --logdir")
     if state["format"] != FORMAT and not any_format:
