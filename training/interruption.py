@@ -7,6 +7,7 @@ import time
 
 import distributed
 import startup
+from errors import printable
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
@@ -45,5 +46,5 @@ class Interruption:
         number = self.number or signal.SIGTERM
         if distributed.is_main():
             name = signal.Signals(number).name
-            print(f"stopped by {name}, saved as {path}: the same command continues the run", file=sys.stderr)
+            print(f"stopped by {name}, saved as {printable(path)}: the same command continues the run", file=sys.stderr)
         sys.exit(128 + number)
