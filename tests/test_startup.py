@@ -49,11 +49,11 @@ def start(*arguments, cwd, path=ROOT, **settings):
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, **pipes, **settings)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in COMMANDS), ("main.py", signal.SIGTERM), ("main.py", signal.SIGHUP)],
+)
 def test_a_signal_ends_every_script_while_it_imports_torch(name, number, tmp_path):
-    if name != "main.py" and number != signal.SIGINT:
-        pytest.skip("all scripts begin alike")
     (tmp_path / "torch.py").write_text(STUBBORN)
     process = start(*COMMANDS[name], cwd=tmp_path, path=tmp_path)
     assert process.stdout.readline() == "importing\n"
