@@ -45,7 +45,7 @@ def prepare():
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r"))  # noqa: PTH123, SIM115
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
         if descriptor:
             setattr(sys, name, tolerant(getattr(sys, name)))
 
@@ -64,8 +64,8 @@ def run(main):
     try:
         code = main()
     except Stopped as stopped:
-        sys.stdout.flush()
-        stop_at_once(stopped.args[0])
+        code = 128 + stopped.args[0]
+        say_stopped(stopped.args[0])
     except SystemExit as end:
         code = end.code
     except UserError as error:
@@ -106,7 +106,13 @@ def stop(number, frame):
 
 def stop_at_once(number, frame=None):
     """End the process here: while modules are imported, an exception might be taken for a missing module."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"{name()}: stopped by {signal.Signals(number).name}\n".encode())
+    say_stopped(number)
     os._exit(128 + number)
+
+
+def say_stopped(number):
+    """Write a line by the first of several processes, past the streams: a handler may have interrupted their work."""
+    if os.environ.get("RANK", "0") == "0":
+        after_bar = "\n" if os.isatty(2) else ""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{after_bar}{name()}: stopped by {signal.Signals(number).name}\n".encode())

@@ -233,5 +233,9 @@ def work_all(runs, deadline):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
-        finally:  # what has not begun must not begin
+        except BaseException:  # a signal too: what has begun saves and ends, what has not must not begin
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    pool.shutdown()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.commands import ROOT, environment, run_bash
+from tests.commands import ROOT, check, environment, run_bash
 from tests.dataset_files import write_afhq, write_cifar10, write_cifar100
 
 TINY = [
@@ -53,6 +53,32 @@ def test_default_experiment(tmp_path):
     assert json.loads((tmp_path / "log/eval/table.json").read_text()).keys() == {"ckpt2", "ckpt4"}
 
 
+def files_of_the_project():
+    """All but what Python, pytest and ruff keep there."""
+    ours = lambda path: not {"__pycache__", ".pytest_cache", ".ruff_cache", ".git", ".venv"} & set(path.parts)  # noqa: E731
+    return {path for path in ROOT.rglob("*") if ours(path)}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("~/a b", "{home}/a b"), ("~", "{home}"), ("a~", "a~"), ("~$(id)", "~$(id)")]
+)
+def test_settings_with_a_tilde(written, meant, tmp_path):
+    """As from a file of settings, where no shell has seen it."""
+    command = f'source \'{ROOT}/com/setup.sh\'; VALUE="$1"; expand VALUE; printf %s "$VALUE"'
+    result = check(["bash", "-c", command, "bash", written], tmp_path, 0, {"HOME": str(tmp_path)})
+    assert result.stdout == meant.format(home=tmp_path)
+
+
+def test_an_equals_sign_in_the_log_directory(tmp_path):
+    """Labels are told from paths; streams may be closed."""
+    script = f"source '{ROOT}/com/common.sh'; LOG_DIR=$1; SEEDS=1; LAUNCH=(true); evaluate 'ckpt1.pt' >&-"
+    grid = tmp_path / "lr=1e-3 é/eval/ckpt1/seed1/grid"
+    grid.mkdir(parents=True)
+    (grid / "result.json").write_text(json.dumps({"N": 4, "checkpoint": None, "seconds": {}}))
+    check(["bash", "-c", script, "bash", "lr=1e-3 é"], tmp_path, 0, {})
+    assert json.loads((tmp_path / "lr=1e-3 é/eval/table.json").read_text()).keys() == {"ckpt1"}
+
+
 def test_slurm(tmp_path):
     """With stand-ins for what only a cluster has: a job of one machine with two GPUs' processes."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
@@ -68,12 +94,15 @@ def test_slurm(tmp_path):
 
 
 def test_demo(tmp_path):
-    """Everything that com/demo.sh runs, with fewer steps and images."""
-    flags = ["--T=20", "--sample_steps=2", "--num_images=20", "--sample_step=0"]
-    flags += [f"--fid_cache={tmp_path}/stats.npz"]
-    env = {"LOG_DIR": str(tmp_path / "demo"), "DEMO_STEPS": "8", "DEMO_ROUNDS": "2"}
-    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, **env)
+    """Everything that com/demo.sh runs, with fewer steps and images: in the caller's directory, whatever is there."""
+    before = files_of_the_project()
+    for name in ("errors.py", "torch.py", "pathlib.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported from the directory of the caller')")
+    flags = ["--T=20", "--sample_steps=2", "--num_images=20", "--sample_step=0", "--fid_cache=stats.npz"]
+    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
     assert "| default " in result.stdout and "| iet_agc " in result.stdout
+    assert files_of_the_project() == before and (tmp_path / "stats.npz").exists()
+    (tmp_path / "results/demo").rename(tmp_path / "demo")
     table = json.loads((tmp_path / "demo/table.json").read_text())
     assert table.keys() == {"default", "iet_agc"} and {"MQ@15", "fpd", "train s"} <= table["default"].keys()
     steps = [json.loads((tmp_path / "demo" / name / "train.json").read_text())["steps"] for name in table]

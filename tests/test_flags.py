@@ -1,8 +1,14 @@
 """Flags: what published commands use is accepted by all scripts, and what cannot be is one clear line."""
 
-import pytest
+import copy
+import json
 
+import pytest
+from absl import flags as absl_flags
+
+from errors import UsageError
 from tests.commands import ROOT, run
+from training import flags
 
 SCRIPTS = ("main.py", "main_fed.py", "all_in.py")
 PUBLISHED = (
@@ -19,9 +25,11 @@ OURS = (
 ).split()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag(script, tmp_path):
-    text = run(script, "--help", cwd=tmp_path).stdout
+@pytest.mark.parametrize(
+    ("script", "flag"), [("main.py", "--help"), ("main_fed.py", "--helpshort"), ("all_in.py", "--helpfull")]
+)
+def test_help_explains_every_flag(script, flag, tmp_path):
+    text = run(script, flag, cwd=tmp_path).stdout
     for name in (*PUBLISHED, *OURS):
         assert f"--{name}:" in text or f"--[no]{name}:" in text, name
     for name in ("mid_T", "Fed", "parallel"):
@@ -40,3 +48,117 @@ def test_published_syntax_is_accepted(script, tmp_path):
 def test_config_files_are_read(name, tmp_path):
     flags = [f"--flagfile={ROOT}/config/{name}.txt", "--data_root=nowhere", "--img_size=9"]
     assert "--img_size=9" in run("main.py", "--train", *flags, cwd=tmp_path, code=2).stderr
+
+
+@pytest.fixture
+def values():
+    """All flags at their defaults."""
+    found = copy.deepcopy(absl_flags.FLAGS)
+    for name in found:
+        found[name].unparse()
+    return found
+
+
+def parsed(values, *words):
+    assert flags.parse(values, ["main.py", *map(str, words)]) == []
+    return values
+
+
+ONE_TWO = b"--ch_mult=1\n--ch_mult=2\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "levels"),
+    [
+        ("", [1, 2, 2, 2]),
+        ("--flagfile=a", [1, 2]),
+        ("--flagfile=a --ch_mult=1 --ch_mult=1", [1, 1]),
+        ("-flagfile a -ch_mult 1 --ch_mult 1", [1, 1]),
+        ("--flagfile a -ch_mult=3 --lr 1e-3 --ch_mult=4", [3, 4]),
+        ("--flagfile=a --flagfile=b", [3]),
+        ("--flagfile=a --flagfile=a", [1, 2]),
+        ("--flagfile=c", [5]),
+        ("--flagfile=a --flagfile=d", [1, 2]),
+        ("--ch_mult=7 --flagfile=a", [1, 2]),
+        ("--ch_mult=7 --flagfile=a --ch_mult=8", [7, 8]),
+    ],
+)
+def test_a_later_list_replaces_an_earlier_one(words, levels, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    contents = {"a": ONE_TWO, "b": b"-ch_mult\n3", "c": b"--flagfile=a\n--ch_mult=5", "d": b"--lr=1"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert parsed(values, *words.split()).ch_mult == levels
+    assert values.attn == [1]
+
+
+LINES = "# réglages\n  # indented\n\n   \n// too\n--lr=1e-3  \n\t--logdir=über all#1\n--notrain\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LINES.encode(),
+        LINES.encode("utf-8-sig"),
+        LINES.encode("utf-16"),
+        b"\xfe\xff" + LINES.encode("utf-16-be"),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+        LINES.replace("réglages", "").encode() + "# réglages".encode("latin-1"),
+    ],
+)
+def test_flagfiles_of_all_editors(data, values, tmp_path):
+    (tmp_path / "a").write_bytes(data)
+    parsed(values, "--train", f"--flagfile={tmp_path / 'a'}")
+    assert (values.lr, values.logdir, values.train) == (1e-3, "über all#1", False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("directory", "Is a directory"),
+        (b"--lr=1\0", "not a text file"),
+        ("--lr=1".encode("utf-16-le"), "not a text file"),
+        (b"\xff\xfe-", "not a text file"),
+        (b'"--lr=1', "not a text file"),
+        (b"--flagfile=b", "it includes itself"),
+    ],
+)
+def test_flagfiles_that_cannot_be_read(content, message, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").write_text("--lr=2\n--flagfile=a\n")
+    if content == "directory":
+        (tmp_path / "a").mkdir()
+    elif content:
+        (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UsageError, match=f"--flagfile=a: .*{message}") as error:
+        parsed(values, "--flagfile=a")
+    assert "\n" not in str(error.value)
+
+
+NAMES = ["a=b", " a ", "'\"", "#", "日本", "\udce9", "a\nb\r", "-x", "a\u2028b\u00a0", "\\", "a,b", "%s{}", "--lr=1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_flagfile_keeps_every_name(name, values, tmp_path):
+    parsed(values, f"--logdir={name}", "--samples", name, "--ch_mult=1", "--stages=score,grid")
+    text = flags.as_flagfile(values)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    again = copy.deepcopy(values)
+    for flag in again:
+        again[flag].unparse()
+    parsed(again, f"--flagfile={tmp_path / name}")
+    assert (again.logdir, again.samples, again.ch_mult, again.stages) == (name, name, [1], ["score", "grid"])
+    assert json.loads(json.dumps(flags.as_dict(again))) == flags.as_dict(values)
+
+
+def test_a_tilde_is_a_home_directory_in_every_path(values, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = "data_root check_dir logdir unet_dir samples generate_dir similar_dir grid_dir fid_cache inception_weights"
+    for name in paths.split():
+        assert parsed(values, f"--{name}=~/x")[name].value == f"{tmp_path}/x"
+    assert parsed(values, "--logdir", "~root").logdir not in ("~root", f"{tmp_path}")
+    assert parsed(values, "--logdir=a/~").logdir == "a/~"
+    (tmp_path / "flags").write_text("--lr=3")
+    assert parsed(values, "--flagfile=~/flags").lr == 3

@@ -255,7 +255,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
     assert not list(tmp_path.glob("log/.ckpt*.tmp")), "what kills have left of unfinished files"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits_as_clusters_expect(number, tmp_path):
     flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=100000", "--log_step=1", "--keep=1", "--logdir=log"]
     command = [sys.executable, str(ROOT / "main.py"), "--train", *flags]

@@ -9,6 +9,7 @@ import torch
 
 import distributed
 import startup
+from errors import printable
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
@@ -58,5 +59,6 @@ class Interruption:
         number = self.number or signal.SIGTERM
         if distributed.is_main():
             name = signal.Signals(number).name
-            print(f"stopped by {name}, saved in {logdir}: the same command continues the run", file=sys.stderr)
+            where = printable(logdir)
+            print(f"stopped by {name}, saved in {where}: the same command continues the run", file=sys.stderr)
         sys.exit(128 + number)

@@ -1,0 +1,276 @@
+"""Signals at all times, standard streams that are closed or full, bars in log files, names of every kind."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import distributed
+from errors import DataError, UsageError, printable
+from score.compare import split_label
+from tests.commands import ROOT, environment, eval_flags, run, run_module
+from tests.networks import TINY_FLAGS, tiny_unet
+
+COMMANDS = {
+    "main.py": [str(ROOT / "main.py"), "--train"],
+    "main_fed.py": [str(ROOT / "main_fed.py"), "--train"],
+    "all_in.py": [str(ROOT / "all_in.py")],
+    "score.compare": ["-m", "score.compare", "x"],
+    "score.stats": ["-m", "score.stats"],
+    "experiments.tuning": ["-m", "experiments.tuning"],
+    "experiments.frontier": ["-m", "experiments.frontier"],
+    "experiments.document": ["-m", "experiments.document"],
+    "benchmarks": ["-m", "benchmarks"],
+    "benchmarks.faults": ["-m", "benchmarks.faults"],
+    "benchmarks.growth": ["-m", "benchmarks.growth"],
+    "benchmarks.scaling": ["-m", "benchmarks.scaling"],
+}
+STUBBORN = """
+import time
+while True:
+    try:
+        print("importing", flush=True)
+        time.sleep(60)
+    except BaseException as error:
+        print(repr(error), flush=True)
+"""
+
+
+def start(*arguments, cwd, path=ROOT, **settings):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = environment(PYTHONPATH=os.pathsep.join(map(str, [path, ROOT])))
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, **pipes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGINT) for name in COMMANDS), ("main.py", signal.SIGTERM), ("main.py", signal.SIGHUP)],
+)
+def test_a_signal_ends_every_script_while_it_imports_torch(name, number, tmp_path):
+    (tmp_path / "torch.py").write_text(STUBBORN)
+    process = start(*COMMANDS[name], cwd=tmp_path, path=tmp_path)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=20)
+    assert (out, errors) == ("", f"{name}: stopped by {number.name}\n")
+    assert process.returncode == 128 + number
+
+
+WORK = """
+import sys, time
+import startup
+startup.prepare()
+def main():
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidy")
+        if "--slow" in sys.argv:
+            sys.stdout.flush()
+            time.sleep(60)
+startup.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_things_tidy(number, tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    process = start("work.py", cwd=tmp_path)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("tidy\n", f"work.py: stopped by {number.name}\n")
+    assert process.returncode == 128 + number
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    process = start("work.py", "--slow", cwd=tmp_path)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "tidy\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "work.py: stopped by SIGINT\n")
+    assert process.returncode == 130
+
+
+def test_nohup_holds(tmp_path):
+    (tmp_path / "work.py").write_text(WORK)
+    process = start("work.py", cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(20) == 143
+
+
+def test_an_experiment_is_stopped_with_its_trainings(tmp_path):
+    """Ctrl-C goes to all processes of a terminal: one line, nothing goes on, and what was trained is saved."""
+    arguments = ["-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
+    process = start(*arguments, cwd=tmp_path, start_new_session=True)
+    limit = time.monotonic() + 100
+    while not list(tmp_path.glob("runs/digits32/*/seed11/log/metrics.jsonl")):
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)  # until the last process has closed the pipe
+    assert process.returncode == 130
+    assert [line for line in errors.splitlines() if "run/s" not in line] == ["experiments.tuning: stopped by SIGINT"]
+    while not list(tmp_path.glob("runs/digits32/*/seed11/log/state/*.pt")):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+CLOSED = """
+import os, sys
+import startup
+startup.prepare()
+def main():
+    file = open("own file", "w")
+    print("out")
+    print("err", file=sys.stderr)
+    os.system("echo child; echo child >&2")
+    file.write(f"{file.fileno()} {sys.stdin.read()!r}")
+startup.run(main)
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_closed_streams(closed, tmp_path):
+    (tmp_path / "closed.py").write_text(CLOSED)
+    process = start(
+        "closed.py", cwd=tmp_path, stdin=subprocess.DEVNULL, preexec_fn=lambda: [os.close(i) for i in closed]
+    )
+    out, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert sorted(out.split()) == ([] if 1 in closed else ["child", "out"])
+    assert sorted(errors.split()) == ([] if 2 in closed else ["child", "err"])
+    descriptor, content = (tmp_path / "own file").read_text().split()
+    assert int(descriptor) > 2 and content == "''"
+
+
+def test_a_training_without_any_stream(tmp_path):
+    command = [sys.executable, ROOT / "main.py", "--train", *TINY_FLAGS, "--total_steps=2", "--logdir=log"]
+    close = lambda: [os.close(i) for i in range(3)]  # noqa: E731
+    assert subprocess.run(command, cwd=tmp_path, env=environment(), preexec_fn=close, check=False).returncode == 0
+    assert (tmp_path / "log/ckpt2.pt").exists()
+
+
+OUTPUT = "import startup; startup.prepare(); startup.run(lambda: print('x' * 100_000, '\\udce9 \\u20ac'))"
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_output_that_nobody_takes(options, tmp_path):
+    command = [sys.executable, *options, "-c", OUTPUT]
+    settings = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "check": False}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, **settings)
+    assert result.returncode == 1
+    assert result.stderr == "-c: error: standard output cannot be written (No space left on device)\n"
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, stdout=write, **settings)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, ""), "a reader that has seen enough"
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, *options, "-c", "import sys; " + OUTPUT.replace("))", ", file=sys.stderr))")]
+        assert subprocess.run(command, cwd=ROOT, stderr=full, check=False).returncode == 0
+    latin = subprocess.run(
+        [*command[:-1], OUTPUT], cwd=ROOT, env=environment(PYTHONIOENCODING="ascii"), capture_output=True
+    )
+    assert (latin.returncode, latin.stdout[100_000:]) == (0, b" \\udce9 \\u20ac\n")
+
+
+def test_a_log_file_gets_plain_lines(tmp_path):
+    flags = ["--train", *TINY_FLAGS, "--log_step=1", "--total_steps=30"]
+    result = run("main.py", *flags, "--logdir=a", cwd=tmp_path)
+    assert result.stderr.count("\n") < 6 and "\r" not in result.stderr
+    assert "30/30" in result.stderr.splitlines()[-1] and "loss=" in result.stderr
+    parameters = sum(p.numel() for p in tiny_unet().parameters() if p.requires_grad)
+    expected = f"cpu, 1 process, {parameters:,} parameters, 48 images, 6 steps per epoch, 8 images per batch\n"
+    assert result.stdout == expected
+    assert run("main.py", *flags, "--logdir=b", cwd=tmp_path, TQDM_DISABLE="1").stderr == ""
+    often = run("main.py", *flags, "--logdir=c", cwd=tmp_path, TQDM_MININTERVAL="0")
+    assert often.stderr.count("\n") >= 30
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("stream", "redrawn"), [(io.StringIO(), False), (Terminal(), True)])
+def test_a_bar_is_redrawn_on_a_terminal_only(stream, redrawn, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    for _ in (
+        distributed.bar(range(3), desc="work", unit="image", mininterval=0) if redrawn else distributed.bar(range(3))
+    ):
+        pass
+    assert ("\r" in stream.getvalue()) == redrawn and "3/3" in stream.getvalue()
+    if not redrawn:
+        assert stream.getvalue().count("\n") == 2 and not stream.getvalue().endswith("\n\n")
+
+
+def test_all_bars_come_from_one_function():
+    files = [path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts and path.parent.name != "tests"]
+    assert [path.name for path in files if re.search(r"\btqdm\(|import tqdm", path.read_text())] == ["distributed.py"]
+
+
+ODD = os.fsdecode(b"\xff=\n'\" <b>|-~#")
+
+
+def test_a_name_of_any_kind_in_all_reports(tmp_path):
+    """One line per message, and every text that is written is UTF-8."""
+    log = f"--logdir={ODD}"
+    run("main.py", "--train", *TINY_FLAGS, "--total_steps=2", "--save_step=1", log, cwd=tmp_path)
+    again = run("main.py", "--train", f"--flagfile={ODD}/flagfile.txt", "--total_steps=4", cwd=tmp_path)
+    assert "2 of 4 steps done" in again.stdout
+    dirs = eval_flags(tmp_path / ODD)
+    run("all_in.py", *TINY_FLAGS, "--num_images=8", "--fid_features=pixels", f"--unet_dir={ODD}", *dirs, cwd=tmp_path)
+    outputs = [
+        f"--{name}={ODD}/t.{suffix}" for name, suffix in (("json", "json"), ("html", "html"), ("picture", "png"))
+    ]
+    runs = [f"{ODD}={ODD}/grid", f"{ODD}/grid"]
+    table = run_module("score.compare", *outputs, *runs, cwd=tmp_path).stdout
+    assert len(table.splitlines()) == 3, "both are of one method"
+    result = json.loads((tmp_path / ODD / "grid/result.json").read_text())
+    assert str(Path(result["checkpoint"]).parent) == ODD
+    for name in ("grid/report.html", "grid/result.txt", "t.html", "t.json", "flagfile.txt"):
+        assert (tmp_path / ODD / name).read_text(encoding="utf-8")
+    wrong = run("all_in.py", f"--unet_dir={ODD}/x.pt", "--fid_features=pixels", cwd=tmp_path, code=1).stderr
+    assert wrong.count("\n") == 1 and r"\xff".replace("x", "udc") in wrong and r"\n" in wrong
+
+
+def test_a_label_ends_where_the_path_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("lr=1", "a=b=c", "plain"):
+        (tmp_path / name).mkdir()
+    expected = {
+        "plain": ("", "plain"), "lr=1": ("", "lr=1"), "x=lr=1": ("x", "lr=1"), "a=b=c": ("", "a=b=c"),
+        "a=b=plain": ("a=b", "plain"), "=plain": ("", "plain"), "x=~/plain": ("x", f"{tmp_path}/plain"),
+    }  # fmt: skip
+    for argument, (label, path) in expected.items():
+        found = split_label(argument)
+        assert (found[0], str(found[1])) == (label, path)
+    for argument in ("nothing", "x=nothing", "x=", "=", "x" * 5000):
+        with pytest.raises(DataError, match="no such file or directory"):
+            split_label(argument)
+
+
+def test_text_on_one_line():
+    assert printable("é\n\x1b[1m\udce9 日本") == r"é\n\x1b[1m\udce9 日本"
+
+
+@pytest.mark.parametrize("module", ["score.compare", "experiments.frontier"])
+def test_commands_say_wrong_arguments_in_one_line(module, tmp_path):
+    result = run_module(module, "--nonsense", cwd=tmp_path, code=UsageError.exit_code)
+    assert result.stderr.startswith(f"{module}: error: ") and result.stderr.count("\n") == 1 and not result.stdout
