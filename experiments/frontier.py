@@ -11,162 +11,121 @@ import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
-from errors import UsageError
-from experiments.arms import ARMS, subject, tuned_arms
-from experiments.command import parse, parser_of, report_errors
+from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
-from experiments.matched import Point, difference, interval
-from experiments.page import write_page
+from experiments.matched import Point, difference, interval, mean_at_quality
 from experiments.plot import plot_frontier
 from experiments.runs import (
     WEIGHTS,
+    call,
+    floor_of,
     is_measured,
-    judge_of,
-    last_measured,
+    last_arrays,
+    last_point,
+    measure_checkpoint,
+    parser_of,
     plan,
-    read_measured,
     read_points,
-    with_published_sampler,
+    real_images,
     work_all,
+    write_lines,
 )
-from experiments.tables import matched_rows
-from files import read_json, write_json
+from experiments.tables import matched_table
+from files import read_json
 from score.grids import save_pairs
-from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
 FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
-DIFFERENCES = (15, 30)  # percent: thresholds at which arms are compared with default training
-BASELINES = {"IET": "default", "AGC": "default", "IET-AGC": "default", "tuned IET-AGC": "tuned default"}
+MEASURES = (*(f"MQ@{p}" for p in THRESHOLDS), "f_mem")
+COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
 
 
-def paths_of(runs, arm, weights):
+def paths_of(points, arm, weights, measure):
     """[[Point]] per seed of an arm, in the order of the steps."""
+    chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
     return [
-        [
-            Point(point["fpd"], point["fpd_std"], read_measured(run, point["round"], weights)["ratio"])
-            for point in read_points(run)
-            if point["weights"] == weights
-        ]
-        for run in runs
-        if run.arm.name == arm
+        [Point(p["fpd"], p["fpd_std"], p[measure], p["images"]) for p in chosen if p["seed"] == seed]
+        for seed in dict.fromkeys(p["seed"] for p in chosen)
     ]
 
 
-def reached_by_all(paths):
-    """The best Frechet distance that every training reaches; paths: [[Point]]."""
-    return max(min(point.distance for point in path) for path in paths)
+def qualities(paths):
+    """FACTORS times the best Frechet distance that every training reaches; paths: [[Point]]."""
+    best = max(min(point.distance for point in path) for path in paths)
+    return [best * factor for factor in FACTORS]
 
 
-def matched_table(paths, floor_ratio):
-    """{fpd: {arm: {"MQ@p": interval}}} of all arms {name: paths} at the same distances to held-out images."""
-    best = reached_by_all([path for of_arm in paths.values() for path in of_arm])
-    return {
-        f"{best * factor:.3f}": {
-            arm: {f"MQ@{p}": interval(of_arm, best * factor, p, floor_ratio) for p in THRESHOLDS}
-            for arm, of_arm in paths.items()
-        }
-        for factor in FACTORS
-    }
-
-
-def comparisons(paths):
-    """Every arm against default training, at qualities that the two reach with all their seeds: a list of JSON rows."""
+def matched(points, floor):
+    """Rows {"weights", "fpd", "arm", "reached", measure: interval}: all arms at the same distances to held-out images."""
     rows = []
-    for arm, baseline in BASELINES.items():
-        if arm in paths and baseline in paths:
-            best = reached_by_all(paths[arm] + paths[baseline])
-            for quality in (best * factor for factor in FACTORS):
-                found = {f"MQ@{p}": difference(paths[arm], paths[baseline], quality, p) for p in DIFFERENCES}
-                rows.append({"arm": arm, "baseline": baseline, "fpd": round(quality, 3), **found})
+    for weights in WEIGHTS:
+        paths = {
+            arm: {measure: paths_of(points, arm, weights, measure) for measure in MEASURES}
+            for arm in dict.fromkeys(point["arm"] for point in points)
+        }
+        for quality in qualities([path for of_arm in paths.values() for path in of_arm[MEASURES[0]]]):
+            for arm, of_arm in paths.items():
+                row = {"weights": weights, "fpd": round(quality, 3), "arm": arm}
+                row["reached"] = mean_at_quality(of_arm[MEASURES[0]], quality)[1]
+                found = {name: interval(p, quality, floor[name], floor["images"]) for name, p in of_arm.items()}
+                rows.append(row | found)
     return rows
 
 
-def last_by_arm(runs):
-    """{arm: what was kept of the last raw checkpoint of each seed}."""
-    found = {}
-    for run in runs:
-        found.setdefault(run.arm.name, []).append(last_measured(run))
-    return found
-
-
-def most_memorised(found):
-    """[{"ratio", "training image"}] of what was kept of a checkpoint."""
-    top = found["top"]
-    return [
-        {"ratio": round(float(ratio), 6), "training image": int(image)}
-        for ratio, image in zip(found["ratio"][top], found["nearest"][top], strict=True)
-    ]
-
-
-def samplers(runs, judge):
-    """{arm: {sampler: point}} of the first seed's last raw checkpoint: the sampler used here and the published one."""
-    found = {}
-    for run in runs:
-        if run.arm.name in ("default", "IET-AGC") and run.arm.name not in found:
-            last = next(p for p in reversed(read_points(run)) if p["weights"] == "raw")
-            both = {"DPM-Solver++, 20 steps": last, "DDIM, 50 steps": with_published_sampler(run, judge)}
-            found[run.arm.name] = both
-    return found
-
-
-def collect(runs, last, judge, options, seconds):
-    """All results of a data set as one dict of JSON values; last: `last_by_arm`."""
-    arms = dict.fromkeys(run.arm.name for run in runs)
-    paths = {weights: {arm: paths_of(runs, arm, weights) for arm in arms} for weights in WEIGHTS}
-    return {
-        "command": " ".join(["bash com/frontier.sh", *options.command]),
-        "machine": machine(),
-        "seconds": seconds,
-        "seeds": sorted({run.seed for run in runs}),
-        "training images": len(judge.training),
-        "distinct training images": len(judge.distinct),
-        "generated images": judge.images,
-        "floor": judge.floor,
-        "flags": {run.arm.name: [flag for flag in run.flags if not is_of_run(flag)] for run in runs},
-        "points": [
-            {"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)
-        ],
-        "matched quality": {weights: matched_table(paths[weights], judge.floor_ratio) for weights in WEIGHTS},
-        "comparisons": {weights: comparisons(paths[weights]) for weights in WEIGHTS},
-        "detection (ROC AUC per seed)": detection(runs, judge),
-        "samplers": samplers(runs, judge),
-        "most memorised": {arm: most_memorised(seeds[0]) for arm, seeds in last.items()},
-    }  # fmt: skip
-
-
-def is_of_run(flag):
-    """Whether a flag is a run's own: where it is and with which seed."""
-    return flag.startswith(("--logdir=", "--seed=", "--data_root="))
-
-
-def print_tables(name, result):
+def comparisons(points):
+    """Rows {"weights", "fpd", "arm", "baseline", measure: difference}, at qualities that both reach with all seeds."""
+    rows = []
+    arms = {point["arm"] for point in points}
     for weights in WEIGHTS:
-        print(f"{name}, {weights} weights, mean over seeds [95 % interval]")
-        print(markdown_table(*matched_rows(result, weights)), end="")
+        for arm, baseline in BASELINES.items():
+            if not {arm, baseline} <= arms:
+                continue
+            sides = {name: [paths_of(points, side, weights, name) for side in (arm, baseline)] for name in COMPARED}
+            for quality in qualities(sum(sides[COMPARED[0]], [])):
+                found = {name: difference(*both, quality) for name, both in sides.items()}
+                rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline, **found})
+    return rows
 
 
-def parse_arguments(arguments):
-    parser = parser_of("frontier", __doc__)
-    words = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
-    parser.add_argument(
-        "--data", type=words, default=["digits64", "patches128", "digits256"], help="data sets with their sizes"
-    )
-    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
-    parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
-    return parse(parser, arguments)
+def samplers(runs):
+    """The first seed's last raw checkpoint with the sampler used here and with the published one, as rows."""
+    rows = []
+    for run in runs:
+        if run.arm.name in ("default", "IET-AGC") and run.seed == runs[0].seed:
+            last = last_point(run)
+            path = run.directory / "measured" / f"round{last['round']}_ddim50_{run.data.images}.json"
+            if not path.exists():
+                write_lines(path, measure_checkpoint(run, last["round"], "raw", sampler="ddim", steps=50)[0], depth=1)
+            both = {"DPM-Solver++, 20 steps": last, "DDIM, 50 steps": read_json(path)}
+            rows += [{"arm": run.arm.name, "sampler": name, **point} for name, point in both.items()]
+    return rows
 
 
-def chosen_arms(options):
-    known = ARMS | tuned_arms(options.out)
-    names = options.arms or list(known)
-    if not set(names) <= set(known):
-        raise UsageError(f"--arms={','.join(names)}: choose some of {','.join(known)}")
-    return [known[name] for name in names]
+def collect(runs, command, seconds):
+    """All results of a data set as JSON values."""
+    data = runs[0].data
+    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
+    training, _, distinct, _ = real_images(data.name)
+    floor = floor_of(data)
+    of_run = ("--logdir=", "--seed=")
+    return {
+        "command": " ".join(["bash com/frontier.sh", *command]),
+        "machine": machine(),
+        "seconds": round(seconds, 1),
+        "seeds": sorted({run.seed for run in runs}),
+        "training images": len(training),
+        "distinct training images": len(distinct),
+        "floor": floor,
+        "flags": {run.arm.name: " ".join(flag for flag in run.flags if not flag.startswith(of_run)) for run in runs},
+        "matched": matched(points, floor),
+        "comparisons": comparisons(points),
+        "detection": detection(runs),
+        "samplers": samplers(runs),
+        "points": points,
+    }
 
 
-def run_data_set(name, options, arms, deadline):
+def run_data_set(name, arms, options, deadline):
     """Do what is missing of one data set and write the results with what is there."""
     start = time.time()
     runs = plan(name, arms, options.seeds, options)
@@ -174,31 +133,38 @@ def run_data_set(name, options, arms, deadline):
     measured = [run for run in runs if is_measured(run)]
     if not measured:
         return
-    judge = judge_of(runs[0].subject)
     path = Path(options.out) / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
-    last = last_by_arm(measured)
-    results[name] = collect(measured, last, judge, options, round(seconds, 1))
-    write_json(path, results)
+    results[name] = collect(measured, options.command, seconds)
+    write_lines(path, results, depth=3)
     plot_frontier(path.with_suffix(".png"), results)
-    save_pairs(path.with_name(f"pairs_{name}.png"), {arm: seeds[0]["pairs"] for arm, seeds in last.items()})
-    write_page(path.with_name(f"frontier_{name}.html"), name, results[name], last, judge)
-    print_tables(name, results[name])
+    first = {run.arm.name: last_arrays(run)["pairs"] for run in reversed(measured)}
+    save_pairs(path.with_name(f"pairs_{name}.png"), {arm.name: first[arm.name] for arm in arms if arm.name in first})
+    print(f"{name}, mean above the floor over seeds [95 % interval], in points\n{matched_table(results[name])}", end="")
 
 
 def run_all(options):
-    arms = chosen_arms(options)
-    for name in options.data:
-        subject(name, options)
     deadline = time.time() + 60 * options.minutes
     for name in options.data:
-        run_data_set(name, options, arms, deadline)
+        run_data_set(name, options.arms, options, deadline)
 
 
 def main(arguments=None):
-    options = parse_arguments(arguments)
-    return report_errors("frontier", lambda: run_all(options))
+    parser = parser_of("frontier", __doc__)
+    words = lambda text: text.split(",")  # noqa: E731
+    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+    parser.add_argument("--data", type=words, default=list(DATA), help=f"some of {','.join(DATA)}")
+    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
+    parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
+    options = parser.parse_args(arguments)
+    options.command = sys.argv[1:] if arguments is None else arguments
+    known = ARMS | tuned_arms(options.out)
+    for flag, names, all_names in (("data", options.data, DATA), ("arms", options.arms or [], known)):
+        if not set(names) <= set(all_names):
+            parser.error(f"--{flag}={','.join(names)}: choose some of {','.join(all_names)}")
+    options.arms = [known[name] for name in options.arms or known]
+    return call(run_all, options)
 
 
 if __name__ == "__main__":

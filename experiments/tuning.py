@@ -11,45 +11,43 @@ from pathlib import Path
 
 from benchmarks.__main__ import machine
 from errors import DataError
-from experiments.arms import TRIALS
-from experiments.command import parse, parser_of, report_errors
-from experiments.frontier import DIFFERENCES, paths_of
-from experiments.matched import mean_at_quality, share_below
-from experiments.runs import WEIGHTS, is_complete, judge_of, plan, read_points, work_all
-from files import read_json, write_json
+from experiments.arms import DATA, TRIALS
+from experiments.frontier import COMPARED, paths_of
+from experiments.matched import mean_at_quality
+from experiments.runs import WEIGHTS, call, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
+from files import read_json
 
 FACTOR = 1.15  # of the better quality of the two that both methods reach untuned
 
 
-def memorised_at(runs, quality, floor_ratio):
-    """{setting: {weights: {"fpd reached", "MQ@15", "MQ@30"}}}: MQ above floor at a quality, None if not reached."""
+def memorised_at(points, quality, floor):
+    """{setting: {weights: {"fpd reached", "MQ@15", "MQ@30"}}}: above the floor at a quality, None if not reached."""
     found = {}
-    for run in runs:
+    for setting in dict.fromkeys(point["arm"] for point in points):
         for weights in WEIGHTS:
-            paths = paths_of([run], run.arm.name, weights)
-            entry = {"fpd reached": min(point.distance for point in paths[0])}
-            for p in DIFFERENCES:
-                share, reached = mean_at_quality(paths, quality, p)
-                entry[f"MQ@{p}"] = share - share_below(floor_ratio, p) if reached else None
-            found.setdefault(run.arm.name, {})[weights] = entry
+            best = min(p["fpd"] for p in points if (p["arm"], p["weights"]) == (setting, weights))
+            entry = found.setdefault(setting, {})[weights] = {"fpd reached": best}
+            for measure in COMPARED:
+                share, reached = mean_at_quality(paths_of(points, setting, weights, measure), quality)
+                entry[measure] = share - floor[measure] if reached else None
     return found
 
 
 def best(found):
     """{"setting", "weights"} of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
-    reached = [
-        (max(0.0, entry["MQ@15"]), entry["MQ@30"], setting, weights)
+    first, second = COMPARED
+    *_, setting, weights = min(
+        (max(0.0, entry[first]), entry[second], setting, weights)
         for setting, of_setting in found.items()
         for weights, entry in of_setting.items()
-        if entry["MQ@15"] is not None
-    ]
-    *_, setting, weights = min(reached)
+        if entry[first] is not None
+    )
     return {"setting": setting, "weights": weights}
 
 
-def quality_to_match(runs_of_base):
+def quality_to_match(points):
     """FACTOR times the best fpd of the worse of the untuned methods, each with its better weights."""
-    return FACTOR * max(min(point["fpd"] for point in read_points(run)) for run in runs_of_base)
+    return FACTOR * max(min(p["fpd"] for p in points if p["arm"] == method) for method in TRIALS)
 
 
 def tune(options):
@@ -59,14 +57,12 @@ def tune(options):
     work_all(runs, start + 60 * options.minutes)
     if not all(map(is_complete, runs)):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
-    judge = judge_of(runs[0].subject)
-    quality = quality_to_match([run for run in runs if run.arm.name in TRIALS])
-    found = memorised_at(runs, quality, judge.floor_ratio)
+    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
+    quality = quality_to_match(points)
+    found = memorised_at(points, quality, floor_of(runs[0].data))
     path = Path(options.out) / "tuning.json"
     seconds = (read_json(path)["seconds"] if path.exists() else 0) + time.time() - start
-    methods = {
-        name: {arm.name: {"flags": arm.flags, **found[arm.name]} for arm in arms} for name, arms in TRIALS.items()
-    }
+    of_method = {name: {arm.name: found[arm.name] for arm in arms} for name, arms in TRIALS.items()}
     result = {
         "command": " ".join(["python -m experiments.tuning", *options.command]),
         "machine": machine(),
@@ -74,21 +70,22 @@ def tune(options):
         "data": options.data,
         "seed": options.seed,
         "fpd matched": quality,
-        "trials": methods,
-        "best": {name: best({arm.name: found[arm.name] for arm in arms}) for name, arms in TRIALS.items()},
+        "trials": of_method,
+        "best": {name: best(settings) for name, settings in of_method.items()},
     }
-    write_json(path, result)
+    write_lines(path, result, depth=3)
     for name, chosen in result["best"].items():
         print(f"{name}: best at fpd {quality:.3f} is {chosen['setting']!r} with {chosen['weights']} weights")
 
 
 def main(arguments=None):
     parser = parser_of("tuning", __doc__)
-    parser.add_argument("--data", default="digits64", help="data set with its size")
+    parser.add_argument("--data", default="digits64", choices=DATA, help="the data set")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
     parser.set_defaults(steps=2800, points=6)  # enough for the quality at which they are judged
-    options = parse(parser, arguments)
-    return report_errors("tuning", lambda: tune(options))
+    options = parser.parse_args(arguments)
+    options.command = sys.argv[1:] if arguments is None else arguments
+    return call(tune, options)
 
 
 if __name__ == "__main__":
