@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
-from experiments.matched import Point, difference, interval, mean_at_quality
+from experiments.matched import difference, interval, mean_at_quality
 from experiments.plot import plot_frontier
 from experiments.runs import (
     WEIGHTS,
@@ -21,8 +21,6 @@ from experiments.runs import (
     floor_of,
     is_measured,
     last_arrays,
-    last_point,
-    measure_checkpoint,
     parser_of,
     plan,
     read_points,
@@ -40,64 +38,42 @@ MEASURES = (*(f"MQ@{p}" for p in THRESHOLDS), "f_mem")
 COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
 
 
-def paths_of(points, arm, weights, measure):
-    """[[Point]] per seed of an arm, in the order of the steps."""
+def paths_of(points, arm, weights):
+    """[[point]] per seed of an arm, in the order of the steps."""
     chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
-    return [
-        [Point(p["fpd"], p["fpd_std"], p[measure], p["images"]) for p in chosen if p["seed"] == seed]
-        for seed in dict.fromkeys(p["seed"] for p in chosen)
-    ]
+    return [[p for p in chosen if p["seed"] == seed] for seed in dict.fromkeys(p["seed"] for p in chosen)]
 
 
 def qualities(paths):
-    """FACTORS times the best Frechet distance that every training reaches; paths: [[Point]]."""
-    best = max(min(point.distance for point in path) for path in paths)
+    """FACTORS times the best fpd that every training reaches."""
+    best = max(min(point["fpd"] for point in path) for path in paths)
     return [best * factor for factor in FACTORS]
 
 
 def matched(points, floor):
-    """Rows {"weights", "fpd", "arm", "reached", measure: interval}: all arms at the same distances to held-out images."""
+    """Rows {"weights", "fpd", "arm", "reached", measure: interval}: all arms at the same fpd."""
     rows = []
     for weights in WEIGHTS:
-        paths = {
-            arm: {measure: paths_of(points, arm, weights, measure) for measure in MEASURES}
-            for arm in dict.fromkeys(point["arm"] for point in points)
-        }
-        for quality in qualities([path for of_arm in paths.values() for path in of_arm[MEASURES[0]]]):
-            for arm, of_arm in paths.items():
-                row = {"weights": weights, "fpd": round(quality, 3), "arm": arm}
-                row["reached"] = mean_at_quality(of_arm[MEASURES[0]], quality)[1]
-                found = {name: interval(p, quality, floor[name], floor["images"]) for name, p in of_arm.items()}
-                rows.append(row | found)
+        arms = {arm: paths_of(points, arm, weights) for arm in dict.fromkeys(point["arm"] for point in points)}
+        for quality in qualities([path for paths in arms.values() for path in paths]):
+            for arm, paths in arms.items():
+                reached = mean_at_quality(paths, quality, COMPARED[0])[1]
+                found = {measure: interval(paths, quality, measure, floor) for measure in MEASURES}
+                rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "reached": reached, **found})
     return rows
 
 
 def comparisons(points):
     """Rows {"weights", "fpd", "arm", "baseline", measure: difference}, at qualities that both reach with all seeds."""
-    rows = []
-    arms = {point["arm"] for point in points}
+    rows, arms = [], {point["arm"] for point in points}
     for weights in WEIGHTS:
         for arm, baseline in BASELINES.items():
-            if not {arm, baseline} <= arms:
-                continue
-            sides = {name: [paths_of(points, side, weights, name) for side in (arm, baseline)] for name in COMPARED}
-            for quality in qualities(sum(sides[COMPARED[0]], [])):
-                found = {name: difference(*both, quality) for name, both in sides.items()}
-                rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline, **found})
-    return rows
-
-
-def samplers(runs):
-    """The first seed's last raw checkpoint with the sampler used here and with the published one, as rows."""
-    rows = []
-    for run in runs:
-        if run.arm.name in ("default", "IET-AGC") and run.seed == runs[0].seed:
-            last = last_point(run)
-            path = run.directory / "measured" / f"round{last['round']}_ddim50_{run.data.images}.json"
-            if not path.exists():
-                write_lines(path, measure_checkpoint(run, last["round"], "raw", sampler="ddim", steps=50)[0], depth=1)
-            both = {"DPM-Solver++, 20 steps": last, "DDIM, 50 steps": read_json(path)}
-            rows += [{"arm": run.arm.name, "sampler": name, **point} for name, point in both.items()]
+            if {arm, baseline} <= arms:
+                ours, others = (paths_of(points, side, weights) for side in (arm, baseline))
+                for quality in qualities(ours + others):
+                    found = {measure: difference(ours, others, quality, measure) for measure in COMPARED}
+                    row = {"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline}
+                    rows.append(row | found)
     return rows
 
 
@@ -120,7 +96,6 @@ def collect(runs, command, seconds):
         "matched": matched(points, floor),
         "comparisons": comparisons(points),
         "detection": detection(runs),
-        "samplers": samplers(runs),
         "points": points,
     }
 

@@ -42,7 +42,7 @@ def plot_frontier(path, results):
 
 
 def draw(axis, result, weights, measure):
-    """One pane: the mean over seeds of every checkpoint; one standard deviation of the share as a band, of fpd as bars."""
+    """One pane: means over seeds of every checkpoint; a standard deviation of the share as a band, of fpd as bars."""
     for i, arm in enumerate(result["flags"]):
         steps, distances, shares = curves(result["points"], arm, weights, measure)
         if not steps:

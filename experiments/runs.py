@@ -213,11 +213,11 @@ def load_network(run, r, use_ema):
     return net.eval(), state["index_array"].numpy()
 
 
-def measure_checkpoint(run, r, weights, **settings):
-    """(numbers of a checkpoint, arrays of it) of as many generated images as the run says; settings: of the sampler."""
+def measure_checkpoint(run, r, weights):
+    """(numbers of a checkpoint, arrays of it) of as many generated images as the run says."""
     _, _, distinct, heldout = real_images(run.data.name)
     net, skips = load_network(run, r, weights == "ema")
-    sampler = GaussianDiffusionSampler(net, **{**flags.sampler(values_of(run.flags)), **settings})
+    sampler = GaussianDiffusionSampler(net, **flags.sampler(values_of(run.flags)))
     with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
         images = generate(sampler, run.data.images, run.data.images, run.seed)
     numbers, ratio, nearest = measure(images, distinct, heldout)

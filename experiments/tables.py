@@ -6,8 +6,9 @@ python -m experiments.tables
 import re
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from errors import DataError, UserError
 from files import atomic_write, read_json
@@ -17,101 +18,94 @@ DOCUMENT = Path("docs/RESULTS.md")
 SHOWN = ("MQ@15", "MQ@30")
 
 
+def points_of(result, arm, weights, steps=None):
+    """The points of an arm, one per seed, after the last steps, or after those that are nearest to `steps`."""
+    points = [p for p in result["points"] if (p["arm"], p["weights"]) == (arm, weights)]
+    made = sorted({p["steps"] for p in points})
+    chosen = min(made, key=lambda number: abs(number - steps)) if steps else made[-1]
+    return [p for p in points if p["steps"] == chosen]
+
+
 def spread(values, form):
     deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + deviation
 
 
-def points_of(result, arm, weights, steps=None):
-    """The points of an arm, one per seed, after the last steps, or after those that are nearest to `steps`."""
-    points = [p for p in result["points"] if (p["arm"], p["weights"]) == (arm, weights)]
-    chosen = max(p["steps"] for p in points)
-    if steps:
-        chosen = min(sorted(p["steps"] for p in points), key=lambda made: abs(made - steps))
-    return [p for p in points if p["steps"] == chosen]
+def mean_cells(result, points):
+    """Steps, fpd and shares, mean ± standard deviation over seeds; in brackets what shares are above the floor."""
+    cells = [f"{points[0]['steps']:,}", spread([p["fpd"] for p in points], "{:.2f}")]
+    for measure in (*SHOWN, "f_mem", "AuthPct"):
+        values = [100 * p[measure] for p in points]
+        above = f" ({statistics.fmean(values) - 100 * result['floor'][measure]:+.1f})"
+        cells.append(spread(values, "{:.1f}") + (above if measure != "AuthPct" else ""))
+    return cells
 
 
-def with_floor(points, measure, result):
-    """Mean share ± spread over seeds in percent, and in brackets what it is above the floor, in points."""
-    values = [100 * p[measure] for p in points]
-    return f"{spread(values, '{:.1f}')} ({statistics.fmean(values) - 100 * result['floor'][measure]:+.1f})"
-
-
-def in_points(found, reached=""):
-    """An interval in percentage points."""
-    return "not reached" if found is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in found)) + reached
-
-
-def auc(values):
-    known = [value for value in values if value is not None]
-    return f"{statistics.fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "none or all"
+MEAN_HEADER = ["arm", "steps", "fpd", *(f"{name} % (above floor)" for name in (*SHOWN, "f_mem")), "AuthPct"]
 
 
 def floor_table(frontier):
-    names = next(iter(frontier.values()))["floor"]
-    shares = [name for name in names if name.startswith("MQ@") or name in ("f_mem", "AuthPct")]
-    rows = [[f"{name} %", *(f"{100 * r['floor'][name]:.1f}" for r in frontier.values())] for name in shares]
-    rows.append(["fpd of a held-out sample to the others", *(f"{r['floor']['fpd']:.3f}" for r in frontier.values())])
-    of_training = "fpd of training images"
-    rows.append([f"{of_training} to held-out", *(f"{r['floor'][of_training]:.3f}" for r in frontier.values())])
+    rows = [
+        [f"{name} %", *(f"{100 * result['floor'][name]:.1f}" for result in frontier.values())]
+        for name in (*SHOWN, "f_mem", "AuthPct")
+    ]
+    for name, text in (("fpd", "fpd of a sample to the others"), ("fpd of training images",) * 2):
+        rows.append([text, *(f"{result['floor'][name]:.3f}" for result in frontier.values())])
     return markdown_table(["", *frontier], rows)
 
 
 def equal_steps_table(frontier):
-    """Default training and IET-AGC after as many steps."""
+    """Default training in the end, and IET-AGC after as many steps."""
     rows = []
     for name, result in frontier.items():
         default = points_of(result, "default", "raw")
-        for arm, points in (("default", default), ("IET-AGC", points_of(result, "IET-AGC", "raw", default[0]["steps"]))):
-            fpd = statistics.fmean(p["fpd"] for p in points)
-            rows.append([name, arm, f"{points[0]['steps']:,}", f"{fpd:.2f}", with_floor(points, "MQ@15", result)])
-    return markdown_table(["data", "arm", "steps", "fpd", "MQ@15 % (above floor)"], rows)
+        rows.append([name, "default", *mean_cells(result, default)])
+        ours = points_of(result, "IET-AGC", "raw", default[0]["steps"])
+        rows.append([name, "IET-AGC", *mean_cells(result, ours)])
+    return markdown_table(["data", *MEAN_HEADER], rows)
 
 
 def end_table(result):
-    """Mean and spread over seeds after the last step."""
-    rows = []
-    for weights in ("raw", "ema"):
-        for arm in result["flags"]:
-            points = points_of(result, arm, weights)
-            shares = (with_floor(points, name, result) for name in (*SHOWN, "f_mem"))
-            authentic, fpd = spread([100 * p["AuthPct"] for p in points], "{:.1f}"), [p["fpd"] for p in points]
-            rows.append([weights, arm, f"{points[0]['steps']:,}", spread(fpd, "{:.2f}"), *shares, authentic])
-    shares = (f"{name} % (above floor)" for name in (*SHOWN, "f_mem"))
-    return markdown_table(["weights", "arm", "steps", "fpd", *shares, "AuthPct"], rows)
+    both = [(weights, arm) for weights in ("raw", "ema") for arm in result["flags"]]
+    rows = [[weights, arm, *mean_cells(result, points_of(result, arm, weights))] for weights, arm in both]
+    return markdown_table(["weights", *MEAN_HEADER], rows)
 
 
 def matched_table(result):
-    """MQ above floor of all arms at the same Frechet distances."""
+    """MQ above floor of all arms at the same fpd: the best two of those that are in the results."""
     found = {(row["weights"], row["fpd"], row["arm"]): row for row in result["matched"]}
     rows = []
-    for weights, fpd in dict.fromkeys(key[:2] for key in found):
-        for measure in SHOWN:
-            cells = []
-            for arm in result["flags"]:
-                row = found[weights, fpd, arm]
-                some = row["reached"] < len(result["seeds"])
-                cells.append(in_points(row[measure], f" ({row['reached']} seeds)" if some else ""))
-            rows.append([weights, f"{fpd:.3f}", measure, *cells])
+    for weights in ("raw", "ema"):
+        for fpd in sorted({key[1] for key in found if key[0] == weights})[:2]:
+            of_arms = [found[weights, fpd, arm] for arm in result["flags"]]
+            for measure in SHOWN:
+                cells = [in_points(row[measure], row["reached"], len(result["seeds"])) for row in of_arms]
+                rows.append([weights, f"{fpd:.3f}", measure, *cells])
     return markdown_table(["weights", "fpd", "", *result["flags"]], rows)
+
+
+def in_points(found, reached, seeds):
+    """An interval in percentage points."""
+    if found is None:
+        return "not reached"
+    some = f" ({reached} of {seeds} seeds)" if reached < seeds else ""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in found)) + some
 
 
 def comparison_table(frontier):
     """How often an arm memorises less than its baseline, without a difference, and more."""
     pairs = dict.fromkeys((row["arm"], row["baseline"]) for r in frontier.values() for row in r["comparisons"])
-    return markdown_table(["", *frontier], [[" against ".join(p), *(tally(r, *p) for r in frontier.values())] for p in pairs])
+    rows = [[f"{arm} against {other}", *(tally(r, arm, other) for r in frontier.values())] for arm, other in pairs]
+    return markdown_table(["", *frontier], rows)
 
 
 def tally(result, arm, baseline):
-    found = Counter()
-    for row in result["comparisons"]:
-        if row["arm"] == arm:
-            for difference in filter(None, (row[measure] for measure in SHOWN)):
-                found["less" if difference[2] < 0 else "more" if difference[1] > 0 else "no difference"] += 1
+    compared = [row[measure] for row in result["comparisons"] if row["arm"] == arm for measure in SHOWN]
+    differences = [found for found in compared if found]
+    less, more = sum(high < 0 for _, _, high in differences), sum(low > 0 for _, low, _ in differences)
     floor = result["floor"]["MQ@15"]
     above = any(p["MQ@15"] > floor for p in result["points"] if p["arm"] in (arm, baseline))
-    counts = " / ".join(str(found[verdict]) for verdict in ("less", "no difference", "more"))
-    return counts + ("" if above else " *")
+    return f"{less} / {len(differences) - less - more} / {more}" + ("" if above else " *")
 
 
 def detection_table(frontier):
@@ -121,40 +115,29 @@ def detection_table(frontier):
         found = {(row["arm"], row["images"]): row for row in result["detection"]}
         for label in ("repeated", "memorised by default"):
             skips, losses = found["IET-AGC", label]["skip count"], found["default", label]["low loss"]
-            if any(value is not None for value in skips):
-                rows.append([name, label, auc(skips), auc(losses)])
+            if None not in skips + losses:
+                rows.append(
+                    [name, label, *(f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (skips, losses))]
+                )
     return markdown_table(["data", "images that are", "skip count of IET-AGC", "low loss of default"], rows)
 
 
-def sampler_table(frontier):
-    rows = [
-        [name, row["arm"], row["sampler"], f"{row['fpd']:.2f}", *(with_floor([row], m, result) for m in SHOWN)]
-        for name, result in frontier.items()
-        for row in result["samplers"]
-    ]
-    return markdown_table(["data", "arm", "sampler", "fpd", *(f"{name} % (above floor)" for name in SHOWN)], rows)
-
-
 def filled(text, frontier):
-    """A document with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`.
-
-    NAME is one of those below; `end` and `matched` have the name of a data set behind them.
-    """
-    of_all = {
+    """A document with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    makers = {
         "floor": floor_table, "equal steps": equal_steps_table, "comparisons": comparison_table,
-        "detection": detection_table, "samplers": sampler_table,
+        "detection": detection_table,
     }  # fmt: skip
-    of_one = {"end": end_table, "matched": matched_table}
+    for name, result in frontier.items():
+        makers |= {
+            f"end {name}": lambda _, r=result: end_table(r),
+            f"matched {name}": lambda _, r=result: matched_table(r),
+        }
 
     def table(match):
-        kind, _, name = match[2].partition(" ")
-        if match[2] in of_all:
-            made = of_all[match[2]](frontier)
-        elif kind in of_one and name in frontier:
-            made = of_one[kind](frontier[name])
-        else:
-            raise DataError(f"{DOCUMENT}: there is no table {match[2]!r}: correct the name")
-        return f"{match[1]}\n{made}\n<!-- end -->"
+        if match[2] not in makers:
+            raise DataError(f"{DOCUMENT}: no table {match[2]!r}: there are {', '.join(makers)}")
+        return f"{match[1]}\n{makers[match[2]](frontier)}<!-- end -->"
 
     return re.sub(r"(<!-- table: (.*?) -->).*?<!-- end -->", table, text, flags=re.DOTALL)
 

@@ -25,10 +25,10 @@ def memorised_at(points, quality, floor):
     found = {}
     for setting in dict.fromkeys(point["arm"] for point in points):
         for weights in WEIGHTS:
-            best = min(p["fpd"] for p in points if (p["arm"], p["weights"]) == (setting, weights))
-            entry = found.setdefault(setting, {})[weights] = {"fpd reached": best}
+            paths = paths_of(points, setting, weights)
+            entry = found.setdefault(setting, {})[weights] = {"fpd reached": min(p["fpd"] for p in paths[0])}
             for measure in COMPARED:
-                share, reached = mean_at_quality(paths_of(points, setting, weights, measure), quality)
+                share, reached = mean_at_quality(paths, quality, measure)
                 entry[measure] = share - floor[measure] if reached else None
     return found
 
