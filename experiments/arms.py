@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
 
 from files import read_json
@@ -132,6 +131,8 @@ def patches(side):
     Only the third with most contrast: smooth ones, of sky or out of focus, are so near to each other and so far from
     the rest that half of those that were not trained on would count as copies at MQ@15.
     """
+    import sklearn.datasets  # takes a second, which only those need who make patches
+
     parts = []
     for photograph in sklearn.datasets.load_sample_images().images:
         rows, columns = photograph.shape[0] // side, photograph.shape[1] // side

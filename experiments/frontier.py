@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
-from experiments.matched import difference, interval, mean_at_quality
+from experiments.matched import COMPARED, difference, interval, mean_at_quality, paths_of
 from experiments.plot import plot_frontier
 from experiments.runs import (
     WEIGHTS,
@@ -35,13 +35,6 @@ from score.memorization import THRESHOLDS
 
 FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
 MEASURES = (*(f"MQ@{p}" for p in THRESHOLDS), "f_mem")
-COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
-
-
-def paths_of(points, arm, weights):
-    """[[point]] per seed of an arm, in the order of the steps."""
-    chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
-    return [[p for p in chosen if p["seed"] == seed] for seed in dict.fromkeys(p["seed"] for p in chosen)]
 
 
 def qualities(paths):

@@ -7,6 +7,14 @@ of so many generated images that some criterion takes for copies.
 
 import numpy as np
 
+COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
+
+
+def paths_of(points, arm, weights):
+    """[[point]] per seed of an arm, in the order of the steps."""
+    chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
+    return [[p for p in chosen if p["seed"] == seed] for seed in dict.fromkeys(p["seed"] for p in chosen)]
+
 
 def at_quality(distances, shares, quality):
     """The share of each training when it first reaches a quality: (draws,), NaN where it never does.

@@ -7,10 +7,9 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
+from experiments.matched import COMPARED
 from experiments.runs import WEIGHTS
 from files import atomic_write
-
-SHOWN = ("MQ@15", "MQ@30")
 
 
 def curves(points, arm, weights, measure):
@@ -28,10 +27,10 @@ def plot_frontier(path, results):
     """Write the picture of `results`, as frontier.json holds them: of each data set a row for raw and one for EMA."""
     panes = [(name, weights) for name in results for weights in WEIGHTS]
     size = (11, 3.6 * len(panes))
-    figure, axes = plt.subplots(len(panes), len(SHOWN), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(panes), len(COMPARED), figsize=size, squeeze=False, layout="constrained")
     by_label = {}
     for row, (name, weights) in zip(axes, panes, strict=True):
-        for axis, measure in zip(row, SHOWN, strict=True):
+        for axis, measure in zip(row, COMPARED, strict=True):
             draw(axis, results[name], weights, measure)
             axis.set(title=f"{name}, {weights} weights", ylabel=f"{measure} above the floor of held-out images")
             by_label |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError, UserError
+from experiments.matched import COMPARED
 from files import atomic_write, read_json
 from score.markdown import markdown_table
 
 DOCUMENT = Path("docs/RESULTS.md")
-SHOWN = ("MQ@15", "MQ@30")
 
 
 def points_of(result, arm, weights, steps=None):
@@ -34,20 +34,20 @@ def spread(values, form):
 def mean_cells(result, points):
     """Steps, fpd and shares, mean ± standard deviation over seeds; in brackets what shares are above the floor."""
     cells = [f"{points[0]['steps']:,}", spread([p["fpd"] for p in points], "{:.2f}")]
-    for measure in (*SHOWN, "f_mem", "AuthPct"):
+    for measure in (*COMPARED, "f_mem", "AuthPct"):
         values = [100 * p[measure] for p in points]
         above = f" ({statistics.fmean(values) - 100 * result['floor'][measure]:+.1f})"
         cells.append(spread(values, "{:.1f}") + (above if measure != "AuthPct" else ""))
     return cells
 
 
-MEAN_HEADER = ["arm", "steps", "fpd", *(f"{name} % (above floor)" for name in (*SHOWN, "f_mem")), "AuthPct"]
+MEAN_HEADER = ["arm", "steps", "fpd", *(f"{name} % (above floor)" for name in (*COMPARED, "f_mem")), "AuthPct"]
 
 
 def floor_table(frontier):
     rows = [
         [f"{name} %", *(f"{100 * result['floor'][name]:.1f}" for result in frontier.values())]
-        for name in (*SHOWN, "f_mem", "AuthPct")
+        for name in (*COMPARED, "f_mem", "AuthPct")
     ]
     for name, text in (("fpd", "fpd of a sample to the others"), ("fpd of training images",) * 2):
         rows.append([text, *(f"{result['floor'][name]:.3f}" for result in frontier.values())])
@@ -78,7 +78,7 @@ def matched_table(result):
     for weights in ("raw", "ema"):
         for fpd in sorted({key[1] for key in found if key[0] == weights})[:2]:
             of_arms = [found[weights, fpd, arm] for arm in result["flags"]]
-            for measure in SHOWN:
+            for measure in COMPARED:
                 cells = [in_points(row[measure], row["reached"], len(result["seeds"])) for row in of_arms]
                 rows.append([weights, f"{fpd:.3f}", measure, *cells])
     return markdown_table(["weights", "fpd", "", *result["flags"]], rows)
@@ -100,7 +100,7 @@ def comparison_table(frontier):
 
 
 def tally(result, arm, baseline):
-    compared = [row[measure] for row in result["comparisons"] if row["arm"] == arm for measure in SHOWN]
+    compared = [row[measure] for row in result["comparisons"] if row["arm"] == arm for measure in COMPARED]
     differences = [found for found in compared if found]
     less, more = sum(high < 0 for _, _, high in differences), sum(low > 0 for _, low, _ in differences)
     floor = result["floor"]["MQ@15"]

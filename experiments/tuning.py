@@ -12,8 +12,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from errors import DataError
 from experiments.arms import DATA, TRIALS
-from experiments.frontier import COMPARED, paths_of
-from experiments.matched import mean_at_quality
+from experiments.matched import COMPARED, mean_at_quality, paths_of
 from experiments.runs import WEIGHTS, call, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
 from files import read_json
 
