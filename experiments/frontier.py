@@ -11,23 +11,12 @@ import time
 from pathlib import Path
 
 from benchmarks.__main__ import machine
+from experiments import runs
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
 from experiments.matched import COMPARED, difference, interval, mean_at_quality, paths_of
 from experiments.plot import plot_frontier
-from experiments.runs import (
-    WEIGHTS,
-    call,
-    floor_of,
-    is_measured,
-    last_arrays,
-    parser_of,
-    plan,
-    read_points,
-    real_images,
-    work_all,
-    write_lines,
-)
+from experiments.runs import WEIGHTS
 from experiments.tables import matched_table
 from files import read_json
 from score.grids import save_pairs
@@ -70,58 +59,60 @@ def comparisons(points):
     return rows
 
 
-def collect(runs, command, seconds):
+def collect(trainings, command, seconds):
     """All results of a data set as JSON values."""
-    data = runs[0].data
-    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
-    training, _, distinct, _ = real_images(data.name)
-    floor = floor_of(data)
-    of_run = ("--logdir=", "--seed=")
+    data = trainings[0].data
+    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in trainings for point in runs.read_points(run)]
+    training, _, distinct, _ = runs.real_images(data.name)
+    floor, own = runs.floor_of(data), ("--logdir=", "--seed=")
     return {
         "command": " ".join(["bash com/frontier.sh", *command]),
         "machine": machine(),
         "seconds": round(seconds, 1),
-        "seeds": sorted({run.seed for run in runs}),
+        "seeds": sorted({run.seed for run in trainings}),
         "training images": len(training),
         "distinct training images": len(distinct),
         "floor": floor,
-        "flags": {run.arm.name: " ".join(flag for flag in run.flags if not flag.startswith(of_run)) for run in runs},
+        "flags": {run.arm.name: " ".join(f for f in run.flags if not f.startswith(own)) for run in trainings},
         "matched": matched(points, floor),
         "comparisons": comparisons(points),
-        "detection": detection(runs),
+        "detection": detection(trainings),
         "points": points,
     }
 
 
-def run_data_set(name, arms, options, deadline):
+def run_data_set(name, options, deadline):
     """Do what is missing of one data set and write the results with what is there."""
     start = time.time()
-    runs = plan(name, arms, options.seeds, options)
-    work_all(runs, deadline)
-    measured = [run for run in runs if is_measured(run)]
-    if not measured:
+    trainings = runs.plan(name, options.arms, options.seeds, options)
+    runs.work_all(trainings, deadline)
+    trainings = [run for run in trainings if runs.is_measured(run)]
+    if not trainings:
         return
     path = Path(options.out) / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
-    results[name] = collect(measured, options.command, seconds)
-    write_lines(path, results, depth=3)
+    results[name] = collect(trainings, options.command, seconds)
+    runs.write_lines(path, results, depth=3)
     plot_frontier(path.with_suffix(".png"), results)
-    first = {run.arm.name: last_arrays(run)["pairs"] for run in reversed(measured)}
-    save_pairs(path.with_name(f"pairs_{name}.png"), {arm.name: first[arm.name] for arm in arms if arm.name in first})
+    of_first_seed = {run.arm.name: runs.last_arrays(run)["pairs"] for run in trainings if run.seed == trainings[0].seed}
+    save_pairs(path.with_name(f"pairs_{name}.png"), of_first_seed)
     print(f"{name}, mean above the floor over seeds [95 % interval], in points\n{matched_table(results[name])}", end="")
 
 
 def run_all(options):
     deadline = time.time() + 60 * options.minutes
     for name in options.data:
-        run_data_set(name, options.arms, options, deadline)
+        run_data_set(name, options, deadline)
+
+
+def numbers(text):
+    return [int(number) for number in text.split(",")]
 
 
 def main(arguments=None):
-    parser = parser_of("frontier", __doc__)
+    parser = runs.parser_of("frontier", __doc__)
     words = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     parser.add_argument("--data", type=words, default=list(DATA), help=f"some of {','.join(DATA)}")
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
     parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
@@ -132,7 +123,7 @@ def main(arguments=None):
         if not set(names) <= set(all_names):
             parser.error(f"--{flag}={','.join(names)}: choose some of {','.join(all_names)}")
     options.arms = [known[name] for name in options.arms or known]
-    return call(run_all, options)
+    return runs.call(run_all, options)
 
 
 if __name__ == "__main__":

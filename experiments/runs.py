@@ -61,6 +61,7 @@ def parser_of(name, doc):
     """A parser for `python -m experiments.<name>` with the flags that both experiments have."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"python -m experiments.{name}", description=doc, formatter_class=raw)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, without the usage
     own = "in place of the data set's own"
     parser.add_argument("--steps", type=positive, help=f"of default training, {own}")
     parser.add_argument("--points", type=positive, help=f"about so many measurements along a training, {own}")

@@ -124,6 +124,9 @@ def detection_table(frontier):
 
 def filled(text, frontier):
     """A document with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`."""
+    for name, result in frontier.items():
+        if missing := [arm for arm in ("default", "IET-AGC") if arm not in result["flags"]]:
+            raise DataError(f"results/frontier.json: {name} lacks {missing[0]}: go on with bash com/frontier.sh")
     makers = {
         "floor": floor_table, "equal steps": equal_steps_table, "comparisons": comparison_table,
         "detection": detection_table,

@@ -5,6 +5,7 @@ python -m experiments.tuning --data=digits64 --seed=11 --steps=2800
 Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -16,37 +17,29 @@ from experiments.matched import COMPARED, mean_at_quality, paths_of
 from experiments.runs import WEIGHTS, call, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
 from files import read_json
 
-FACTOR = 1.15  # of the better quality of the two that both methods reach untuned
+FACTOR = 1.15  # of the best fpd of the worse of the untuned methods, each with its better weights
 
 
 def memorised_at(points, quality, floor):
-    """{setting: {weights: {"fpd reached", "MQ@15", "MQ@30"}}}: above the floor at a quality, None if not reached."""
-    found = {}
-    for setting in dict.fromkeys(point["arm"] for point in points):
-        for weights in WEIGHTS:
-            paths = paths_of(points, setting, weights)
-            entry = found.setdefault(setting, {})[weights] = {"fpd reached": min(p["fpd"] for p in paths[0])}
+    """Rows {"method", "setting", "weights", "fpd reached", measure}: above the floor at a quality, None if not there."""
+    rows = []
+    for method, weights in itertools.product(TRIALS, WEIGHTS):
+        for arm in TRIALS[method]:
+            paths = paths_of(points, arm.name, weights)
+            row = {"method": method, "setting": arm.name, "weights": weights}
+            row["fpd reached"] = min(point["fpd"] for point in paths[0])
             for measure in COMPARED:
                 share, reached = mean_at_quality(paths, quality, measure)
-                entry[measure] = share - floor[measure] if reached else None
-    return found
+                row[measure] = share - floor[measure] if reached else None
+            rows.append(row)
+    return rows
 
 
-def best(found):
-    """{"setting", "weights"} of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
+def best(rows):
+    """The row of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
     first, second = COMPARED
-    *_, setting, weights = min(
-        (max(0.0, entry[first]), entry[second], setting, weights)
-        for setting, of_setting in found.items()
-        for weights, entry in of_setting.items()
-        if entry[first] is not None
-    )
-    return {"setting": setting, "weights": weights}
-
-
-def quality_to_match(points):
-    """FACTOR times the best fpd of the worse of the untuned methods, each with its better weights."""
-    return FACTOR * max(min(p["fpd"] for p in points if p["arm"] == method) for method in TRIALS)
+    reached = [row for row in rows if row[first] is not None]
+    return min(reached, key=lambda row: (max(0.0, row[first]), row[second]))
 
 
 def tune(options):
@@ -57,11 +50,10 @@ def tune(options):
     if not all(map(is_complete, runs)):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
     points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
-    quality = quality_to_match(points)
-    found = memorised_at(points, quality, floor_of(runs[0].data))
+    quality = FACTOR * max(min(p["fpd"] for p in points if p["arm"] == untuned) for untuned in TRIALS)
+    rows = memorised_at(points, quality, floor_of(runs[0].data))
     path = Path(options.out) / "tuning.json"
     seconds = (read_json(path)["seconds"] if path.exists() else 0) + time.time() - start
-    of_method = {name: {arm.name: found[arm.name] for arm in arms} for name, arms in TRIALS.items()}
     result = {
         "command": " ".join(["python -m experiments.tuning", *options.command]),
         "machine": machine(),
@@ -69,10 +61,10 @@ def tune(options):
         "data": options.data,
         "seed": options.seed,
         "fpd matched": quality,
-        "trials": of_method,
-        "best": {name: best(settings) for name, settings in of_method.items()},
+        "trials": rows,
+        "best": {method: best([row for row in rows if row["method"] == method]) for method in TRIALS},
     }
-    write_lines(path, result, depth=3)
+    write_lines(path, result, depth=2)
     for name, chosen in result["best"].items():
         print(f"{name}: best at fpd {quality:.3f} is {chosen['setting']!r} with {chosen['weights']} weights")
 

@@ -221,22 +221,20 @@ def test_another_choice_of_the_tuning_is_another_training(tmp_path):
 
 
 def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
-    def entry(fifteen, thirty):
-        return {"fpd reached": 1.0, "MQ@15": fifteen, "MQ@30": thirty}
-
-    found = {
-        "a": {"raw": entry(0.1, 0.0), "ema": entry(None, None)},
-        "b": {"raw": entry(-0.05, 0.3), "ema": entry(-0.01, 0.2)},
-    }
-    assert tuning.best(found) == {"setting": "b", "weights": "ema"}
+    rows = [
+        {"setting": setting, "MQ@15": fifteen, "MQ@30": thirty}
+        for setting, fifteen, thirty in (("a", 0.1, 0.0), ("b", None, None), ("c", -0.05, 0.3), ("d", -0.01, 0.2))
+    ]
+    assert tuning.best(rows)["setting"] == "d"
 
 
-@pytest.mark.parametrize("wrong", ["--data=digits", "--arms=IET,ITE", "--images=0", "--steps=x"])
+@pytest.mark.parametrize("wrong", ["--data=digits", "--arms=IET,ITE", "--images=0", "--seeds=x"])
 def test_a_wrong_flag_is_named(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         frontier.main([wrong, f"--out={tmp_path}"])
     assert stopped.value.code == 2
-    assert wrong.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert wrong.partition("=")[0] in line
 
 
 def test_tuning_then_frontier_and_nothing_is_made_twice(tmp_path, monkeypatch, capsys):
@@ -272,6 +270,9 @@ def test_tuning_then_frontier_and_nothing_is_made_twice(tmp_path, monkeypatch, c
     assert "old" not in text and text.count("<!-- end -->") == len(names) and "IET-AGC against default" in text
     with pytest.raises(DataError, match="no table 'flor'"):
         tables.filled("<!-- table: flor -->\n<!-- end -->", results)
+    del results["digits64"]["flags"]["IET-AGC"]
+    with pytest.raises(DataError, match="digits64 lacks IET-AGC"):
+        tables.filled("", results)
 
 
 def processes_of(path):
