@@ -290,8 +290,10 @@ def work(run, deadline):
 
 def work_all(runs, deadline):
     """`work` of all runs that are not complete, one process per core."""
-    real_images(runs[0].data.name)  # writes them, if need be, before several processes want them
     missing = [run for run in runs if not is_complete(run)]
+    if not missing or time.time() > deadline:
+        return
+    real_images(runs[0].data.name)  # writes them, if need be, before several processes want them
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,

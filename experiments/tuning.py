@@ -21,7 +21,7 @@ FACTOR = 1.15  # of the best fpd of the worse of the untuned methods, each with 
 
 
 def memorised_at(points, quality, floor):
-    """Rows {"method", "setting", "weights", "fpd reached", measure}: above the floor at a quality, None if not there."""
+    """Rows {"method", "setting", "weights", "fpd reached", measure}: above the floor at a quality, or None."""
     rows = []
     for method, weights in itertools.product(TRIALS, WEIGHTS):
         for arm in TRIALS[method]:
