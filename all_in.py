@@ -5,6 +5,12 @@ torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=l
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
+import sys
 import time
 import zipfile
 from contextlib import contextmanager
@@ -17,8 +23,8 @@ from absl import flags as absl_flags
 import distributed
 from dataset import fingerprint, load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import DataError, UsageError
-from files import atomic_write, file_hash, make_directory, read_json, write_json
+from errors import DataError, UsageError, printable
+from files import atomic_write, file_hash, lock_directory, make_directory, read_json, write_json
 from model import UNet
 from safe_files import one_line
 from score.generate import generate_batches
@@ -27,42 +33,83 @@ from score.inception import find_weights
 from score.memorization import above_floor, measures, memorization_ratio, neighbors_by_all
 from score.quality import Quality
 from score.report import write_report
-from score.samples import load_samples, save_pngs
+from score.samples import load_samples, png_names, save_pngs
 from score.unfinished import GeneratedImages
 from training import checkpoint, flags
-from training.command import pick_device, run
-from training.learner import wrap_network
+from training.command import announce, pick_device, run
 
 FLAGS = absl_flags.FLAGS
+# what a stage finds with some flags only: it goes when the stage is run with others
+OPTIONAL = {"score": ("fid", "is", "is_std", "fpd"), "memorise": ("holdout", "mq_above_floor")}
 
 
 class Evaluation:
     """What is known of one set of images: the contents of result.json, written after every stage.
 
     What an earlier call found for the same images and training set stays, so stages can be run one by one.
+
+    Args:
+        earlier: what result.json holds.
+        identity: `hashes` of images and training set.
+        about: what else is known of them; its "flags" are those of the call that generated the images.
     """
 
-    def __init__(self, images, training, identity, provenance):
-        self.path = Path(FLAGS.grid_dir) / "result.json"
-        self.result = {"seconds": {}, **identity}
-        found = distributed.is_main() and self.path.exists()
-        earlier = distributed.from_main(read_json(self.path) if found else {})
-        if all(earlier.get(key) == value for key, value in identity.items()):
-            self.result = earlier
-        seconds = self.result["seconds"] | provenance.get("seconds", {})
-        self.result |= {"N": len(images), "training_set_size": len(training), **provenance, "seconds": seconds}
-        self.result["flags"] = flags.as_dict(FLAGS)
+    def __init__(self, earlier, identity, about):
+        same = all(earlier.get(key) == value for key, value in identity.items())
+        self.result = earlier if same else {"seconds": {}, "flags": {}, **identity}
+        for key in ("seconds", "flags"):
+            self.result[key] |= about.get(key, {})
+        self.result |= {key: value for key, value in about.items() if key not in ("seconds", "flags")}
+        self.made = set()
 
     @contextmanager
     def stage(self, name):
-        """Time a stage and keep the numbers that it puts into the dict."""
+        """Time a stage and keep the numbers that it puts into the dict, unless they are known already."""
         start = time.perf_counter()
         numbers = {}
         yield numbers
-        self.result |= numbers
-        self.result["seconds"][name] = round(time.perf_counter() - start, 3)
+        earlier = {key: self.result[key] for key in {*numbers, *OPTIONAL.get(name, ())} if key in self.result}
+        known = numbers == earlier
+        if not known and name in flags.STAGE_FLAGS:
+            self.made.add(name)
+            of_others = {flag for stage, names in flags.STAGE_FLAGS.items() if stage not in self.made for flag in names}
+            kept = {flag: value for flag, value in self.result["flags"].items() if flag in of_others}
+            self.result["flags"] = flags.as_dict(FLAGS) | kept
+        if not known or name not in self.result["seconds"]:
+            self.result = {key: value for key, value in self.result.items() if key not in earlier} | numbers
+            self.result["seconds"][name] = round(time.perf_counter() - start, 3)
         if distributed.is_main():
-            write_json(self.path, self.result)
+            write_json(result_path(), self.result)
+
+
+def result_path():
+    return Path(FLAGS.grid_dir) / "result.json"
+
+
+def earlier_result():
+    """What an earlier call has left in result.json, or {}."""
+    if not result_path().exists():
+        return {}
+    result = read_json(result_path())
+    if not isinstance(result, dict) or not result.keys() >= {"seconds", "flags", "images_sha256"}:
+        raise DataError(f"{result_path()}: not written by all_in.py: move it, or choose another --grid_dir")
+    return result
+
+
+def take_directories(stages):
+    """Make the directories that the stages write, and take them until the files that are returned are closed.
+
+    Raises DataError if one cannot be written, or another process has taken it.
+    """
+    written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
+    locks = {}
+    for flag in (flag for flag, writes in written.items() if writes):
+        path = FLAGS[flag].value
+        make_directory(path, flag)
+        found = Path(path).stat()
+        if (found.st_dev, found.st_ino) not in locks:  # the flags may name one directory
+            locks[found.st_dev, found.st_ino] = lock_directory(path, flag)
+    return list(locks.values())
 
 
 def hashes(images, training):
@@ -71,7 +118,7 @@ def hashes(images, training):
 
 
 def load_network(device):
-    """The network of the checkpoint that the flags name, its file, and which of its weights are used."""
+    """The network of the checkpoint that the flags name, and its file."""
     path = checkpoint.find(FLAGS.unet_dir)
     state = checkpoint.load(path, device)
     net = UNet(**flags.unet(FLAGS, state, path)).to(device)
@@ -79,58 +126,68 @@ def load_network(device):
     return net, path
 
 
+def training_settings(path):
+    """What run.json beside a checkpoint says of its training, or None; JSON values."""
+    path = path.with_name("run.json")
+    run = read_json(path) if path.exists() else None
+    if not isinstance(run, dict) or "settings" not in run:
+        return None
+    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run.get("changes", [])]
+    return run["settings"] | ({"changed": changes} if changes else {})
+
+
 def generate_images(net, path, device):
-    """Images of a network, kept in --generate_dir with what they were made from; returns (images, provenance).
+    """Images of a network, kept in --generate_dir with what they were made from; returns (images, about).
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
     settings = flags.generation(FLAGS)
-    provenance = {
-        "checkpoint": str(path),
-        "checkpoint_sha256": file_hash(path),
-        "weights": "ema" if FLAGS.use_ema else "raw",
-    }
-    origin = {**provenance, "sampler": flags.sampler(FLAGS), "precision": FLAGS.precision}
+    origin = {"checkpoint_sha256": file_hash(path), "weights": "ema" if FLAGS.use_ema else "raw"}
+    origin |= {**flags.sampler(FLAGS), "precision": FLAGS.precision}
     origin |= {key: settings[key] for key in ("seed", "num_labels", "legacy_labels")}
-    del origin["checkpoint"]
-    generated = GeneratedImages(FLAGS.generate_dir, origin, FLAGS.img_size)
-    found = (generated.load(FLAGS.num_images), generated.done) if distributed.is_main() else None
+    generated, found = None, None
+    if distributed.is_main():
+        generated = GeneratedImages(FLAGS.generate_dir, origin, FLAGS.num_images, FLAGS.img_size)
+        found = generated.load(), generated.done
     complete, done = distributed.from_main(found)
     if done:
         print(f"{FLAGS.generate_dir}: {done} of {FLAGS.num_images} images are there already")
     if not complete:
-        network = wrap_network(net, FLAGS.compile, FLAGS.parallel)
+        network = torch.compile(net) if FLAGS.compile else net
         sampler = GaussianDiffusionSampler(network, **flags.sampler(FLAGS)).to(device)
         batches = generate_batches(sampler, **settings, first=done)
         if distributed.is_main():
-            generated.extend(batches)
-            generated.finish(provenance)
+            names = flags.STAGE_FLAGS["generate"]
+            used = {name: value for name, value in flags.as_dict(FLAGS).items() if name in names}
+            generated.complete(batches, {"checkpoint": str(path), "training": training_settings(path), "flags": used})
         else:
             list(batches)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, generated.images)
-    record = generated.record()
-    provenance |= {key: record[key] for key in ("non_finite_images", "seconds")}
-    return distributed.from_main((generated.images, provenance))
+    return distributed.from_main((generated.images, about_generated()) if distributed.is_main() else None)
+
+
+def about_generated():
+    """What generate.json says of the images that result.json says too."""
+    record = read_json(Path(FLAGS.generate_dir) / "generate.json")
+    about = {name: record[name] for name in ("checkpoint", "training", "non_finite_images", "seconds", "flags")}
+    origin = record["origin"]
+    return about | {"weights": origin["weights"], "checkpoint_sha256": origin["checkpoint_sha256"], "origin": origin}
 
 
 def existing_images():
-    """(images, provenance) of --samples, or of an earlier generate stage."""
+    """(images, about) of --samples, or of an earlier generate stage."""
     if FLAGS.samples:
-        return load_samples(FLAGS.samples, FLAGS.img_size), {
-            "checkpoint": None,
-            "weights": None,
-            "samples": FLAGS.samples,
-        }
+        about = {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
+        return load_samples(FLAGS.samples, FLAGS.img_size), about
     path = Path(FLAGS.generate_dir) / "generate.npy"
     if not path.exists():
         raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
     images = load_samples(path, FLAGS.img_size)
     record = read_json(path.with_name("generate.json"))
-    if record.get("file_sha256") != file_hash(path):
+    if "flags" not in record or record["file_sha256"] != file_hash(path):
         raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
-    names = ("checkpoint", "checkpoint_sha256", "weights", "non_finite_images", "seconds")
-    return images, {name: record[name] for name in names}
+    return images, about_generated()
 
 
 def memorise(images, training, holdout, identity, device):
@@ -138,13 +195,13 @@ def memorise(images, training, holdout, identity, device):
 
     The same figures of held-out real images, if there are any, are the floor.
     """
-    training_on_device = training.to(device)
-    result = measures(*neighbors(images, training_on_device, "memorization", identity, device), training_on_device)
+    training = training.to(flags.data_device(FLAGS, device))
+    result = measures(*neighbors(images, training, "memorization", identity, device), training)
     if holdout is not None:
         of_holdout = {**identity, "images_sha256": fingerprint(holdout)}
-        found = neighbors(holdout, training_on_device, "holdout", of_holdout, device)
+        found = neighbors(holdout, training, "holdout", of_holdout, device)
         floor = {"N": len(holdout), "images_sha256": of_holdout["images_sha256"]}
-        floor |= measures(*found, training_on_device)
+        floor |= measures(*found, training)
         result |= {"holdout": floor, "mq_above_floor": above_floor(result, floor)}
     return result
 
@@ -154,7 +211,7 @@ def neighbors(images, training, name, identity, device):
     found = distributed.from_main(known_neighbors(name, identity) if distributed.is_main() else None)
     if not found:
         blocks = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B}
-        found = neighbors_by_all(images, training, **blocks, progress=True)
+        found = neighbors_by_all(images, training, **blocks, device=device, progress=True)
         if distributed.is_main():
             save_neighbors(name, *found, identity)
     return tuple(array.to(device) for array in found)
@@ -181,7 +238,8 @@ def known_neighbors(name, identity):
                 return None
             return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}): remove it") from error
+        print(f"warning: {path}: cannot be read ({one_line(error)}): the neighbours are not known", file=sys.stderr)
+        return None
 
 
 def kept_neighbors(name, identity):
@@ -192,27 +250,20 @@ def kept_neighbors(name, identity):
     return found
 
 
-def draw_grids(images, training, identity):
-    """Pictures of the most memorised pairs, from the neighbours in --similar_dir; returns the paths written."""
-    sq_distance, index = kept_neighbors("memorization", identity)
-    ratio = memorization_ratio(sq_distance)
-    return [str(picture) for picture in save_grids(FLAGS.grid_dir, images, training, index[:, 0], ratio)]
+def neighbors_to_show(stages, result, identity):
+    """What the stages grid and report show of the neighbours in --similar_dir.
 
-
-def report(result, images, training, identity):
-    """Write the HTML page of all that result.json holds; returns its path."""
+    Returns the nearest training images (N,), the ratios (N,), and those of held-out images (L,) or None.
+    """
     sq_distance, index = kept_neighbors("memorization", identity)
-    if "mq_curve" not in result:
-        raise DataError(f"{FLAGS.grid_dir}/result.json: lacks what a report shows: run the memorise stage again")
     holdout_ratio = None
-    if "holdout" in result:
-        of_holdout = {**identity, "images_sha256": result["holdout"]["images_sha256"]}
-        holdout_ratio = memorization_ratio(kept_neighbors("holdout", of_holdout)[0])
-    path = Path(FLAGS.grid_dir) / "report.html"
-    ratio = memorization_ratio(sq_distance)
-    skips = skip_counts(result["checkpoint"], len(training))
-    write_report(path, result, images, training, index[:, 0], ratio, holdout_ratio, skips)
-    return str(path)
+    if "report" in stages:
+        if "mq_curve" not in result:
+            raise DataError(f"{result_path()}: lacks what a report shows: run the memorise stage again")
+        if "holdout" in result:
+            of_holdout = {**identity, "images_sha256": result["holdout"]["images_sha256"]}
+            holdout_ratio = memorization_ratio(kept_neighbors("holdout", of_holdout)[0])
+    return index[:, 0], memorization_ratio(sq_distance), holdout_ratio
 
 
 def skip_counts(path, size):
@@ -225,13 +276,16 @@ def skip_counts(path, size):
 
 def append_published_format(result):
     """Append the evaluation to result.txt: a line of scores and a line per MQ threshold, as the published code does."""
+    path = result_path().with_name("result.txt")
     inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
     name = "fpd" if "fpd" in result else "FID"
-    distance = f"({result.get(name.lower(), 'nan')}, {FLAGS.fid_reference})"
-    lines = [f"{inception_score}, {name}: {distance}, N: {result['N']}, checkpoint: {result['checkpoint']}"]
+    distance = f"({result.get(name.lower(), 'nan')}, {result['flags']['fid_reference']})"
+    lines = [f"{inception_score}, {name}: {distance}, N: {result['N']}"]
+    lines[0] += f", checkpoint: {printable(result['checkpoint'])}"
     lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
-    with (Path(FLAGS.grid_dir) / "result.txt").open("a") as file:
-        file.write("\n".join(lines) + "\n")
+    before = path.read_bytes() if path.exists() else b""
+    with atomic_write(path) as file:
+        file.write(before + "".join(f"{line}\n" for line in lines).encode())
 
 
 def print_summary(result):
@@ -254,9 +308,14 @@ def main():
     stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
     if not stages:
         raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
-    weights = None
+    shows_earlier = stages & {"grid", "report"} and "memorise" not in stages
+    if shows_earlier and "generate" in stages:
+        raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
+    if shows_earlier and not neighbors_path("memorization").exists():
+        raise DataError(f"{neighbors_path('memorization')}: no such file: run the memorise stage first")
+    net = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if "generate" in stages:
@@ -264,39 +323,55 @@ def main():
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples")
         net, path = load_network(device)
     else:
-        images, provenance = distributed.from_main(existing_images() if distributed.is_main() else None)
+        images, about = distributed.from_main(existing_images() if distributed.is_main() else None)
     with distributed.main_first():
         data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)
     training = data.train.images
     holdout = flags.holdout_images(FLAGS, data)
-    for flag in ("generate_dir", "similar_dir", "grid_dir"):
-        make_directory(FLAGS[flag].value, flag)
+    if "generate" in stages and FLAGS.save_png:
+        png_names(FLAGS.generate_dir, FLAGS.num_images)
+    locks = take_directories(stages) if distributed.is_main() else []
+    earlier = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
         quality = Quality(flags.reference_images(FLAGS, data), number, weights, **flags.quality(FLAGS), device=device)
 
+    announce(device, net, len(training), FLAGS.batch_size)
+
     if "generate" in stages:
-        images, provenance = generate_images(net, path, device)
+        images, about = generate_images(net, path, device)
     identity = hashes(images, training)
-    evaluation = Evaluation(images, training, identity, provenance)
+    about |= {"N": len(images), "training_set_size": len(training)}
+    evaluation = Evaluation(earlier, identity, about)
+    if shows_earlier and distributed.is_main():
+        neighbors_to_show(stages, evaluation.result, identity)  # raises before the long work
     if "score" in stages:
         scored_with = quality.identity()
         if evaluation.result.get("scored_with") != scored_with:
             with evaluation.stage("score") as numbers:
-                numbers |= {**quality(images), "scored_with": scored_with}
+                numbers |= {**quality(images), "scored_with": scored_with, "warning": quality.warning}
     if "memorise" in stages:
         with evaluation.stage("memorise") as numbers:
             numbers |= memorise(images, training, holdout, identity, device)
-    if "grid" in stages and distributed.is_main():
-        with evaluation.stage("grid") as numbers:
-            numbers["grids"] = draw_grids(images, training, identity)
-    if "report" in stages and distributed.is_main():
-        with evaluation.stage("report") as numbers:
-            numbers["report"] = report(evaluation.result, images, training, identity)
     if distributed.is_main():
-        append_published_format(evaluation.result)
+        if stages & {"grid", "report"}:
+            nearest, ratio, holdout_ratio = neighbors_to_show(stages, evaluation.result, identity)
+        if "grid" in stages:
+            with evaluation.stage("grid") as numbers:
+                pictures = save_grids(FLAGS.grid_dir, images, training, nearest, ratio)
+                numbers["grids"] = [str(picture) for picture in pictures]
+        if "report" in stages:
+            with evaluation.stage("report") as numbers:
+                path = result_path().with_name("report.html")
+                skips = skip_counts(evaluation.result["checkpoint"], len(training))
+                write_report(path, evaluation.result, images, training, nearest, ratio, holdout_ratio, skips)
+                numbers["report"] = str(path)
+        if evaluation.made:
+            append_published_format(evaluation.result)
         print_summary(evaluation.result)
+    for lock in locks:
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
 """Images in: one reader per data set, each to uint8 (N, 3, H, W) and class labels; subsets and the held-out part."""
 
-import concurrent.futures
 import functools
 import hashlib
 import importlib.util
 import os
-import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image
+from PIL import Image, features
 
 import distributed
 from errors import DataError, UsageError
-from files import atomic_write
-from safe_files import one_line, read_archive, read_file, read_image, unpickle_dict
+from files import atomic_write, file_hash
+from safe_files import check_memory, one_line, printable, read_archive, read_file, read_image, unpickle_dict
 
 DATASETS = ("digits", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
-CACHE_FORMAT = 1  # changes whenever the same files would be decoded to other pixels
+SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
+)
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}  # lower case
+CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
+THREAD_BLOCK = 256  # tasks in a queue: a million of them would fill gigabytes
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def load_dataset(
 
     `img_size` is the side in pixels (images that are not square are squeezed). `num_train` > 0 trains on
     `stratified_subset` only, and the rest, followed by the test split where there is one, is held out; with 0 the test
-    split alone is. `hflip` is for "folder": the other sets have their own rule. `num_workers` processes decode image
-    files (0: this process does). `download` fetches CIFAR if it is not there.
+    split alone is. `hflip` is for "folder": the other sets have their own rule. `num_workers` threads decode image
+    files (0: this one does). `download` fetches CIFAR if it is not there.
 
     Raises `UsageError` for an argument out of range, `DataError` for files that are missing or not what they should be.
     """
@@ -78,9 +83,8 @@ def load_dataset(
         train, test = read_afhq(data_root, img_size, num_workers)
         num_classes = 1
     else:
-        layout = CIFAR100 if name == "cifar100" else CIFAR10
-        train, test = read_cifar(layout, data_root, download)
-        num_classes = layout.num_classes
+        num_classes = 100 if name == "cifar100" else 10
+        train, test = read_cifar(num_classes, data_root, download)
         hflip = True
 
     total = len(train.labels)
@@ -178,109 +182,67 @@ def read_digits(img_size: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(rows[:, -1]))
 
 
-@dataclass(frozen=True)
-class CifarLayout:
-    """Where the python version of a CIFAR data set keeps what; `torchvision_name` is the class that fetches it."""
-
-    directory: str
-    archive: str
-    train_files: tuple[str, ...]
-    test_file: str
-    label_key: str
-    num_classes: int
-    torchvision_name: str
-
-
-CIFAR10 = CifarLayout(
-    directory="cifar-10-batches-py",
-    archive="cifar-10-python.tar.gz",
-    train_files=("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"),
-    test_file="test_batch",
-    label_key="labels",
-    num_classes=10,
-    torchvision_name="CIFAR10",
-)
-CIFAR100 = CifarLayout(
-    directory="cifar-100-python",
-    archive="cifar-100-python.tar.gz",
-    train_files=("train",),
-    test_file="test",
-    label_key="fine_labels",
-    num_classes=100,
-    torchvision_name="CIFAR100",
-)
-
-
-def read_cifar(layout: CifarLayout, data_root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
-    """Training images and test images, (N, 3, 32, 32), from the unpacked directory or else from the archive."""
-    directory, archive = data_root / layout.directory, data_root / layout.archive
-    names = [*layout.train_files, layout.test_file]
+def read_cifar(num_classes: int, data_root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+    """CIFAR-10's or CIFAR-100's training and test images, from the unpacked directory or else from the archive."""
+    if num_classes == 10:
+        directory, label_key = data_root / "cifar-10-batches-py", "labels"
+        names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    else:
+        directory, label_key = data_root / "cifar-100-python", "fine_labels"
+        names = ["train", "test"]
+    archive = data_root / f"cifar-{num_classes}-python.tar.gz"
     if download and not all((directory / name).is_file() for name in names):
-        download_cifar(layout, data_root)
+        download_cifar(num_classes, data_root)
     if directory.is_dir():
         paths = [directory / name for name in names]
         contents: Iterator[bytes] = (read_file(path) for path in paths)
     elif archive.is_file():
-        paths = [archive / layout.directory / name for name in names]
-        contents = iter(read_archive(archive, [f"{layout.directory}/{name}" for name in names]))
+        paths = [archive / directory.name / name for name in names]
+        contents = iter(read_archive(archive, [f"{directory.name}/{name}" for name in names]))
     else:
         what_to_do = "put one there, or fetch it with --download (python version, from the CIFAR page)"
         raise DataError(f"no {directory} and no {archive}: {what_to_do}")
-    *train, test = [parse_cifar(data, path, layout) for data, path in zip(contents, paths, strict=True)]
-    return join(train), test
+    parts = [parse_cifar(data, path, label_key, num_classes) for data, path in zip(contents, paths, strict=True)]
+    return join(parts[:-1]), parts[-1]
 
 
-def parse_cifar(data: bytes, path: Path, layout: CifarLayout) -> ImageSet:
+def parse_cifar(data: bytes, path: Path, label_key: str, num_classes: int) -> ImageSet:
     """One of CIFAR's pickles, in which a row of `data` is the 1,024 red, then green, then blue values of an image."""
     content = unpickle_dict(data, path)
-    pixels, labels = content.get("data"), content.get(layout.label_key)
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * 32 * 32,):
+    pixels, labels = content.get("data"), content.get(label_key)
+    if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3 * 32 * 32,):
         raise DataError(f"{path}: its `data` is not an array of (N, 3072) bytes: fetch it again")
     if not isinstance(labels, list) or len(labels) != len(pixels):
-        raise DataError(f"{path}: its `{layout.label_key}` is not a list of {len(pixels)} classes: fetch it again")
-    if not all(type(label) is int and 0 <= label < layout.num_classes for label in labels):
-        highest = layout.num_classes - 1
-        raise DataError(f"{path}: its `{layout.label_key}` are not numbers of 0 .. {highest}: fetch it again")
+        raise DataError(f"{path}: its `{label_key}` is not a list of {len(pixels)} classes: fetch it again")
+    if not all(type(label) is int and 0 <= label < num_classes for label in labels):
+        raise DataError(f"{path}: its `{label_key}` are not numbers of 0 .. {num_classes - 1}: fetch it again")
     images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
     return ImageSet(images, torch.tensor(labels, dtype=torch.int64))
 
 
-def download_cifar(layout: CifarLayout, data_root: Path):
+def download_cifar(num_classes: int, data_root: Path):
     """Fetches and unpacks CIFAR below `data_root`; `DataError` if that fails."""
     import torchvision  # slow to import, and needed here only
 
     try:
-        getattr(torchvision.datasets, layout.torchvision_name)(data_root, download=True)
+        getattr(torchvision.datasets, f"CIFAR{num_classes}")(data_root, download=True)
     except Exception as error:  # whatever a network, a server or a damaged archive can bring about
-        where = f"put {layout.archive} from the CIFAR page into {data_root}"
-        raise DataError(f"--download: cannot fetch {layout.archive} ({one_line(error)}): {where}") from None
+        where = f"put cifar-{num_classes}-python.tar.gz from the CIFAR page into {data_root}"
+        raise DataError(f"--download: cannot fetch it ({one_line(error)}): {where}") from None
 
 
 # ---- data sets of image files ----
 
 
-class ImageFile(NamedTuple):
-    """A file on disk, with what changes when its content does."""
-
-    path: str
-    size: int
-    mtime_ns: int
-
-
 def read_afhq(data_root: Path, img_size: int, num_workers: int) -> tuple[ImageSet, ImageSet | None]:
     """AFHQ's dogs, one class, sorted by name: the training images, and those of val/ or test/ if there are any."""
-    train_directory = data_root / "afhq" / "train" / "dog"
-    if not train_directory.is_dir():
-        raise DataError(f"no {train_directory}: unpack AFHQ (from the page of StarGAN v2) so that it is there")
-    directories = [train_directory]
-    directories += [path for part in ("val", "test") if (path := data_root / "afhq" / part / "dog").is_dir()][:1]
+    train, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
+    if not train.is_dir():
+        raise DataError(f"no {train}: unpack AFHQ (from the page of StarGAN v2) so that it is there")
     parts = []
-    for directory in directories:
-        files, _ = scan(directory)
-        files = [file for file in files if file.path.lower().endswith((".jpg", ".jpeg", ".png"))]
-        if not files:
-            raise DataError(f"{directory}: holds no .jpg or .png files, unpack AFHQ again")
-        images = decode_cached(files, data_root, img_size, num_workers)
+    for folder in [train, *filter(Path.is_dir, others)][:2]:
+        paths = [path for group in list_images(folder) for path in group]
+        images = read_cached(paths, data_root, img_size, num_workers)
         parts.append(ImageSet(images, torch.zeros(len(images), dtype=torch.int64)))
     return parts[0], parts[1] if len(parts) > 1 else None
 
@@ -289,53 +251,78 @@ def read_folder(root: Path, img_size: int, num_workers: int) -> tuple[ImageSet, 
     """The images below `root` and the number of classes: its sub-folders, sorted, or one if there are none."""
     if not root.is_dir():
         raise DataError(f"no directory {root}: name the folder of images with --data_root")
-    files, classes = scan(root)
-    if files and classes:
-        raise DataError(f"{files[0].path}: lies beside sub-folders, which are classes: move it into one of them")
-    files_of_class = [list_images(directory) for directory in classes] or [files]
-    for directory, members in zip(classes or [root], files_of_class, strict=True):
-        if not members:
-            raise DataError(f"{directory}: holds no images, add some or remove it")
-    images = decode_cached([file for members in files_of_class for file in members], root, img_size, num_workers)
-    counts = torch.tensor([len(members) for members in files_of_class])
+    classes = list_images(root, classes=True)
+    images = read_cached([path for members in classes for path in members], root, img_size, num_workers)
+    counts = torch.tensor([len(members) for members in classes])
     return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts)), len(counts)
 
 
-def scan(directory: Path | str) -> tuple[list[ImageFile], list[str]]:
-    """The files and the directories right below `directory`, sorted by name, without the hidden ones.
+def list_images(folder: Path, classes: bool = False) -> list[list[str]]:
+    """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
 
-    Raises `DataError` for what is neither, and for a symbolic link to a directory: links can form a loop.
+    An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. Everything
+    else is passed over and named in one line on stderr: other files, sub-folders without images, and sub-folders beside
+    images.
+
+    Raises `DataError` if there are no images, for what `scan` refuses, and for images beside sub-folders with images if
+    sub-folders are `classes`.
     """
-    files, directories = [], []
-    path = directory
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                path = entry.path
-                if entry.name.startswith("."):
-                    continue
-                status = entry.stat()
-                if stat.S_ISDIR(status.st_mode) and not entry.is_symlink():
-                    directories.append(path)
-                elif stat.S_ISREG(status.st_mode):
-                    files.append(ImageFile(path, status.st_size, status.st_mtime_ns))
-                elif stat.S_ISDIR(status.st_mode):
-                    raise DataError(f"{path}: a symbolic link to a directory, put the directory itself there")
-                else:
-                    raise DataError(f"{path}: neither a file nor a directory, remove it")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): repair or remove it") from None
-    return sorted(files), sorted(directories)
+    images, folders, others = scan(folder)
+    groups = [images] if images else []
+    for path in folders:
+        found, others_below = ([], []) if images and not classes else walk(path)
+        if images and found:
+            raise DataError(f"{printable(images[0])}: lies beside sub-folders, which are classes: move it into one")
+        if found:
+            groups.append(found)
+        others += others_below if found else [path + os.sep]
+    if not groups:
+        raise DataError(f"{printable(folder)}: no images in it, no names that end in {' '.join(SUFFIXES)}")
+    if others and distributed.is_main():
+        names = [os.path.relpath(path, folder) + os.sep * path.endswith(os.sep) for path in others[:5]]
+        line = f"{folder}: passed over {len(others)} other files or sub-folders: {', '.join(names)}"
+        print(printable(line) + ", ..." * (len(others) > 5), file=sys.stderr)
+    return groups
 
 
-def list_images(directory: str) -> list[ImageFile]:
-    """All files below `directory`, sorted by path."""
-    found, pending = [], [directory]
+def walk(folder: str) -> tuple[list[str], list[str]]:
+    """The images at any depth below a folder, and the other files, sorted by path."""
+    images, others, pending = [], [], [folder]
     while pending:
-        files, directories = scan(pending.pop())
-        found += files
-        pending += directories
-    return sorted(found)
+        found, folders, passed = scan(pending.pop())
+        images += found
+        others += passed
+        pending += folders
+    return sorted(images), sorted(others)
+
+
+def scan(folder: Path | str) -> tuple[list[str], list[str], list[str]]:
+    """The images, the sub-folders and the other files right in a folder, sorted by path.
+
+    Raises `DataError` if it cannot be read, for an image that is no file (opening a pipe would wait for ever), and for
+    a symbolic link to a directory: links can form a loop.
+    """
+    images, folders, others = [], [], []
+    path = folder
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path, name = entry.path, entry.name.lower()
+                if name.startswith(".") or name in SYSTEM_FILES:
+                    continue
+                if entry.is_dir() and entry.is_symlink():
+                    raise DataError(f"{printable(path)}: a symbolic link to a directory, put the directory there")
+                if entry.is_dir():
+                    folders.append(path)
+                elif not name.endswith(SUFFIXES):
+                    others.append(path)
+                elif entry.is_file():
+                    images.append(path)
+                else:
+                    raise DataError(f"{printable(path)}: neither a file nor a directory, remove it")
+    except OSError as error:
+        raise DataError(f"{printable(path)}: cannot be read ({error.strerror}): repair or remove it") from None
+    return sorted(images), sorted(folders), sorted(others)
 
 
 def resize(image: Image.Image, img_size: int) -> Image.Image:
@@ -343,86 +330,101 @@ def resize(image: Image.Image, img_size: int) -> Image.Image:
     return image.resize((img_size, img_size), Image.Resampling.BILINEAR)
 
 
-def decode_file(path: str, img_size: int) -> np.ndarray:
-    """One image file as uint8 (3, img_size, img_size)."""
-    return np.asarray(resize(read_image(path), img_size)).transpose(2, 0, 1)
+def read_images(paths: list[str], img_size: int | None = None, num_workers: int = 0) -> np.ndarray:
+    """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
 
-
-def decode(files: list[ImageFile], img_size: int, num_workers: int) -> np.ndarray:
-    """Image files as uint8 (N, 3, img_size, img_size), in order."""
-    images = np.empty((len(files), 3, img_size, img_size), np.uint8)
-    decoded = decode_each([file.path for file in files], img_size, num_workers)
-    for row, image in enumerate(distributed.bar(decoded, "decoding", total=len(files), unit="image")):
-        images[row] = image
+    Raises `DataError` if they do not fit into memory, and after all have been tried for those that cannot be read or
+    have another size than the first.
+    """
+    images, first, bad = None, None, []
+    with threads(num_workers) as each:
+        results = each(functools.partial(try_image, img_size=img_size), paths)
+        for row, pixels in enumerate(distributed.bar(results, "decoding", total=len(paths), unit="image")):
+            if isinstance(pixels, DataError):
+                bad.append(str(pixels))
+                continue
+            if images is None:
+                check_memory(Path(paths[row]).parent, len(paths) * pixels.nbytes)
+                images, first = np.empty((len(paths), *pixels.shape), np.uint8), Path(paths[row]).name
+            if pixels.shape == images.shape[1:]:
+                images[row] = pixels
+            else:
+                (_, height, width), (_, *wanted) = pixels.shape, images.shape[1:]
+                bad.append(printable(f"{paths[row]}: is {height}x{width}, {first} is {wanted[0]}x{wanted[1]}"))
+    if bad:
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
     return images
 
 
-def decode_each(paths: list[str], img_size: int, num_workers: int) -> Iterator[np.ndarray]:
-    """`decode_file` of each path, in order. Processes, as threads are slower than none where images are small."""
-    decode_one = functools.partial(decode_file, img_size=img_size)
-    if num_workers == 0:
-        yield from map(decode_one, paths)
-    else:
-        with concurrent.futures.ProcessPoolExecutor(num_workers) as pool:
-            yield from pool.map(decode_one, paths, chunksize=32)
-
-
-# ---- the cache of decoded images ----
-
-
-def decode_cached(files: list[ImageFile], root: Path, img_size: int, num_workers: int) -> torch.Tensor:
-    """`decode`, or its result of an earlier time from `root`/.cache if no file has changed since.
-
-    Any number of runs may do this at once: each writes its own file and then renames it.
-    """
-    path = root / ".cache" / f"{cache_key(files, root, img_size)}.npy"
-    shape = (len(files), 3, img_size, img_size)
+def try_image(path: str, img_size: int | None) -> np.ndarray | DataError:
+    """One image file as uint8 (3, H, W), or what is wrong with it."""
     try:
-        return torch.from_numpy(read_cache(path, shape))
+        image = read_image(path)
+    except DataError as error:
+        return error
+    return np.asarray(image if img_size is None else resize(image, img_size)).transpose(2, 0, 1)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[Callable]:
+    """A `map` over lists that runs in threads (0: in this one); leaving the block drops what has not begun.
+
+    Pillow and hashlib let other threads run meanwhile: from some 256x256 pixels on, threads are as fast as processes.
+    """
+    if number == 0:
+        yield map
+        return
+    pool = ThreadPoolExecutor(number)
+
+    def map_in_blocks(function: Callable, items: list) -> Iterator:
+        for start in range(0, len(items), THREAD_BLOCK):
+            yield from pool.map(function, items[start : start + THREAD_BLOCK])
+
+    try:
+        yield map_in_blocks
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_cached(paths: list[str], root: Path, img_size: int, num_workers: int) -> torch.Tensor:
+    """`read_images`, or its result of an earlier time from `root`/.cache if no file has changed since.
+
+    What comes from there is mapped, copy on write: all processes on a machine share one copy, and no write reaches the
+    file. Any number of runs may do this at once: each writes its own file and then renames it.
+    """
+    path = root / ".cache" / f"{cache_key(paths, img_size, num_workers)}.npy"
+    try:
+        images = np.lib.format.open_memmap(path, mode="c")
+        if images.dtype != np.uint8 or images.shape != (len(paths), 3, img_size, img_size):
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+        return torch.from_numpy(images)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        print(f"{path}: damaged ({one_line(error)}), decoding the images again", file=sys.stderr)
-    images = decode(files, img_size, num_workers)
+        print(f"{printable(path)}: damaged ({one_line(error)}), decoding the images again", file=sys.stderr)
+    images = read_images(paths, img_size, num_workers)
     try:
-        write_cache(path, images)
+        with atomic_write(path) as file:
+            np.save(file, images)
     except DataError as error:
         print(f"{one_line(error)}; the next run decodes the images again", file=sys.stderr)
     return torch.from_numpy(images)
 
 
-def cache_key(files: list[ImageFile], root: Path, img_size: int) -> str:
-    """Changes with the relative path, size or time of any file, the image size and the way of decoding."""
-    listing = [(path.removeprefix(str(root)), size, mtime_ns) for path, size, mtime_ns in files]
-    return hashlib.sha256(repr((CACHE_FORMAT, img_size, listing)).encode()).hexdigest()[:32]
+def cache_key(paths: list[str], img_size: int, num_workers: int) -> str:
+    """Follows the files' contents in their order, and all else that decides the pixels."""
+    decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
+    key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders)).encode())
+    with threads(num_workers) as each:
+        for digest in distributed.bar(each(content_hash, paths), "reading", total=len(paths), unit="image", delay=1):
+            key.update(digest)
+    return key.hexdigest()[:32]
 
 
-def read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that `write_cache` wrote; `ValueError` or `OSError` unless it is whole and of this shape.
-
-    It is mapped, copy on write: all processes on a machine share one copy, and no write reaches the file. A run keeps
-    what it mapped when another one replaces the file.
-    """
-    images = np.lib.format.open_memmap(path, mode="c")
-    if images.dtype != np.uint8 or images.shape != shape:
-        raise ValueError(f"it holds {images.dtype} {images.shape} instead of uint8 {shape}")
-    with path.open("rb") as file:
-        file.seek(images.offset + images.nbytes)
-        if file.read(9) != checksum(images):
-            raise ValueError("its checksum does not fit")
-    return images
-
-
-def write_cache(path: Path, images: np.ndarray):
-    """The array as .npy, followed by its checksum, whole or not at all."""
-    with atomic_write(path) as file:
-        np.save(file, images)
-        file.write(checksum(images))
-
-
-def checksum(images: np.ndarray) -> bytes:
-    """The sum of the 64-bit words: at copy speed (a CRC takes longer than the read), yet any flipped bit changes it."""
-    data = images.reshape(-1)
-    end = data.size - data.size % 8
-    total = int(data[:end].view(np.uint64).sum()) + int(data[end:].sum())
-    return (total % 2**64).to_bytes(8, "little")
+def content_hash(path: str) -> bytes:
+    """SHA-256 of a file; empty if it cannot be read, which decoding will say."""
+    try:
+        return bytes.fromhex(file_hash(path))
+    except OSError:
+        return b""

@@ -15,10 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# a process waits for the others as long as a round of a shard takes; torchrun sees a dead one, no clock has to
-TIMEOUT = timedelta(days=7)
+# processes wait for each other's shards, so for a round; torchrun sees a dead one, no clock has to
+LONGEST_ROUND = timedelta(days=7)
+# GPUs exchange tensors right after such a wait, or in every step: what holds one of them up meanwhile is a sample grid,
+# a save or torch.compile. NCCL ends a process that waits longer, which would else keep its GPU busy for nothing.
+GPU_TIMEOUT = timedelta(minutes=30)
+gpus = None  # the group for tensors on GPUs
 
 
 def rank():
@@ -43,23 +48,52 @@ def is_main():
 
 def be_silent():
     """Leave printing and warning to rank 0; errors are still seen."""
-    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
     warnings.simplefilter("ignore")
 
 
-def bar(*args, **settings):
-    """A tqdm bar of rank 0; the others show none."""
-    return tqdm(*args, **settings, dynamic_ncols=True, disable=not is_main())
+class Lines:
+    """Takes what a tqdm bar writes and hands on plain lines, for log files."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.flush = stream.flush
+
+    def write(self, text):
+        if text.strip():
+            self.stream.write(f"{text.strip()}\n")
+
+
+def bar(*args, disable=False, **settings):
+    """A tqdm bar of rank 0; the others show none. All bars are made here.
+
+    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends. What the user has set in
+    tqdm's variables, such as TQDM_DISABLE and TQDM_MININTERVAL, holds.
+    """
+    if disable or not is_main():
+        settings["disable"] = True
+    own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
+    if not sys.stderr.isatty():
+        own = {"mininterval": 30, "miniters": 1, "file": Lines(sys.stderr)}  # miniters=1: at least a step a line
+    own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
+    return tqdm(*args, **settings, **own)
 
 
 def initialize():
-    """Meet the other processes: NCCL for tensors on GPUs, gloo for those on the CPU."""
-    if world_size() == 1:
+    """Meet the other processes: gloo for tensors on the CPU and for waiting, NCCL for those on GPUs."""
+    global gpus
+    if not dist.is_torchelastic_launched():
         return
-    store, *place = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, *place = next(dist.rendezvous("env://", timeout=LONGEST_ROUND))
     store = dist.PrefixStore(name_of_start(store, *place), store)
-    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backends, store=store, rank=place[0], world_size=place[1], timeout=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=place[0], world_size=place[1], timeout=LONGEST_ROUND)
+    if torch.cuda.is_available():
+        gpus = dist.new_group(backend="nccl", timeout=GPU_TIMEOUT)
+
+
+def group_of(device):
+    """The processes as they exchange tensors of a device."""
+    return gpus if device.type == "cuda" else dist.group.WORLD
 
 
 def name_of_start(store, rank, world_size):
@@ -104,15 +138,24 @@ def barrier():
 def total(tensor):
     """The sum of the processes' tensors of one shape, in place and returned."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group_of(tensor.device))
     return tensor
 
 
 def largest(tensor):
     """The element-wise maximum of the processes' tensors of one shape, in place and returned."""
     if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group_of(tensor.device))
     return tensor
+
+
+def average_gradients(network):
+    """The network, its gradient the mean over all processes. Its buffers are constants, which need no exchange."""
+    if world_size() == 1:
+        return network
+    group = group_of(next(network.parameters()).device)
+    settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(network, process_group=group, **settings)
 
 
 def mean(tensor):

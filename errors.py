@@ -4,6 +4,13 @@ The scripts print the line and exit with `exit_code`; anything else that is rais
 """
 
 
+def printable(text):
+    """The text on one line that every terminal and file can take: control characters, and bytes of a file's name that
+    are no UTF-8, as escapes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class UserError(Exception):
     """Base of the errors below; raise one of those."""
 

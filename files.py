@@ -1,18 +1,19 @@
 """Files of our own: written whole or not at all, JSON, hashes, directories. All raise a `DataError` naming the file."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 from errors import DataError
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path):
     """A binary file that appears at `path` complete or not at all: temporary file beside it, fsync, rename, fsync.
 
@@ -24,27 +25,52 @@ def atomic_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         temporary.replace(path)
-        sync_directory(path.parent)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}): check the directory and its space"
         ) from error
     finally:
-        # nothing to remove after the rename; a directory that cannot be entered has been reported already
-        if os.access(temporary, os.F_OK):
-            temporary.unlink()
+        # after the rename there is none; where it cannot be removed, what is wrong has been reported already
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def where_supported():
+    """Pass over a sync that the file system does not know; an error of the disk is still raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def sync(file):
+    """Bring what was written to an open file to the disk."""
+    file.flush()
+    with where_supported():
+        os.fsync(file.fileno())
 
 
 def sync_directory(path):
-    """Make a rename in a directory durable."""
-    directory = os.open(path, os.O_RDONLY)
+    """Make a rename in a directory durable, where the file system can open and sync directories."""
+    with contextlib.suppress(OSError):
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def remove(path):
+    """Remove a file, if it is there; raises DataError."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be removed ({error.strerror}): check the directory") from error
 
 
 def make_directory(path, flag):
@@ -68,26 +94,39 @@ def lock_directory(path, flag):
         DataError: another process has taken it; `flag` is the name of the flag that names the directory.
     """
     path = Path(path)
-    file = (path / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise DataError(
-            f"--{flag}={path}: process {file.read().strip()} is writing there: wait for it or choose another directory"
-        ) from None
+        file = (path / ".lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise DataError(
+                f"--{flag}={path}: process {file.read().strip()} is writing there: wait for it or choose another "
+                "directory"
+            ) from None
+        except OSError as error:
+            print(
+                f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing", file=sys.stderr
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
     except OSError as error:
-        print(f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing", file=sys.stderr)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+        raise DataError(
+            f"--{flag}={path}: its .lock cannot be written ({error.strerror}): choose another directory"
+        ) from error
     return file
+
+
+def write_text(path, text):
+    """Write a text atomically, in UTF-8; what names of files hold that is none becomes escapes."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path, value):
     """Write a value as indented JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path):

@@ -4,6 +4,11 @@ python main.py --train --flagfile=config/DIGITS.txt --logdir=logs/digits
 python main.py --eval  --flagfile=config/DIGITS.txt --logdir=logs/digits
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 from pathlib import Path
 
 import torch
@@ -21,44 +26,38 @@ from score.quality import Quality
 from seeding import derive_seed, generator
 from training import checkpoint, flags
 from training.batches import ShardBatches
-from training.command import pick_device, run
+from training.command import announce, pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
-from training.logdir import open_logdir
-from training.meter import Meter
-from training.progress import Progress, due, restore_lines
-from training.saves import Saves
+from training.logger import Logger, due
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 5000  # steps
 
 
 def train(data, quality, device, logdir):
-    images = data.train.images.to(device)
-    labels = data.train.labels.to(device) if FLAGS.use_labels else None
+    images = data.train.images.to(flags.data_device(FLAGS, device))
+    labels = data.train.labels if FLAGS.use_labels else None
     whole, part = torch.arange(len(images)), distributed.share(FLAGS.batch_size)
-    batches = ShardBatches(images, labels, whole, **flags.batches(FLAGS), hflip=data.hflip, part=part)
+    batches = ShardBatches(images, labels, whole, device, **flags.batches(FLAGS), hflip=data.hflip, part=part)
 
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = UNet(**flags.unet(FLAGS)).to(device)
     learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
-    # after whatever the flags can have wrong
-    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
+    announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
+    # after whatever else can be wrong
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
+    earlier = resume(learner, directory)
+
     shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
     x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    state, meter = resume(learner, logdir), Meter(FLAGS.max_bad_steps)
-    x_T = state.get("x_T", x_T).to(device)
-    progress_state = state.get("progress", {"seconds": 0.0})
-    meter.restore(progress_state)
-
-    sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     x_T_labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    saves = Saves(logdir, FLAGS.keep, state.get("rolling", []))
-    logs = (logdir, FLAGS.total_steps, learner.step, FLAGS.log_step, progress_state["seconds"])
+    sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
+    settings = {"log_step": FLAGS.log_step, "max_bad_steps": FLAGS.max_bad_steps, "writes": distributed.is_main()}
+    logger = Logger(logdir, FLAGS.total_steps, learner.step, **settings, **earlier)
 
-    with Interruption() as interruption, Progress(*logs) as progress:
+    with Interruption() as interruption, logger:
         agreed = distributed.Agreement()
-        progress.last_save = state.get("path")
         while learner.step < FLAGS.total_steps:
             batch = batches(learner.step)
             lr = learner.lr
@@ -66,50 +65,45 @@ def train(data, quality, device, logdir):
             loss, applied = learner.update(loss)
 
             step = learner.step
-            progress.update(meter, step, loss, applied, lr, FLAGS.batch_size)
+            logger.update(step, loss, applied, lr, FLAGS.batch_size)
             if due(step, FLAGS.sample_step) and distributed.is_main():
-                progress.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
+                logger.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
             if due(step, FLAGS.eval_step):
                 for name, net in (("net", learner.net), ("ema", learner.ema)):
-                    progress.write({"step": step, "weights": name, **score(net, quality)}, prefix=f"{name}/")
-            milestone, stop = due(step, FLAGS.save_step) or step == FLAGS.total_steps, agreed(bool(interruption))
+                    logger.write({"step": step, "weights": name, **score(net, quality)}, prefix=f"{name}/")
+            last, stop = step == FLAGS.total_steps, agreed(bool(interruption))
+            milestone = due(step, FLAGS.save_step) or last
+            if last or stop:
+                logger.line(step)
             if (milestone or stop) and distributed.is_main():
-                logs = {**progress.state(), **meter.state(), "metrics_lines": progress.metrics_lines}
-                state = {**learner.state_dict(), "x_T": x_T, "progress": logs}
-                progress.last_save = saves.save(checkpoint.step_name(step), state, milestone)
+                logger.flush()
+                state = {**learner.state_dict(), "x_T": x_T, "seconds": logger.seconds}
+                logger.last_save = checkpoint.save_step(logdir, state, milestone, FLAGS.keep)
             if stop:
                 distributed.barrier()  # rank 0 has saved
-                interruption.exit(progress.last_save)
-        progress.line(meter, learner.step)
-        progress.finish(learner.step)
-    lock.close()
+                interruption.exit(logger.last_save)
+        logger.finish(learner.step)
+    directory.close()
 
 
-def resume(learner, logdir):
-    """Continue from the newest good checkpoint of the log directory, if there is one; returns what it holds, or {}."""
-    path = distributed.from_main(newest_whole_checkpoint(logdir) if distributed.is_main() else None)
-    state = {}
+def resume(learner, directory):
+    """Continue from the newest good checkpoint, if there is one; returns what the logger must know of it."""
+    logdir, seconds = directory.path, 0.0
+    path, later = distributed.from_main(checkpoint.newest_step(logdir) if distributed.is_main() else None)
     if path:
         state = checkpoint.load(path)
         checkpoint.restore(learner, state, path)
-        state["path"] = path
+        seconds = state["seconds"]
         print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
-    if distributed.is_main():
-        logs = state.get("progress", {})
-        # a run that was longer would not have written the line that its last step is in
-        last = learner.step - (logs.get("steps", 0) > 0)
-        is_of_the_past = lambda line: line["step"] <= (learner.step if "weights" in line else last)  # noqa: E731
-        restore_lines(logdir, is_of_the_past, logs.get("metrics_lines", 0))
-    return state
-
-
-def newest_whole_checkpoint(logdir):
-    """The path of the newest checkpoint that is not damaged, or None."""
-    paths = checkpoint.newest_first(logdir)
-    path = next((path for path in paths if checkpoint.is_whole(path)), None)
-    if paths and not path:
+    elif later:
         print(f"{logdir}: no checkpoint in it can be continued, starting anew")
-    return path
+    if learner.step > FLAGS.total_steps:
+        raise UsageError(
+            f"--total_steps={FLAGS.total_steps}: the run in {logdir} has done {learner.step}: give at least that, or "
+            "choose another --logdir"
+        )
+    directory.begin(learner.step, later)
+    return {"seconds": seconds, "last_save": path}
 
 
 def score(net, quality):
@@ -118,10 +112,12 @@ def score(net, quality):
     return quality(generate(sampler, **flags.generation(FLAGS)))
 
 
-def evaluate(quality, device, logdir):
+def evaluate(data, quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
     state = checkpoint.load(path, device)
     net = UNet(**flags.unet(FLAGS, state, path)).to(device)
+    if not FLAGS.train:
+        announce(device, net, len(data.train.images), FLAGS.batch_size)
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
@@ -135,7 +131,7 @@ def main():
     if not (FLAGS.train or FLAGS.eval):
         raise UsageError("nothing to do: add --train and/or --eval")
     logdir = Path(FLAGS.logdir or "logs/default")
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     if FLAGS.train and FLAGS.batch_size % distributed.world_size():
         raise UsageError(
             f"--batch_size={FLAGS.batch_size} is of all processes together: it must be a multiple of the "
@@ -157,7 +153,7 @@ def main():
         train(data, quality, device, logdir)
     if FLAGS.eval:
         make_directory(logdir, "logdir")
-        evaluate(quality, device, logdir)
+        evaluate(data, quality, device, logdir)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC w
 both, which is default training with a memory bank looking on.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +25,15 @@ from errors import UsageError
 from model import UNet
 from score.generate import draw_labels
 from seeding import derive_seed, generator
-from training import checkpoint, ensemble_state, flags
+from training import checkpoint, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.batches import ShardBatches
-from training.command import pick_device, run
+from training.command import announce, pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
-from training.logdir import open_logdir
-from training.meter import Meter
-from training.progress import Progress, due
-from training.schedule import Schedule
-from training.shards import default_split, make_shards
+from training.logger import Logger, due
+from training.shards import Schedule, default_split, make_shards
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard
@@ -45,45 +47,69 @@ class Shard:
     batches: ShardBatches
     learner: Learner
     agc: AntiGradientControl
-    meter: Meter
 
 
 def train(data, device, logdir):
-    images = data.train.images.to(device)
+    images = data.train.images.to(flags.data_device(FLAGS, device))
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
+    steps = sum(shard.steps_per_epoch for shard in batches)
+    announce(device, shards[0].learner.net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
     groups = shards[0].learner.net.groups
-    # after whatever the flags can have wrong
-    lock = open_logdir(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))
+    # after whatever else can be wrong
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, groups))
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    rounds_done, seconds = ensemble_state.restore(shards, schedule, skip_counts, logdir)
+    rounds_done, earlier = resume(shards, schedule, skip_counts, directory)
     total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
     done = sum(shard.learner.step for shard in shards)
+    settings = {"log_step": FLAGS.log_step, "max_bad_steps": FLAGS.max_bad_steps}
+    logger = Logger(logdir, total, done, **settings, **earlier)
 
-    with Interruption() as interruption, Progress(logdir, total, done, FLAGS.log_step, seconds) as progress:
-        progress.last_save = ensemble_state.newest_file(logdir)
+    with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
                 with shard.learner.on_device():
-                    train_shard(shard, r, schedule, skip_counts, interruption, progress, logdir)
-            wait_for_all_shards(interruption, progress)
+                    train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir)
+            wait_for_all_shards(interruption, logger)
 
             learners, numbers = [shard.learner for shard in shards], [shard.number for shard in shards]
             average, ema_average = average_learners(learners, numbers, [len(shard.index) for shard in batches])
             all_counts = distributed.total(skip_counts.clone())
-            progress.merge([shard.meter for shard in shards])
-            progress.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
+            logger.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
                 if FLAGS.sample_step:
                     with shards[0].learner.on_device():
-                        progress.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
-                save_round(r, average, ema_average, groups, all_counts, progress, logdir)
-        progress.finish(sum(schedule.steps) * max(rounds_done, FLAGS.total_round))
-    lock.close()
+                        logger.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
+                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
+                state |= {"norm_groups": groups, "round": r, "seconds": logger.seconds}
+                logger.flush()
+                publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
+                checkpoint.save_average(logdir, state, publish, FLAGS.keep)
+        logger.finish(sum(schedule.steps) * FLAGS.total_round)
+    directory.close()
 
 
-def train_shard(shard, r, schedule, skip_counts, interruption, progress, logdir):
+def resume(shards, schedule, skip_counts, directory):
+    """Continue from the newest good files; returns the rounds done, and what the logger must know."""
+    logdir = directory.path
+    found = checkpoint.newest_round(schedule, logdir) if distributed.is_main() else None
+    r, steps, average, later = distributed.from_main(found)
+    seconds = checkpoint.restore_shards(shards, schedule, skip_counts, logdir, r, steps, average)
+    if any(steps):
+        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
+    elif later:
+        print(f"{logdir}: nothing in it can be continued, starting anew")
+    if r > FLAGS.total_round:
+        raise UsageError(
+            f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
+            "another --logdir"
+        )
+    directory.begin(sum(steps), later)
+    return r, {"seconds": seconds, "last_save": average}
+
+
+def train_shard(shard, r, schedule, skip_counts, interruption, logger, logdir):
     """The steps of one shard in round r: the inner loop of the paper's algorithm."""
     learner, last = shard.learner, schedule.end(shard.number, r)
     while learner.step < last:
@@ -95,25 +121,28 @@ def train_shard(shard, r, schedule, skip_counts, interruption, progress, logdir)
         skip_counts[batch.index] += ~keep
 
         step, where = schedule.number(shard.number, learner.step), {"round": r, "shard": shard.number}
-        progress.update(shard.meter, step, loss, applied, lr, FLAGS.batch_size, keep=keep, **where)
+        logger.update(step, loss, applied, lr, FLAGS.batch_size, keep=keep, **where)
         if due(step, FLAGS.sample_step):
-            progress.images(f"shard{shard.number}_step{step}", step, sample(learner.ema))
+            logger.images(f"shard{shard.number}_step{step}", step, sample(learner.ema))
         round_ends, stop = learner.step == last, bool(interruption)
-        if round_ends:
-            progress.line(shard.meter, step, **where)
+        if round_ends or stop:
+            logger.line(step, **where)
         if due(step, FLAGS.save_step) or round_ends or stop:
-            progress.last_save = save_shard(shard, schedule.end(shard.number, r - 1), skip_counts, progress, logdir)
+            logger.flush()
+            own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index], "seconds": logger.seconds}
+            state, end_of_last_round = {**learner.state_dict(), **own}, schedule.end(shard.number, r - 1)
+            logger.last_save = checkpoint.save_shard(logdir, shard.number, state, end_of_last_round, FLAGS.keep)
         if stop:
-            interruption.exit(progress.last_save)
+            interruption.exit(logger.last_save)
 
 
 def make_batches(data, images, device):
     """The batches of all K shards."""
-    labels = data.train.labels.to(device) if FLAGS.use_labels else None
+    labels = data.train.labels if FLAGS.use_labels else None
     split = FLAGS.split or default_split(FLAGS.dataset)
     indices = make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed)
     settings = {**flags.batches(FLAGS), "hflip": data.hflip}
-    return [ShardBatches(images, labels, index, **settings, shard=k) for k, index in enumerate(indices)]
+    return [ShardBatches(images, labels, index, device, **settings, shard=k) for k, index in enumerate(indices)]
 
 
 def make_shards_of_this_process(batches, device):
@@ -132,17 +161,17 @@ def make_shards_of_this_process(batches, device):
         agc = AntiGradientControl(
             FLAGS.T, FLAGS.mem_ratio, FLAGS.arr_ema_decay, FLAGS.anti_grad, FLAGS.anti_grad_weight
         ).to(device)
-        shards.append(Shard(number, batches[number], learner, agc, Meter(FLAGS.max_bad_steps)))
+        shards.append(Shard(number, batches[number], learner, agc))
     return shards
 
 
-def wait_for_all_shards(interruption, progress):
+def wait_for_all_shards(interruption, logger):
     """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
     try:
         distributed.barrier()
     except RuntimeError:  # another process has gone
         if interruption:
-            interruption.exit(progress.last_save)
+            interruption.exit(logger.last_save)
         raise
 
 
@@ -155,32 +184,11 @@ def sample(net):
     return GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)(x_T, labels)
 
 
-def save_shard(shard, end_of_last_round, skip_counts, progress, logdir):
-    """Write what the shard needs to continue: only the shard in work changes, so only its file is written."""
-    path = ensemble_state.shard_file(logdir, shard.number, shard.learner.step)
-    own = {"bank": shard.agc.bank, "skip_counts": skip_counts[shard.batches.index]}
-    logs = {**progress.state(), **shard.meter.state()}
-    checkpoint.save(path, {**shard.learner.state_dict(), **own, "progress": logs})
-    ensemble_state.prune(shard.number, logdir, end_of_last_round, FLAGS.keep)
-    return path
-
-
-def save_round(r, average, ema_average, groups, skip_counts, progress, logdir):
-    """Write the averages: always for the next round to start from, and every --save_round rounds to keep."""
-    state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts.cpu(), "round": r}
-    state["norm_groups"] = groups
-    state["progress"] = {**progress.state(), "metrics_lines": progress.metrics_lines}
-    if due(r, FLAGS.save_round) or r == FLAGS.total_round:
-        checkpoint.save(logdir / checkpoint.round_name(r), state)
-    checkpoint.save(ensemble_state.average_file(logdir, r), state)
-    ensemble_state.prune_averages(logdir, FLAGS.keep)
-
-
 def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (all_in.py evaluates)")
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
-    device = pick_device(FLAGS.device)
+    device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         data = load_dataset(**flags.data(FLAGS))
     flags.check_data(FLAGS, data)

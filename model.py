@@ -54,39 +54,12 @@ class DownSample(nn.Module):
 
 
 class UpSample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution, (B, C, H, W) -> (B, C, 2H, 2W), with 4/9 of its products.
-
-    An input pixel j is seen by the output pixels o of its two copies 2j and 2j + 1 through w[2j - o + 1] and
-    w[2j + 1 - o + 1]. With o = 2j - 1 + k these are w[2 - k] and w[3 - k], so in each direction the two operations are
-    one transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
-    """
-
     def __init__(self, ch):
         super().__init__()
         self.main = conv(ch, ch, 3)
-        sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        self.register_buffer("kernel_sums", torch.kron(sums, sums).T.contiguous(), persistent=False)
 
     def forward(self, x, temb, cemb):
-        weight = self.main.weight.transpose(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            kernel = (weight.flatten(2) @ self.kernel_sums).unflatten(2, (4, 4))
-        return F.conv_transpose2d(x, kernel, self.main.bias, stride=2, padding=1)
-
-
-class Dropout(nn.Dropout):
-    """As `nn.Dropout`, with a cheaper mask on the CPU: 16 random bits per element, four elements per random number.
-
-    p is rounded to a multiple of 2^-16 there.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        numbers = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),), dtype=torch.int64, device=x.device)
-        keep = numbers.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
-        mask = keep.to(x.dtype).mul_(1 / (1 - self.p))
-        return x * mask.as_strided(x.shape, x.stride())
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 class AttnBlock(nn.Module):
@@ -101,16 +74,11 @@ class AttnBlock(nn.Module):
         self.proj = conv(ch, ch, 1)
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        projections = (self.proj_q, self.proj_k, self.proj_v)
-        # one matrix product for all three 1x1 convolutions
-        weight = torch.cat([projection.weight for projection in projections]).flatten(1)
-        bias = torch.cat([projection.bias for projection in projections])
-        h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, C)
-        q, k, v = F.linear(h, weight, bias).chunk(3, dim=-1)
+        h = self.group_norm(x)
+        # (B, 1 head, H*W, C)
+        q, k, v = (proj(h).flatten(2).mT[:, None] for proj in (self.proj_q, self.proj_k, self.proj_v))
         h = F.scaled_dot_product_attention(q, k, v)
-        h = F.linear(h, self.proj.weight.flatten(1), self.proj.bias)
-        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.proj(h[:, 0].mT.view_as(x))
 
 
 class ResBlock(nn.Module):
@@ -123,7 +91,7 @@ class ResBlock(nn.Module):
         # without classes it is a name in the published checkpoints only, and is not trained
         self.cemb_proj = nn.Sequential(nn.SiLU(), linear(tdim, out_ch)).requires_grad_(conditional)
         self.block2 = nn.Sequential(
-            nn.GroupNorm(groups, out_ch), nn.SiLU(), Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
+            nn.GroupNorm(groups, out_ch), nn.SiLU(), nn.Dropout(dropout), conv(out_ch, out_ch, 3, gain=1e-5)
         )
         self.shortcut = conv(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.attn = AttnBlock(out_ch, groups) if attn else nn.Identity()

@@ -1,23 +1,34 @@
 """Files from elsewhere, read without running what is in them and within bounded memory: images, CIFAR's pickles."""
 
 import codecs
-import functools
+import contextlib
 import gzip
 import io
+import logging
+import math
 import pickle
 import pickletools
+import struct
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError
 
+# What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
 MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpacked archives 178 MiB
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 
 
 def one_line(error: Exception) -> str:
@@ -25,32 +36,109 @@ def one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def read_image(path: Path | str) -> Image.Image:
-    """Any still picture that PIL reads, upright as its EXIF data says, in RGB (the first frame of an animation).
+def printable(text: Path | str) -> str:
+    """A path or a message on one line, whatever is in file names."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
 
-    Raises `DataError` naming the file if it is missing, no image, damaged, of a kind that `to_rgb` refuses, or larger
-    than `PIL.Image.MAX_IMAGE_PIXELS`.
+
+# ---- memory ----
+
+
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes that this process can have: what the kernel calls available, or less if a cgroup around it has a limit.
+
+    The pages of files that the kernel keeps do not count as used, in a cgroup neither. `root` is where proc and sys
+    are; without them (not Linux) the answer is infinity.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=image_formats()) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise DataError(f"{path}: {limit}, which may be a decompression bomb: make it smaller or remove it") from None
+        available = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable:"]
+    except FileNotFoundError:
+        return math.inf
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = top / name.lstrip("/")
+        for directory in (group, *group.parents):
+            # In a container the name can be the host's. The container's own group is the top then, and all there is.
+            if not directory.is_relative_to(top) or not (directory / limit).exists():
+                continue
+            stat = read_numbers(directory / "memory.stat")
+            files = sum(stat.get(f"total_{kind}", stat[kind]) for kind in ("active_file", "inactive_file"))
+            if (text := (directory / limit).read_text().strip()) != "max":
+                available = min(available, int(text) - int((directory / usage).read_text()) + files)
+    return max(0, available)
+
+
+def read_numbers(path: Path) -> dict[str, int]:
+    """What is in a file with a name and a number on every line."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
+
+
+def check_memory(path: Path | str, size: int):
+    """Raises `DataError` if the `size` bytes that what is in `path` takes are more than there is memory for."""
+    available = available_memory()
+    if size > available:
+        needed, available = (f"{number / 2**30:.1f} GiB" for number in (size, available))
+        raise DataError(f"{printable(path)}: needs {needed} of memory, {available} are available: use fewer images")
+
+
+# ---- images ----
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """A still picture of one of `FORMATS` in RGB, upright as its metadata says (the first frame of an animation).
+
+    Metadata that cannot be read is ignored. Raises `DataError` naming the file if it is missing, no image, damaged, of
+    a kind that `to_rgb` refuses, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            try:
+                return decode(file)
+            except (ValueError, SyntaxError, OSError):
+                # PIL refuses a PNG for a text or a profile that is broken or long.
+                file.seek(0)
+                data = png_without_metadata(file.read(MAX_FILE_BYTES))
+                if data is None:
+                    raise
+                return decode(io.BytesIO(data))
+    except Image.DecompressionBombError:
+        what = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not an image that PIL can read: remove it or replace it") from None
+        what = "not an image that PIL can read"
     except Exception as error:  # a hostile file can make a decoder raise anything
-        raise DataError(f"{path}: cannot be read as an image ({one_line(error)}): remove it or replace it") from None
+        what = f"cannot be read as an image ({one_line(error)})"
+    raise DataError(printable(f"{path}: {what}"))
 
 
-@functools.cache
-def image_formats() -> tuple[str, ...]:
-    """PIL's formats but for EPS, which is a program that PIL would hand to Ghostscript."""
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+def decode(file: BinaryIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data shows after the image was turned
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def png_without_metadata(data: bytes) -> bytes | None:
+    """A PNG's chunks that decide its pixels, and its EXIF data if that is whole; None if it is no PNG."""
+    if not data.startswith(b"\x89PNG"):
+        return None
+    kept, start = [data[:8]], 8
+    while start + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, start)
+        chunk = data[start : start + size + 12]
+        whole_exif = kind == b"eXIf" and chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4)
+        if whole_exif or kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(chunk)
+        start += len(chunk)
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -58,17 +146,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises `ValueError` where the range of the values is unknown (32-bit integers, floats).
     """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        values = np.asarray(image).astype(np.uint32)
+        levels = (values + 128) // 257
+        levels[values == image.info.get("transparency")] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}: 32-bit values have no known range, save it with 8 bits")
-    if image.mode.startswith("I;16"):
-        if image.has_transparency_data:
-            raise ValueError("16-bit grey with transparency, save it with 8 bits")
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+# ---- CIFAR's archives and pickles ----
 
 
 def read_file(path: Path) -> bytes:
@@ -119,36 +210,20 @@ def read_archive(path: Path, names: list[str]) -> list[bytes]:
     return [found[name] for name in names]
 
 
-class PickledDtype:
-    """Stand-in for `numpy.dtype` while unpickling: keeps the arguments and the state, calls nothing of NumPy."""
-
-    def __init__(self, *arguments: object):
-        self.arguments = arguments
-        self.state = ()
-
-    def __setstate__(self, state: tuple):
-        self.state = state
-
-    def dtype(self) -> np.dtype:
-        name, byte_order = (as_text(part) for part in (self.arguments[0], self.state[1]))
-        dtype = np.dtype(name)
-        if dtype.kind not in "biuf":
-            raise pickle.UnpicklingError(f"an array of {name} where numbers belong")
-        return dtype.newbyteorder(byte_order)
-
-
 class PickledArray:
-    """Stand-in for `numpy.ndarray` and its reconstruction function while unpickling: keeps the state."""
+    """Stand-in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
 
     def __init__(self, *arguments: object):
-        self.state = ()
+        self.arguments, self.state = arguments, ()
 
     def __setstate__(self, state: tuple):
         self.state = state
 
     def array(self) -> np.ndarray:
-        _, shape, pickled_dtype, is_fortran, data = self.state
-        return np.frombuffer(data, pickled_dtype.dtype()).reshape(shape, order="F" if is_fortran else "C")
+        _, shape, dtype, is_fortran, data = self.state
+        if as_text(dtype.arguments[0]) != "u1":
+            raise pickle.UnpicklingError("an array of something else than bytes")
+        return np.frombuffer(data, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -163,7 +238,7 @@ class ArrayUnpickler(pickle.Unpickler):
             ("numpy.core.multiarray", "_reconstruct"): PickledArray,
             ("numpy._core.multiarray", "_reconstruct"): PickledArray,
             ("numpy", "ndarray"): PickledArray,
-            ("numpy", "dtype"): PickledDtype,
+            ("numpy", "dtype"): PickledArray,
             ("_codecs", "encode"): self.encode,
         }
         if (module, name) not in allowed:

@@ -3,16 +3,21 @@
 python -m benchmarks [--only step,sampler,neighbors,frechet,data] [--json FILE] [--check]
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import importlib
+import os
 import platform
-import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from errors import UserError
+import distributed
+import startup
+from errors import UsageError
 from files import write_json
 from score.markdown import markdown_table
 from training.allocator import keep_freed_memory
@@ -39,23 +44,19 @@ def machine():
 
 def main(arguments=None):
     """Print the table; returns 1 if asked to check and a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = startup.Parser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", type=os.path.expanduser, help="also write the numbers to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: a smaller trial, whose targets mean little")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
     if not set(parts) <= set(PARTS):
-        parser.error(f"--only={options.only}: choose some of {','.join(PARTS)}")
+        raise UsageError(f"--only={options.only}: choose some of {','.join(PARTS)}")
     keep_freed_memory()  # as the scripts do: both sides of every row have it
     rows = []
-    try:
-        for part in tqdm(parts, desc="benchmarks"):
-            rows += importlib.import_module(f"benchmarks.{part}").measure(options.scale)
-    except UserError as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
-        return error.exit_code
+    for part in distributed.bar(parts, desc="benchmarks"):
+        rows += importlib.import_module(f"benchmarks.{part}").measure(options.scale)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     numbers = ("ours", "baseline", "ratio", "target")
     cells = [
@@ -69,4 +70,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

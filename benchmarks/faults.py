@@ -3,9 +3,12 @@
 python -m benchmarks.faults --minutes 30 [--json FILE]
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import contextlib
-import json
 import os
 import random
 import signal
@@ -18,15 +21,18 @@ import zipfile
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+import distributed
+import startup
 from files import write_json
+from training.logger import read_metrics
 
 ROOT = Path(__file__).parent.parent
+LOG_STEP = 7
 COMMON = [
     "--train", "--dataset=digits", "--img_size=8", "--num_train=48", "--ch=32", "--ch_mult=1", "--attn=0", "--T=20",
     "--num_res_blocks=1", "--sample_steps=2", "--sample_size=2", "--batch_size=8", "--lr=1e-3", "--warmup=20",
-    "--sample_step=50", "--log_step=7", "--ema_decay=0.9", "--device=cpu",
+    "--sample_step=50", f"--log_step={LOG_STEP}", "--ema_decay=0.9", "--device=cpu",
 ]  # fmt: skip
 SCRIPTS = {
     "main.py": [*COMMON, "--total_steps=300", "--save_step=6"],
@@ -128,19 +134,13 @@ def interrupt_by_full_disk(process, disk, logdir, chance):
 
 
 def final_state(script, logdir):
-    """Everything that two runs must agree on: checkpoint files, and the lines of the log without their timings."""
+    """Everything that two runs must agree on: checkpoint files, and the steps that were logged."""
     paths = [logdir / "ckpt300.pt"] if script == "main.py" else sorted(logdir.glob("global_ckpt_round*.pt"))
     paths += [logdir / "state" / f"shard{k}_step100.pt" for k in range(3)] if script == "main_fed.py" else []
     states = {path.name: torch.load(path, weights_only=True) for path in paths}
     for state in states.values():
-        state.pop("rolling", None)
-        state["progress"].pop("seconds")
-        for line in state["progress"].get("lines", []):
-            line.pop("images_per_second")
-    lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("images_per_second", None)
-    return {**states, "metrics.jsonl": lines}
+        state.pop("seconds")
+    return {**states, "logged": [line["step"] for line in read_metrics(logdir) if line["step"] % LOG_STEP == 0]}
 
 
 def differences(a, b, name=""):
@@ -179,26 +179,25 @@ def attack(script, disk, counts, chance, faults):
             counts[fault] += 1
             if not survived:
                 counts["unclear endings"] += 1
-                tqdm.write(f"{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
+                print(f"\n{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
         process = start(script, logdir)
         if process.wait() != 0:
             counts["runs that did not continue"] += 1
             return None
-        counts["set aside as .corrupt"] += len(list(logdir.glob("**/*.corrupt")))
         return final_state(script, logdir)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser = startup.Parser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30, help="how long to go on")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their instants")
-    parser.add_argument("--json", help="also write the counts to this file")
+    parser.add_argument("--json", type=os.path.expanduser, help="also write the counts to this file")
     options = parser.parse_args(arguments)
     chance = random.Random(options.seed)
-    endings = ("unclear endings", "set aside as .corrupt", "runs", "runs that did not continue", "runs that differ")
+    endings = ("unclear endings", "runs", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *endings], 0)
     limit = time.monotonic() + 60 * options.minutes
-    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, tqdm(unit="run") as bar:
+    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, distributed.bar(unit="run") as bar:
         expected = {}
         for script in SCRIPTS:
             logdir = Path(directory) / script
@@ -211,7 +210,7 @@ def main(arguments=None):
             counts["runs"] += 1
             if state is not None and (found := differences(expected[script], state)):
                 counts["runs that differ"] += 1
-                tqdm.write(f"{script} differs in {found[:5]}", file=sys.stderr)
+                print(f"\n{script} differs in {found[:5]}", file=sys.stderr)
             bar.update()
             bar.set_postfix({name: count for name, count in counts.items() if count})
     for name, count in counts.items():
@@ -222,4 +221,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

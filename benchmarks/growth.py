@@ -3,14 +3,17 @@
 python -m benchmarks.growth [--paper]
 """
 
-import argparse
-import sys
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+import distributed
+import startup
 from benchmarks.__main__ import machine
 from benchmarks.neighbors import K, natural, noise
 from benchmarks.step import NETWORKS, T, forward_backward, make_net, make_step
@@ -108,15 +111,16 @@ def time_by_operation():
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser = startup.Parser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--paper", action="store_true", help="also search at the scale of the paper")
     options = parser.parse_args(arguments)
     keep_freed_memory()
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    for table in tqdm([floor, time_by_operation, step, search, *([paper] if options.paper else [])], desc="growth"):
+    tables = [floor, time_by_operation, step, search, *([paper] if options.paper else [])]
+    for table in distributed.bar(tables, desc="growth"):
         head, rows = table()
         print(f"\n{table.__doc__.strip()}\n\n{markdown_table(head, rows)}", end="")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

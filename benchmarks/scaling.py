@@ -5,7 +5,11 @@ python -m benchmarks.scaling [--json FILE] [--scale 0.2]
 Every process has one thread. The scripts are run as users run them, with torchrun where there are two processes.
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import json
 import os
 import re
@@ -17,9 +21,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import distributed
+import startup
 from benchmarks.neighbors import noise
 from benchmarks.step import NETWORKS, make_net
 from files import write_json
@@ -156,7 +160,7 @@ def measure(scale):
     """All numbers, each for one and for two processes."""
     epochs, images, repeats = max(1, round(50 * scale)), round(4096 * scale), 3
     results = {"train": {1: [], 2: []}, "generate": {1: [], 2: []}, "search": {1: [], 2: []}, "average": {}}
-    with tempfile.TemporaryDirectory() as directory, tqdm(total=6 * repeats + 4, dynamic_ncols=True) as bar:
+    with tempfile.TemporaryDirectory() as directory, distributed.bar(total=6 * repeats + 4, unit="run") as bar:
         for _ in range(repeats):
             for processes in (1, 2):
                 results["train"][processes].append(train(processes, directory, epochs))
@@ -192,8 +196,8 @@ def show(results):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--json", help="also write all measurements to this file")
+    parser = startup.Parser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--json", type=os.path.expanduser, help="also write all measurements to this file")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: shorter runs, for a trial")
     parser.add_argument("--task", choices=TASKS, help="what one process of a measurement does")
     options = parser.parse_args(arguments)
@@ -211,4 +215,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    startup.run(main)

@@ -4,15 +4,16 @@
 # PROCESSES: how many train and evaluate together, one per GPU of this machine (1).
 # SEEDS: one evaluation of every checkpoint per seed. CHECKPOINTS: file names in LOG_DIR to evaluate.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 DATA_ROOT="${DATA_ROOT:-./data}"
 SEEDS="${SEEDS:-1 2 3}"
 PROCESSES="${PROCESSES:-1}"
+expand DATA_ROOT
 
 LAUNCH=("$PYTHON")
 if ((PROCESSES > 1)); then
-    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
+    LAUNCH=("$PYTHON" -P -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
 fi
 
 # once MARKER COMMAND...: run the command unless MARKER says that the same command has finished before
@@ -24,7 +25,7 @@ once() {
         return
     fi
     "$@"
-    mkdir -p "$(dirname "$marker")"
+    mkdir -p -- "${marker%/*}"
     printf '%s\n' "$*" >"$marker"
 }
 
@@ -36,18 +37,19 @@ evaluate() {
     for checkpoint in $checkpoints; do
         for seed in $SEEDS; do
             out="$LOG_DIR/eval/${checkpoint%.pt}/seed$seed"
-            once "$out/done" "${LAUNCH[@]}" all_in.py "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
+            once "$out/done" "${LAUNCH[@]}" "$ROOT/all_in.py" "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
                 --generate_dir="$out/generate" --similar_dir="$out/similar" --grid_dir="$out/grid"
             results+=("${checkpoint%.pt}=$out/grid/result.json")
         done
     done
-    "$PYTHON" -m score.compare --json="$LOG_DIR/eval/table.json" "${results[@]}"
+    "$PYTHON" -P -m score.compare --json="$LOG_DIR/eval/table.json" "${results[@]}"
 }
 
 # iet_agc CONFIG FLAGS...: IET-AGC with the settings of config/CONFIG.txt, then the evaluation of its averages
 iet_agc() {
     LOG_DIR="${LOG_DIR:-./logs/iet_agc_${1,,}}"
-    local flags=(--flagfile="config/$1.txt" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" "${@:2}")
-    once "$LOG_DIR/trained" "${LAUNCH[@]}" main_fed.py --train "${flags[@]}"
+    expand LOG_DIR
+    local flags=(--flagfile="$ROOT/config/$1.txt" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" "${@:2}")
+    once "$LOG_DIR/trained" "${LAUNCH[@]}" "$ROOT/main_fed.py" --train "${flags[@]}"
     evaluate "${CHECKPOINTS:-global_ckpt_round5.pt global_ckpt_round10.pt}" "${flags[@]}" -Fed=True --use_ema=False
 }

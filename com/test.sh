@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The project's checks: ruff, shellcheck, pytest. Further arguments go to pytest.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+cd -- "$ROOT"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

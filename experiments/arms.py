@@ -10,6 +10,7 @@ from PIL import Image
 
 from files import read_json
 
+ROOT = Path(__file__).parent.parent
 SHARDS = 4
 BATCH = 16
 ENSEMBLE_STEPS = 2  # times those of default training, over all shards: a sub-model makes a part of them only
@@ -99,7 +100,7 @@ BASELINES = {"IET": "default", "AGC": "default", "IET-AGC": "default", "tuned IE
 
 def tuned_arms(out):
     """{"tuned default": arm, "tuned IET-AGC": arm} as tuning.json has chosen them, or {} if there is none yet."""
-    path = Path(out) / "tuning.json"
+    path = out / "tuning.json"
     if not path.exists():
         return {}
     chosen = {}

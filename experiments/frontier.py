@@ -6,11 +6,16 @@ Every arm is trained with every seed, and its checkpoints are measured, raw and 
 again: the same command goes on where it was stopped. The settings that experiments.tuning has chosen are arms as well.
 """
 
-import sys
-import time
-from pathlib import Path
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
 
+    startup.prepare()
+
+import time
+
+import startup
 from benchmarks.__main__ import machine
+from errors import UsageError
 from experiments import runs
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
@@ -89,7 +94,7 @@ def run_data_set(name, options, deadline):
     trainings = [run for run in trainings if runs.is_measured(run)]
     if not trainings:
         return
-    path = Path(options.out) / "frontier.json"
+    path = options.out / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
     results[name] = collect(trainings, options.command, seconds)
@@ -100,31 +105,30 @@ def run_data_set(name, options, deadline):
     print(f"{name}, mean above the floor over seeds [95 % interval], in points\n{matched_table(results[name])}", end="")
 
 
-def run_all(options):
-    deadline = time.time() + 60 * options.minutes
-    for name in options.data:
-        run_data_set(name, options, deadline)
+def words(text):
+    return list(dict.fromkeys(text.split(",")))
 
 
 def numbers(text):
-    return [int(number) for number in text.split(",")]
+    return list(map(int, words(text)))
 
 
 def main(arguments=None):
     parser = runs.parser_of("frontier", __doc__)
-    words = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--data", type=words, default=list(DATA), help=f"some of {','.join(DATA)}")
     parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
     parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
     options = parser.parse_args(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
     known = ARMS | tuned_arms(options.out)
     for flag, names, all_names in (("data", options.data, DATA), ("arms", options.arms or [], known)):
         if not set(names) <= set(all_names):
-            parser.error(f"--{flag}={','.join(names)}: choose some of {','.join(all_names)}")
+            raise UsageError(f"--{flag}={','.join(names)}: choose some of {','.join(all_names)}")
     options.arms = [known[name] for name in options.arms or known]
-    return runs.call(run_all, options)
+    with runs.begin(options, arguments):
+        deadline = time.time() + 60 * options.minutes
+        for name in options.data:
+            run_data_set(name, options, deadline)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -24,13 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from absl import flags as absl_flags
-from tqdm import tqdm
 
+import distributed
+import startup
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import DataError, UserError
-from experiments.arms import DATA, Arm, Data, command_line, write_patches
-from files import atomic_write, read_json
+from errors import DataError
+from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
+from files import atomic_write, lock_directory, make_directory, read_json, write_text
 from model import UNet
 from score.frechet import frechet_distance
 from score.generate import generate
@@ -60,14 +61,13 @@ class Run:
 def parser_of(name, doc):
     """A parser for `python -m experiments.<name>` with the flags that both experiments have."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m experiments.{name}", description=doc, formatter_class=raw)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, without the usage
+    parser = startup.Parser(f"python -m experiments.{name}", description=doc, formatter_class=raw)
     own = "in place of the data set's own"
     parser.add_argument("--steps", type=positive, help=f"of default training, {own}")
     parser.add_argument("--points", type=positive, help=f"about so many measurements along a training, {own}")
     parser.add_argument("--images", type=positive, help=f"images generated for every point, {own}")
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
-    parser.add_argument("--out", default="results", help="directory of everything that is written")
+    parser.add_argument("--out", type=absolute, default="results", help="directory of everything that is written")
     return parser
 
 
@@ -78,14 +78,18 @@ def positive(text):
     return int(text)
 
 
-def call(work, options):
-    """work(options); returns the exit code, with a person's error said in one line."""
-    try:
-        work(options)
-    except UserError as error:
-        print(f"experiments: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def absolute(text):
+    """A path, for argparse: the experiments work in another directory than their caller's."""
+    return Path(os.path.expanduser(text)).resolve()  # noqa: PTH111 - an unknown user's ~ stays, as in a shell
+
+
+@contextlib.contextmanager
+def begin(options, arguments):
+    """Take --out for this experiment, in the repository's root, where config/ and data/ are."""
+    options.command = sys.argv[1:] if arguments is None else arguments
+    make_directory(options.out, "out")
+    with lock_directory(options.out, "out"), contextlib.chdir(ROOT):
+        yield options
 
 
 def plan(name, arms, seeds, options):
@@ -98,25 +102,27 @@ def plan(name, arms, seeds, options):
     for seed in seeds:
         for arm in arms:
             place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{arm.name} {arm.setting}".strip())
-            directory = Path(options.out) / "runs" / name / place / f"seed{seed}"
+            directory = options.out / "runs" / name / place / f"seed{seed}"
             runs.append(Run(data, arm, seed, directory, *command_line(data, arm, seed, directory / "log")))
     return runs
 
 
-def end_with_parent():
-    """Have the kernel end this process with SIGTERM when the one that started it has ended, by SIGKILL too.
+def end_with_parent(parent):
+    """Have the kernel end this process with SIGTERM when `parent`, which started it, has ended, by SIGKILL too.
 
     A training would go on otherwise and hold the log directory that the next start wants. No exit handler runs after a
     SIGKILL, and main_fed.py knows nothing of its parent. Other systems than Linux have no such call.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
 
 
 def is_trained(run):
     """Whether the training has been finished with these flags, which it then leaves in the file `trained`."""
     marker = run.directory / "trained"
-    return marker.exists() and marker.read_text() == "\n".join(run.flags)
+    return marker.exists() and marker.read_bytes() == os.fsencode("\n".join(run.flags))
 
 
 def train(run, deadline):
@@ -126,10 +132,10 @@ def train(run, deadline):
     run.directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main_fed.py", *run.flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    errors = run.directory / "train.err"
+    errors, end = run.directory / "train.err", functools.partial(end_with_parent, os.getpid())
     with (
         errors.open("w") as err,
-        subprocess.Popen(command, env=environment, stdout=err, stderr=err, preexec_fn=end_with_parent) as process,
+        subprocess.Popen(command, env=environment, stdout=err, stderr=err, preexec_fn=end) as process,
     ):
         try:
             code = process.wait(timeout=max(1.0, deadline - time.time()))
@@ -137,14 +143,15 @@ def train(run, deadline):
             process.terminate()
             return
     if code:
-        raise DataError(f"{errors}: training failed: {errors.read_text()[-500:]}")
-    (run.directory / "trained").write_text("\n".join(run.flags))
+        said = errors.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise DataError(f"{errors}: training failed: {said}")
+    (run.directory / "trained").write_bytes(os.fsencode("\n".join(run.flags)))
 
 
 def values_of(command):
     """absl's values of a command line of main_fed.py."""
     FLAGS.unparse_flags()
-    FLAGS([sys.argv[0], *command])
+    flags.parse(FLAGS, [sys.argv[0], *command])
     return FLAGS
 
 
@@ -295,22 +302,22 @@ def work_all(runs, deadline):
         return
     real_images(runs[0].data.name)  # writes them, if need be, before several processes want them
     context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=end_with_parent) as pool,
-        tqdm(total=len(runs), initial=len(runs) - len(missing), desc=f"runs of {runs[0].data.name}") as bar,
-    ):
-        jobs = [pool.submit(work, run, deadline) for run in missing]
+    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),))
+    done = len(runs) - len(missing)
+    with distributed.bar(total=len(runs), initial=done, desc=f"runs of {runs[0].data.name}", unit="run") as bar:
         try:
+            # what is started here never sees Ctrl-C, and ends with this process
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            jobs = [pool.submit(work, run, deadline) for run in missing]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
-        except BaseException:  # Ctrl-C too: what has not begun must not begin
+        finally:  # what has not begun must not begin
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def write_lines(path, value, depth):
     """Write a value as JSON, atomically, with what lies deeper than `depth` on one line."""
     text = json.dumps(value, indent=2)
     text = re.sub(rf"\n {{{2 * depth + 2},}}|\n {{{2 * depth}}}(?=[\]}}])", " ", text)
-    with atomic_write(path) as file:
-        file.write(f"{text}\n".encode())
+    write_text(path, f"{text}\n")

@@ -3,19 +3,24 @@
 python -m experiments.tables
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import numpy as np
 
-from errors import DataError, UserError
+import startup
+from errors import DataError
+from experiments.arms import ROOT
 from experiments.matched import COMPARED
-from files import atomic_write, read_json
+from files import read_json, write_text
 from score.markdown import markdown_table
 
-DOCUMENT = Path("docs/RESULTS.md")
+DOCUMENT = ROOT / "docs/RESULTS.md"
 
 
 def points_of(result, arm, weights, steps=None):
@@ -146,15 +151,8 @@ def filled(text, frontier):
 
 
 def main():
-    try:
-        text = filled(DOCUMENT.read_text(), read_json("results/frontier.json"))
-        with atomic_write(DOCUMENT) as file:
-            file.write(text.encode())
-    except UserError as error:
-        print(f"experiments.tables: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_json(ROOT / "results/frontier.json")))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -5,16 +5,20 @@ python -m experiments.tuning --data=digits64 --seed=11 --steps=2800
 Writes tuning.json; experiments.frontier then trains the two chosen settings with seeds of its own.
 """
 
-import itertools
-import sys
-import time
-from pathlib import Path
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
 
+    startup.prepare()
+
+import itertools
+import time
+
+import startup
 from benchmarks.__main__ import machine
 from errors import DataError
 from experiments.arms import DATA, TRIALS
 from experiments.matched import COMPARED, mean_at_quality, paths_of
-from experiments.runs import WEIGHTS, call, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
+from experiments.runs import WEIGHTS, begin, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
 from files import read_json
 
 FACTOR = 1.15  # of the best fpd of the worse of the untuned methods, each with its better weights
@@ -52,7 +56,7 @@ def tune(options):
     points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
     quality = FACTOR * max(min(p["fpd"] for p in points if p["arm"] == untuned) for untuned in TRIALS)
     rows = memorised_at(points, quality, floor_of(runs[0].data))
-    path = Path(options.out) / "tuning.json"
+    path = options.out / "tuning.json"
     seconds = (read_json(path)["seconds"] if path.exists() else 0) + time.time() - start
     result = {
         "command": " ".join(["python -m experiments.tuning", *options.command]),
@@ -74,10 +78,9 @@ def main(arguments=None):
     parser.add_argument("--data", default="digits64", choices=DATA, help="the data set")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
     parser.set_defaults(steps=2800, points=6)  # enough for the quality at which they are judged
-    options = parser.parse_args(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
-    return call(tune, options)
+    with begin(parser.parse_args(arguments), arguments) as options:
+        tune(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

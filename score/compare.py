@@ -4,13 +4,18 @@ python -m score.compare runs/a/grid runs/b/grid --html=both.html
 python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
+import os
 import statistics
-import sys
 from pathlib import Path
 
-from errors import UserError
-from files import atomic_write, read_json, write_json
+import startup
+from errors import DataError, printable
+from files import read_json, write_json, write_text
 from score.grids import save_comparison
 from score.markdown import markdown_table
 from score.report import curves, page, table
@@ -74,13 +79,29 @@ def read_results(arguments):
     """{label: [(path, result)]} from arguments RUN or LABEL=RUN: a result.json, or the directory that holds it."""
     groups = {}
     for argument in arguments:
-        label, _, path = argument.rpartition("=")
-        path = Path(path)
+        label, path = split_label(argument)
         if path.is_dir():
             path = path / "result.json"
         label = label or (path.parent.parent.name if path.parent.name == "grid" else path.parent.name) or str(path)
-        groups.setdefault(label, []).append((path, read_json(path)))
+        result = read_json(path)
+        if not isinstance(result, dict) or "N" not in result:
+            raise DataError(f"{path}: no result of all_in.py: name its result.json")
+        groups.setdefault(printable(label), []).append((path, result))
     return groups
+
+
+def split_label(argument):
+    """(label, path) of an argument: the longest end of it after no or some "=" that exists is the path.
+
+    Raises:
+        DataError: no such end exists.
+    """
+    parts = argument.split("=")
+    for i in range(len(parts)):
+        path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
+        if os.path.exists(path):  # noqa: PTH110 - false where Path.exists raises, as for a name that is too long
+            return "=".join(parts[:i]), Path(path)
+    raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
 def compare_page(groups, summaries):
@@ -99,46 +120,57 @@ def compare_page(groups, summaries):
     sections = [
         ("Scores", table(["run", *columns], cells) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
         ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
-        ("Settings that differ", table(["flag", *groups], differing_flags(groups))),
+        ("Settings that differ", differing_settings(groups)),
     ]
     return page("Runs compared", sections)
 
 
-def differing_flags(groups):
-    """Rows [flag, value of each label's first run ...] of the flags that are not the same in all of them."""
-    flags = {label: results[0][1].get("flags", {}) for label, results in groups.items()}
-    names = sorted({name for values in flags.values() for name in values})
-    rows = [[name, *(values.get(name) for values in flags.values())] for name in names]
-    return [row for row in rows if any(value != row[1] for value in row[2:])]
+def settings_of(result):
+    """{name: value} of what made a result's images: how the network was trained, and how it was sampled.
+
+    Less is known of other programs' checkpoints, and nothing of images made elsewhere.
+    """
+    checkpoint = Path(result["checkpoint"]).name if result["checkpoint"] else None
+    sampling = {f"sampling: {k}": v for k, v in (result.get("origin") or {}).items() if k != "checkpoint_sha256"}
+    return {"checkpoint": checkpoint, **(result.get("training") or {}), **sampling}
+
+
+def differing_settings(groups):
+    """A table of the settings that differ between labels, the values of a label's repeats side by side."""
+    settings = {label: [settings_of(result) for _, result in results] for label, results in groups.items()}
+    rows = []
+    for name in dict.fromkeys(name for of_label in settings.values() for values in of_label for name in values):
+        cells = [dict.fromkeys(str(v[name]) for v in of_label if name in v) for of_label in settings.values()]
+        if any(set(cell) != set(known) for known in filter(None, cells) for cell in filter(None, cells)):
+            rows.append([name, *(" / ".join(cell) or "unknown" for cell in cells)])
+    return table(["setting", *groups], rows) if rows else "<p>None that are known.</p>"
 
 
 def main(arguments=None):
-    """Print the table; --json also writes it, --html a page, --picture the most memorised pairs of each method."""
-    parser = argparse.ArgumentParser(prog="python -m score.compare", description="Several evaluations in one table.")
+    """Print the table; --json also writes it, --html a page, --picture the most memorised pairs of each method.
+
+    Raises UserError.
+    """
+    parser = startup.Parser(prog="python -m score.compare", description="Several evaluations in one table.")
     parser.add_argument(
         "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; equal labels are repeats"
     )
-    parser.add_argument("--json", help="also write the numbers to this file")
-    parser.add_argument("--html", help="also write a page with the table and the curves to this file")
-    parser.add_argument("--picture", help="also draw the most memorised pairs of every label to this .png")
+    files = {"json": "the numbers", "html": "a page with the table and the curves"}
+    files |= {"picture": "the most memorised pairs of every label, as PNG,"}
+    for name, what in files.items():
+        parser.add_argument(f"--{name}", type=os.path.expanduser, help=f"also write {what} to this file")
     options = parser.parse_args(arguments)
-    try:
-        groups = read_results(options.results)
-        summaries = {label: summarize([result for _, result in results]) for label, results in groups.items()}
-        print(format_table(summaries), end="")
-        if options.json:
-            write_json(options.json, summaries)
-        if options.html:
-            with atomic_write(options.html) as file:
-                file.write(compare_page(groups, summaries).encode())
-        if options.picture:
-            grids = {label: results[0][0].with_name("grid_image0.png") for label, results in groups.items()}
-            save_comparison(options.picture, grids)
-    except UserError as error:
-        print(f"score.compare: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    groups = read_results(options.results)
+    summaries = {label: summarize([result for _, result in results]) for label, results in groups.items()}
+    print(format_table(summaries), end="")
+    if options.json:
+        write_json(options.json, summaries)
+    if options.html:
+        write_text(options.html, compare_page(groups, summaries))
+    if options.picture:
+        grids = {label: results[0][0].with_name("grid_image0.png") for label, results in groups.items()}
+        save_comparison(options.picture, grids)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -23,7 +23,7 @@ def generate_batches(
     first=0,
     num_labels=None,
     legacy_labels=False,
-    precision=torch.float32,
+    dtype=torch.float32,
 ):
     """Generate images first..num_images-1 batch by batch with a progress bar, the network in evaluation mode.
 
@@ -36,7 +36,7 @@ def generate_batches(
         first: images before this one are there already.
         num_labels: draw a class for every image; None for an unconditional network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
-        precision: dtype of autocast.
+        dtype: of autocast; float32 for none.
 
     Yields:
         (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their pixels): bool (B,).
@@ -55,7 +55,7 @@ def generate_batches(
                 if num_labels is not None:
                     labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
                 noise = SampleNoise(seed, indices, shape, device)
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     x_0 = sampler(noise(), labels, noise)
             made = distributed.gather((to_uint8(x_0).cpu(), non_finite_images(x_0).cpu()))
             if distributed.is_main():

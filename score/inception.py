@@ -94,7 +94,9 @@ class Inception(nn.Module):
         """
         x = images.to(self.class_weight.device).float() / 255
         x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
-        features = self.network(x.contiguous(memory_format=torch.channels_last))
+        # in full float32 whatever --precision says: the FID is compared with others
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            features = self.network(x.contiguous(memory_format=torch.channels_last))
         return features, F.linear(features, self.class_weight)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ def markdown_table(header, rows):
         header: names of the columns.
         rows: lists of as many cells each, of any type.
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

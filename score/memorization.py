@@ -108,7 +108,7 @@ def authenticity(sq_distance, index, training):
     """
     _check_distances(sq_distance)
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own = distributed.join_rows(nearest_other(training, nearest[distributed.share(len(nearest))]))
+    own = distributed.join_rows(nearest_other(training, nearest[distributed.share(len(nearest))], index.device))
     return (sq_distance[:, 0] > own[of_generated].to(sq_distance.device)).double().mean().item()
 
 

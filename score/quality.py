@@ -1,13 +1,13 @@
 """FID and Inception score, or fpd, of generated images against real ones."""
 
-from pathlib import Path
+import sys
 
 import distributed
 from dataset import fingerprint
 from errors import UsageError
 from files import file_hash
 from score.frechet import frechet_distance
-from score.inception import Inception
+from score.inception import FEATURES, Inception
 from score.inception_score import inception_score
 from score.stats import (
     inception_statistics_and_probs,
@@ -16,6 +16,8 @@ from score.stats import (
 )
 
 SPLITS = 10  # of the Inception score
+FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
+IS_IMAGES = 5000
 
 
 class Quality:
@@ -28,12 +30,12 @@ class Quality:
         num_images: how many images will be scored.
         weights: the Inception weights file (`find_weights`), not needed for pixels.
         features: `inception` (FID and IS) or `pixels` (fpd).
-        cache: .npz of the reference statistics, made if missing; None: in ./stats, named by the images' content.
+        cache: as `cache_path` of `score.stats.reference_statistics`.
         device: of the Inception network.
         batch_size: images per call of it.
 
     Raises:
-        DataError: damaged Inception weights, or a cache made from other images.
+        DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
@@ -42,13 +44,14 @@ class Quality:
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
                 raise UsageError(f"{number} {name} images: {features} features need at least {least} to be scored")
+        self.warning = few_images(num_images, len(reference)) if features == "inception" else None
+        if self.warning and distributed.is_main():
+            print(f"warning: {self.warning}", file=sys.stderr)
         self.features = features
         self.batch_size = batch_size
         self.inception = Inception(weights, device) if features == "inception" else None
         self.weights_hash = file_hash(weights) if features == "inception" else None
         self.reference_hash = fingerprint(reference)
-        if cache is None:
-            cache = Path("stats") / f"{features}-{self.reference_hash[:16]}.npz"
         self.reference = reference_statistics(reference, features, cache, self.inception, batch_size)
 
     def identity(self):
@@ -74,3 +77,12 @@ class Quality:
             return {"fpd": distance}
         score, spread = inception_score(probs, SPLITS)
         return {"fid": distance, "is": score, "is_std": spread}
+
+
+def few_images(generated, real):
+    """What is to be said of FID and IS of so few images, or None."""
+    wanted = [f"FID needs {FID_IMAGES:,} of each"] if min(generated, real) < FID_IMAGES else []
+    wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if generated < IS_IMAGES else []
+    if not wanted:
+        return None
+    return f"{generated:,} generated and {real:,} real images: {' and '.join(wanted)} to mean much"

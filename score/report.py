@@ -7,7 +7,7 @@ from html import escape
 import torch
 from PIL import Image
 
-from files import atomic_write
+from files import write_text
 from score.charts import STYLE, Chart, legend
 from score.memorization import THRESHOLDS
 
@@ -194,5 +194,4 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         ("Training images", about + copied(training, copies, skips)),
         ("Settings", f"<details><summary>All flags</summary>{settings}</details>"),
     ]
-    with atomic_write(path) as file:
-        file.write(page(title, sections).encode())
+    write_text(path, page(title, sections))

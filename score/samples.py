@@ -1,6 +1,5 @@
 """Generated images in and out: uint8, N x 3 x H x W, the ones that a user would publish."""
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -9,11 +8,13 @@ import torch
 from PIL import Image
 
 import distributed
+from dataset import list_images, read_images, scan
 from errors import DataError
 from files import atomic_write
-from safe_files import one_line, read_image
+from safe_files import check_memory, one_line
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+# Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
+TOLERANCE = 1e-3
 
 # Deflate reaches 1,000 : 1 on zeros and less than 10 : 1 on images. More than this is no honest archive of images.
 BOMB_RATIO = 100
@@ -41,19 +42,13 @@ def save_samples(path, images):
 def save_pngs(folder, images):
     """Writes uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into `folder`, over files of the same names.
 
-    Raises DataError if the folder can't be written, or holds other .png files, which would be measured with these.
+    Raises DataError if the folder can't be written, or holds other images, which would be measured with these.
     """
     check_images(images)
     folder = Path(folder)
-    digits = max(5, len(str(len(images) - 1)))
-    names = [f"{i:0{digits}d}.png" for i in range(len(images))]
+    names = png_names(folder, len(images))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted({path.name for path in folder.glob("*.png")}.difference(names))
-        if others:
-            raise DataError(
-                f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one"
-            )
         bar = distributed.bar(names, desc="save PNG", unit="image")
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.cpu().numpy()).save(folder / name)
@@ -61,20 +56,33 @@ def save_pngs(folder, images):
         raise DataError(f"{folder}: can't be written ({error.strerror or error}); check it and its space") from None
 
 
+def png_names(folder, number):
+    """The names of so many images in a folder. Raises DataError if it holds other .png files."""
+    digits = max(5, len(str(number - 1)))
+    names = [f"{i:0{digits}d}.png" for i in range(number)]
+    folder = Path(folder)
+    found = scan(folder)[0] if folder.is_dir() else []
+    others = sorted({Path(path).name for path in found}.difference(names))
+    if others:
+        raise DataError(f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one")
+    return names
+
+
 def load_samples(path, img_size=None):
     """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 tensor (N, 3, H, W) on the CPU.
 
-    Arrays are uint8, or float in [0, 1] (rounded to uint8), NCHW or NHWC. An .npz holds one array, or the images are
-    under `images` or `arr_0`. A folder's images are read in the order of their names; files that are no images by their
-    suffix are passed over. Grey images are repeated to three channels, as the data sets' are. `img_size` is the height
-    and width that the images must have; any if None.
+    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to uint8), NCHW or NHWC.
+    An .npz holds one array, or the images are under `images` or `arr_0`. A folder's images are those of
+    `dataset.list_images`, in the order of their names. Grey images are repeated to three channels, as the data sets'
+    are. `img_size` is the height and width that the images must have; any if None.
 
     Raises DataError, naming the file, for everything else: NaN, values out of range, object arrays, other shapes, an
     ambiguous layout, more than fits in memory, an archive that unpacks to absurd size, images of several sizes.
     """
     path = Path(path)
     if path.is_dir():
-        images = _load_folder(path)
+        paths = [image for group in list_images(path) for image in group]
+        images = torch.from_numpy(read_images(paths))
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder; give an .npy, an .npz or a folder of images")
     elif path.suffix.lower() == ".npy":
@@ -128,13 +136,6 @@ def read_npz(path, name):
         raise DataError(f"{path}: array {name!r} can't be read ({one_line(error)})") from None
 
 
-def check_memory(path, size):
-    """Raises DataError if `size` bytes for what is in `path` are more than the machine has free."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > free:
-        raise DataError(f"{path}: needs {size / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; split it")
-
-
 def _load_npy(path):
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -178,37 +179,12 @@ def _array_to_images(path, array, axis):
         block = array[start : start + 1000]
         if block.dtype != np.uint8:
             # A NaN fails both comparisons.
-            if not (block.min() >= 0 and block.max() <= 1):
+            low, high = float(block.min()), float(block.max())
+            if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
                 raise DataError(
-                    f"{path}: values from {block.min():g} to {block.max():g} in images {start} and following; "
-                    "floats must be in [0, 1] (and no NaN), pixels of 0..255 must be uint8"
+                    f"{path}: values from {low!r} to {high!r} in images {start} and following; floats must be in "
+                    f"[0, 1], at most {TOLERANCE} beyond it, and no NaN, and pixels of 0..255 must be uint8"
                 )
-            block = np.round(block.astype(np.float64) * 255)
+            block = np.round(block.clip(0, 1).astype(np.float64) * 255)
         images[start : start + 1000] = block
     return torch.from_numpy(images)
-
-
-def _load_folder(folder):
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    except OSError as error:
-        raise DataError(f"{folder}: can't be read ({error.strerror})") from None
-    if not paths:
-        raise DataError(
-            f"{folder}: no images in it; expected files with the suffixes {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    images = None
-    for i, path in enumerate(distributed.bar(paths, desc=f"read {folder.name}", unit="image")):
-        # Opening a pipe would wait for ever.
-        if not path.is_file():
-            raise DataError(f"{path}: not a file; remove it from the folder")
-        image = np.array(read_image(path))
-        if images is None:
-            height, width = image.shape[:2]
-            check_memory(folder, 3 * len(paths) * height * width)
-            images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
-        if image.shape != (height, width, 3):
-            size = f"{image.shape[0]}x{image.shape[1]}"
-            raise DataError(f"{path}: is {size}, {paths[0].name} is {height}x{width}; all images must have one size")
-        images[i] = torch.from_numpy(image).permute(2, 0, 1)
-    return images

@@ -1,12 +1,18 @@
 """Mean and covariance of features, the reference statistics of FID and fpd, and a command that writes them:
 
-python -m score.stats --dataset=cifar10 --data_root=data --output=stats/cifar10.train.npz
+python -m score.stats --dataset=cifar10 --data_root=data --output=results/cifar10.train.npz
 """
 
-import argparse
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
 import itertools
+import os
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +20,17 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+import startup
 from dataset import DATASETS, fingerprint, load_dataset
-from errors import DataError, UsageError, UserError
-from files import atomic_write
+from errors import DataError, UsageError
+from files import atomic_write, make_directory
 from score.inception import FEATURES, Inception, find_weights
 from score.samples import npz_headers, read_npz
 
 POOLED_SIZE = 8
 DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
 PIXEL_BATCH = 1024
+CACHE = Path("results/stats")
 
 
 class Statistics:
@@ -154,20 +162,39 @@ def compute_statistics(images, features, inception=None, batch_size=50):
 
 
 def reference_statistics(images, features, cache_path=None, inception=None, batch_size=50):
-    """As `compute_statistics`, but read from `cache_path` if that file exists, else kept there (unless it is None).
+    """As `compute_statistics`, but read from a file if it exists, else kept there.
 
-    Raises DataError if the file was made from other images, other features or other weights. A file that does not say
-    what it was made from, as the published ones, is taken at its word, with a warning.
+    cache_path: what a person has named. Raises DataError if that cannot be read, was made from other images, features
+    or weights, or could not be written, which shows before the work. A file that does not say what it was made from, as
+    the published ones, is taken at its word, with a warning.
+    None: in ./results/stats, named by what it is made from. A warning says so if that cannot be read or written.
     """
-    if cache_path is None:
-        return compute_statistics(images, features, inception, batch_size)
     provenance = provenance_of(images, features, inception)
-    if distributed.from_main(Path(cache_path).exists()):
-        return distributed.from_main(_known_statistics(cache_path, provenance) if distributed.is_main() else None)
-    mu, sigma = compute_statistics(images, features, inception, batch_size)
+    path = Path(cache_path or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
+    statistics = None
     if distributed.is_main():
-        save_statistics(cache_path, mu, sigma, **provenance)
-    return mu, sigma
+        with _only_a_warning(unless=cache_path):
+            if os.access(path, os.F_OK):  # False also where a directory may not be read
+                statistics = _known_statistics(path, provenance)
+            elif cache_path:
+                make_directory(path.parent, "fid_cache")
+    statistics = distributed.from_main(statistics)
+    if statistics is None:
+        statistics = compute_statistics(images, features, inception, batch_size)
+        if distributed.is_main():
+            with _only_a_warning(unless=cache_path):
+                save_statistics(path, *statistics, **provenance)
+    return statistics
+
+
+@contextmanager
+def _only_a_warning(unless):
+    try:
+        yield
+    except DataError as error:
+        if unless:
+            raise
+        print(f"warning: {error}; going on without it", file=sys.stderr)
 
 
 def _known_statistics(path, provenance):
@@ -188,29 +215,25 @@ def _check_provenance(path, dimension, found, expected):
         warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as every other error of a user: in one line."""
-
-    def error(self, message):
-        raise UsageError(message)
-
-
 def parse_arguments(arguments):
     """The command line of `python -m score.stats`. Raises UsageError."""
-    parser = _Parser(prog="python -m score.stats", description="Write mean and covariance of a data set to an .npz.")
+    parser = startup.Parser(
+        prog="python -m score.stats", description="Write mean and covariance of a data set to an .npz."
+    )
     parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--data_root", default="./data", help="directory of the data sets (default: %(default)s)")
+    path = {"type": os.path.expanduser}
+    parser.add_argument("--data_root", **path, default="./data", help="directory of the data sets (%(default)s)")
     parser.add_argument("--img_size", type=int, default=32, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--num_train", type=int, default=0, help="size of the training subset, 0 for all images")
     parser.add_argument("--subset_seed", type=int, default=0, help="seed of the training subset (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "heldout"), default="train", help="default: %(default)s")
     parser.add_argument("--features", choices=tuple(DIMENSIONS), default="inception", help="default: %(default)s")
-    parser.add_argument("--inception_weights", help="a file like pytorch-fid's (default: found or downloaded)")
+    parser.add_argument("--inception_weights", **path, help="a file like pytorch-fid's (default: found or downloaded)")
     parser.add_argument(
         "--device", default="auto", help="auto is cuda if there is one, else cpu (default: %(default)s)"
     )
     parser.add_argument("--batch_size", type=int, default=50, help="images a step of Inception (default: %(default)s)")
-    parser.add_argument("--output", required=True, help="the .npz to write")
+    parser.add_argument("--output", **path, required=True, help="the .npz to write")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise UsageError(f"--batch_size={options.batch_size}: must be at least 1")
@@ -227,6 +250,7 @@ def parse_arguments(arguments):
 
 def write_statistics(options):
     """Computes and writes what the parsed `options` say. Raises UserError."""
+    make_directory(Path(options.output).parent, "output")
     inception = None
     if options.features == "inception":
         inception = Inception(find_weights(options.inception_weights), options.device)
@@ -246,14 +270,9 @@ def write_statistics(options):
 
 
 def main(arguments=None):
-    """Runs the command; returns its exit code."""
-    try:
-        write_statistics(parse_arguments(arguments))
-    except UserError as error:
-        print(f"score.stats: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """Runs the command. Raises UserError."""
+    write_statistics(parse_arguments(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ import torch
 from PIL import Image
 
 from dataset import load_dataset
+from errors import DataError
+from files import lock_directory
+from score.unfinished import GeneratedImages, runs_of
 from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
@@ -24,6 +29,8 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "ckpt7.pt"
     raw, ema = (visible(tiny_unet(seed, T=20)).state_dict() for seed in (0, 1))
     torch.save({"net_model": raw, "ema_model": ema, "step": 7}, path)
+    changes = [{"flag": "lr", "before": 0.1, "after": 0.2}]
+    path.with_name("run.json").write_text(json.dumps({"settings": {"lr": 0.2, "seed": 5}, "changes": changes}))
     return path
 
 
@@ -96,7 +103,9 @@ def test_result_says_everything(evaluated, checkpoint):
     page = (evaluated / "grid/report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and f"{result['fpd']:.3f}" in page and "held-out real images" in page
     assert result["fpd"] > 0 and "fid" not in result and result["non_finite_images"] == 0
-    assert result["flags"]["ch_mult"] == [2] and result["flags"]["seed"] == 12
+    assert result["flags"]["ch_mult"] == [2] and result["flags"]["seed"] == 12 and result["warning"] is None
+    assert result["training"] == {"lr": 0.2, "seed": 5, "changed": ["lr: 0.1, then 0.2"]}
+    assert result["origin"]["steps"] == 4 and result["origin"]["seed"] == 12 and result["origin"]["weights"] == "ema"
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
     assert lines[0].startswith("(nan, nan), fpd: (")
     assert lines[1:] == [f"v_{p}:{count}" for p, count in result["mq"].items()]
@@ -115,9 +124,20 @@ def test_images_do_not_depend_on_the_batch_size_and_raw_weights_differ(evaluated
 
 def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path):
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path)]
-    for stage in ("generate", "memorise", "grid", "score,report"):
-        run("all_in.py", *flags, f"--stages={stage}", cwd=tmp_path)
+    misleading = {
+        "generate": ["--seed=77", "--use_ema=False"],
+        "memorise": ["--batch_A=7"],
+        "score": ["--fid_reference=train", "--fid_features=inception"],
+    }
+    for stage in ("generate", "memorise", "grid", "score", "report"):
+        of_others = [flag for other, names in misleading.items() if other != stage for flag in names]
+        run("all_in.py", *flags, f"--stages={stage}", *of_others, cwd=tmp_path)
     ours, reference = result_of(tmp_path), result_of(evaluated)
+    expected = {"fid_reference": "heldout", "seed": 12, "use_ema": True, "batch_A": 1024, "fid_features": "pixels"}
+    assert {name: ours["flags"][name] for name in expected} == expected, "each of the call that made the numbers"
+    text = (tmp_path / "grid/result.txt").read_text()
+    assert text.count("v_15:") == 2 and len(text.splitlines()) == 20, "of the two calls that made numbers"
+    assert text.splitlines()[10:] == (evaluated / "grid/result.txt").read_text().splitlines()
     for key in ("mq", "fpd", "auth_pct", "N", "checkpoint_sha256", "images_sha256"):
         assert ours[key] == reference[key], key
     assert ours["seconds"].keys() == reference["seconds"].keys()
@@ -177,11 +197,13 @@ def test_fid_and_inception_score(checkpoint, tmp_path):
     write_weights(weights)
     flags = [*TINY_FLAGS, "--num_train=20", "--num_images=12", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
     cache = tmp_path / "reference.npz"
-    run(
+    found = run(
         "all_in.py", *flags, "--stages=generate,score", f"--inception_weights={weights}", f"--fid_cache={cache}",
         cwd=tmp_path,
     )  # fmt: skip
     result = result_of(tmp_path)
+    assert result["warning"].startswith("12 generated and 20 real images: FID needs 2,048 of each and IS needs 5,000")
+    assert found.stderr.count("warning: " + result["warning"]) == 1
     assert result["fid"] > 0 and 1 <= result["is"] <= 1008 and result["is_std"] >= 0
     assert np.load(cache)["sigma"].shape == (2048, 2048)
 
@@ -216,6 +238,9 @@ def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     while not (part.exists() and json.loads(part.read_text())["done"] >= 8):
         assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    second = run("all_in.py", *flags, "--seed=3", *eval_flags(tmp_path / "killed"), cwd=tmp_path, code=1)
+    assert f"--generate_dir={tmp_path}/killed/generate: process {process.pid} is writing there" in second.stderr
     process.kill()
     process.wait()
     done = json.loads(part.read_text())["done"]
@@ -224,7 +249,94 @@ def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path):
     assert f"{done} of 60 images are there already" in result.stdout
     whole, killed = (np.load(tmp_path / name / "generate/generate.npy") for name in ("whole", "killed"))
     np.testing.assert_array_equal(whole, killed)
-    assert sorted(path.name for path in part.parent.iterdir()) == ["generate.json", "generate.npy"]
+    assert sorted(path.name for path in part.parent.iterdir()) == [".lock", "generate.json", "generate.npy"]
+
+
+def test_what_is_wrong_with_the_directories_shows_before_the_work(checkpoint, tmp_path):
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
+    (tmp_path / "grid").mkdir()
+    lock = lock_directory(tmp_path / "grid", "grid_dir")
+    assert "is writing there" in run("all_in.py", *flags, cwd=tmp_path, code=1).stderr
+    lock.close()
+    (tmp_path / "generate/other.png").touch()
+    assert "other.png: an image of another run" in run("all_in.py", *flags, "--save_png", cwd=tmp_path, code=1).stderr
+    (tmp_path / "grid/result.json").write_text("{}")
+    assert "result.json: not written by all_in.py" in run("all_in.py", *flags, cwd=tmp_path, code=1).stderr
+    assert not (tmp_path / "generate/generate.npy").exists()
+
+
+def test_one_directory_for_everything(checkpoint, tmp_path):
+    flags = [f"--{name}_dir={tmp_path}/one" for name in ("generate", "similar", "grid")]
+    run("all_in.py", *PIXELS, f"--unet_dir={checkpoint}", *flags, cwd=tmp_path)
+    assert {"generate.npy", "memorization.npz", "report.html"} <= {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def batches_of(value, number, stop=None):
+    """`number` batches of 4 images of 8x8 with these pixels, the second image of each not finite; killed at `stop`."""
+    for j in range(number):
+        if j == stop:
+            raise KeyboardInterrupt
+        yield torch.full((4, 3, 8, 8), value, dtype=torch.uint8), torch.tensor([False, True, False, False])
+
+
+def test_two_generations_without_locks_never_mix(tmp_path):
+    """A second one starts, is stopped, and the first is killed: what it continues from is its own."""
+
+    def first_batches():
+        for j, batch in enumerate(batches_of(1, 5, stop=4)):
+            if j == 2:
+                with pytest.raises(KeyboardInterrupt):
+                    GeneratedImages(tmp_path, {"seed": 2}, 20, 8).complete(batches_of(2, 5, stop=3), {})
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        GeneratedImages(tmp_path, {"seed": 1}, 20, 8).complete(first_batches(), {})
+    continued = GeneratedImages(tmp_path, {"seed": 1}, 20, 8)
+    assert not continued.load() and continued.done == 16 and (continued.images[:16] == 1).all()
+    place = continued.images.data_ptr()
+    continued.complete(batches_of(1, 1), {"checkpoint": "a"})
+    assert continued.images.data_ptr() == place, "no batch makes a copy of all images"
+    assert (np.load(tmp_path / "generate.npy") == 1).all()
+    record = json.loads((tmp_path / "generate.json").read_text())
+    assert record["non_finite_images"] == 5 and record["non_finite"] == [[i, i + 1] for i in range(1, 20, 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generate.json", "generate.npy"]
+    fewer = GeneratedImages(tmp_path, {"seed": 1}, 6, 8)
+    assert not fewer.load() and fewer.done == 6 and runs_of(fewer.not_finite) == [[1, 2], [5, 6]]
+    assert GeneratedImages(tmp_path, {"seed": 1}, 20, 8).load()
+
+
+def test_a_kill_between_the_last_image_and_the_name_of_its_file(tmp_path, monkeypatch):
+    rename = Path.replace
+
+    def killed(path, target):
+        if Path(target).name == "generate.npy":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2), {})
+    monkeypatch.undo()
+    again = GeneratedImages(tmp_path, {"seed": 1}, 8, 8)
+    assert not again.load() and again.done == 8
+    again.complete([], {})
+    assert (np.load(tmp_path / "generate.npy") == 1).all()
+
+
+def test_unfinished_images_that_are_gone_are_made_again(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2, stop=1), {})
+    (part,) = tmp_path.glob("generate.part.????????")
+    part.write_bytes(part.read_bytes()[:200])
+    images = GeneratedImages(tmp_path, {"seed": 1}, 8, 8)
+    assert not images.load() and images.done == 0 and "its images are made again" in capsys.readouterr().err
+
+
+def test_more_images_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(DataError, match=r"8 images take 0.0 GiB, 0.0 are free"):
+        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fewer_images_are_the_first_and_more_are_added(checkpoint, tmp_path):

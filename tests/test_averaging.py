@@ -61,6 +61,7 @@ def moment_of_head_bias(learner):
 def test_learners_restart_from_the_average_and_keep_their_optimiser():
     learners = [tiny_learner(seed) for seed in (0, 1)]
     for learner, value in zip(learners, (1.0, 4.0), strict=True):
+        learner.update(learner.trainer(torch.zeros(1, 3, 8, 8)).mean())
         moment_of_head_bias(learner).fill_(value)
         with torch.no_grad():
             learner.net.head.bias.fill_(value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from errors import DataError
+from errors import DataError, UsageError
 from tests.networks import tiny_learner, tiny_unet
 from training import checkpoint
 
@@ -131,12 +131,93 @@ def test_weights_of_another_network_are_named():
         checkpoint.load_weights(tiny_unet(), "no dict", "file.pt")
 
 
-def test_only_our_own_runs_can_be_continued():
+SETTINGS = {"script": "main", "lr": 1.0}
+
+
+def open_directory(path, settings=None, **flags):
+    return checkpoint.LogDirectory(path, settings or SETTINGS, {"script"}, "--lr=1\n", torch.arange(3), **flags)
+
+
+def foreign(path, legacy=False):
+    torch.save({"net_model": {}, "step": 5}, path, _use_new_zipfile_serialization=not legacy)
+
+
+def with_code(path):
+    torch.save({"net_model": Exploit("marker")}, path)
+
+
+@pytest.mark.parametrize("flags", [{}, {"fresh": True, "overwrite": True}, {"allow_change": True}])
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("write", [foreign, lambda path: foreign(path, legacy=True), with_code])
+def test_checkpoints_of_others_are_refused_and_left_as_they_are(write, ours, flags, tmp_path):
+    """In a directory of theirs, or put into one of ours."""
+    if ours:
+        directory = open_directory(tmp_path)
+        directory.begin(0, [])
+        directory.close()
+    write(tmp_path / "ckpt5.pt")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"ckpt5\.pt.*choose another --logdir|ckpt5\.pt: cannot be read"):
+        open_directory(tmp_path, **flags)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "flagfile.txt", "metrics.jsonl", "subset.npy"])
+def test_other_files_of_others_are_not_replaced_either(name, tmp_path):
+    (tmp_path / name).write_text('{"learning_rate": 1}')
+    for flags in ({}, {"fresh": True, "overwrite": True}):
+        with pytest.raises(DataError, match=rf"{name}.*choose another --logdir"):
+            open_directory(tmp_path, **flags)
+    assert (tmp_path / name).read_text() == '{"learning_rate": 1}'
+
+
+def test_a_change_is_not_taken_back_into_the_time_before_it(tmp_path):
+    """After an allowed change at step 8 nothing is made again from step 6, where the change was not yet."""
+    for settings, steps in ((SETTINGS, 0), ({**SETTINGS, "lr": 2.0}, 8)):
+        directory = open_directory(tmp_path, settings, allow_change=True)
+        directory.begin(steps, [])
+        directory.close()
+    directory = open_directory(tmp_path, {**SETTINGS, "lr": 2.0})
+    directory.begin(10, [tmp_path / "ckpt12.pt"])
+    with pytest.raises(UsageError, match=r"ckpt8\.pt: made with other settings"):
+        directory.begin(6, [tmp_path / "ckpt8.pt"])
+    directory.close()
+
+
+def test_old_milestones_keep_what_evaluation_needs(tmp_path):
     learner = tiny_learner()
-    with pytest.raises(DataError, match="another program"):
-        checkpoint.restore(learner, {"net_model": {}, "step": 5}, "file.pt")
-    with pytest.raises(DataError, match="newer version"):
-        checkpoint.restore(learner, {**learner.state_dict(), "format": checkpoint.FORMAT + 1}, "file.pt")
+    for learner.step in range(1, 7):
+        state = {**learner.state_dict(), "x_T": torch.zeros(2, 3, 8, 8), "seconds": 1.0}
+        checkpoint.save_step(tmp_path, state, milestone=learner.step != 3, keep=2)
+    files = {path.name: checkpoint.load(path) for path in tmp_path.iterdir()}
+    assert sorted(files) == ["ckpt1.pt", "ckpt2.pt", "ckpt4.pt", "ckpt5.pt", "ckpt6.pt"]
+    slim = {"format", "net_model", "ema_model", "sched", "step", "x_T"}
+    assert all(files[f"ckpt{step}.pt"].keys() == slim for step in (1, 2, 4))
+    assert all(files[f"ckpt{step}.pt"].keys() > {*slim, "optim"} for step in (5, 6))
+    assert (tmp_path / "ckpt4.pt").stat().st_size < 0.6 * (tmp_path / "ckpt5.pt").stat().st_size
+    assert checkpoint.newest_step(tmp_path) == (tmp_path / "ckpt6.pt", [])
+    (tmp_path / "ckpt6.pt").write_bytes(b"")
+    assert checkpoint.newest_step(tmp_path) == (tmp_path / "ckpt5.pt", [tmp_path / "ckpt6.pt"])
+    learner.step = 5  # as a run that has continued from there
+    checkpoint.save_step(tmp_path, {**learner.state_dict(), "seconds": 1.0}, milestone=True, keep=1)
+    assert (tmp_path / "ckpt6.pt").exists() and checkpoint.newest_step(tmp_path)[0] == tmp_path / "ckpt5.pt"
+    (tmp_path / "ckpt5.pt").unlink()
+    with pytest.raises(DataError, match=r"ckpt4\.pt: has what evaluation needs only"):
+        checkpoint.newest_step(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_weights_of_other_programs_load(prefix, bare, tmp_path):
+    weights = {prefix + key: value for key, value in tiny_unet(1).state_dict().items()}
+    weights |= {"n_averaged": torch.tensor(3)}  # as in torch's AveragedModel
+    torch.save(weights if bare else {"ema_model": weights}, tmp_path / "a.pt")
+    net = tiny_unet(2)
+    checkpoint.load_weights(net, checkpoint.weights(checkpoint.load(tmp_path / "a.pt"), True, "a.pt"), "a.pt")
+    assert torch.equal(net.head.weight, tiny_unet(1).head.weight)
+    with pytest.raises(DataError, match=r"a\.pt: holds no weights of this UNet") as error:
+        checkpoint.load_weights(net, {"conv_in.weight": torch.zeros(1)}, "a.pt")
+    assert "--ch" not in str(error.value)
 
 
 def test_checkpoints_of_a_gpu_load_without_one(tmp_path, monkeypatch):

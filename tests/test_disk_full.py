@@ -1,5 +1,7 @@
-"""A disk that fills up while a run saves: what was there is not harmed, and the run continues when there is room."""
+"""Disks that fill up and file systems that cannot do everything: what is there is not harmed, and a run continues."""
 
+import errno
+import os
 import subprocess
 
 import pytest
@@ -7,10 +9,11 @@ import torch
 
 from benchmarks.faults import fill, small_disk
 from errors import DataError
-from files import write_json
+from files import lock_directory, read_json, write_json
 from tests.commands import run
 from tests.networks import TINY_FLAGS, tiny_learner
 from training import checkpoint
+from training.logger import Logger, read_metrics
 
 
 @pytest.fixture
@@ -34,6 +37,50 @@ def test_a_save_without_room_is_one_line_and_leaves_the_old_file(leave, disk):
     filler.unlink()
     checkpoint.save(path, {**tiny_learner().state_dict(), "step": 2})
     assert checkpoint.load(path)["step"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_what_cannot_be_synced_is_written_all_the_same(number, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_json(tmp_path / "a.json", [1])
+    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1) as logger:
+        logger.write({"step": 1, "loss": 0.5})
+        logger.finish(1)
+    monkeypatch.setattr(os, "open", refuse)  # a directory cannot be opened
+    write_json(tmp_path / "a.json", [2])
+    assert read_json(tmp_path / "a.json") == [2] and read_metrics(tmp_path)[0]["loss"] == 0.5
+
+
+def test_an_error_of_the_disk_is_not_passed_over(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    write_json(tmp_path / "a.json", [1])
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DataError, match=r"a\.json: cannot be written \(Input/output error\)"):
+        write_json(tmp_path / "a.json", [2])
+    assert read_json(tmp_path / "a.json") == [1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    """Such as another user's; here a directory has its name."""
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(DataError, match=r"its \.lock cannot be written \(Is a directory\)"):
+        lock_directory(tmp_path, "logdir")
+
+
+def test_metrics_go_on_after_a_torn_line_and_the_last_of_a_step_counts(tmp_path):
+    """Two starts, the second with more processes; the first one's last line was torn by a full disk."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "time": 1}\n{"step": 4, "lo')
+    (tmp_path / "metrics.rank1.jsonl").write_text('{"step": 2, "loss": 2.0, "time": 9}\n{"step": 1, "time": 8}\n')
+    with Logger(tmp_path, 4, 2, log_step=1, max_bad_steps=1) as logger:
+        logger.write({"step": 4, "loss": 0.5})
+        logger.write({"step": 4, "weights": "ema", "fpd": 3.0})
+    lines = [(line["step"], line.get("loss"), line.get("fpd")) for line in read_metrics(tmp_path)]
+    assert lines == [(1, None, None), (2, 2.0, None), (4, 0.5, None), (4, None, 3.0)]
 
 
 def test_json_without_room(disk):

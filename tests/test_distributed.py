@@ -18,6 +18,7 @@ from benchmarks.faults import differences
 from tests.commands import ROOT, check, environment, eval_flags, read_jsonl, run, run_with, torchrun_command
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS
+from training.logger import read_metrics
 
 ENSEMBLE = [
     *TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=3", "--log_step=3", "--save_step=2",
@@ -32,16 +33,18 @@ def load(path):
 def without_timings(value):
     """A nested structure without the entries that measure time."""
     if isinstance(value, dict):
-        return {k: without_timings(v) for k, v in value.items() if k not in ("seconds", "images_per_second")}
+        return {k: without_timings(v) for k, v in value.items() if k not in ("seconds", "images_per_second", "time")}
     return [without_timings(item) for item in value] if isinstance(value, list) else value
 
 
 def ensemble_state(log):
-    """All that a run of main_fed.py leaves, timings aside."""
+    """All that a run of main_fed.py leaves to continue from and to look at, timings aside."""
     files = [*log.glob("global_ckpt_round*.pt"), *log.glob("state/*.pt")]
     states = {str(path.relative_to(log)): load(path) for path in files}
     pictures = {path.name: path.read_bytes() for path in log.glob("sample/*.png")}
-    return without_timings({**states, **pictures, "metrics": read_jsonl(log / "metrics.jsonl")})
+    return without_timings(
+        {**states, **pictures, "logged": [line["step"] for line in read_metrics(log) if line["step"] % 3 == 0]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,8 @@ def test_ensemble_is_the_same_to_the_last_bit(processes, one_process, tmp_path):
     expected = ensemble_state(one_process)
     assert expected["global_ckpt_round3.pt"]["index_array"].sum() > 0, "the skip counts of all processes are added"
     assert differences(expected, ensemble_state(tmp_path / "log")) == []
+    metrics = [without_timings(read_metrics(log)) for log in (one_process, tmp_path / "log")]
+    assert metrics[0] == metrics[1] and len(list((tmp_path / "log").glob("metrics*.jsonl"))) == processes
     assert json.loads((tmp_path / "log/train.json").read_text())["steps"] == 36
     assert len(list((tmp_path / "log").glob("events.out.tfevents.*"))) == 1
     assert f"process 1 of {processes}" in result.stderr and "process 2" not in result.stderr

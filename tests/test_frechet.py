@@ -1,5 +1,6 @@
 """score/frechet.py and score/stats.py against scipy's matrix square root, NumPy's covariance and closed forms."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import scipy.linalg
 import sklearn.datasets
 import torch
 
-from errors import DataError
+from errors import DataError, UsageError
 from score import stats
 from score.frechet import frechet_distance
 from score.stats import (
@@ -167,6 +168,29 @@ def test_reference_is_kept_and_belongs_to_its_images(tmp_path):
         reference_statistics(random_images(1), "pixels", cache)
 
 
+def test_a_cache_that_nobody_named_is_only_a_help(tmp_path, monkeypatch, capsys):
+    """It is kept under results/; where it cannot be written or read a warning says so, and the work goes on."""
+    monkeypatch.chdir(tmp_path)
+    computed = reference_statistics(random_images(0), "pixels")
+    (kept,) = (tmp_path / "results/stats").iterdir()
+    assert capsys.readouterr().err == ""
+    kept.write_bytes(b"damaged")
+    np.testing.assert_array_equal(reference_statistics(random_images(0), "pixels")[0], computed[0])
+    assert "not a readable .npz" in capsys.readouterr().err and kept.stat().st_size > 1000
+    shutil.rmtree("results")
+    (tmp_path / "results").touch()
+    np.testing.assert_array_equal(reference_statistics(random_images(0), "pixels")[0], computed[0])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: results/stats/pixels-") and "cannot be written" in line
+
+
+def test_a_cache_that_was_named_and_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(stats, "compute_statistics", None)
+    with pytest.raises(DataError, match=r"--fid_cache=.*file: cannot be written"):
+        reference_statistics(random_images(0), "pixels", tmp_path / "file" / "reference.npz")
+
+
 def test_published_reference_is_used_with_a_warning(tmp_path):
     cache = tmp_path / "published.npz"
     np.savez_compressed(cache, mu=np.full(192, 0.25), sigma=np.eye(192))
@@ -233,20 +257,21 @@ def test_command_writes_the_statistics_of_a_data_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "error", "message"),
     [
-        (["--dataset=digits"], 2, "--output"),
-        (["--dataset=nothing", "--output=x.npz"], 2, "--dataset"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--batch_size=0"], 2, "--batch_size"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--device=abacus"], 2, "--device"),
-        (["--dataset=digits", "--output=x.npz", "--inception_weights=nowhere.pth"], 1, "nowhere.pth"),
-        (["--dataset=cifar10", "--features=pixels", "--output=x.npz", "--data_root=nowhere"], 1, "nowhere"),
+        (["--dataset=digits"], UsageError, "--output"),
+        (["--dataset=nothing", "--output=x.npz"], UsageError, "--dataset"),
+        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--batch_size=0"], UsageError, "--batch_size"),
+        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--device=abacus"], UsageError, "--device"),
+        (["--dataset=digits", "--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
+        (["--dataset=cifar10", "--features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
+        (["--dataset=cifar10", "--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
     ],
 )
-def test_command_reports_mistakes_in_one_line(capsys, arguments, code, message):
-    assert stats.main(arguments) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+def test_command_reports_mistakes_in_one_line(arguments, error, message):
+    with pytest.raises(error, match=message) as raised:
+        stats.main(arguments)
+    assert "\n" not in str(raised.value)
 
 
 def test_pixel_statistics_equal_numpy():

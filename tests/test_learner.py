@@ -2,12 +2,15 @@
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from diffusion import GaussianDiffusionTrainer
+from tests.commands import ROOT
 from tests.networks import tiny_learner
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches
@@ -143,30 +146,15 @@ def test_the_step_never_asks_the_device_for_a_number(monkeypatch):
             loss.item()
 
 
-def default_step(learner, batch):
-    """One step of main.py."""
-    loss = learner.losses(batch).mean()
-    learner.update(loss)
-    return loss.detach()
-
-
-def test_torch_compile_captures_the_step_as_one_graph(monkeypatch):
-    """Of both scripts; fullgraph raises at the first graph break. The same step on the same batch must come out."""
-    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
-    compile = functools.partial(torch.compile, fullgraph=True, backend="eager")
-    batches = make_batches()
-    plain, captured = tiny_learner(dropout=0.0), tiny_learner(dropout=0.0)
-    agcs, skip_counts = (AntiGradientControl(10), AntiGradientControl(10)), torch.zeros(16, dtype=torch.int64)
-    captured_default, captured_whole = compile(default_step), compile(whole_step)
-    for step in range(2):
-        batch = batches(step)
-        assert torch.equal(default_step(plain, batch), captured_default(captured, batch))
-        loss, keep = whole_step(plain, agcs[0], skip_counts, batch)
-        captured_loss, captured_keep = captured_whole(captured, agcs[1], skip_counts, batch)
-        assert torch.equal(loss, captured_loss) and torch.equal(keep, captured_keep)
-    assert plain.step == captured.step == 4
-    for key, value in plain.ema.state_dict().items():
-        assert torch.equal(value, captured.ema.state_dict()[key]), key
+def test_torch_compile_captures_the_network_as_one_graph(monkeypatch):
+    """fullgraph raises at the first graph break. The same steps must come out."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="eager"))
+    batches = make_batches(torch.arange(16) % 3)
+    plain, captured = (tiny_learner(num_labels=3, dropout=0.0, compile=compile) for compile in (False, True))
+    for learner in (plain, captured):
+        train(learner, batches, 2)
+    assert isinstance(captured.trainer.model, torch._dynamo.OptimizedModule)
+    assert torch.equal(plain.weights, captured.weights) and torch.equal(plain.ema_weights, captured.ema_weights)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -218,3 +206,73 @@ def test_conditional_training_moves_the_class_table():
     train(learner, make_batches(torch.tensor([0, 1, 2, -1] * 4)), 3)
     assert not torch.equal(table[1:], before[1:])
     assert not table[0].any(), "the null class stays zero"
+
+
+def test_the_scale_of_the_loss_is_that_of_torch(monkeypatch):
+    """torch's GradScaler halves it after an overflow and doubles it after so many good steps in a row."""
+    monkeypatch.setattr("training.learner.FP16_GROWTH", 3)
+    ours, theirs = tiny_learner(precision="fp16"), torch.amp.GradScaler("cpu", growth_interval=3)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optim = torch.optim.SGD([weight], lr=0.0)
+    for bad in (False, True, False, False, False, False, False, False, True, True, False):
+        ours.scale_loss(torch.tensor(not bad))
+        theirs.scale(weight.sum() * (torch.inf if bad else 1.0)).backward()
+        theirs.step(optim)
+        theirs.update()
+        optim.zero_grad()
+        state = theirs.state_dict()
+        assert ours.loss_scale == state["scale"] and ours.good_since_growth == state["_growth_tracker"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adam_goes_to_torch_and_back(fused):
+    """Also as published programs write it, without the settings that newer versions of torch know."""
+    batches = make_batches()
+    straight, first = tiny_learner(dropout=0.0), tiny_learner(dropout=0.0)
+    train(straight, batches, 5)
+    train(first, batches, 2)
+    state = copy.deepcopy(first.state_dict())
+    theirs = torch.optim.Adam(first.net.parameters(), lr=1.0, fused=fused)
+    theirs.load_state_dict(state["optim"])
+    for step in (2, 3):
+        batch = batches(step)
+        first.net.zero_grad()
+        first.losses(batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(first.net.parameters(), 1.0)
+        theirs.step()
+    optim = theirs.state_dict()
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+    optim["param_groups"] = [{name: optim["param_groups"][0][name] for name in names}]
+    again = tiny_learner(dropout=0.0)
+    again.load_state_dict({**state, "net_model": first.net.state_dict(), "optim": optim, "step": 4})
+    train(again, batches, 1)
+    torch.testing.assert_close(again.weights, straight.weights, rtol=1e-5, atol=2e-5)
+    assert again.optim.param_groups[0]["fused"] and 0 not in optim["state"]
+    assert {state["step"].item() for state in again.optim.state.values()} == {5.0}
+
+
+def test_a_network_in_training_does_not_load_the_compiler():
+    """Which takes a second, more than a small run."""
+    code = (
+        "import sys, torch, tests.networks as n; learner = n.tiny_learner(); images = torch.zeros(2, 3, 8, 8);"
+        "learner.update(learner.trainer(images).mean()); learner.load_state_dict(learner.state_dict());"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_weights_are_views_of_one_tensor_wherever_they_go():
+    """After loading, averaging and moving too; the room between them stays 0, so that it never counts."""
+    learner = tiny_learner()
+    train(learner, make_batches(), 2)
+    learner.load_state_dict(copy.deepcopy(learner.state_dict()))
+    learner.set_weights(tiny_learner(1).net.state_dict(), tiny_learner(2).net.state_dict())
+    learner._move(torch.clone)
+    train(learner, make_batches(), 1)
+    for net, values in ((learner.net, learner.weights), (learner.ema, learner.ema_weights)):
+        inside = torch.zeros_like(values, dtype=torch.bool)
+        for value in net.state_dict().values():
+            assert value.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+            assert value.data_ptr() % 512 == values.data_ptr() % 512
+            inside[value.storage_offset() :][: value.numel()] = True
+        assert not values[~inside].any() and len(values) < 1.1 * inside.sum()

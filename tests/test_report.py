@@ -120,15 +120,19 @@ def test_compare_puts_runs_on_one_page(tmp_path):
             result, *_ = evaluation(30, 20, 8, seed)
             directory = tmp_path / f"{name}{seed}" / "grid"
             directory.mkdir(parents=True)
-            result["flags"] = {"seed": seed, "lr": 1e-3 if name == "default" else 2e-3, "ch": 32}
-            (directory / "result.json").write_text(json.dumps(result | {"checkpoint": None}))
+            result["flags"] |= {"grid_dir": str(directory), "lr": 1.0}
+            result["training"] = {"lr": 1e-3 if name == "default" else 2e-3, "ch": 32, "seed": 4}
+            result["origin"] = {"steps": 50 if name == "default" else 20, "seed": seed, "checkpoint_sha256": name}
+            (directory / "result.json").write_text(json.dumps(result))
             runs.append(f"{name}={directory}")
     found = run_module("score.compare", *runs, "--html=both.html", cwd=tmp_path)
     assert "above floor" in found.stdout and " ± " in found.stdout
     page = (tmp_path / "both.html").read_text()
     Tags(page)
     assert page.count("<polyline") == 4 and "IET &amp; AGC" in page and "held-out real images" in page
-    assert "<td>lr</td><td>0.001</td><td>0.002</td>" in page and "<td>ch</td>" not in page
+    differ = page[page.index("Settings that differ") :]
+    assert "<td>lr</td><td>0.001</td><td>0.002</td>" in differ and "<td>sampling: steps</td><td>50</td>" in differ
+    assert "<td>sampling: seed</td><td>0 / 1</td><td>0</td>" in differ and differ.count("<tr>") == 4
     if CHROMIUM:
         assert assert_readable(tmp_path / "both.html", tmp_path)["charts"] == 1
     by_name = run_module("score.compare", tmp_path / "default0" / "grid", cwd=tmp_path)

@@ -5,17 +5,20 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import faults
 from tests.commands import ROOT, environment, run
 from tests.networks import TINY_FLAGS
 from training import checkpoint
+from training.logger import read_metrics
 
 SETTINGS = {
     "main.py": ["--total_steps=24", "--save_step=4"],
@@ -55,30 +58,37 @@ def finished(request, tmp_path_factory):
 
 
 def ends(script, log):
-    """Weights, banks, counts and lines of a short run, to compare."""
+    """What a short run ends with, to compare."""
     name = {"main.py": "ckpt24.pt", "main_fed.py": "global_ckpt_round3.pt"}[script]
-    state = torch.load(log / name, weights_only=True)
-    state.pop("rolling", None)
-    state["progress"].pop("seconds")
-    lines = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
-    return {"state": state, "lines": [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]}
+    return {key: value for key, value in torch.load(log / name, weights_only=True).items() if key != "seconds"}
+
+
+def contents(log):
+    """{path: bytes} of all files but the lock."""
+    return {path: path.read_bytes() for path in log.glob("**/*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("kind", faults.DAMAGES)
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(kind, finished, tmp_path):
+def test_a_damaged_newest_checkpoint_is_passed_over(kind, finished, tmp_path):
+    """The same command makes it again; a changed run would make another, and is refused."""
     script, log = finished
     shutil.copytree(log, tmp_path / "log")
     newest = tmp_path / "log" / ("ckpt24.pt" if script == "main.py" else "state/shard2_step12.pt")
-    if script == "main_fed.py":
+    if script == "main_fed.py" and kind != "emptied":
         for name in ("global_ckpt_round3.pt", "state/average_round3.pt"):
             (tmp_path / "log" / name).unlink()
     faults.damage(newest, kind, random.Random(3))
-    result = run(script, "--train", *TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log", cwd=tmp_path)
-    assert f"kept as {newest.name}.corrupt" in result.stderr
-    assert newest.with_name(f"{newest.name}.corrupt").exists() and newest.exists()
-    before = "ckpt20.pt" if script == "main.py" else "34 steps done"
-    assert before in result.stdout
+    files, flags = contents(tmp_path / "log"), [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
+    if kind == "emptied":
+        result = run(script, "--train", *flags, "--lr=2e-3", "--allow_change", cwd=tmp_path, code=2)
+        assert "made with other settings" in result.stderr and files == contents(tmp_path / "log")
+    result = run(script, "--train", *flags, cwd=tmp_path)
+    assert f"{newest.name}: cannot be read as a checkpoint" in result.stderr and "passed over" in result.stderr
+    assert ("ckpt20.pt" if script == "main.py" else "34 steps done") in result.stdout
     assert faults.differences(ends(script, log), ends(script, tmp_path / "log")) == []
+    after = contents(tmp_path / "log")
+    again = (newest.name, "average_round3.pt", "metrics.jsonl", "train.json")
+    assert all(after[path] == data for path, data in files.items() if path.name not in again)
 
 
 def test_a_damaged_average_is_made_again(tmp_path):
@@ -95,76 +105,50 @@ def test_a_damaged_average_is_made_again(tmp_path):
     assert faults.differences(expected, torch.load(average, weights_only=True)["global_model"]) == []
 
 
-def as_format_1(path, name=None):
-    """Rewrite a checkpoint as format 1 had it."""
-    state = torch.load(path, weights_only=True)
-    for key in ("progress", "rolling"):
-        state.pop(key, None)
-    torch.save({**state, "format": 1}, path.with_name(name or path.name))
-    if name:
-        path.unlink()
-
-
-def test_continues_from_format_1(finished, tmp_path):
-    """Format 1 had no state of the logs, and one file per shard."""
-    script, log = finished
-    shutil.copytree(log, tmp_path / "log")
-    run_json = tmp_path / "log/run.json"
-    run_json.unlink()
-    if script == "main.py":
-        (tmp_path / "log/ckpt24.pt").unlink()
-        for path in (tmp_path / "log").glob("ckpt*.pt"):
-            as_format_1(path)
-    else:
-        for name in ("global_ckpt_round3.pt", "state/average_round3.pt"):
-            (tmp_path / "log" / name).unlink()
-        state = tmp_path / "log/state"
-        as_format_1(state / "average_round2.pt", "average.pt")
-        for k, step in enumerate((12, 10, 8)):
-            for other in state.glob(f"shard{k}_step*.pt"):
-                if other.name != f"shard{k}_step{step}.pt":
-                    other.unlink()
-            as_format_1(state / f"shard{k}_step{step}.pt", f"shard{k}.pt")
-        for path in (tmp_path / "log").glob("global_ckpt*.pt"):
-            as_format_1(path)
-    result = run(script, "--train", *TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log", cwd=tmp_path)
-    assert "20 of 24 steps" in result.stdout if script == "main.py" else "2 rounds and 30 steps done" in result.stdout
-    expected, found = ends(script, log), ends(script, tmp_path / "log")
-    for state in (expected["state"], found["state"]):
-        state.pop("progress")
-    assert faults.differences(expected["state"], found["state"]) == []
-    assert expected["lines"][:5] == found["lines"][:5] and found["lines"][-1]["step"] == expected["lines"][-1]["step"]
-
-
-def test_a_newer_format_is_refused(finished, tmp_path):
+def test_another_format_is_refused(finished, tmp_path):
     script, log = finished
     shutil.copytree(log, tmp_path / "log")
     newest = tmp_path / "log" / ("ckpt24.pt" if script == "main.py" else "state/average_round3.pt")
     torch.save({**torch.load(newest, weights_only=True), "format": checkpoint.FORMAT + 1}, newest)
+    files = contents(tmp_path / "log")
     flags = [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
     result = run(script, "--train", *flags, cwd=tmp_path, code=1)
     assert f"format {checkpoint.FORMAT + 1}, known: {checkpoint.FORMAT}" in result.stderr
-    assert not list(tmp_path.glob("log/**/*.corrupt"))
+    assert contents(tmp_path / "log") == files
 
 
-CHANGES = {
-    "main.py": ["--lr=2e-3", "--num_train=40", "--warmup=3"],
-    "main_fed.py": ["--mem_ratio=3.0", "--client_num=2", "--anti_grad=off"],
-}
+REFUSED = [
+    ("main.py", "--lr=2e-3", "--lr=0.002: the run in {} was started with 0.001"),
+    ("main.py", "--warmup=3", "--warmup=3: the run in {} was started with 0"),
+    ("main.py", "--num_train=40", "--num_train=40: the run in {} was started with 48"),
+    ("main.py", "--ch=64 --allow_change", "--ch=64: the run in {} was started with 32, and what it has saved"),
+    ("main.py", "--img_size=16 --allow_change", "--img_size=16: the run in {} was started with 8, and what"),
+    ("main.py", "--use_labels --num_labels=10 --lr=1 --allow_change", "--num_labels=10: the run in {} was"),
+    ("main.py", "--total_steps=12", "--total_steps=12: the run in {} has done 24"),
+    ("main_fed.py", "--mem_ratio=3.0", "--mem_ratio=3.0: the run in {} was started with 1.0"),
+    ("main_fed.py", "--client_num=2 --allow_change", "--client_num=2: the run in {} was started with 3, and what"),
+    ("main_fed.py", "--client_num=1 --allow_change", "--client_num=1: the run in {} was started with 3, and what"),
+    ("main_fed.py", "--num_train=40 --allow_change", "--num_train=40: the run in {} was started with 48, and"),
+    ("main_fed.py", "--local_epoch=3 --allow_change", "--local_epoch=3: the run in {} was started with 2, and"),
+    ("main_fed.py", "--batch_size=4 --allow_change", "--batch_size=4: the run in {} was started with 8, and"),
+    ("main_fed.py", "--total_round=2", "--total_round=2: the run in {} has done 3"),
+    ("other script", "--allow_change", "--script=main"),
+]
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_a_change_that_changes_the_result_is_refused(number, finished, tmp_path):
-    script, log = finished
-    change = CHANGES[script][number]
-    files = {path: path.read_bytes() for path in log.glob("**/*") if path.is_file()}
-    flags = [*TINY_FLAGS, *SETTINGS[script], change, f"--logdir={log}"]
+@pytest.mark.parametrize(("script", "change", "message"), REFUSED)
+def test_what_cannot_be_continued_is_refused_and_nothing_is_touched(script, change, message, finished, tmp_path):
+    made_by, log = finished
+    if script == "other script":
+        script = {"main.py": "main_fed.py", "main_fed.py": "main.py"}[made_by]
+    elif script != made_by:
+        pytest.skip("a run of the other script")
+    files = contents(log)
+    flags = [*TINY_FLAGS, *SETTINGS[script], *change.split(), f"--logdir={log}"]
     result = run(script, "--train", *flags, cwd=tmp_path, code=2)
-    name, value = change[2:].split("=")
-    before = json.loads((log / "run.json").read_text())["settings"][name]
-    assert f"--{name}={value.replace('e-3', '').replace('2', '0.002') if name == 'lr' else value}" in result.stderr
-    assert f"started with {before}" in result.stderr and "--allow_change" in result.stderr
-    assert all(path.read_bytes() == data for path, data in files.items() if path.name != ".lock")
+    assert message.format(log) in result.stderr and len(result.stderr.splitlines()) == 1
+    assert ("--allow_change" in result.stderr) == ("allow_change" not in change and "total" not in change)
+    assert contents(log) == files
 
 
 def test_an_allowed_change_is_recorded(finished, tmp_path):
@@ -173,7 +157,8 @@ def test_an_allowed_change_is_recorded(finished, tmp_path):
     flags = [*TINY_FLAGS, *SETTINGS[script], "--lr=2e-3", "--allow_change", "--logdir=log"]
     run(script, "--train", *flags, cwd=tmp_path)
     record = json.loads((tmp_path / "log/run.json").read_text())
-    assert record["changes"] == [{"flag": "lr", "before": 0.001, "after": 0.002}]
+    steps = 24 if script == "main.py" else 36
+    assert record["changes"] == [{"flag": "lr", "before": 0.001, "after": 0.002, "step": steps}]
     assert record["settings"]["lr"] == 0.002
 
 
@@ -181,20 +166,39 @@ def test_changes_that_do_not_matter_are_fine(finished, tmp_path):
     script, log = finished
     shutil.copytree(log, tmp_path / "log")
     flags = [*TINY_FLAGS, *SETTINGS[script], "--log_step=5", "--save_step=7", "--num_workers=1", "--logdir=log"]
+    flags += ["--split=stratified"] if script == "main_fed.py" else ["--sample_size=3", "--total_steps=25"]
     assert "continuing" in run(script, "--train", *flags, cwd=tmp_path).stdout
+
+
+OF_OTHERS = ("notes.txt", "state/mine.pt", "sample/holiday.png", "events.out.tfevents.1.host", "eval_notes.json")
 
 
 def test_fresh_needs_an_empty_directory_or_overwrite(finished, tmp_path):
     script, log = finished
     shutil.copytree(log, tmp_path / "log")
-    (tmp_path / "log/notes.txt").write_text("mine")
+    for name in OF_OTHERS:
+        (tmp_path / "log" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "log" / name).write_text("mine")
+    files = contents(tmp_path / "log")
     flags = [*TINY_FLAGS, *SETTINGS[script], "--logdir=log", "--fresh"]
     result = run(script, "--train", *flags, cwd=tmp_path, code=2)
-    assert "--overwrite" in result.stderr and len(list((tmp_path / "log").glob("*.pt"))) > 1
+    assert "--overwrite" in result.stderr and contents(tmp_path / "log") == files
     result = run(script, "--train", *flags, "--overwrite", "--lr=3e-3", cwd=tmp_path)
-    assert "continuing" not in result.stdout and (tmp_path / "log/notes.txt").read_text() == "mine"
+    assert "continuing" not in result.stdout
+    assert all((tmp_path / "log" / name).read_text() == "mine" for name in OF_OTHERS)
     flagfile = (tmp_path / "log/flagfile.txt").read_text()
     assert "--lr=0.003" in flagfile and "fresh" not in flagfile and "overwrite" not in flagfile
+
+
+def test_whole_results_are_not_made_again_without_what_they_were_made_from(finished, tmp_path):
+    """The files that a run continues from are gone, what evaluation needs is not."""
+    script, log = finished
+    shutil.copytree(log, tmp_path / "log")
+    for path in [*tmp_path.glob("log/ckpt2*.pt"), *tmp_path.glob("log/state/*")]:
+        path.unlink()
+    files = contents(tmp_path / "log")
+    result = run(script, "--train", *TINY_FLAGS, *SETTINGS[script], "--logdir=log", cwd=tmp_path, code=1)
+    assert "start over with --fresh --overwrite" in result.stderr and contents(tmp_path / "log") == files
 
 
 def wait_until(condition, seconds=60):
@@ -205,7 +209,7 @@ def wait_until(condition, seconds=60):
 
 
 def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
-    flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=5", f"--logdir={tmp_path / 'log'}"]
+    flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=5", "--log_step=1", f"--logdir={tmp_path / 'log'}"]
     command = [sys.executable, str(ROOT / "main.py"), "--train", *flags]
     first = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -215,7 +219,13 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
     finally:
         first.kill()
         first.wait()
-    run("main.py", "--train", *flags, "--total_steps=5", cwd=tmp_path)
+    step = checkpoint.load(checkpoint.find(tmp_path / "log"))["step"]
+    assert read_metrics(tmp_path / "log")[step - 1]["step"] == step
+    (events,) = tmp_path.glob("log/events.*")
+    assert step in steps_of_events(events), "flushed before the save"
+    (tmp_path / "log/.ckpt5.pt.0123abcd.tmp").touch()
+    assert "continuing" in run("main.py", "--train", *flags, f"--total_steps={step + 1}", cwd=tmp_path).stdout
+    assert not list(tmp_path.glob("log/.ckpt*.tmp")), "what kills have left of unfinished files"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -263,14 +273,14 @@ def test_the_same_signal_twice_within_a_second_is_one_request():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False).returncode == 143
 
 
-def test_a_log_that_was_removed_is_said_and_not_filled_with_zeros(finished, tmp_path):
-    script, log = finished
-    shutil.copytree(log, tmp_path / "log")
-    (tmp_path / "log/metrics.jsonl").unlink()
-    flags = [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
-    result = run(script, "--train", *flags, cwd=tmp_path)
-    assert "metrics.jsonl: lines of this run are missing" in result.stderr
-    assert b"\0" not in (tmp_path / "log/metrics.jsonl").read_bytes()
+def steps_of_events(path):
+    """The steps of the losses in an event file: records of length, its checksum, the event, its checksum."""
+    data, steps = path.read_bytes(), []
+    while len(data) >= 12 and len(data) >= 16 + (size := struct.unpack("<Q", data[:8])[0]):
+        event = Event.FromString(data[12 : 12 + size])
+        steps += [event.step for value in event.summary.value if value.tag == "loss"]
+        data = data[16 + size :]
+    return steps
 
 
 def test_keep_is_the_number_of_files_per_shard(tmp_path):

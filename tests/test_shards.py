@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.shards import SPLITS, default_split, make_shards
+from training.shards import SPLITS, Schedule, default_split, make_shards
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -59,3 +59,14 @@ def test_defaults_and_errors():
             make_shards(torch.zeros(3, dtype=torch.long), K, "random", 0)
     with pytest.raises(ValueError, match="split"):
         make_shards(torch.zeros(3, dtype=torch.long), 2, "alphabetic", 0)
+
+
+def test_steps_are_numbered_as_in_shards_trained_one_after_the_other():
+    schedule, count, own = Schedule((3, 1, 4)), 0, [0, 0, 0]
+    for r in (1, 2, 3):
+        for shard in range(3):
+            for _ in range(schedule.steps[shard]):
+                own[shard] += 1
+                count += 1
+                assert schedule.number(shard, own[shard]) == count
+            assert schedule.end(shard, r) == own[shard]

@@ -66,13 +66,14 @@ def average_learners(learners, numbers, sizes):
     device = learners[0].device
     diverged = torch.zeros(len(sizes))
     for number, learner in zip(numbers, learners, strict=True):
-        diverged[number] = not all(value.isfinite().all() for value in (*learner.entries, *learner.ema_entries))
+        diverged[number] = not (learner.weights.isfinite().all() and learner.ema_weights.isfinite().all())
     if distributed.total(diverged).any():
         raise DataError(
             f"the average of the shards is not finite (shards that diverged: {diverged.nonzero().flatten().tolist()}): "
             "no shard was given it and no checkpoint was written; lower --lr or --grad_clip"
         )
-    models = [[*learner.entries, *learner.ema_entries] for learner in learners]
+    networks = [(learner.net, learner.ema) for learner in learners]
+    models = [[value for net in both for value in net.state_dict().values()] for both in networks]
     values = weighted_average(models, [sizes[number] for number in numbers], sum(sizes), device)
     keys = learners[0].net.state_dict().keys()
     average = dict(zip(keys, values[: len(keys)], strict=True))

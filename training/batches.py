@@ -31,6 +31,13 @@ def normalize(images):
     return images.float() / 127.5 - 1
 
 
+def to_device(value, device):
+    """The tensor on the device; from the host's memory to a GPU it goes while both work on, so it has to be pinned."""
+    if value.device.type == "cpu" and device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 def move(images, down, right):
     """Images (B, C, H, W) moved by down (B,) and right (B,) pixels, int64; their edges are repeated."""
     (B, C, H, W), device = images.shape, images.device
@@ -44,9 +51,10 @@ class ShardBatches:
     """The batches of one shard, addressed by the shard's own step number (counted over all epochs and rounds).
 
     Args:
-        images: (N, 3, H, W) uint8, the whole training set on the training device.
-        labels: (N,) int64 on the same device, or None for unconditional training.
+        images: (N, 3, H, W) uint8, the whole training set, on the training device or in host memory.
+        labels: (N,) int64, or None for unconditional training.
         index: (M,) int64 numbers of the shard's images.
+        device: where the batches are wanted; default: where the images are.
         batch_size: B <= M; the last incomplete batch of an epoch is dropped.
         T: timesteps are drawn uniformly from 0..T-1.
         seed, shard: the address of the shard's randomness.
@@ -64,6 +72,7 @@ class ShardBatches:
         images,
         labels,
         index,
+        device=None,
         *,
         batch_size,
         T,
@@ -80,7 +89,8 @@ class ShardBatches:
                 f"shard {shard}: lower --batch_size or --client_num, or use more images"
             )
         self.images = images
-        self.labels = labels
+        self.device = torch.device(device or images.device)
+        self.labels = None if labels is None else labels.to(self.device)
         self.index = index.to(images.device)
         self.batch_size = batch_size
         self.T = T
@@ -105,10 +115,11 @@ class ShardBatches:
         """The `Batch` of a step. Also seeds torch's default generators, from which the network's dropout draws."""
         epoch, position = divmod(step, self.steps_per_epoch)
         index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size][self.part]
-        x_0 = normalize(self.images[index])
+        x_0 = normalize(to_device(self.images[index], self.device))
+        index = to_device(index, self.device)
         labels = None if self.labels is None else self.labels[index]
 
-        B, device = self.batch_size, x_0.device
+        B, device = self.batch_size, self.device
         stream = generator(device, self.seed, "batch", self.shard, step)
         t = torch.randint(self.T, (B,), generator=stream, device=device)[self.part]
         eps = torch.randn((B, *x_0.shape[1:]), generator=stream, device=device)[self.part]

@@ -1,14 +1,14 @@
-"""Running a script: flags in, one line on stderr and an exit code where a person has to correct something."""
+"""Running one of the three scripts: flags in, what it runs on, one line where a person has to correct something."""
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 from absl import app, flags
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import distributed
+import startup
 from errors import UsageError, UserError
 from training import flags as shared_flags
 from training.allocator import keep_freed_memory
@@ -21,13 +21,15 @@ def run(main):
     keep_freed_memory()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
-    app.run(lambda _: launch(main), flags_parser=parse)
+    startup.run(lambda: app.run(lambda _: launch(main), flags_parser=parse))
 
 
 @record  # torchrun names the rank that failed first, with its traceback
 def launch(main):
     if not distributed.is_main():
         distributed.be_silent()
+    if flags.FLAGS.parallel and distributed.is_main():
+        print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
     distributed.initialize()
     try:
         main()
@@ -38,37 +40,62 @@ def launch(main):
 
 def parse(argv):
     try:
-        positional = flags.FLAGS(argv)[1:]
+        positional = shared_flags.parse(flags.FLAGS, argv)
         if positional:
             raise UsageError(f"{positional[0]!r} is no flag: flags start with --, see --help")
         shared_flags.check(flags.FLAGS)
+    except SystemExit:  # --help: absl ends with 1
+        sys.exit(0)
     except (flags.Error, UsageError) as error:
         stop(UsageError(" ".join(str(error).split())))
     return argv
 
 
 def stop(error):
-    name = Path(sys.argv[0]).name
+    rank = ""
     if not distributed.is_main():
         # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
         time.sleep(MAIN_SPEAKS_FIRST)
-        name = f"{name}: rank {distributed.rank()}"
-    print(f"{name}: error: {error}", file=sys.stderr)
+        rank = f"rank {distributed.rank()}: "
+    startup.say(f"{rank}error: {error}")
     sys.exit(error.exit_code)
 
 
-def pick_device(name):
-    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank."""
+def announce(device, net, images, batch_size, **more):
+    """Print one line about what begins: device, processes, parameters of `net` (unless None), images, batch.
+
+    more: further counts, e.g. steps_per_epoch=4; None is left out.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if device.type == "cpu" and flags.FLAGS.device is None:
+        name = "no GPU found"
+    processes = distributed.world_size()
+    counts = {"parameters": net and sum(p.numel() for p in net.parameters() if p.requires_grad), "images": images}
+    counts |= more | {"images per batch": batch_size}
+    said = [f"{device} ({name})" if name else f"{device}", f"{processes} process{'es' if processes > 1 else ''}"]
+    said += [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items() if count is not None]
+    print(", ".join(said))
+
+
+def pick_device(name, precision="fp32"):
+    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
+
+    It is also set up here: float32 products of a GPU are rounded to TF32 with `--precision=tf32` only (torch's default
+    is to do so in convolutions), and cuDNN tries its algorithms for every new shape, of which a run has few.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and distributed.world_size() > 1:
-            device = torch.device("cuda", gpu_of_this_process(device))
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            number = gpu_of_this_process(device) if distributed.world_size() > 1 else device.index or 0
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)  # so that nothing takes memory of another
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
     return device
 
 

@@ -3,17 +3,35 @@
 All scripts accept all flags, so that they share flagfiles; a help text says so where a flag belongs to one script.
 """
 
+import codecs
+import itertools
+import json
+import os
+from pathlib import Path
+
+import torch
 from absl import flags
 
-import distributed
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
 from errors import UsageError
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
-from training.shards import SPLITS
+from training.shards import SPLITS, default_split
 
 STAGES = ("generate", "score", "memorise", "grid", "report")
+
+
+class PathParser(flags.ArgumentParser):
+    """A path, with ~ and ~user for a home directory."""
+
+    def parse(self, argument):
+        return os.path.expanduser(argument)  # noqa: PTH111 - an unknown user's ~ stays, as in a shell
+
+
+def DEFINE_path(name, default, help):  # noqa: N802 - as absl's
+    flags.DEFINE(PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
+
 
 # what to do
 flags.DEFINE_bool("train", False, "train (main, main_fed)")
@@ -52,7 +70,7 @@ flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 
 
 # data
 flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits needs no files")
-flags.DEFINE_string("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
+DEFINE_path("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
 flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
@@ -74,10 +92,22 @@ flags.DEFINE_integer(
     "batch_size", 128, "images per step, of all processes in main; also per call when generating", lower_bound=1
 )
 flags.DEFINE_float("ema_decay", 0.9999, "decay of the EMA weights, in [0, 1)", lower_bound=0.0)
-flags.DEFINE_enum("precision", "fp32", PRECISIONS, "fp32, bf16 (autocast) or fp16 (autocast and a loss scaler)")
+flags.DEFINE_enum(
+    "precision",
+    "fp32",
+    PRECISIONS,
+    "of a network's products: fp32; tf32, which a GPU takes for float32 with 10 bits; bf16 (autocast); fp16 (autocast "
+    "and a loss scaler)",
+)
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
-flags.DEFINE_bool("parallel", False, "use every visible GPU of this process; torchrun has a process per GPU instead")
+flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
+flags.DEFINE_enum(
+    "data_device",
+    "device",
+    ("device", "cpu"),
+    "where the training images are kept; cpu: for data sets that are larger than the GPU's memory",
+)
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
 # what main_fed adds: iterative ensemble training and anti-gradient control
@@ -89,19 +119,19 @@ flags.DEFINE_enum("anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memori
 flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
-flags.DEFINE_string("check_dir", None, "main_fed: checkpoint file that all shards start from")
+DEFINE_path("check_dir", None, "main_fed: checkpoint file that all shards start from")
 flags.DEFINE_enum(
     "shard_state", "device", ("device", "cpu"), "main_fed: where weights and Adam's state of shards that wait are kept"
 )
 flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
 
 # logs and checkpoints
-flags.DEFINE_string("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
+DEFINE_path("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
 flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in --logdir, which must have none")
 flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
 flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
 flags.DEFINE_integer(
-    "keep", 2, "newest checkpoints kept besides those of --save_step (main) and --save_round (main_fed)", lower_bound=1
+    "keep", 2, "newest files kept with all that a run continues from (main; main_fed: per shard)", lower_bound=1
 )
 flags.DEFINE_integer(
     "max_bad_steps", 20, "stop after so many steps in a row without a finite loss and gradient", lower_bound=1
@@ -115,15 +145,13 @@ flags.DEFINE_integer("eval_step", 0, "main: steps between two evaluations during
 
 # evaluation
 flags.DEFINE_integer("num_images", 65_536, "images to generate", lower_bound=2)
-flags.DEFINE_string(
-    "unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)"
-)
+DEFINE_path("unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)")
 flags.DEFINE_bool("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones")
 flags.DEFINE_bool("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file")
-flags.DEFINE_string("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
-flags.DEFINE_string("generate_dir", "./results/generate", "all_in: directory of generate.npy")
-flags.DEFINE_string("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
-flags.DEFINE_string("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
+DEFINE_path("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
+DEFINE_path("generate_dir", "./results/generate", "all_in: directory of generate.npy")
+DEFINE_path("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
+DEFINE_path("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
 flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
@@ -134,19 +162,34 @@ flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images t
 flags.DEFINE_bool(
     "holdout", None, "all_in: also measure held-out real images, the floor of MQ; default: where the data set has them"
 )
-flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./stats, by content")
+DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
-flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
+DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
-# what a continued run must not change: it would not end as the run that was started
+# what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
+# where what it has saved depends on it
+FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "T", "img_size")
 RESULT_FLAGS = (
-    "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels", "label_dropout",
-    "beta_1", "beta_T", "T", "mean_type", "dataset", "img_size", "num_train", "subset_seed", "hflip",
-    "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed", "shift",
+    *FIXED_FLAGS, "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
+    "hflip", "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
 )  # fmt: skip
-ENSEMBLE_RESULT_FLAGS = (
-    "client_num", "split", "local_epoch", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "check_dir",
+FIXED_ENSEMBLE_FLAGS = (
+    "client_num", "split", "local_epoch", "batch_size", "seed", "dataset", "num_train", "subset_seed", "check_dir",
 )  # fmt: skip
+ENSEMBLE_FLAGS = (
+    "client_num", "split", "local_epoch", "check_dir", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay",
+)  # fmt: skip
+
+# which of the flags a stage of all_in.py depends on, besides the data's
+STAGE_FLAGS = {
+    "generate": (
+        "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
+        "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "sample_steps", "eta", "guidance",
+        "precision", "compile", "batch_size", "seed", "num_images", "unet_dir", "use_ema", "generate_dir",
+    ),
+    "score": ("fid_features", "fid_reference", "fid_cache", "inception_weights"),
+    "memorise": ("holdout", "batch_A", "batch_B", "similar_dir"),
+}  # fmt: skip
 
 for _name in ("lr", "grad_clip", "mem_ratio"):
     flags.register_validator(_name, lambda value: value > 0, message="must be > 0")
@@ -157,6 +200,69 @@ for _name in ("dropout", "label_dropout", "ema_decay"):
 flags.register_validator(
     "stages", lambda stages: set(stages) <= set(STAGES), message=f"must be some of {','.join(STAGES)}"
 )
+
+
+def parse(values, argv):
+    """Parse a command line, its program first, into absl's `values`; returns what is no flag.
+
+    --flagfile is read here. What comes later wins, as a whole where a flag is given several times: its values in one
+    flagfile, or on the command line, replace those of an earlier one.
+
+    Raises:
+        UsageError, flags.Error: what cannot be parsed.
+    """
+    found = list(split(argv[1:], values))
+    last = {name: source for source, name, _ in found}
+    kept = [words for source, name, words in found if not is_multi(values, name) or source == last[name]]
+    return values([argv[0], *itertools.chain(*kept)])[1:]
+
+
+def is_multi(values, name):
+    return name in values and isinstance(values[name], flags.MultiFlag)
+
+
+def split(words, values, opened=()):
+    """(source, name of the flag, its words) of every flag in words, those of flagfiles in their place.
+
+    source: an object for each file and for the command line; opened: the flagfiles that the words come from.
+    """
+    source, words = object(), iter(words)
+    for word in words:
+        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
+        if word == "--":
+            yield source, name, [word, *words]
+        elif not word.startswith("-"):
+            yield source, "", [word]
+        elif name == "flagfile":
+            path = Path(PathParser().parse(value if equals else next(words, "")))
+            if path.resolve() in opened:
+                raise UsageError(f"--flagfile={path}: it includes itself: remove that line from {opened[-1]}")
+            yield from split(read_flagfile(path), values, (*opened, path.resolve()))
+        elif not equals and name in values and not values[name].boolean:
+            yield source, name, [word, *itertools.islice(words, 1)]
+        else:
+            yield source, name, [word]
+
+
+def read_flagfile(path):
+    """The lines of a flagfile without blank ones and comments. UTF-8, or UTF-16 with a byte order mark.
+
+    Bytes that are no UTF-8 are kept, for names of files. A line in double quotes is JSON: see `as_flagfile`.
+    """
+    try:
+        data = path.read_bytes()
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16") if is_utf16 else data.decode("utf-8-sig", "surrogateescape")
+        lines = [line.strip(" \t\f\v") for line in text.replace("\r", "\n").split("\n")]
+        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+        lines = [json.loads(line) if line.startswith('"') else line for line in lines]
+        if any("\0" in line for line in lines):
+            raise ValueError("it holds zero bytes")
+    except OSError as error:
+        raise UsageError(f"--flagfile={path}: cannot be read ({error.strerror}): name a text file of flags") from error
+    except ValueError as error:
+        raise UsageError(f"--flagfile={path}: not a text file ({error}): write a flag a line, in UTF-8") from error
+    return lines
 
 
 def check(values):
@@ -177,8 +283,6 @@ def check(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
-    if values.parallel and distributed.world_size() > 1:
-        raise UsageError("--parallel is for one process: torchrun has started several, leave it out")
     if values.overwrite and not values.fresh:
         raise UsageError("--overwrite does nothing without --fresh: add it, or leave both out to continue the run")
     for name in ("label_dropout", "guidance", "legacy_labels"):
@@ -240,6 +344,11 @@ def norm_groups(values, checkpoint=None, path=None):
         of = "" if path is None else f" of {path}"
         raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
     return groups
+
+
+def data_device(values, device):
+    """Where the training images are kept, `device` being where they are trained on."""
+    return "cpu" if values.data_device == "cpu" else device
 
 
 def unet(values, checkpoint=None, path=None):
@@ -309,7 +418,6 @@ def learner(values, warmup):
         "ema_decay": values.ema_decay,
         "precision": values.precision,
         "compile": values.compile,
-        "parallel": values.parallel,
     }
 
 
@@ -321,7 +429,7 @@ def generation(values):
         "seed": values.seed,
         "num_labels": values.num_labels if values.use_labels else None,
         "legacy_labels": values.legacy_labels,
-        "precision": PRECISIONS[values.precision],
+        "dtype": PRECISIONS[values.precision],
     }
 
 
@@ -335,18 +443,26 @@ def quality(values):
 
 
 def logdir(values, script, data, groups):
-    """Keyword arguments of `training.logdir.open_logdir`, the path aside.
+    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside.
 
     Args:
         script: main or main_fed.
         data: the `dataset.Dataset` trained on.
         groups: of the UNet's GroupNorms.
     """
-    names = RESULT_FLAGS + (ENSEMBLE_RESULT_FLAGS if script == "main_fed" else ())
-    settings = {name: values[name].value for name in names}
-    content = {"script": script, "norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
+    settings = {name: values[name].value for name in RESULT_FLAGS}
+    settings |= {"script": script, "norm_groups": groups}
+    settings["training images (sha256)"] = fingerprint(data.train.images)
+    fixed = {"script", "norm_groups", *FIXED_FLAGS}
+    if script == "main_fed":
+        settings |= {name: values[name].value for name in ENSEMBLE_FLAGS}
+        settings["split"] = values.split or default_split(values.dataset)
+        fixed |= {*FIXED_ENSEMBLE_FLAGS, "training images (sha256)", "classes (sha256)"}
+    if script == "main_fed" or values.use_labels:
+        settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
     return {
-        "settings": {**settings, **content},
+        "settings": settings,
+        "fixed": fixed,
         "flagfile": as_flagfile(values),
         "subset": data.subset,
         "fresh": values.fresh,
@@ -361,7 +477,13 @@ def as_dict(values):
 
 
 def as_flagfile(values):
-    """The same as the text of a file for `--flagfile`, without what is meant for one command only."""
+    """The same as the text of a file for `--flagfile`, without what is meant for one command only.
+
+    A line that `read_flagfile` would change, as for a directory whose name ends in a space, is in JSON.
+    """
     once = ("fresh", "overwrite", "allow_change")
-    lines = (flag.serialize() for flag in values.get_key_flags_for_module(__name__) if flag.name not in once)
-    return "".join(f"{line}\n" for line in lines if line)
+    lines = []
+    for flag in values.get_key_flags_for_module(__name__):
+        if flag.name not in once and (text := flag.serialize()):
+            lines += text.split("\n") if is_multi(values, flag.name) else [text]
+    return "".join(f"{line if line.isprintable() and line == line.strip() else json.dumps(line)}\n" for line in lines)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run stops at the next step boundary, with everything saved."""
+"""SIGTERM, SIGINT and SIGHUP: a training stops at the next step boundary, with everything saved."""
 
 import os
 import signal
@@ -6,12 +6,13 @@ import sys
 import time
 
 import distributed
+import startup
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
 
 class Interruption:
-    """Within its context the first SIGTERM or SIGINT only makes it true; a second one ends the process at once.
+    """Within its context the first of these signals only makes it true; a second one ends the process at once.
 
     The same signal again within a second is the same request.
     """
@@ -20,7 +21,7 @@ class Interruption:
         self.number = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = startup.handle(self._receive)
         return self
 
     def __exit__(self, *_):
@@ -37,7 +38,7 @@ class Interruption:
         return self.number is not None
 
     def exit(self, path):
-        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT.
+        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP.
 
         Where only another process was signalled, this one ends as after SIGTERM.
         """

@@ -1,25 +1,56 @@
 """One network in training: its weights, their EMA, Adam, schedule and scaler, and the update that moves them."""
 
 import copy
+import inspect
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
 
 import distributed
 from diffusion import GaussianDiffusionTrainer
-from training.adam import Adam
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# the dtype of autocast; tf32 is a setting of the device, see `training.command.pick_device`
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**16  # of the loss at the start: halved when a gradient overflows, doubled after FP16_GROWTH good steps
 FP16_GROWTH = 2000
+ALIGNMENT = 128  # numbers: 512 bytes, as the allocations of a GPU
 
 
-@torch.no_grad()
-def update_ema(ema, entries, weight):
-    """ema <- (1 - weight) ema + weight entries, for lists of tensors, in place; weight is a scalar tensor."""
-    torch._foreach_lerp_(ema, entries, [weight] * len(ema))
+class Adam(torch.optim.Adam):
+    """torch's Adam, without the decorators that load torch's compiler and that it cannot capture.
+
+    Loading it takes more than a second at every start. `step` is to be called under no_grad.
+    """
+
+    add_param_group, state_dict, load_state_dict, step = (
+        inspect.unwrap(getattr(torch.optim.Adam, name))
+        for name in ("add_param_group", "state_dict", "load_state_dict", "step")
+    )
+
+
+def lay_out(net, values=None):
+    """Make a network's weights views of one tensor, so that one operation, or one copy, is of all of them.
+
+    Args:
+        net: a network whose state dict is its parameters.
+        values: the tensor, from an earlier call for a network of this architecture; None: a new one of its weights.
+
+    Returns:
+        The tensor: one-dimensional, with a little room between the parameters, which stays 0.
+    """
+    parameters = list(net.parameters())
+    sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
+    if values is None:
+        padded = [
+            F.pad(parameter.data.flatten(), (0, size - parameter.numel()))
+            for parameter, size in zip(parameters, sizes, strict=True)
+        ]
+        values = torch.cat(padded)
+    for parameter, part in zip(parameters, values.split(sizes), strict=True):
+        parameter.data = part[: parameter.numel()].view(parameter.shape)
+    return values
 
 
 def clip_divisor(norm, largest):
@@ -27,27 +58,9 @@ def clip_divisor(norm, largest):
     return ((norm + 1e-6) / largest).clamp(min=1)
 
 
-def wrap_network(net, compile, parallel):
-    """The network as it is called: through torch.compile if wanted, split over the visible GPUs if wanted."""
-    if compile:
-        net = torch.compile(net)
-    if parallel and torch.cuda.device_count() > 1:
-        net = nn.DataParallel(net)
-    return net
-
-
-def wrap_for_training(net, compile, parallel, share_batches):
-    """As `wrap_network`; with `share_batches` its gradient is the mean over all processes."""
-    network = wrap_network(net, compile, parallel)
-    if share_batches and distributed.world_size() > 1:
-        # the buffers are constants, so there is nothing to keep in step
-        network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return network
-
-
 def to_host(value):
-    """A tensor in host memory, pinned if it comes from a GPU, which then fetches it faster."""
-    return value.cpu().pin_memory() if value.device.type == "cuda" else value
+    """A copy in host memory; one of a GPU's tensor is pinned, so that both ways are fast."""
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
 
 
 def warmup_factor(step, warmup):
@@ -65,9 +78,8 @@ class Learner:
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
         grad_clip: largest norm of the gradient.
         ema_decay: of the EMA weights.
-        precision: fp32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
+        precision: fp32, tf32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
         compile: run the network through torch.compile.
-        parallel: split every batch over all visible GPUs of this process.
         share_batches: every process trains this network with its part of the same batches.
         offload: keep everything in host memory except within `on_device`.
     """
@@ -86,21 +98,20 @@ class Learner:
         ema_decay,
         precision="fp32",
         compile=False,
-        parallel=False,
         share_batches=False,
         offload=False,
     ):
         self.device = next(net.parameters()).device
-        if self.device.type == "cuda":
-            net = net.to(memory_format=torch.channels_last)  # on CPU the step is no faster and sampling slower with it
         self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.weights, self.ema_weights = lay_out(self.net), lay_out(self.ema)
         self.share_batches = share_batches
-        network = wrap_for_training(net, compile, parallel, share_batches)
+        network = torch.compile(net) if compile else net
+        if share_batches:
+            network = distributed.average_gradients(network)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
-        self.optim = Adam(net.parameters(), lr)
-        self.parameters = self.optim.parameters
-        self.list_tensors()
+        self.optim = Adam(net.parameters(), lr, fused=True)
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.base_lr = lr
         self.warmup = warmup
         self.dtype = PRECISIONS[precision]
@@ -133,28 +144,36 @@ class Learner:
         Returns:
             The loss of the whole batch, detached, and whether the step was applied (bool); scalars.
         """
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.clear_gradients()
         (self.loss_scale * loss).backward()
-        gradients = [parameter.grad for parameter in self.parameters]
         loss = loss.detach()
         if self.share_batches:
             loss = distributed.mean(loss.clone())
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / self.loss_scale
+        norm = get_total_norm([parameter.grad for parameter in self.parameters]) / self.loss_scale
         applied = norm.isfinite() & loss.isfinite()
-        not_applied = (~applied).float()
-        self.optim.lr = self.lr
-        self.optim.step(gradients, self.loss_scale * clip_divisor(norm, self.grad_clip), not_applied)
-        update_ema(self.ema_entries, self.entries, (1 - self.ema_decay) * applied)
+        # fused Adam reads these as torch's GradScaler sets them: a divisor of the gradient, and whether to leave it out
+        self.optim.grad_scale = self.loss_scale * clip_divisor(norm, self.grad_clip)
+        self.optim.found_inf = (~applied).float()
+        self.optim.param_groups[0]["lr"] = self.lr
+        with torch.no_grad():
+            self.optim.step()
+            self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
         if self.dtype == torch.float16:
-            torch._amp_update_scale_(self.loss_scale, self.good_since_growth, not_applied, 2.0, 0.5, FP16_GROWTH)
+            self.scale_loss(applied)
         self.step += 1
         return loss, applied
 
-    def list_tensors(self):
-        """Collect what the EMA works on."""
-        self.entries = list(self.net.state_dict().values())
-        self.ema_entries = list(self.ema.state_dict().values())
+    def scale_loss(self, applied):
+        """Set the factor of the next loss, as torch's GradScaler does."""
+        self.good_since_growth.add_(1).mul_(applied)
+        grown = self.good_since_growth == FP16_GROWTH
+        self.good_since_growth.mul_(~grown)
+        self.loss_scale.mul_(torch.where(applied, 1 + grown.float(), 0.5))
+
+    def clear_gradients(self):
+        """Give the gradients' memory back."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @contextmanager
     def on_device(self):
@@ -166,12 +185,14 @@ class Learner:
             self._move(to_host)
 
     def _move(self, move):
-        for parameter in self.parameters:
-            parameter.grad = None
-        for net in (self.net, self.ema):
-            net._apply(move)  # what nn.Module.to does, with any function
-        self.optim.move(move)
-        self.list_tensors()
+        """Replace weights, EMA and what Adam keeps by move(tensor)."""
+        self.clear_gradients()
+        self.weights = lay_out(self.net, move(self.weights))
+        self.ema_weights = lay_out(self.ema, move(self.ema_weights))
+        for state in self.optim.state.values():
+            state |= {name: move(value) for name, value in state.items()}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies to the host go on behind its back
 
     def set_weights(self, net_state, ema_state):
         """Replace the weights and the EMA weights, keeping Adam's state and the schedule."""
@@ -203,7 +224,8 @@ class Learner:
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
-        self.optim.load_state_dict(state["optim"])
+        groups = [{**group, "fused": True, "foreach": None} for group in state["optim"]["param_groups"]]
+        self.optim.load_state_dict({**state["optim"], "param_groups": groups})
         if state["scaler"] and self.dtype == torch.float16:
             self.loss_scale.fill_(state["scaler"]["scale"])
             self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])

@@ -1,4 +1,6 @@
-"""Partitions of the training images into shards. No image is dropped and shard sizes differ by at most one."""
+"""Partitions of the training images into shards, and how their steps are counted."""
+
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +16,7 @@ def default_split(dataset):
 
 
 def make_shards(labels, num_shards, split, seed):
-    """Partition images 0..N-1.
+    """Partition images 0..N-1: no image is dropped, and shard sizes differ by at most one.
 
     Args:
         labels: (N,) int64 class of every image.
@@ -46,3 +48,24 @@ def make_shards(labels, num_shards, split, seed):
         for part, chunk in zip(parts, group.split(sizes), strict=True):
             part.append(chunk)
     return [torch.cat(part).sort().values for part in parts]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The number of a step in the whole run, as if shards were trained one after the other in every round.
+
+    So it is the same whichever process makes the step, and whenever. `steps`: of each of the K shards in a round.
+    Rounds count from 1, shards from 0.
+    """
+
+    steps: tuple[int, ...]
+
+    def end(self, shard, r):
+        """The shard's own steps after r rounds."""
+        return r * self.steps[shard]
+
+    def number(self, shard, step):
+        """The number in the whole run, from 1, of the shard's own step number `step`, from 1."""
+        rounds_before = (step - 1) // self.steps[shard]
+        in_round = step - self.end(shard, rounds_before)
+        return rounds_before * sum(self.steps) + sum(self.steps[:shard]) + in_round

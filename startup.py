@@ -1,0 +1,112 @@
+"""Imported by every script before all else, and light for that: signals, standard streams, errors in one line.
+
+Importing torch takes seconds, in which Ctrl-C would print a traceback, and a file could be opened as descriptor 2.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+from errors import UsageError, UserError, printable
+
+
+class Stream(io.FileIO):
+    """Standard output or error. What cannot be written is dropped: a run goes on when its terminal has gone."""
+
+    failure = None  # of standard output, where its reader has not closed it
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                Stream.failure = error
+            return len(data)
+
+
+class Stopped(BaseException):
+    """A signal has arrived, whose number is the argument: what is at work is left as by any other exception."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as every other error of a user: in one line."""
+
+    def error(self, message):
+        raise UsageError(f"{message}: see --help")
+
+
+def prepare():
+    """Have signals end the process with one line and 128 + their number, and let any standard stream be missing."""
+    handle(stop_at_once)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r"))  # noqa: PTH123, SIM115
+        if descriptor:
+            setattr(sys, name, tolerant(getattr(sys, name)))
+
+
+def tolerant(stream):
+    """A text stream that takes any text, and whose descriptor may fail."""
+    raw = Stream(stream.fileno(), "w", closefd=False)
+    how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **how)
+
+
+def run(main):
+    """Call main() and exit with what it returns, or with 1 or 2 and one line after a `UserError`."""
+    handle(stop)
+    try:
+        code = main()
+    except Stopped as stopped:
+        sys.stdout.flush()
+        stop_at_once(stopped.args[0])
+    except SystemExit as end:
+        code = end.code
+    except UserError as error:
+        code = error.exit_code
+        say(f"error: {error}")
+    handle(stop_at_once)
+    sys.stdout.flush()
+    if Stream.failure and not code:
+        say(f"error: standard output cannot be written ({Stream.failure.strerror})")
+        code = 1
+    sys.exit(code)
+
+
+def say(text):
+    """Write a line about this script to standard error."""
+    print(f"{name()}: {printable(text)}", file=sys.stderr)
+
+
+def name():
+    """Of the script, as a person started it: main.py or score.compare."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+def handle(handler):
+    """Handle SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP; returns the handlers before."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.pop()
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def stop(number, frame):
+    """Unwind, so that files and other processes are left tidy; a second signal does not wait for that."""
+    handle(stop_at_once)
+    raise Stopped(number)
+
+
+def stop_at_once(number, frame=None):
+    """End the process here: while modules are imported, an exception might be taken for a missing module."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{name()}: stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)

@@ -1,0 +1,224 @@
+"""What people see of a training run: a tqdm bar, TensorBoard and metrics.jsonl, all with the same numbers."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+
+import distributed
+from errors import DataError
+from files import atomic_write, sync, where_supported, write_json
+from pictures import image_grid, to_uint8
+
+
+def due(count, every):
+    """Whether something that happens every so many steps (0: never) happens after `count` of them."""
+    return every > 0 and count % every == 0
+
+
+def read_metrics(logdir):
+    """What the training in a log directory has logged: a list of dicts, by step.
+
+    Every process has a file of its own. A step that a continued run has made again has several lines: the last one
+    counts. What a power loss has torn is left out.
+    """
+    lines = []
+    for path in Path(logdir).glob("metrics*.jsonl"):
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    lines.sort(key=lambda line: line["time"])
+    return sorted({(line["step"], line.get("weights")): line for line in lines}.values(), key=lambda line: line["step"])
+
+
+class Logger:
+    """The bar and the logs of one process. The bar is that of rank 0.
+
+    Args:
+        logdir: directory of metrics.jsonl, TensorBoard's event files and sample/.
+        total, done: steps of this process in the whole run, and how many of them an earlier start has made.
+        log_step: steps between two lines.
+        max_bad_steps: stop after so many steps in a row that were not applied.
+        seconds: of training in earlier starts.
+        last_save: the checkpoint that the run continues from.
+        writes: whether this process has files; those of a rank above 0 have the rank in their names.
+
+    Raises:
+        DataError: a log cannot be written.
+    """
+
+    def __init__(self, logdir, total, done, *, log_step, max_bad_steps, seconds=0.0, last_save=None, writes=True):
+        self.logdir = Path(logdir)
+        self.log_step = log_step
+        self.max_bad_steps = max_bad_steps
+        self.seconds_before = seconds
+        self.last_save = last_save
+        self.main = distributed.is_main()
+        self.writes = writes
+        rank, processes = distributed.rank(), distributed.world_size()
+        desc = f"process 1 of {processes}" if processes > 1 else None
+        self.bar = distributed.bar(total=total, initial=done, desc=desc, unit="step")
+        if writes:
+            path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
+            events = self.logdir / f"rank{rank}" if rank else self.logdir
+            with self.writing(path):
+                self.metrics = path.open("a+b")
+                end_last_line(self.metrics)
+                events.mkdir(exist_ok=True)
+                self.events = EventsWriter(str(events / "events"), ".iet_agc")
+        self.bad_rows = {}  # {shard: steps in a row that were not applied, now and at most since the last line}
+        self.start = self.since = time.perf_counter()
+        self.clear()
+
+    def clear(self):
+        """Start the sums of a line; tensors in them stay on their device until the line is due."""
+        self.loss = self.bad_steps = self.skipped = 0
+        self.steps = self.images_seen = 0
+
+    @contextlib.contextmanager
+    def writing(self, path=None):
+        """Errors of the logs' files as a DataError."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{path or self.metrics.name}: cannot be written ({error.strerror}): check the directory and its space"
+            ) from error
+
+    @property
+    def seconds(self):
+        """Of training, over all starts."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def update(self, step, loss, applied, lr, batch_size, *, keep=None, **where):
+        """Take in a step, and write a line every `log_step` steps.
+
+        Args:
+            step: the step's number in the whole run.
+            loss: scalar tensor.
+            applied: scalar bool tensor, whether loss and gradient were finite and the step was made.
+            lr: learning rate of the step.
+            batch_size: images of the step.
+            keep: (B,) bool of IET-AGC, for the share of skipped samples.
+            where: round and shard, for the line; the shard goes into TensorBoard's tag.
+        """
+        self.loss = self.loss + torch.where(applied, loss.detach(), 0.0)
+        self.bad_steps = self.bad_steps + ~applied
+        row, longest = self.bad_rows.get(where.get("shard"), (0, 0))
+        row = torch.where(applied, 0, row + 1)
+        self.bad_rows[where.get("shard")] = row, torch.clamp(row, min=longest)
+        self.steps += 1
+        self.images_seen += batch_size
+        self.lr = lr
+        if keep is not None:
+            self.skipped = self.skipped + (~keep).sum()
+        self.bar.update()
+        if due(step, self.log_step):
+            self.line(step, **where)
+
+    def line(self, step, **where):
+        """Write a line of the steps since the last one, if there are any, to the bar and the logs.
+
+        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
+
+        Raises:
+            DataError: too many steps in a row were not applied.
+        """
+        if not self.steps:
+            return
+        now, bad_steps = time.perf_counter(), int(self.bad_steps)
+        loss = float(self.loss) / (self.steps - bad_steps) if bad_steps < self.steps else None
+        line = {"step": step, **where, "loss": loss, "lr": self.lr, "bad_steps": bad_steps}
+        line["images_per_second"] = self.images_seen / (now - self.since)
+        if isinstance(self.skipped, torch.Tensor):
+            line["skipped"] = float(self.skipped) / self.images_seen
+        self.since = now
+        self.clear()
+        hidden = ("step", "bad_steps") if not bad_steps else ("step",)
+        shown = {name: value for name, value in line.items() if value is not None and name not in hidden}
+        postfix = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()}
+        self.bar.set_postfix(postfix, refresh=False)
+        self.write(line)
+        row, longest = self.bad_rows[where.get("shard")]
+        self.bad_rows[where.get("shard")] = row, row
+        if longest >= self.max_bad_steps:
+            place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
+            raise DataError(
+                f"{self.logdir}: {int(longest)} steps in a row without a finite loss and gradient, up to {place}, "
+                f"learning rate {line['lr']:.3g}; the last good checkpoint is {self.last_save or 'none'}: lower --lr "
+                "or --grad_clip, or use another --precision"
+            )
+
+    def write(self, line, prefix=""):
+        """Write a line to metrics.jsonl and, with the prefix or its shard in the tag, to TensorBoard."""
+        if not self.writes:
+            return
+        with self.writing():
+            self.metrics.write((json.dumps({**line, "time": time.time()}) + "\n").encode())
+            self.metrics.flush()
+        prefix = prefix or (f"shard{line['shard']}/" if "shard" in line else "")
+        for name, value in line.items():
+            if isinstance(value, float):
+                self.event(line["step"], summary.scalar(prefix + name, value))
+
+    def event(self, step, value):
+        """Write one of tensorboardX's summaries to TensorBoard."""
+        with self.writing():
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
+
+    def flush(self):
+        """Make the logs durable: called before a save, so that no step behind a checkpoint is missing in them."""
+        with self.writing():
+            sync(self.metrics)
+            with where_supported():
+                self.events.flush()
+
+    def images(self, tag, step, images):
+        """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/ and TensorBoard."""
+        grid = image_grid(to_uint8(images)).cpu()
+        with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
+        self.event(step, summary.image(tag.split("_step")[0], grid.numpy()))
+
+    def memorization(self, skip_counts, banks, r):
+        """After round r: a histogram of skips per training image, and every shard's memory bank over t, in TensorBoard.
+
+        skip_counts (N,) int64; banks: {shard: (T,) tensor} of this process. A bank's curve has t for its step axis.
+        """
+        if self.main:
+            self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
+        for shard, bank in banks.items():
+            for t, value in enumerate(bank.tolist()):
+                self.event(t, summary.scalar(f"memory_bank_over_t/shard{shard}/round{r}", value))
+
+    def finish(self, steps):
+        """At the end of the run: write train.json, its steps and the seconds over all starts."""
+        if self.writes:
+            self.flush()
+        if self.main:
+            write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if self.writes:
+            with contextlib.suppress(OSError):  # what could not be written has been said
+                self.metrics.close()
+                self.events.close()
+
+
+def end_last_line(file):
+    """A full disk or a power loss may have torn the last line: what follows must not become part of it."""
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
