@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that docs/RESULTS.md says: tuning, the frontier of all data sets, the document. Killed and run again, it does
-# only what is missing. Further flags (--minutes, --images, ...) go to both experiments.
+# All numbers of docs/RESULTS.md: tuning, the frontier of all data sets, the tables. Killed and run again, it does only
+# what is missing. Further flags (--minutes, --images, ...) go to both experiments.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 "$PYTHON" -P -m experiments.tuning "$@"
 "$PYTHON" -P -m experiments.frontier "$@"
 if [[ . -ef "$ROOT" ]]; then # the document is of the results that are kept here
-    "$PYTHON" -P -m experiments.document
+    "$PYTHON" -P -m experiments.tables
 fi

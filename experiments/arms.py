@@ -1,41 +1,45 @@
 """What is compared: the data sets, the four arms of the ablation, and the settings that were tried in tuning."""
 
-import re
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UsageError
+import numpy as np
+from PIL import Image
+
 from files import read_json
 
+ROOT = Path(__file__).parent.parent
 SHARDS = 4
 BATCH = 16
 ENSEMBLE_STEPS = 2  # times those of default training, over all shards: a sub-model makes a part of them only
 SAMPLER = ("--sampler=dpmpp", "--sample_steps=20")
+COPIES = 10  # of a repeated patch
+SINGLES_PER_REPEATED = 15  # patches that occur once, for every one that occurs COPIES times
+TEXTURED = 1 / 3  # of all patches
 
 
 @dataclass(frozen=True)
-class Subject:
+class Data:
     """A data set to train on.
 
     `steps` are those of default training; ensembles are given ENSEMBLE_STEPS times as many. A round has `round_steps`
-    steps over all shards. About `points` checkpoints are measured, with `images` generated images each. `data_root` is
-    where patches are.
+    steps over all shards. About `points` checkpoints are measured, with `images` generated images each.
     """
 
     name: str
-    num_train: int
     flags: tuple[str, ...]
+    num_train: int
     steps: int
     round_steps: int
     points: int
     images: int
-    side: int
-    data_root: Path | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: flags of main_fed.py. A round is made of 1 / `more_rounds` of the subject's steps.
+    """A way to train: flags of main_fed.py. A round is made of 1 / `more_rounds` of the data set's steps.
 
     `setting` is the name of the trial that a tuned arm repeats: another choice is another training.
     """
@@ -47,6 +51,13 @@ class Arm:
     setting: str = ""
 
 
+DIGITS = "--flagfile=config/DIGITS.txt"
+PATCHES = ("--flagfile=config/PATCHES.txt", "--data_root=data/patches128/train")
+DATA = {
+    "digits64": Data("digits64", (DIGITS, "--num_train=64"), 64, 5600, 400, 12, 512),
+    "patches128": Data("patches128", PATCHES, 128, 1600, 400, 4, 256),
+    "digits256": Data("digits256", (DIGITS, "--num_train=256"), 256, 6000, 500, 6, 384),
+}
 OFF = ("--anti_grad=off",)
 ARMS = {
     "default": Arm("default", 1, OFF),
@@ -84,57 +95,79 @@ TRIALS = {
         Arm("2 shards, dropout 0.7", 2, ("--dropout=0.7",)),
     ],
 }
-
-
-def subject(name, options):
-    """The data set of a name such as digits64 or patches128.
-
-    options: has `out` of a command, where patches are written, and what it says of `steps`, `points` and `images`, None
-    where the data set's own are meant.
-
-    Raises:
-        UsageError: it is no such name.
-    """
-    match = re.fullmatch(r"(digits|patches)(\d+)", name)
-    if not match or int(match[2]) < 2 * SHARDS:
-        raise UsageError(f"--data={name}: name data sets like digits64 or patches128, of at least {2 * SHARDS} images")
-    kind, size = match[1], int(match[2])
-    if kind == "digits":
-        flags = ("--flagfile=config/DIGITS.txt", f"--num_train={size}")
-        side, data_root = 8, None
-        steps, round_steps, points, images = (5600, 400, 12, 512) if size <= 64 else (6000, 500, 6, 384)
-    else:
-        data_root = Path(options.out).resolve() / "data" / name / "train"
-        flags = ("--flagfile=config/PATCHES.txt", f"--data_root={data_root}")
-        side, steps, round_steps, points, images = 16, 1600, 400, 4, 256
-    steps, points, images = options.steps or steps, options.points or points, options.images or images
-    return Subject(name, size, flags, steps, round_steps, points, images, side, data_root)
+BASELINES = {"IET": "default", "AGC": "default", "IET-AGC": "default", "tuned IET-AGC": "tuned default"}
 
 
 def tuned_arms(out):
     """{"tuned default": arm, "tuned IET-AGC": arm} as tuning.json has chosen them, or {} if there is none yet."""
-    path = Path(out) / "tuning.json"
+    path = out / "tuning.json"
     if not path.exists():
         return {}
-    best = read_json(path)["best"]
     chosen = {}
-    for method, trials in TRIALS.items():
-        arm = next(trial for trial in trials if trial.name == best[method]["setting"])
+    for method, best in read_json(path)["best"].items():
+        arm = next(trial for trial in TRIALS[method] if trial.name == best["setting"])
         chosen[f"tuned {method}"] = Arm(f"tuned {method}", arm.shards, arm.flags, arm.more_rounds, arm.name)
     return chosen
 
 
-def command_line(subject, arm, seed, logdir):
+def command_line(data, arm, seed, logdir):
     """(flags of main_fed.py, steps of a round over all shards). A checkpoint is kept for each measurement."""
-    batch = min(BATCH, subject.num_train // arm.shards)
-    per_epoch = arm.shards * (subject.num_train // arm.shards // batch)
-    total = subject.steps * (1 if arm.shards == 1 else ENSEMBLE_STEPS)
-    epochs = max(1, min(subject.round_steps, total // subject.points) // arm.more_rounds // per_epoch)
+    batch = min(BATCH, data.num_train // arm.shards)
+    per_epoch = arm.shards * (data.num_train // arm.shards // batch)
+    total = data.steps * (1 if arm.shards == 1 else ENSEMBLE_STEPS)
+    epochs = max(1, min(data.round_steps, total // data.points) // arm.more_rounds // per_epoch)
     rounds = max(1, total // (epochs * per_epoch))
-    save_round = max(1, round(rounds / subject.points))
+    save_round = max(1, round(rounds / data.points))
     flags = (
-        *subject.flags, "--train", "--device=cpu", "--save_step=0", "--sample_step=0", "--log_step=500",
+        *data.flags, "--train", "--device=cpu", "--save_step=0", "--sample_step=0", "--log_step=500",
         f"--batch_size={batch}", f"--client_num={arm.shards}", f"--local_epoch={epochs}", f"--total_round={rounds}",
         f"--save_round={save_round}", f"--seed={seed}", f"--logdir={logdir}", *SAMPLER, *arm.flags,
     )  # fmt: skip
     return flags, epochs * per_epoch
+
+
+def patches(side):
+    """Patches of scikit-learn's two photographs without a pixel in common: uint8 (N, side, side, 3).
+
+    Only the third with most contrast: smooth ones, of sky or out of focus, are so near to each other and so far from
+    the rest that half of those that were not trained on would count as copies at MQ@15.
+    """
+    import sklearn.datasets  # takes a second, which only those need who make patches
+
+    parts = []
+    for photograph in sklearn.datasets.load_sample_images().images:
+        rows, columns = photograph.shape[0] // side, photograph.shape[1] // side
+        cut = photograph[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
+        parts.append(cut.swapaxes(1, 2).reshape(-1, side, side, 3))
+    contrast = np.concatenate(parts).std(axis=(1, 2)).mean(axis=1)
+    return np.concatenate(parts)[contrast >= np.quantile(contrast, 1 - TEXTURED)]
+
+
+def choose(number, size, seed=0):
+    """Which of `number` patches every training file shows, (size,) in random order, and which are held out.
+
+    One in 1 + SINGLES_PER_REPEATED of the distinct ones, rounded, is repeated COPIES times. Shards are consecutive
+    files, so copies are spread over the shards.
+    """
+    repeated = round(size / (COPIES + SINGLES_PER_REPEATED))
+    singles = size - COPIES * repeated
+    random = np.random.default_rng(seed)
+    order = random.permutation(number)
+    used = np.concatenate([order[:repeated].repeat(COPIES), order[repeated : repeated + singles]])
+    return random.permutation(used), np.sort(order[repeated + singles :])
+
+
+def write_patches(root, size, side):
+    """Write `root`/train, `size` files, and `root`/heldout as PNG, unless they are there."""
+    if root.exists():
+        return
+    images = patches(side)
+    unfinished = root.with_name(f".{root.name}.{os.getpid()}")
+    for name, chosen in zip(("train", "heldout"), choose(len(images), size), strict=True):
+        (unfinished / name).mkdir(parents=True)
+        for place, patch in enumerate(chosen):
+            Image.fromarray(images[patch]).save(unfinished / name / f"{place:05d}_patch{patch:05d}.png")
+    try:
+        unfinished.rename(root)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)

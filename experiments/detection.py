@@ -5,18 +5,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from diffusion import GaussianDiffusionTrainer
-from experiments.runs import flags_of, last_measured, last_round, load_network
+from experiments.runs import last_arrays, last_point, load_network, real_images, values_of
 from files import atomic_write
-from score.report import copy_counts
 from seeding import generator
 from training import flags
 from training.batches import normalize
 
 TIMESTEPS = 32
-DETECTORS = {
-    "skip count": lambda run, training: last_measured(run)["skips"].astype(float),
-    "low loss": lambda run, training: -mean_losses(run, training),
-}
+COPIED = 0.15  # a generated image copies its nearest training image if its ratio is below
 
 
 def roc_auc(scores, labels):
@@ -40,48 +36,41 @@ def per_image_loss(net, images, trainer_settings, seed):
     return (total / TIMESTEPS).numpy()
 
 
-def mean_losses(run, training):
-    """`per_image_loss` under the raw weights that a training ended with; kept beside it."""
-    r = last_round(run)
+def mean_losses(run):
+    """`per_image_loss` of all training images under the last raw weights that were measured; kept beside them."""
+    r = last_point(run)["round"]
     path = run.directory / "measured" / f"round{r}_losses.npy"
     if not path.exists():
         net, _ = load_network(run, r, False)
-        losses = per_image_loss(net, training, flags.diffusion(flags_of(run)), run.seed)
+        losses = per_image_loss(net, real_images(run.data.name)[0], flags.diffusion(values_of(run.flags)), run.seed)
         with atomic_write(path) as file:
             np.save(file, losses)
     return np.load(path)
 
 
-def copies_of(found, group):
-    """How often generated images copy each training image, int64 (M,).
-
-    found: what `Judge` kept of them; group: (M,) which distinct image a training image is.
-    """
-    nearest, ratio = torch.from_numpy(found["nearest"]).long(), torch.from_numpy(found["ratio"])
-    return copy_counts(nearest, ratio, group.max() + 1)[torch.from_numpy(group)]
-
-
-def copied_images(run, group):
+def copied_images(run):
     """Which training images (M,) a training copies in the end."""
-    return (copies_of(last_measured(run), group) > 0).numpy()
+    group, found = real_images(run.data.name)[1], last_arrays(run)
+    return np.isin(group, found["nearest"][found["ratio"] < COPIED])
 
 
-def detection(runs, judge):
-    """{arm: {label: {detector: [AUC per seed]}}}; None where a label is on no image or on all.
+def detection(runs):
+    """Rows {"arm", "images", "skip count": [AUC per seed], "low loss": [...]}; None where a label is on none or on all.
 
-    Labels: `repeated` images of the training set, those `memorised by default` training with the same seed in the end,
-    and those `memorised by itself`. Skip counts are those of the whole training, losses those at its end.
+    "images" are those `repeated` in the training set, those `memorised by default` training with the same seed in the
+    end, and those `memorised by itself`. Skip counts are those of the whole training, losses those at its end.
     """
-    repeated = np.bincount(judge.group)[judge.group] > 1
-    default = {run.seed: copied_images(run, judge.group) for run in runs if run.arm.name == "default"}
-    found = {}
+    group = real_images(runs[0].data.name)[1]
+    repeated = np.bincount(group)[group] > 1
+    default = {run.seed: copied_images(run) for run in runs if run.arm.name == "default"}
+    rows = {}
     for run in runs:
-        labels = {"repeated": repeated, "memorised by itself": copied_images(run, judge.group)}
+        labels = {"repeated": repeated, "memorised by itself": copied_images(run)}
         if run.seed in default:
             labels["memorised by default"] = default[run.seed]
-        for detector, score in DETECTORS.items():
-            scores = score(run, judge.training)
-            for label, which in labels.items():
-                of_arm = found.setdefault(run.arm.name, {}).setdefault(label, {})
-                of_arm.setdefault(detector, []).append(roc_auc(scores, which))
-    return found
+        skips, losses = last_arrays(run)["skips"].astype(float), mean_losses(run)
+        for label, which in labels.items():
+            row = rows.setdefault((run.arm.name, label), {"skip count": [], "low loss": []})
+            row["skip count"].append(roc_auc(skips, which))
+            row["low loss"].append(roc_auc(-losses, which))
+    return [{"arm": arm, "images": label, **row} for (arm, label), row in rows.items()]

@@ -1,53 +1,27 @@
 """Memorisation at matched quality: a method that has merely learned less also memorises less.
 
-A training is a path of (quality, memorisation) over its checkpoints. Quality is a Frechet distance: less is better.
+A training is a path of (quality, memorisation) over its checkpoints: a list of points in the order of its steps, each
+{"fpd", "fpd_std", "images", measure: share}. Quality is fpd, a Frechet distance: less is better. A measure is the share
+of so many generated images that some criterion takes for copies.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
+COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
 
-class Point(NamedTuple):
-    """A checkpoint: the Frechet distance of its images, its standard deviation, and their ratios (N,)."""
 
-    distance: float
-    spread: float
-    ratios: np.ndarray
+def paths_of(points, arm, weights):
+    """[[point]] per seed of an arm, in the order of the steps."""
+    chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
+    return [[p for p in chosen if p["seed"] == seed] for seed in dict.fromkeys(p["seed"] for p in chosen)]
 
 
 def at_quality(distances, shares, quality):
-    """The memorisation of a training when it first reaches a quality; None if it never does.
+    """The share of each training when it first reaches a quality: (draws,), NaN where it never does.
 
-    distances, shares: of its checkpoints in the order of their steps. Between the first one at or below `quality` and
-    the one before it both are taken to change linearly; a training that begins there is given its first share.
+    distances, shares: (draws, S), of S checkpoints in the order of their steps. Between the first one at or below
+    `quality` and the one before it both change linearly; a training that begins there is given its first share.
     """
-    for i, distance in enumerate(distances):
-        if distance <= quality:
-            if i == 0:
-                return shares[0]
-            weight = (distances[i - 1] - quality) / (distances[i - 1] - distance)
-            return shares[i - 1] + weight * (shares[i] - shares[i - 1])
-    return None
-
-
-def share_below(ratios, threshold):
-    """MQ as a share: of the ratios (N,) those below `threshold` percent."""
-    return float(np.mean(100 * np.asarray(ratios) < threshold))
-
-
-def mean_at_quality(paths, quality, threshold):
-    """(mean share at a quality over the paths that reach it, None if none does; how many reach it)."""
-    found = [
-        at_quality([p.distance for p in path], [share_below(p.ratios, threshold) for p in path], quality)
-        for path in paths
-    ]
-    found = [share for share in found if share is not None]
-    return (float(np.mean(found)) if found else None), len(found)
-
-
-def at_quality_of_draws(distances, shares, quality):
-    """`at_quality` of many paths at once: distances, shares (draws, S) -> (draws,), NaN where it is not reached."""
     reached = distances <= quality
     first = reached.argmax(axis=1)
     row, before = np.arange(len(first)), np.maximum(first - 1, 0)
@@ -57,57 +31,60 @@ def at_quality_of_draws(distances, shares, quality):
     return np.where(reached.any(axis=1), found, np.nan)
 
 
-def bootstrap(paths, quality, threshold, draws, seed):
+def columns(path, *names):
+    return [np.array([point[name] for point in path]) for name in names]
+
+
+def mean_at_quality(paths, quality, measure):
+    """(mean share at a quality over the paths that reach it, None if none does; how many reach it)."""
+    found = np.array([at_quality(*np.array(columns(p, "fpd", measure))[:, None], quality)[0] for p in paths])
+    reached = int((~np.isnan(found)).sum())
+    return (float(np.nanmean(found)) if reached else None), reached
+
+
+def bootstrap(paths, quality, measure, draws, seed):
     """`mean_at_quality` of seeds and images drawn again with replacement: (draws,), NaN where none reaches the quality.
 
-    Of images drawn again MQ is binomial, and their Frechet distance is taken to be normal and independent of it.
+    Of images drawn again the share is binomial, and their Frechet distance is taken to be normal and independent of it.
     """
     random = np.random.default_rng(seed)
     chosen = random.integers(len(paths), size=(draws, len(paths)))
     found = np.full(chosen.shape, np.nan)
     for place, k in np.ndindex(len(paths), len(paths)):
-        N = np.array([len(p.ratios) for p in paths[k]])
-        share = np.array([share_below(p.ratios, threshold) for p in paths[k]])
-        noise = random.standard_normal((draws, len(N))) * [p.spread for p in paths[k]]
-        distances = noise + [p.distance for p in paths[k]]
-        again = at_quality_of_draws(distances, random.binomial(N, share, size=(draws, len(N))) / N, quality)
+        distance, spread, share, images = columns(paths[k], "fpd", "fpd_std", measure, "images")
+        distances = distance + random.standard_normal((draws, len(share))) * spread
+        shares = random.binomial(images, share, size=distances.shape) / images
+        again = at_quality(distances, shares, quality)
         found[:, place] = np.where(chosen[:, place] == k, again, found[:, place])
     number = (~np.isnan(found)).sum(axis=1)
     return np.where(number > 0, np.nansum(found, axis=1) / np.maximum(number, 1), np.nan)
 
 
-def summary(mean, drawn):
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
+def with_interval(mean, drawn):
+    return [float(mean), *map(float, np.nanquantile(drawn, [0.025, 0.975]))]
 
 
-def interval(paths, quality, threshold, floor, draws=1000, seed=0):
-    """Mean MQ above floor at a quality over seeds, with a 95 % bootstrap interval over seeds and images.
+def interval(paths, quality, measure, floor, draws=1000, seed=0):
+    """Mean share above the floor at a quality over seeds, with a 95 % bootstrap interval over seeds and images.
 
-    Args:
-        paths: one per seed, lists of `Point` in the order of the steps.
-        threshold: p of MQ, in percent.
-        floor: ratios (L,) of held-out real images.
-
-    Returns:
-        {"mean", "low", "high", "reached"} with `reached` the number of seeds that reach the quality, or only that if
-        none of them does. Draws in which no seed reaches it are left out.
+    paths: one per seed; floor: {measure: share, "images"} of held-out real images. Returns [mean, low, high], or None
+    if no seed reaches the quality. Draws in which none reaches it are left out.
     """
-    mean, reached = mean_at_quality(paths, quality, threshold)
-    if mean is None:
-        return {"reached": 0}
-    of_floor = share_below(floor, threshold)
-    floors = np.random.default_rng((seed, 1)).binomial(len(floor), of_floor, size=draws) / len(floor)
-    return {**summary(mean - of_floor, bootstrap(paths, quality, threshold, draws, seed) - floors), "reached": reached}
+    mean, reached = mean_at_quality(paths, quality, measure)
+    if not reached:
+        return None
+    share, images = floor[measure], floor["images"]
+    floors = np.random.default_rng((seed, 1)).binomial(images, share, size=draws) / images
+    return with_interval(mean - share, bootstrap(paths, quality, measure, draws, seed) - floors)
 
 
-def difference(paths, others, quality, threshold, draws=1000, seed=0):
-    """Mean MQ of `paths` less that of `others` at the same quality, as `interval`; the floor cancels.
+def difference(paths, others, quality, measure, draws=1000, seed=0):
+    """Mean share of `paths` less that of `others` at the same quality, as `interval`; the floor cancels.
 
-    Returns {"mean", "low", "high"}, or None where a side does not reach the quality with all its seeds.
+    Returns [mean, low, high], or None where a side does not reach the quality with all its seeds.
     """
-    (mean, reached), (other, others_reached) = (mean_at_quality(p, quality, threshold) for p in (paths, others))
+    (mean, reached), (other, others_reached) = (mean_at_quality(p, quality, measure) for p in (paths, others))
     if reached < len(paths) or others_reached < len(others):
         return None
-    drawn, again = (bootstrap(p, quality, threshold, draws, (seed, i)) for i, p in enumerate((paths, others)))
-    return summary(mean - other, drawn - again)
+    drawn, again = (bootstrap(p, quality, measure, draws, (seed, i)) for i, p in enumerate((paths, others)))
+    return with_interval(mean - other, drawn - again)

@@ -10,50 +10,40 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
+import itertools
 import time
-from pathlib import Path
 
+import startup
 from benchmarks.__main__ import machine
 from errors import DataError
-from experiments.arms import TRIALS
-from experiments.command import parse, parser_of
-from experiments.frontier import DIFFERENCES, paths_of
-from experiments.matched import mean_at_quality, share_below
-from experiments.runs import WEIGHTS, is_complete, judge_of, plan, read_points, work_all
-from files import read_json, write_json
+from experiments.arms import DATA, TRIALS
+from experiments.matched import COMPARED, mean_at_quality, paths_of
+from experiments.runs import WEIGHTS, begin, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
+from files import read_json
 
-FACTOR = 1.15  # of the better quality of the two that both methods reach untuned
+FACTOR = 1.15  # of the best fpd of the worse of the untuned methods, each with its better weights
 
 
-def memorised_at(runs, quality, floor_ratio):
-    """{setting: {weights: {"fpd reached", "MQ@15", "MQ@30"}}}: MQ above floor at a quality, None if not reached."""
-    found = {}
-    for run in runs:
-        for weights in WEIGHTS:
-            paths = paths_of([run], run.arm.name, weights)
-            entry = {"fpd reached": min(point.distance for point in paths[0])}
-            for p in DIFFERENCES:
-                share, reached = mean_at_quality(paths, quality, p)
-                entry[f"MQ@{p}"] = share - share_below(floor_ratio, p) if reached else None
-            found.setdefault(run.arm.name, {})[weights] = entry
-    return found
+def memorised_at(points, quality, floor):
+    """Rows {"method", "setting", "weights", "fpd reached", measure}: above the floor at a quality, or None."""
+    rows = []
+    for method, weights in itertools.product(TRIALS, WEIGHTS):
+        for arm in TRIALS[method]:
+            paths = paths_of(points, arm.name, weights)
+            row = {"method": method, "setting": arm.name, "weights": weights}
+            row["fpd reached"] = min(point["fpd"] for point in paths[0])
+            for measure in COMPARED:
+                share, reached = mean_at_quality(paths, quality, measure)
+                row[measure] = share - floor[measure] if reached else None
+            rows.append(row)
+    return rows
 
 
-def best(found):
-    """{"setting", "weights"} of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
-    reached = [
-        (max(0.0, entry["MQ@15"]), entry["MQ@30"], setting, weights)
-        for setting, of_setting in found.items()
-        for weights, entry in of_setting.items()
-        if entry["MQ@15"] is not None
-    ]
-    *_, setting, weights = min(reached)
-    return {"setting": setting, "weights": weights}
-
-
-def quality_to_match(runs_of_base):
-    """FACTOR times the best fpd of the worse of the untuned methods, each with its better weights."""
-    return FACTOR * max(min(point["fpd"] for point in read_points(run)) for run in runs_of_base)
+def best(rows):
+    """The row of least MQ@15 above floor; at or below the floor all are equal, and MQ@30 decides."""
+    first, second = COMPARED
+    reached = [row for row in rows if row[first] is not None]
+    return min(reached, key=lambda row: (max(0.0, row[first]), row[second]))
 
 
 def tune(options):
@@ -63,14 +53,11 @@ def tune(options):
     work_all(runs, start + 60 * options.minutes)
     if not all(map(is_complete, runs)):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
-    judge = judge_of(runs[0].subject)
-    quality = quality_to_match([run for run in runs if run.arm.name in TRIALS])
-    found = memorised_at(runs, quality, judge.floor_ratio)
-    path = Path(options.out) / "tuning.json"
+    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in runs for point in read_points(run)]
+    quality = FACTOR * max(min(p["fpd"] for p in points if p["arm"] == untuned) for untuned in TRIALS)
+    rows = memorised_at(points, quality, floor_of(runs[0].data))
+    path = options.out / "tuning.json"
     seconds = (read_json(path)["seconds"] if path.exists() else 0) + time.time() - start
-    methods = {
-        name: {arm.name: {"flags": arm.flags, **found[arm.name]} for arm in arms} for name, arms in TRIALS.items()
-    }
     result = {
         "command": " ".join(["python -m experiments.tuning", *options.command]),
         "machine": machine(),
@@ -78,20 +65,21 @@ def tune(options):
         "data": options.data,
         "seed": options.seed,
         "fpd matched": quality,
-        "trials": methods,
-        "best": {name: best({arm.name: found[arm.name] for arm in arms}) for name, arms in TRIALS.items()},
+        "trials": rows,
+        "best": {method: best([row for row in rows if row["method"] == method]) for method in TRIALS},
     }
-    write_json(path, result)
+    write_lines(path, result, depth=2)
     for name, chosen in result["best"].items():
         print(f"{name}: best at fpd {quality:.3f} is {chosen['setting']!r} with {chosen['weights']} weights")
 
 
 def main(arguments=None):
     parser = parser_of("tuning", __doc__)
-    parser.add_argument("--data", default="digits64", help="data set with its size")
+    parser.add_argument("--data", default="digits64", choices=DATA, help="the data set")
     parser.add_argument("--seed", type=int, default=11, help="of training and sampling; not one of the frontier's")
     parser.set_defaults(steps=2800, points=6)  # enough for the quality at which they are judged
-    tune(parse(parser, arguments))
+    with begin(parser.parse_args(arguments), arguments) as options:
+        tune(options)
 
 
 if __name__ == "__main__":

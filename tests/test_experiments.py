@@ -3,24 +3,23 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import sklearn.datasets
 import torch
 
-from errors import UsageError
-from experiments import arms, document, runs, tuning
+from errors import DataError, UsageError
+from experiments import arms, frontier, runs, tables, tuning
 from experiments.detection import per_image_loss, roc_auc
-from experiments.judge import Judge
-from experiments.matched import Point, at_quality, at_quality_of_draws, difference, interval
-from experiments.patches import choose, tiles, write_patches
-from tests.browser import CHROMIUM, assert_readable
-from tests.commands import ROOT, environment, run_bash
+from experiments.matched import at_quality, difference, interval
+from tests.commands import ROOT, environment
 
 
 def options_of(out, **said):
@@ -29,32 +28,37 @@ def options_of(out, **said):
 
 
 def test_memorisation_at_a_quality_by_hand():
-    distances, shares = [4.0, 2.0, 1.0, 1.5, 0.5], [0.0, 0.1, 0.4, 0.5, 0.9]
-    assert at_quality(distances, shares, 2.0) == 0.1
-    assert at_quality(distances, shares, 3.0) == pytest.approx(0.05)
-    assert at_quality(distances, shares, 1.25) == pytest.approx(0.325)
-    assert at_quality(distances, shares, 0.75) == pytest.approx(0.8), "it got worse in between"
-    assert at_quality(distances, shares, 5.0) == 0.0
-    assert at_quality(distances, shares, 0.4) is None
+    distances, shares = np.array([[4.0, 2.0, 1.0, 1.5, 0.5], [0.0, 0.1, 0.4, 0.5, 0.9]])[:, None]
+    by_hand = {2.0: 0.1, 3.0: 0.05, 1.25: 0.325, 0.75: 0.8, 5.0: 0.0, 0.4: np.nan}  # at 0.75 it got worse in between
+    for quality, share in by_hand.items():
+        np.testing.assert_allclose(at_quality(distances, shares, quality), [share])
 
 
-def test_many_paths_at_once_are_as_one_by_one():
+def test_memorisation_at_a_quality_of_many_paths():
     random = np.random.default_rng(4)
     distances, shares = random.random((200, 5)), random.random((200, 5))
-    found = at_quality_of_draws(distances, shares, 0.2)
-    expected = [at_quality(d, s, 0.2) for d, s in zip(distances.tolist(), shares.tolist(), strict=True)]
-    assert 10 < expected.count(None) < 150
-    np.testing.assert_allclose(found, [np.nan if value is None else value for value in expected])
+    expected = []
+    for path, share in zip(distances, shares, strict=True):
+        first = next((i for i, distance in enumerate(path) if distance <= 0.2), None)
+        if first:  # falling from the one before to the first that reaches it
+            expected.append(np.interp(0.2, path[[first, first - 1]], share[[first, first - 1]]))
+        else:
+            expected.append(np.nan if first is None else share[0])
+    assert 10 < np.isnan(expected).sum() < 150
+    np.testing.assert_allclose(at_quality(distances, shares, 0.2), expected)
 
 
-def ratios(random, share, n):
-    """n ratios, each of them below 15 % with probability `share`."""
-    return np.where(random.random(n) < share, 0.1, 0.9)
+def point(fpd, share, images=200, fpd_std=0.0):
+    return {"fpd": fpd, "fpd_std": fpd_std, "images": images, "MQ@15": share}
 
 
 def path(random, share, n=200):
-    """A training that comes to memorise a share of its images when its distance is 1."""
-    return [Point(2.0, 0.0, ratios(random, 0.1, n)), Point(1.0, 0.0, ratios(random, share, n))]
+    """A training that comes to memorise a share of its n images when its distance is 1."""
+    return [point(2.0, random.binomial(n, 0.1) / n), point(1.0, random.binomial(n, share) / n)]
+
+
+def floor(random):
+    return {"MQ@15": random.binomial(500, 0.05) / 500, "images": 500}
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -62,9 +66,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     hits = 0
     for trial in range(60):
         paths = [path(random, 0.3) for _ in range(4)]
-        found = interval(paths, 1.0, 15, ratios(random, 0.05, 500), draws=200, seed=trial)
-        hits += found["low"] <= 0.25 <= found["high"]
-        assert found["low"] <= found["mean"] <= found["high"] and found["reached"] == 4
+        mean, low, high = interval(paths, 1.0, "MQ@15", floor(random), draws=200, seed=trial)
+        hits += low <= 0.25 <= high
+        assert low <= mean <= high
     assert hits >= 50
 
 
@@ -73,30 +77,61 @@ def test_a_difference_is_found_where_there_is_one_and_seldom_where_there_is_none
     false_alarms = 0
     for trial in range(40):
         a, b, c = ([path(random, share) for _ in range(4)] for share in (0.3, 0.3, 0.5))
-        equal = difference(a, b, 1.0, 15, draws=200, seed=trial)
-        false_alarms += not equal["low"] <= 0 <= equal["high"]
-        unequal = difference(a, c, 1.0, 15, draws=200, seed=trial)
-        assert unequal["high"] < 0 and unequal["low"] < -0.2 < unequal["high"] + 0.15
+        _, low, high = difference(a, b, 1.0, "MQ@15", draws=200, seed=trial)
+        false_alarms += not low <= 0 <= high
+        _, low, high = difference(a, c, 1.0, "MQ@15", draws=200, seed=trial)
+        assert low < -0.2 < high + 0.15 and high < 0
     assert false_alarms <= 8
-    assert difference(a, [*c, path(random, 0.5)[:1]], 1.0, 15) is None, "a seed of the other side does not reach it"
+    assert difference(a, [*c, path(random, 0.5)[:1]], 1.0, "MQ@15") is None, "a seed of the other side is not there"
 
 
 def test_an_uncertain_distance_widens_the_interval():
     random = np.random.default_rng(2)
     certain = [path(random, 0.8) for _ in range(4)]
-    uncertain = [[point._replace(spread=0.3) for point in p] for p in certain]
+    uncertain = [[{**point, "fpd_std": 0.3} for point in p] for p in certain]
     widths = []
     for paths in (certain, uncertain):
-        found = interval(paths, 1.5, 15, ratios(random, 0.05, 500))
-        widths.append(found["high"] - found["low"])
+        _, low, high = interval(paths, 1.5, "MQ@15", floor(random))
+        widths.append(high - low)
     assert widths[1] > 1.5 * widths[0]
 
 
-def test_a_quality_that_some_seeds_do_not_reach():
-    values = np.array([0.1, 0.9])
-    paths = [[Point(2.0, 0.0, values), Point(last, 0.0, values)] for last in (1.0, 1.6)]
-    assert interval(paths, 1.5, 15, values)["reached"] == 1
-    assert interval(paths, 0.5, 15, values) == {"reached": 0}
+def test_qualities_that_some_seeds_do_not_reach():
+    own = {"seed": 1, "arm": "default", "weights": "raw"}
+    points = [{**own, **point(2.0, 0.5)}, {**own, **point(1.0, 0.5)}, {**own, "seed": 2, **point(1.6, 0.5)}]
+    points = [
+        {**p, "weights": weights, **dict.fromkeys(frontier.MEASURES, 0.5)} for p in points for weights in runs.WEIGHTS
+    ]
+    assert frontier.qualities(frontier.paths_of(points, "default", "raw"))[0] == 1.6
+    assert interval(frontier.paths_of(points, "default", "raw"), 0.5, "MQ@15", point(0, 0.1)) is None
+    rows = frontier.matched(points, {**dict.fromkeys(frontier.MEASURES, 0.1), "images": 50})
+    assert [row["reached"] for row in rows] == [2] * 8
+    assert tables.in_points([0.1, 0.05, 0.2], 1, 2) == "+10.0 [+5.0, +20.0] (1 of 2 seeds)"
+    assert tables.in_points(None, 0, 2) == "not reached"
+
+
+def test_the_measures_by_brute_force():
+    random = torch.Generator().manual_seed(0)
+    training, heldout, images = (
+        torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=random) for n in (60, 300, 300)
+    )
+    images[:3] = training[5]
+    images[3:9] = (training[9].int() + torch.randint(0, 20, (6, 3, 8, 8), generator=random)).clamp(max=255)
+    numbers, ratio, nearest = runs.measure(images, training, heldout)
+    x, y, real = (part.flatten(1).numpy() / 255 for part in (images, training, heldout))
+    distance = np.square(x[:, None] - y).sum(axis=2)
+    ordered = np.sort(distance, axis=1)
+    expected = ordered[:, 0] / ordered[:, :50].mean(axis=1)
+    np.testing.assert_allclose(ratio, expected, atol=1e-5)
+    assert nearest.tolist() == distance.argmin(axis=1).tolist()
+    assert numbers["MQ@15"] == (100 * expected < 15).mean() == 9 / 300
+    assert numbers["f_mem"] == (9 * ordered[:, 0] < ordered[:, 1]).mean()
+    among = np.square(y[:, None] - y).sum(axis=2) + np.diag(np.full(60, np.inf))
+    assert numbers["AuthPct"] == (ordered[:, 0] > among.min(axis=1)[distance.argmin(axis=1)]).mean()
+    roots = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(real.T)).real
+    fpd = np.square(x.mean(axis=0) - real.mean(axis=0)).sum() + np.trace(np.cov(x.T) + np.cov(real.T) - 2 * roots)
+    assert numbers["fpd"] == pytest.approx(fpd, abs=1e-3)
+    assert 0 < runs.fpd_spread(images, heldout) < numbers["fpd"]
 
 
 def test_roc_auc_against_all_pairs():
@@ -107,36 +142,38 @@ def test_roc_auc_against_all_pairs():
     assert roc_auc(scores, np.zeros(60, bool)) is None and roc_auc(scores, np.ones(60, bool)) is None
 
 
-def test_patches_do_not_overlap_and_some_are_repeated_ten_times(tmp_path):
-    patches = tiles(16)
+def test_patches_do_not_overlap_and_some_are_repeated_ten_times():
+    patches = arms.patches(16)
     assert len(np.unique(patches.reshape(len(patches), -1), axis=0)) == len(patches)
     photographs = [image[: 26 * 16, : 40 * 16] for image in sklearn.datasets.load_sample_images().images]
     cuts = [p[y : y + 16, x : x + 16] for p in photographs for y in range(0, 416, 16) for x in range(0, 640, 16)]
     most_contrast = sorted(cuts, key=lambda cut: -cut.std(axis=(0, 1)).mean())[: len(patches)]
     assert abs(len(patches) - len(cuts) / 3) < 1
     for cut in most_contrast[:: len(patches) // 9]:
-        unclipped = cut + (127.5 - cut.mean(axis=(0, 1)))
-        assert (abs(patches - np.clip(unclipped, 0, 255)).max(axis=(1, 2, 3)) <= 0.5).sum() == 1
-    assert abs(patches.mean(axis=(1, 2)) - 127.5).max() < 25, "clipping moves the mean of a few"
-    train, heldout = choose(len(patches), 256)
+        assert (patches == cut).all(axis=(1, 2, 3)).sum() == 1
+    train, heldout = arms.choose(len(patches), 256)
     times = np.bincount(train, minlength=len(patches))
     assert sorted(times[times > 0].tolist()) == [1] * 156 + [10] * 10
     assert set(heldout) == set(np.flatnonzero(times == 0))
     # copies are not neighbours in file order, so they come into several shards
     shards = [set(train[k * 64 : k * 64 + 64]) for k in range(4)]
-    assert all(sum(tile in shard for shard in shards) > 1 for tile in np.flatnonzero(times == 10))
+    assert all(sum(patch in shard for shard in shards) > 1 for patch in np.flatnonzero(times == 10))
 
-    write_patches(tmp_path / "p", 50, 16)
-    names = sorted(path.name for path in (tmp_path / "p/train").iterdir())
+
+def test_repeated_images_are_measured_once(tmp_path, monkeypatch):
+    data = arms.DATA["patches128"]
+    flags = (data.flags[0], f"--data_root={tmp_path}/small/train")
+    data = dataclasses.replace(data, name="small", flags=flags, num_train=50, images=20)
+    monkeypatch.setitem(arms.DATA, "small", data)
+    training, group, distinct, heldout = runs.real_images("small")
+    assert training.shape == (50, 3, 16, 16) and distinct.shape == (32, 3, 16, 16)
+    assert torch.equal(distinct[group], training)
+    assert sorted(np.bincount(group).tolist()) == [1] * 30 + [10] * 2
+    names = sorted(file.name for file in (tmp_path / "small/train").glob("*.png"))
     assert len(names) == 50 and len({name[6:] for name in names}) == 32
-
-
-def test_repeated_images_are_measured_once(tmp_path):
-    judge = Judge(arms.subject("patches50", options_of(tmp_path, images=20)))
-    assert judge.training.shape == (50, 3, 16, 16) and judge.distinct.shape == (32, 3, 16, 16)
-    assert torch.equal(judge.distinct[judge.group], judge.training)
-    assert sorted(np.bincount(judge.group).tolist()) == [1] * 30 + [10] * 2
-    assert judge.floor["fpd of a held-out sample to the others"] > 0
+    assert len(heldout) == len(arms.patches(16)) - 32
+    floor = runs.floor_of(data)
+    assert floor["fpd"] > 0 and floor["images"] == len(heldout) and floor["MQ@90"] > 0
 
 
 def test_per_image_loss_prefers_what_the_network_knows():
@@ -160,19 +197,15 @@ def test_per_image_loss_prefers_what_the_network_knows():
 
 
 def test_arms_have_the_steps_they_say(tmp_path):
-    for name in ("digits64", "digits256", "patches128"):
-        about = arms.subject(name, options_of(tmp_path))
+    for data in arms.DATA.values():
         for arm in [*arms.ARMS.values(), *arms.TRIALS["default"], *arms.TRIALS["IET-AGC"]]:
-            flags, steps = arms.command_line(about, arm, 1, tmp_path)
+            flags, steps = arms.command_line(data, arm, 1, tmp_path)
             value = {name: number for name, _, number in (flag.removeprefix("--").partition("=") for flag in flags)}
             rounds, kept, batch = (int(value[name]) for name in ("total_round", "save_round", "batch_size"))
             total = steps * rounds
-            assert 0.9 * about.steps <= total / (1 if arm.shards == 1 else arms.ENSEMBLE_STEPS) <= about.steps
-            assert about.points / 2 < rounds / kept <= about.points + 2 and about.num_train // arm.shards >= batch
+            assert 0.9 * data.steps <= total / (1 if arm.shards == 1 else arms.ENSEMBLE_STEPS) <= data.steps
+            assert data.points / 2 < rounds / kept <= data.points + 2 and data.num_train // arm.shards >= batch
     assert len(arms.TRIALS["default"]) == len(arms.TRIALS["IET-AGC"])
-    for wrong in ("digits", "patches7", "cifar64"):
-        with pytest.raises(UsageError, match=wrong):
-            arms.subject(wrong, options_of(tmp_path))
 
 
 def test_another_choice_of_the_tuning_is_another_training(tmp_path):
@@ -183,99 +216,98 @@ def test_another_choice_of_the_tuning_is_another_training(tmp_path):
         (tmp_path / "tuning.json").write_text(json.dumps({"best": best}))
         tuned = arms.tuned_arms(tmp_path)
         assert list(tuned) == ["tuned default", "tuned IET-AGC"]
-        places.append([run.directory for run in runs.plan("digits32", tuned.values(), [1], options)])
+        places.append([run.directory for run in runs.plan("digits64", tuned.values(), [1], options)])
     assert places[0][0] == places[1][0] and places[0][1] != places[1][1]
 
 
 def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
-    def entry(fifteen, thirty):
-        return {"fpd reached": 1.0, "MQ@15": fifteen, "MQ@30": thirty}
-
-    found = {
-        "a": {"raw": entry(0.1, 0.0), "ema": entry(None, None)},
-        "b": {"raw": entry(-0.05, 0.3), "ema": entry(-0.01, 0.2)},
-    }
-    assert tuning.best(found) == {"setting": "b", "weights": "ema"}
+    rows = [
+        {"setting": setting, "MQ@15": fifteen, "MQ@30": thirty}
+        for setting, fifteen, thirty in (("a", 0.1, 0.0), ("b", None, None), ("c", -0.05, 0.3), ("d", -0.01, 0.2))
+    ]
+    assert tuning.best(rows)["setting"] == "d"
 
 
-TINY = ["--steps=16", "--points=2", "--images=20"]
+@pytest.mark.parametrize("wrong", ["--data=digits", "--arms=IET,ITE", "--images=0", "--seeds=x"])
+def test_a_wrong_flag_is_named(wrong, tmp_path):
+    with pytest.raises(UsageError, match=wrong.partition("=")[0]):
+        frontier.main([wrong, f"--out={tmp_path}"])
 
 
-def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, monkeypatch):
+def test_tuning_then_frontier_and_nothing_is_made_twice(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results"
+    tiny = ["--data=digits64", "--steps=16", "--points=2", "--images=20", "--out=results"]
     monkeypatch.setattr(tuning, "TRIALS", {method: trials[:1] for method, trials in arms.TRIALS.items()})
-    monkeypatch.chdir(ROOT)
-    tuning.main(["--data=digits32", *TINY, f"--out={out}"])
+    monkeypatch.setattr(arms, "SAMPLER", ("--sampler=dpmpp", "--sample_steps=2"))
+    monkeypatch.chdir(tmp_path)
+    tuning.main(tiny)
     chosen = json.loads((out / "tuning.json").read_text())
     assert chosen["best"]["IET-AGC"]["setting"] == "IET-AGC" and chosen["best"]["default"]["setting"] == "default"
 
-    frontier = ["com/frontier.sh", "--data=digits32", "--seeds=11", *TINY, f"--out={out}", "--arms=default,IET-AGC"]
-    first = run_bash(*frontier, cwd=tmp_path)  # the trainings of the tuning's seed are there already
-    assert "IET-AGC" in first.stdout and "fpd" in first.stdout
-    result = json.loads((out / "frontier.json").read_text())["digits32"]
+    times = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
+    command = [*tiny, "--seeds=11", "--arms=default,IET-AGC"]
+    frontier.main(command)  # the trainings of the tuning's seed are there already
+    result = json.loads((out / "frontier.json").read_text())["digits64"]
     points = {(p["arm"], p["weights"], p["steps"]) for p in result["points"]}
     expected = itertools.product((("default", (8, 16)), ("IET-AGC", (16, 32))), ("raw", "ema"))
     assert points == {(arm, weights, s) for (arm, steps), weights in expected for s in steps}
-    assert result["floor"]["heldout"]["mq_fraction"]["90"] > 0
-    assert result["matched quality"]["raw"].keys() and result["samplers"].keys() == {"default", "IET-AGC"}
-    assert (out / "frontier.png").stat().st_size > 10_000 and (out / "pairs_digits32.png").stat().st_size > 1000
-    page = out / "frontier_digits32.html"
-    assert "held-out real images" in page.read_text() and "http" not in page.read_text()
-    if CHROMIUM:
-        assert assert_readable(page, tmp_path)["charts"] == 6
+    assert result["floor"]["MQ@90"] > 0 and len(result["matched"]) == 16 and len(result["comparisons"]) == 8
+    assert {row["arm"] for row in result["detection"]} == {"default", "IET-AGC"}
+    assert (out / "frontier.png").stat().st_size > 10_000 and (out / "pairs_digits64.png").stat().st_size > 1000
 
-    times = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    run_bash(*frontier[:-1], "--arms=default,IET-AGC", cwd=tmp_path)
+    assert "IET-AGC" in capsys.readouterr().out
+    frontier.main(command)
     assert times == {path: path.stat().st_mtime_ns for path in times}
-    again = json.loads((out / "frontier.json").read_text())["digits32"]
-    assert again["points"] == result["points"] and again["seconds"] > result["seconds"]
+    results = json.loads((out / "frontier.json").read_text())
+    assert results["digits64"]["points"] == result["points"]
+    assert results["digits64"]["seconds"] >= result["seconds"]
 
-    (tmp_path / "README.md").write_text(f"before\n{document.BEGIN}\nold\n{document.END}\nafter\n")
-    pages = document.written(tmp_path)
-    assert (
-        "IET-AGC less default" in pages[tmp_path / "docs/RESULTS.md"]
-        and "**chosen**" in pages[tmp_path / "docs/RESULTS.md"]
-    )
-    readme = pages[tmp_path / "README.md"]
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    names = ("floor", "equal steps", "comparisons", "detection", "end digits64", "matched digits64")
+    text = tables.filled("".join(f"<!-- table: {name} -->\nold<!-- end -->\n" for name in names), results)
+    assert "old" not in text and text.count("<!-- end -->") == len(names) and "IET-AGC against default" in text
+    with pytest.raises(DataError, match="no table 'flor'"):
+        tables.filled("<!-- table: flor -->\n<!-- end -->", results)
+    del results["digits64"]["flags"]["IET-AGC"]
+    with pytest.raises(DataError, match="digits64 lacks IET-AGC"):
+        tables.filled("", results)
 
 
 def processes_of(path):
-    return subprocess.run(["pgrep", "-f", str(path)], capture_output=True, text=True, check=False).stdout.split()
+    found = subprocess.run(["pgrep", "-f", f"python.*{path}"], capture_output=True, text=True, check=False)
+    return list(map(int, found.stdout.split()))
 
 
 def test_a_killed_experiment_leaves_no_training_behind(tmp_path):
-    command = [sys.executable, "-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
+    flags = ["--data=digits64", "--arms=default", "--seeds=1", "--steps=100000", f"--out={tmp_path}"]
+    command = ["bash", str(ROOT / "com/frontier.sh"), *flags]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
         limit = time.monotonic() + 100
-        while not list(tmp_path.glob("runs/digits32/*/seed11/log/flagfile.txt")):
+        while len(processes_of(tmp_path)) < 2:
             assert time.monotonic() < limit and process.poll() is None
             time.sleep(0.1)
-        assert len(processes_of(tmp_path)) > 1
-        process.kill()
+        os.kill(min(processes_of(tmp_path)), signal.SIGKILL)  # the experiment, which started the training
     while processes_of(tmp_path):
         assert time.monotonic() < limit
         time.sleep(0.1)
 
 
-def test_the_documents_say_what_the_results_say():
-    for path, text in document.written(ROOT).items():
-        assert path.read_text() == text, f"{path.name} differs from results/*.json: run python -m experiments.document"
+def test_the_document_says_what_the_results_say():
+    text, results = tables.DOCUMENT.read_text(), json.loads((ROOT / "results/frontier.json").read_text())
+    assert tables.filled(text, results) == text, f"{tables.DOCUMENT} differs: run python -m experiments.tables"
+    assert text.count("<!-- table: ") == 10
 
 
 @pytest.fixture
 def half_measured(tmp_path):
     """A run whose training was stopped by the deadline, and measuring after the first of its two checkpoints."""
     options = options_of(tmp_path, points=2, steps=16, images=20)
-    (run,) = runs.plan("digits32", [arms.ARMS["default"]], [1], options)
+    (run,) = runs.plan("digits64", [arms.ARMS["default"]], [1], options)
     (run.directory / "log").mkdir(parents=True)
     (run.directory / "measured").mkdir()
-    points = []
     for r in (1, 2):
         (run.directory / "log" / f"global_ckpt_round{r}.pt").touch()
-    for weights in ("raw", "ema"):
-        np.savez(runs.measured_path(run, 1, weights), ratio=np.full(20, 0.5), skips=np.arange(32))
-        points.append({"round": 1, "steps": 8, "weights": weights})
+    np.savez(runs.arrays_path(run, 1, "raw"), skips=np.arange(64))
+    points = [{"round": 1, "steps": 8, "weights": weights, "images": 20} for weights in runs.WEIGHTS]
     (run.directory / "points.json").write_text(json.dumps(points))
     return run
 
@@ -283,20 +315,29 @@ def half_measured(tmp_path):
 def test_what_is_measured_last_is_not_what_was_saved_last(half_measured):
     assert runs.rounds_kept(half_measured) == [1, 2]
     assert runs.is_measured(half_measured)
-    assert runs.last_measured(half_measured)["skips"].tolist() == list(range(32))
+    assert runs.last_arrays(half_measured)["skips"].tolist() == list(range(64))
     path = half_measured.directory / "points.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:1]))
     assert not runs.is_measured(half_measured), "it has no EMA point to compare with other runs"
 
 
 def test_points_of_another_number_of_images_are_made_again(half_measured):
-    assert {(p["round"], p["weights"]) for p in runs.measured_already(half_measured)} == {(1, "raw"), (1, "ema")}
-    more = dataclasses.replace(half_measured.subject, images=40)
-    assert runs.measured_already(dataclasses.replace(half_measured, subject=more)) == []
+    assert {(p["round"], p["weights"]) for p in runs.read_points(half_measured)} == {(1, "raw"), (1, "ema")}
+    more = dataclasses.replace(half_measured, data=dataclasses.replace(half_measured.data, images=40))
+    assert runs.read_points(more) == [] and runs.arrays_path(more, 1, "raw") != runs.arrays_path(
+        half_measured, 1, "raw"
+    )
 
 
 def test_a_training_with_other_flags_is_not_taken_for_done(half_measured):
     (half_measured.directory / "trained").write_text("\n".join(half_measured.flags))
-    assert runs.train(half_measured, deadline=0)
+    assert runs.is_trained(half_measured)
     longer = dataclasses.replace(half_measured, flags=(*half_measured.flags, "--total_round=9"))
-    assert not runs.train(longer, deadline=0)
+    assert not runs.is_trained(longer)
+
+
+def test_what_lies_deep_in_json_is_on_one_line(tmp_path):
+    value = {"a": {"b": [{"c": [1, {"d": "x\n y"}]}, {}], "e": []}, "f": 0.1}
+    runs.write_lines(tmp_path / "x.json", value, depth=3)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value and '\n      { "c": [ 1, { "d": "x\\n y" } ] },\n      {}\n' in text
