@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from errors import UserError
+from files import lock_directory, make_directory
 
 
 def positive(text):
@@ -32,6 +33,12 @@ def parse(parser, arguments):
     options = parser.parse_args(arguments)
     options.command = sys.argv[1:] if arguments is None else arguments
     return options
+
+
+def take(out):
+    """Make the directory of an experiment and take it until the file that is returned is closed; raises DataError."""
+    make_directory(out, "out")
+    return lock_directory(out, "out")
 
 
 def report_errors(name, work):

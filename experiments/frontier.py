@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from errors import UsageError
 from experiments.arms import ARMS, subject, tuned_arms
-from experiments.command import parse, parser_of, report_errors
+from experiments.command import parse, parser_of, report_errors, take
 from experiments.detection import detection
 from experiments.matched import Point, difference, interval
 from experiments.page import write_page
@@ -192,8 +192,9 @@ def run_all(options):
     for name in options.data:
         subject(name, options)
     deadline = time.time() + 60 * options.minutes
-    for name in options.data:
-        run_data_set(name, options, arms, deadline)
+    with take(options.out):
+        for name in options.data:
+            run_data_set(name, options, arms, deadline)
 
 
 def main(arguments=None):

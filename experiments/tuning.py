@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from errors import DataError
 from experiments.arms import TRIALS
-from experiments.command import parse, parser_of, report_errors
+from experiments.command import parse, parser_of, report_errors, take
 from experiments.frontier import DIFFERENCES, paths_of
 from experiments.matched import mean_at_quality, share_below
 from experiments.runs import WEIGHTS, is_complete, judge_of, plan, read_points, work_all
@@ -56,6 +56,7 @@ def tune(options):
     start = time.time()
     trials = [arm for pair in zip(*TRIALS.values(), strict=True) for arm in pair]
     runs = plan(options.data, trials, [options.seed], options)
+    lock = take(options.out)
     work_all(runs, start + 60 * options.minutes)
     if not all(map(is_complete, runs)):
         raise DataError(f"{options.out}/runs: not all trials are done: the same command goes on")
@@ -80,6 +81,7 @@ def tune(options):
     write_json(path, result)
     for name, chosen in result["best"].items():
         print(f"{name}: best at fpd {quality:.3f} is {chosen['setting']!r} with {chosen['weights']} weights")
+    lock.close()
 
 
 def main(arguments=None):

@@ -180,6 +180,8 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         "nearest training images (Liu et al. 2024). The floor is the same figure for real images that were not trained "
         "on: what a generator that copies nothing may reach.</p>"
     )
+    if result.get("warning"):
+        note += f'<p class="note">{escape(result["warning"])}.</p>'
     copies = copy_counts(nearest, ratio, len(training))
     about = f'<p class="note">A generated image with a ratio below {COPIED} % is a copy of its nearest training image.'
     about += f" {(copies > 0).sum()} of {len(training)} training images are copied.</p>"

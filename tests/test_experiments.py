@@ -14,11 +14,12 @@ import sklearn.datasets
 import torch
 
 from errors import UsageError
-from experiments import arms, document, runs, tuning
+from experiments import arms, document, frontier, runs, tuning
 from experiments.detection import per_image_loss, roc_auc
 from experiments.judge import Judge
 from experiments.matched import Point, at_quality, at_quality_of_draws, difference, interval
 from experiments.patches import choose, tiles, write_patches
+from files import lock_directory
 from tests.browser import CHROMIUM, assert_readable
 from tests.commands import ROOT, environment, run_bash
 
@@ -201,6 +202,13 @@ def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
 TINY = ["--steps=16", "--points=2", "--images=20"]
 
 
+@pytest.mark.parametrize("experiment", [tuning, frontier])
+def test_one_experiment_per_directory(experiment, tmp_path, capsys):
+    with lock_directory(tmp_path, "out"):
+        assert experiment.main(["--data=digits32", f"--out={tmp_path}"]) == 1
+    assert f"--out={tmp_path}: process" in capsys.readouterr().err
+
+
 def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, monkeypatch):
     out = tmp_path / "results"
     monkeypatch.setattr(tuning, "TRIALS", {method: trials[:1] for method, trials in arms.TRIALS.items()})
@@ -209,8 +217,8 @@ def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, 
     chosen = json.loads((out / "tuning.json").read_text())
     assert chosen["best"]["IET-AGC"]["setting"] == "IET-AGC" and chosen["best"]["default"]["setting"] == "default"
 
-    frontier = ["com/frontier.sh", "--data=digits32", "--seeds=11", *TINY, f"--out={out}", "--arms=default,IET-AGC"]
-    first = run_bash(*frontier, cwd=tmp_path)  # the trainings of the tuning's seed are there already
+    command = ["com/frontier.sh", "--data=digits32", "--seeds=11", *TINY, f"--out={out}", "--arms=default,IET-AGC"]
+    first = run_bash(*command, cwd=tmp_path)  # the trainings of the tuning's seed are there already
     assert "IET-AGC" in first.stdout and "fpd" in first.stdout
     result = json.loads((out / "frontier.json").read_text())["digits32"]
     points = {(p["arm"], p["weights"], p["steps"]) for p in result["points"]}
@@ -225,7 +233,7 @@ def test_tuning_then_frontier_then_document_and_nothing_is_made_twice(tmp_path, 
         assert assert_readable(page, tmp_path)["charts"] == 6
 
     times = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    run_bash(*frontier[:-1], "--arms=default,IET-AGC", cwd=tmp_path)
+    run_bash(*command[:-1], "--arms=default,IET-AGC", cwd=tmp_path)
     assert times == {path: path.stat().st_mtime_ns for path in times}
     again = json.loads((out / "frontier.json").read_text())["digits32"]
     assert again["points"] == result["points"] and again["seconds"] > result["seconds"]
