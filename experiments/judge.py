@@ -8,10 +8,9 @@ import torch
 
 from dataset import load_dataset
 from experiments.patches import write_patches
-from score.frechet import frechet_distance
+from score.fid import frechet_distance, pixel_statistics
 from score.generate import generate
 from score.memorization import above_floor, measures, memorization_ratio, nearest_neighbors
-from score.stats import pixel_statistics
 
 PAIRS = 10
 RESAMPLES = 10  # of the generated images, for the spread of the Frechet distance
