@@ -2,7 +2,6 @@
 
 from html import escape
 
-import numpy as np
 import torch
 
 from experiments.detection import copies_of
@@ -11,9 +10,8 @@ from experiments.plot import curves as frontier_curves
 from experiments.runs import WEIGHTS
 from experiments.tables import floor_rows, matched_rows
 from files import atomic_write
-from score.charts import Chart, legend
 from score.memorization import mq_curve
-from score.report import copied, curves, histogram, page, pair_figure, table
+from score.report import chart, copied, curves, histogram, legend, page, pair_figure, table
 
 
 def frontier_chart(result, weights, threshold):
@@ -24,18 +22,15 @@ def frontier_chart(result, weights, threshold):
         if steps:
             drawn[arm] = distances.mean(axis=0), shares.mean(axis=0)
     said = "; ".join(f"{arm} ends at fpd {x[-1]:.2f} with {y[-1]:+.1%}" for arm, (x, y) in drawn.items())
-    xs, ys = (np.concatenate([line[i] for line in drawn.values()]) for i in (0, 1))
-    chart = Chart(
-        (0, 1.05 * xs.max()),
-        (min(0.0, ys.min()) - 0.02, max(0.1, 1.05 * ys.max())),
-        "fpd to held-out images",
-        f"MQ@{threshold} above floor",
-        f"MQ@{threshold} against quality, {weights} weights. {said}.",
-        percent=True,
-    )
-    for colour, (x, y) in enumerate(drawn.values()):
-        chart.line(x, y, colour)
-    return f"<h3>MQ@{threshold}, {weights} weights</h3>" + chart.svg() + legend(drawn)
+
+    def draw(axes):
+        for x, y in drawn.values():
+            axes.plot(x, y)
+        axes.set_xlim(left=0)
+
+    alt = f"MQ@{threshold} against quality, {weights} weights. {said}."
+    picture = chart(draw, "fpd to held-out images", f"MQ@{threshold} above floor", alt)
+    return f"<h3>MQ@{threshold}, {weights} weights</h3>" + picture + legend(drawn)
 
 
 def pairs(found):
