@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from files import write_json
-from score.markdown import markdown_table
+from score.compare import markdown_table
 from training.allocator import keep_freed_memory
 
 PARTS = ("step", "sampler", "neighbors", "frechet", "data")

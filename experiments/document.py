@@ -14,7 +14,7 @@ from experiments.frontier import BASELINES, DIFFERENCES
 from experiments.runs import WEIGHTS
 from experiments.tables import SHOWN, floor_rows, matched_rows, share
 from files import atomic_write, read_json
-from score.markdown import markdown_table
+from score.compare import markdown_table
 from score.memorization import THRESHOLDS
 
 ROOT = Path(__file__).parent.parent

@@ -31,8 +31,8 @@ from experiments.runs import (
 )
 from experiments.tables import matched_rows
 from files import read_json, write_json
+from score.compare import markdown_table
 from score.grids import save_pairs
-from score.markdown import markdown_table
 from score.memorization import THRESHOLDS
 
 FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
