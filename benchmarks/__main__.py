@@ -20,7 +20,7 @@ import distributed
 import startup
 from errors import UsageError
 from files import write_json
-from score.markdown import markdown_table
+from score.compare import markdown_table
 from training.allocator import keep_freed_memory
 
 PARTS = ("step", "sampler", "neighbors", "frechet", "data")

@@ -11,8 +11,7 @@ import sklearn.datasets
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 
-from score.frechet import frechet_distance
-from score.stats import Statistics
+from score.fid import Statistics, frechet_distance
 
 PATCH = 16
 IMAGES = 5000

@@ -18,7 +18,7 @@ from benchmarks.__main__ import machine
 from benchmarks.neighbors import K, natural, noise
 from benchmarks.step import NETWORKS, T, forward_backward, make_net, make_step
 from benchmarks.timing import alternate, seconds_of
-from score.markdown import markdown_table
+from score.compare import markdown_table
 from score.memorization import nearest_neighbors
 from training.allocator import keep_freed_memory
 

@@ -33,10 +33,9 @@ from errors import DataError
 from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
 from files import atomic_write, lock_directory, make_directory, read_json, write_text
 from model import UNet
-from score.frechet import frechet_distance
+from score.fid import frechet_distance, pixel_statistics
 from score.generate import generate
 from score.memorization import measures, memorization_ratio, nearest_neighbors
-from score.stats import pixel_statistics
 from training import checkpoint, flags
 
 FLAGS = absl_flags.FLAGS

@@ -18,7 +18,7 @@ from errors import DataError
 from experiments.arms import ROOT
 from experiments.matched import COMPARED
 from files import read_json, write_text
-from score.markdown import markdown_table
+from score.compare import markdown_table
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
 

@@ -17,7 +17,6 @@ import startup
 from errors import DataError, printable
 from files import read_json, write_json, write_text
 from score.grids import save_comparison
-from score.markdown import markdown_table
 from score.report import curves, page, table
 
 COLUMNS = {
@@ -55,6 +54,20 @@ def summarize(results):
             spread = statistics.stdev(values) if len(values) > 1 else None
             summary[column] = {"mean": statistics.fmean(values), "std": spread}
     return summary
+
+
+def markdown_table(header, rows):
+    """A table as Markdown, each line with its line break.
+
+    Args:
+        header: names of the columns.
+        rows: lists of as many cells each, of any type.
+    """
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def format_table(summaries):

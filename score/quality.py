@@ -6,14 +6,9 @@ import distributed
 from dataset import fingerprint
 from errors import UsageError
 from files import file_hash
-from score.frechet import frechet_distance
+from score.fid import frechet_distance, inception_score, inception_statistics_and_probs, pixel_statistics
 from score.inception import FEATURES, Inception
-from score.inception_score import inception_score
-from score.stats import (
-    inception_statistics_and_probs,
-    pixel_statistics,
-    reference_statistics,
-)
+from score.stats import reference_statistics
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank

@@ -2,13 +2,13 @@
 
 import base64
 import io
+import re
 from html import escape
 
 import torch
 from PIL import Image
 
 from files import write_text
-from score.charts import STYLE, Chart, legend
 from score.memorization import THRESHOLDS
 
 PAIRS = 40
@@ -16,9 +16,21 @@ TRAINING_IMAGES = 24
 LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
 
-PAGE = (
-    STYLE
-    + """
+# what matplotlib draws in becomes what the page calls by these names, in light and in dark
+SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
+NAMES = {"#1b1f24": "ink", "#d5dae0": "faint", "#57606a": "muted", **{c: f"series-{i}" for i, c in enumerate(SERIES)}}
+
+PAGE = """
+:root { --ink: #1b1f24; --paper: #ffffff; --faint: #d5dae0; --muted: #57606a; --card: #f5f7f9;
+  --series-0: #0b62a8; --series-1: #b4470a; --series-2: #1a7a3c; --series-3: #8a2f8f;
+  --series-4: #7a6200; --series-5: #00717a; --series-6: #a3243b; --series-7: #555c66; }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e6e9ed; --paper: #12161b; --faint: #343b44; --muted: #a0a9b4; --card: #1b2128;
+  --series-0: #6cb6f2; --series-1: #f2a26c; --series-2: #6fd08c; --series-3: #d79adb;
+  --series-4: #dcc24a; --series-5: #5fcdd6; --series-6: #f28ba0; --series-7: #b6bec8; } }
+svg.chart { width: 100%; max-width: 720px; height: auto; display: block; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 1rem; padding: 0; list-style: none; }
+.legend i { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle; }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
   max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -37,7 +49,6 @@ figure img:only-of-type { width: 60%; }
 figcaption { font-size: .8rem; color: var(--muted); }
 code { overflow-wrap: anywhere; }
 """
-)
 
 
 def page(title, sections):
@@ -71,6 +82,46 @@ def tiles(numbers):
     return '<div class="tiles">' + "".join(f"<div>{escape(k)}<b>{escape(v)}</b></div>" for k, v in numbers) + "</div>"
 
 
+def chart(draw, x_label, y_label, alt):
+    """What draw(axes) draws with matplotlib, as SVG in the page's colours; the y axis is a share, written in percent.
+
+    alt: what the chart says, for those who do not see it.
+    """
+    # a second that evaluations without a page need not wait
+    from matplotlib import cycler, rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    ink, faint, muted = (colour for colour in NAMES if colour not in SERIES)
+    colours = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "grid.color": faint}
+    colours |= {"axes.edgecolor": muted, "axes.prop_cycle": cycler(color=SERIES)}
+    with rc_context({**colours, "svg.fonttype": "none", "font.size": 13, "axes.axisbelow": True}):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.grid(True)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    drawn = re.search(r'viewBox="([^"]*)"[^>]*>(.*)</svg>', file.getvalue(), re.DOTALL)
+    marks = re.sub(r'<style.*?</style>| id="[a-z0-9.]+_[0-9]+"', "", drawn[2]).replace("xlink:href", "href")
+    marks = re.sub("|".join(NAMES), lambda colour: f"var(--{NAMES[colour[0]]})", marks)
+    head = f'<svg class="chart" viewBox="{drawn[1]}" role="img" aria-label="{escape(alt, quote=True)}">'
+    return f"{head}<title>{escape(alt)}</title>{marks}</svg>"
+
+
+def legend(names):
+    """What the series colours 0, 1, ... stand for, as HTML."""
+    items = (
+        f'<li><i style="border-color: var(--series-{i % len(SERIES)})"></i> {escape(name)}</li>'
+        for i, name in enumerate(names)
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
 def curves(series):
     """MQ over all thresholds as a chart with its legend; series: {name: curves of `mq_curve`, one per repeat}."""
     said = []
@@ -78,23 +129,28 @@ def curves(series):
         low, high = (sum(curve[p] for curve in repeats) / len(repeats) for p in (15, 50))
         said.append(f"{name}: {low:.1%} below 15, {high:.1%} below 50")
     alt = f"Share of images whose ratio is below a threshold. {'; '.join(said)}."
-    chart = Chart((0, 100), (0, 1), "threshold p, percent", "share with ratio below p", alt, percent=True)
-    for colour, repeats in enumerate(series.values()):
-        for curve in repeats:
-            chart.line(range(101), curve, colour)
-    return chart.svg() + legend(series)
+
+    def draw(axes):
+        for colour, repeats in enumerate(series.values()):
+            for curve in repeats:
+                axes.plot(range(101), curve, color=SERIES[colour % len(SERIES)])
+        axes.set(xlim=(0, 100), ylim=(0, 1))
+
+    return chart(draw, "threshold p, percent", "share with ratio below p", alt) + legend(series)
 
 
 def histogram(series):
     """The distribution of the ratios as a chart with its legend; series: {name: ratio (N,)}."""
     counts = {name: torch.histc(100 * ratio.double(), 50, 0, 100) / len(ratio) for name, ratio in series.items()}
     medians = "; ".join(f"{name}: median {100 * ratio.median().item():.0f}" for name, ratio in series.items())
-    top = max(count.max().item() for count in counts.values())
     alt = f"Histogram of 100 d1 / mean(d1 .. d50). {medians}."
-    chart = Chart((0, 100), (0, 1.05 * top), "ratio, percent", "share of images", alt, percent=True)
-    for colour, count in enumerate(counts.values()):
-        chart.bars(range(0, 102, 2), count.tolist(), colour)
-    return chart.svg() + legend(counts)
+
+    def draw(axes):
+        for count in counts.values():
+            axes.stairs(count.numpy(), range(0, 102, 2), fill=True, alpha=0.55)
+        axes.set(xlim=(0, 100))
+
+    return chart(draw, "ratio, percent", "share of images", alt) + legend(counts)
 
 
 def pair_figure(place, original, j, copy, i, ratio):
@@ -180,6 +236,8 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         "nearest training images (Liu et al. 2024). The floor is the same figure for real images that were not trained "
         "on: what a generator that copies nothing may reach.</p>"
     )
+    if result.get("warning"):
+        note += f'<p class="note">{escape(result["warning"])}.</p>'
     copies = copy_counts(nearest, ratio, len(training))
     about = f'<p class="note">A generated image with a ratio below {COPIED} % is a copy of its nearest training image.'
     about += f" {(copies > 0).sum()} of {len(training)} training images are copied.</p>"

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, the reference statistics of FID and fpd, and a command that writes them:
+"""Files of the reference statistics of FID and fpd, mean and covariance, and a command that writes them:
 
 python -m score.stats --dataset=cifar10 --data_root=data --output=results/cifar10.train.npz
 """
@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
-import itertools
 import os
 import sys
 import warnings
@@ -17,98 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import distributed
 import startup
 from dataset import DATASETS, fingerprint, load_dataset
 from errors import DataError, UsageError
 from files import atomic_write, make_directory
-from score.inception import FEATURES, Inception, find_weights
+from score.fid import DIMENSIONS, compute_statistics
+from score.inception import Inception, find_weights
 from score.samples import npz_headers, read_npz
 
-POOLED_SIZE = 8
-DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
-PIXEL_BATCH = 1024
 CACHE = Path("results/stats")
-
-
-class Statistics:
-    """Running sums of features (..., D) in float64: the count, the sum and the sum of outer products."""
-
-    def __init__(self, dimension, device="cpu"):
-        self.count = 0
-        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
-
-    def update(self, features):
-        """Takes in a batch of features (B, D)."""
-        features = features.to(self.sum)
-        self.count += len(features)
-        self.sum += features.sum(dim=0)
-        self.outer.addmm_(features.T, features)
-
-    def merge(self, other):
-        """Takes in all that another instance, of another process for example, has taken in."""
-        self.count += other.count
-        self.sum += other.sum.to(self.sum)
-        self.outer += other.outer.to(self.outer)
-
-    def merge_processes(self):
-        """Takes in what the other processes' instances have taken in; returns itself, then the same in all of them."""
-        self.count = int(distributed.total(torch.tensor(self.count)))
-        distributed.total(self.sum)
-        distributed.total(self.outer)
-        return self
-
-    def mean_and_covariance(self):
-        """(mu (D,), sigma (D, D)), float64 arrays, covariance with N - 1. Raises ValueError for less than 2 rows."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-        mu = self.sum / self.count
-        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
-        return mu.cpu().numpy(), sigma.cpu().numpy()
-
-
-def pixel_features(images):
-    """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to 8 x 8, in the order (3, 8, 8).
-
-    Where 8 does not divide the size the pooling windows overlap by a pixel, and images smaller than 8 x 8 have pixels
-    repeated (torch's adaptive average pooling).
-    """
-    return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
-
-
-def pixel_statistics(images):
-    """`Statistics` of the pixel features of uint8 images (N, 3, H, W), on their device, by all processes."""
-    statistics = Statistics(DIMENSIONS["pixels"], images.device)
-    for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
-        statistics.update(pixel_features(batch))
-    return statistics.merge_processes()
-
-
-def inception_statistics(images, inception, batch_size=50):
-    """`Statistics` of the Inception features of uint8 images (N, 3, H, W), with a progress bar, by all processes."""
-    statistics = Statistics(FEATURES, inception.class_weight.device)
-    for features, _ in inception.batches(images, batch_size):
-        statistics.update(features)
-    return statistics.merge_processes()
-
-
-def inception_statistics_and_probs(images, inception, batch_size=50):
-    """As `inception_statistics`, and the class probabilities for the Inception score.
-
-    Those are (N, 1008), float32 on the CPU, in the order of the images, and on rank 0 only (None elsewhere).
-    """
-    statistics, probs = Statistics(FEATURES, inception.class_weight.device), []
-    for features, logits in inception.batches(images, batch_size):
-        statistics.update(features)
-        probs.append(logits.softmax(dim=1).cpu())
-    gathered = distributed.gather(probs)
-    if gathered:
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
-        probs = torch.cat([batch for batch in in_turn if batch is not None])
-    return statistics.merge_processes(), probs if gathered else None
 
 
 def save_statistics(path, mu, sigma, **provenance):
@@ -152,13 +70,6 @@ def provenance_of(images, features, inception=None):
     if features == "inception":
         provenance["weights"] = inception.weights_hash
     return provenance
-
-
-def compute_statistics(images, features, inception=None, batch_size=50):
-    """(mu, sigma) of uint8 images (N, 3, H, W) for features "inception" (then an `Inception` is needed) or "pixels"."""
-    if features == "inception":
-        return inception_statistics(images, inception, batch_size).mean_and_covariance()
-    return pixel_statistics(images).mean_and_covariance()
 
 
 def reference_statistics(images, features, cache_path=None, inception=None, batch_size=50):

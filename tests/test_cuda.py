@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 
 import benchmarks.__main__ as benchmarks
 from diffusion import SAMPLERS, GaussianDiffusionSampler
+from score.fid import compute_statistics
 from score.generate import generate
 from score.inception import Inception
 from score.memorization import authenticity, nearest_neighbors
-from score.stats import compute_statistics
 from tests.commands import ROOT, check, eval_flags, run, torchrun_command
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_learner, tiny_unet, visible

@@ -1,4 +1,4 @@
-"""score/inception.py and score/inception_score.py against the pytorch-fid command and sums written out."""
+"""score/inception.py and score/fid.py against the pytorch-fid command and sums written out."""
 
 import math
 import os
@@ -14,11 +14,10 @@ import torch
 
 from errors import DataError
 from score import inception as inception_module
-from score.frechet import frechet_distance
+from score.fid import compute_statistics, frechet_distance, inception_score, inception_statistics_and_probs
 from score.inception import WEIGHTS_NAME, Inception, build_network, find_weights
-from score.inception_score import inception_score
 from score.samples import save_pngs
-from score.stats import compute_statistics, inception_statistics_and_probs, load_statistics, reference_statistics
+from score.stats import load_statistics, reference_statistics
 from tests.inception_weights import write_weights
 
 

@@ -1,4 +1,4 @@
-"""score/frechet.py and score/stats.py against scipy's matrix square root, NumPy's covariance and closed forms."""
+"""score/fid.py and score/stats.py against scipy's matrix square root, NumPy's covariance and closed forms."""
 
 import shutil
 import subprocess
@@ -13,15 +13,8 @@ import torch
 
 from errors import DataError, UsageError
 from score import stats
-from score.frechet import frechet_distance
-from score.stats import (
-    Statistics,
-    load_statistics,
-    pixel_features,
-    pixel_statistics,
-    reference_statistics,
-    save_statistics,
-)
+from score.fid import Statistics, frechet_distance, pixel_features, pixel_statistics
+from score.stats import load_statistics, reference_statistics, save_statistics
 
 ROOT = Path(__file__).parents[1]
 
