@@ -40,8 +40,7 @@ def wrap_for_training(net, compile, parallel, share_batches):
     """As `wrap_network`; with `share_batches` its gradient is the mean over all processes."""
     network = wrap_network(net, compile, parallel)
     if share_batches and distributed.world_size() > 1:
-        # the buffers are constants, so there is nothing to keep in step
-        network = DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     return network
 
 
