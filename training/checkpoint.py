@@ -1,5 +1,6 @@
 """Checkpoints on disk: ours, and those that IET_AGC and pytorch-ddpm have published."""
 
+import json
 import pickle
 import re
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from errors import DamagedError, DataError
 from files import atomic_write
@@ -97,11 +99,13 @@ def is_whole(path):
 
 
 def load(path, device="cpu"):
-    """The dict that a checkpoint holds, on the device; no code of the file runs.
+    """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
     Raises:
         DataError: missing, unreadable, or no checkpoint.
     """
+    if Path(path).suffix == ".safetensors":
+        return load_exported(path, device)
     if zipfile.is_zipfile(path):
         verify(path)
     try:
@@ -119,6 +123,25 @@ def load(path, device="cpu"):
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, not the dict of a checkpoint")
     return state
+
+
+def load_exported(path, device):
+    """What `training.export` has written, as the dict of a checkpoint: EMA or raw weights, norm_groups and flags."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such checkpoint") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as a safetensors file ({one_line(error)[:200]})") from error
+    try:
+        flags = json.loads(metadata["flags"])
+        kind = "ema_model" if flags["use_ema"] else "net_model"
+        return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
+    except (KeyError, TypeError, ValueError) as error:
+        what = "its metadata does not say what network it is of, as that of python -m training.export does"
+        raise DataError(f"{path}: {what}: export the checkpoint with that") from error
 
 
 def find(name):
