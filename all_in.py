@@ -121,6 +121,9 @@ def load_network(device):
     """The network of the checkpoint that the flags name, and its file."""
     path = checkpoint.find(FLAGS.unet_dir)
     state = checkpoint.load(path, device)
+    if "flags" in state:
+        flags.take(FLAGS, state["flags"], path)
+        flags.check(FLAGS)
     net = UNet(**flags.unet(FLAGS, state, path)).to(device)
     checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
     return net, path

@@ -2,6 +2,7 @@
 # All numbers of docs/RESULTS.md: tuning, the frontier of all data sets, the tables. Killed and run again, it does only
 # what is missing. Further flags (--minutes, --images, ...) go to both experiments.
 set -euo pipefail
+REQUIREMENTS=requirements-dev.txt
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 "$PYTHON" -P -m experiments.tuning "$@"

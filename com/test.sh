@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The project's checks: ruff, shellcheck, pytest. Further arguments go to pytest.
 set -euo pipefail
+REQUIREMENTS=requirements-dev.txt
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd -- "$ROOT"
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+from importlib.metadata import version
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.commands import ROOT, check, environment, run_bash
 from tests.dataset_files import write_afhq, write_cifar10, write_cifar100
@@ -17,6 +19,37 @@ SETS = {
     "com_c100_v.sh": lambda root: write_cifar100(root, train_per_class=1, test_per_class=1),
     "com_afhq_v.sh": lambda root: write_afhq(root, 16),
 }
+
+
+@pytest.mark.parametrize(
+    ("line", "lacks"),
+    [
+        ("-r other.txt\n\nTorch >= 2.6  # why\nshellcheck-py", None),
+        ("numpy<1", f"numpy<1 (it has {version('numpy')})"),
+        ("torch\nno-such-package", "no-such-package (it has none)"),
+    ],
+)
+def test_setup_takes_an_environment_within_the_ranges(line, lacks, tmp_path):
+    """Where none is, it would make one, of this python3, which is too old."""
+    (tmp_path / "needed.txt").write_text(line)
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "use.sh").write_text(f"source {ROOT}/com/setup.sh\necho use $PYTHON\n")
+    path = f"{tmp_path}:{environment()['PATH']}"
+    env = {"REQUIREMENTS": str(tmp_path / "needed.txt"), "PATH": path}
+    result = run_bash(tmp_path / "use.sh", cwd=tmp_path, code=1 if lacks else 0, **env)
+    if lacks:
+        assert f"the active environment lacks {lacks} of" in result.stderr and "3.11 or newer" in result.stderr
+    else:
+        assert result.stdout == "use python\n"
+
+
+def test_constraints_are_within_the_ranges():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    lines = [line for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
+    needed = [Requirement(line.partition("#")[0]) for line in lines if line[0] not in "-#"]
+    assert all(pins[requirement.name] in requirement.specifier for requirement in needed)
+    assert pins.keys() == {requirement.name for requirement in needed}
 
 
 def settings(tmp_path, **more):

@@ -1,10 +1,15 @@
-"""Flags: what published commands use is accepted by all scripts, and what cannot be is one clear line."""
+"""Flags: what published commands use is accepted by all scripts, and what cannot be is one clear line.
+
+`python -m tests.test_flags` writes docs/FLAGS.md anew.
+"""
 
 import copy
 import json
+import re
 
 import pytest
 from absl import flags as absl_flags
+from absl.flags import FLAGS
 
 from errors import UsageError
 from tests.commands import ROOT, run
@@ -23,6 +28,53 @@ OURS = (
     "guidance stages sampler sample_steps eta samples save_png inception_weights fid_reference fid_features num_train "
     "download"
 ).split()
+
+DOCUMENT = ROOT / "docs/FLAGS.md"
+HEAD = """# All flags
+
+<!-- made by python -m tests.test_flags of training/flags.py: change that -->
+
+All three scripts accept all of them, with one dash or two, and read them from files with `--flagfile`. Lists repeat
+their flag: `--ch_mult=1 --ch_mult=2`. A switch is turned off by `--noNAME` or `--NAME=false`. Where the paper's own
+commands have another value than the default, it stands beside it.
+"""
+COLUMNS = "| flag | default | paper | values | meaning |\n|---|---|---|---|---|"
+# what the paper's own commands gave where that is no default
+PAPER = {
+    "ch_mult": "AFHQ: 1, 2, 2, 2, 4", "img_size": "AFHQ: 64", "batch_size": "AFHQ: 60",
+    "use_labels": "CIFAR-100: true", "num_labels": "CIFAR-100: 100", "use_ema": "false",
+}  # fmt: skip
+
+
+def values_of(flag):
+    """What may be given, in words."""
+    if flag.flag_type() == "bool":
+        return "true, false"
+    words = getattr(flag.parser, "enum_values", None)
+    return ", ".join(words) if words else flag.parser.syntactic_help.removeprefix("a ") or "text"
+
+
+def document():
+    """A table for every part of training/flags.py; what stands there in a comment at the margin is its heading."""
+    source = (ROOT / "training/flags.py").read_text()
+    text = HEAD
+    for heading, part in re.findall(r"^# ([^\n]+)\n(.*?)(?=^# |\Z)", source, re.MULTILINE | re.DOTALL):
+        found = [FLAGS[name] for name in re.findall(r'^[\w.]*DEFINE_\w+\(\s*"(\w+)"', part, re.MULTILINE)]
+        if found:
+            text += f"\n## {heading[0].upper()}{heading[1:]}\n\n{COLUMNS}\n"
+        for flag in found:
+            default = (flag.default_as_str or "").strip("'[]")
+            meaning = re.sub(r"^<[^>]*>: |;\n.*", "", flag.help)  # what absl puts around it
+            cells = (f"`{flag.name}`", default, PAPER.get(flag.name, ""), values_of(flag), meaning)
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def test_the_document_of_all_flags():
+    text = document()
+    for flag in FLAGS.get_key_flags_for_module(flags.__name__):
+        assert f"\n| `{flag.name}` | " in text, f"{flag.name}: no comment at the margin stands over it"
+    assert DOCUMENT.read_text() == text, "python -m tests.test_flags writes it anew"
 
 
 @pytest.mark.parametrize(
@@ -162,3 +214,7 @@ def test_a_tilde_is_a_home_directory_in_every_path(values, monkeypatch, tmp_path
     assert parsed(values, "--logdir=a/~").logdir == "a/~"
     (tmp_path / "flags").write_text("--lr=3")
     assert parsed(values, "--flagfile=~/flags").lr == 3
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document())

@@ -5,6 +5,7 @@ shard and save, and one per average. It stands at (rounds done, own steps of eve
 depends on another. Which process trains a shard is not in the files.
 """
 
+import json
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 import distributed
 from errors import DamagedError, DataError, UsageError
@@ -116,12 +118,14 @@ def is_whole(path):
 
 
 def load(path, device="cpu"):
-    """The dict that a checkpoint holds, on the device; no code of the file runs.
+    """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
         DataError: missing, unreadable, or no checkpoint.
     """
+    if Path(path).suffix == ".safetensors":
+        return load_exported(path, device)
     if zipfile.is_zipfile(path):
         verify(path)
     return read(path, device)
@@ -156,6 +160,25 @@ def starts_as_pickle(path):
     """Whether a file may be of torch's older format, which this program does not write."""
     with Path(path).open("rb") as file:
         return file.read(1) == b"\x80"
+
+
+def load_exported(path, device):
+    """What `training.export` has written, as the dict of a checkpoint: EMA or raw weights, norm_groups and flags."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such checkpoint") from error
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as a safetensors file ({one_line(error)[:200]})") from error
+    try:
+        flags = json.loads(metadata["flags"])
+        kind = "ema_model" if flags["use_ema"] else "net_model"
+        return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
+    except (KeyError, TypeError, ValueError) as error:
+        what = "its metadata does not say what network it is of, as that of python -m training.export does"
+        raise DataError(f"{path}: {what}: export the checkpoint with that") from error
 
 
 def find(name):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import partial
 
 import torch
 from absl import app, flags
@@ -16,12 +17,16 @@ from training.allocator import keep_freed_memory
 MAIN_SPEAKS_FIRST = 3.0  # seconds
 
 
-def run(main):
-    """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files."""
+def run(main, arguments=()):
+    """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files.
+
+    arguments: names of what else must be on the command line; main is called with it.
+    """
     keep_freed_memory()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
-    startup.run(lambda: app.run(lambda _: launch(main), flags_parser=parse))
+    parse_all = partial(parse, arguments=arguments)
+    startup.run(lambda: app.run(lambda argv: launch(partial(main, *argv[1:])), flags_parser=parse_all))
 
 
 @record  # torchrun names the rank that failed first, with its traceback
@@ -38,17 +43,19 @@ def launch(main):
     distributed.finish()
 
 
-def parse(argv):
+def parse(argv, arguments):
     try:
         positional = shared_flags.parse(flags.FLAGS, argv)
-        if positional:
-            raise UsageError(f"{positional[0]!r} is no flag: flags start with --, see --help")
+        if len(positional) < len(arguments):
+            raise UsageError(f"give {' and '.join(arguments)}, see --help")
+        if len(positional) > len(arguments):
+            raise UsageError(f"{positional[len(arguments)]!r} is no flag: flags start with --, see --help")
         shared_flags.check(flags.FLAGS)
     except SystemExit:  # --help: absl ends with 1
         sys.exit(0)
     except (flags.Error, UsageError) as error:
         stop(UsageError(" ".join(str(error).split())))
-    return argv
+    return [argv[0], *positional]
 
 
 def stop(error):

@@ -14,7 +14,7 @@ from absl import flags
 
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
-from errors import UsageError
+from errors import DataError, UsageError
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS, default_split
@@ -166,6 +166,12 @@ DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; d
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
+# what the weights of a network need to make images: a file of exported weights says it
+NETWORK_FLAGS = (
+    "ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "legacy_labels", "beta_1", "beta_T", "T",
+    "mean_type", "img_size", "use_ema",
+)  # fmt: skip
+
 # what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
 # where what it has saved depends on it
 FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size")
@@ -290,6 +296,31 @@ def check(values):
             raise UsageError(f"--{name}={values[name].value} needs --use_labels and --num_labels")
     if values.legacy_labels and values.guidance:
         raise UsageError("--guidance needs a null class, which checkpoints for --legacy_labels do not have")
+
+
+def take(values, recorded, path):
+    """Give NETWORK_FLAGS the values of a dict that says what a network is, unless they were given and agree.
+
+    Args:
+        recorded: {name: JSON value} of any flags; what it lacks stays as it is.
+        path: of the file that says so.
+
+    Raises:
+        UsageError: a flag was given and contradicts it.
+        DataError: a value is none of its flag's.
+    """
+    for name in NETWORK_FLAGS:
+        flag, value = values[name], recorded.get(name)
+        if value is None:
+            continue
+        if flag.present and flag.value != value:
+            raise UsageError(f"--{name}={flag.value}: {path} says {value}, leave the flag out")
+        if not flag.present:
+            try:
+                flag.parse(value)
+                values.validate_all_flags()
+            except flags.Error as error:
+                raise DataError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def check_data(values, data):

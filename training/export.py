@@ -1,0 +1,58 @@
+"""The weights of a checkpoint as a safetensors file that says what network they are of, for others and for all_in.py.
+
+python -m training.export logs/digits/ckpt10k.pt digits.safetensors
+python -m training.export --nouse_ema --flagfile=config/CIFAR10.txt published.pt cifar10.safetensors
+
+EMA weights, or with --nouse_ema the raw ones. The network is what run.json beside the checkpoint says; the flags say it
+where there is none. The metadata's `flags` are that and what else run.json says of the training, as JSON.
+"""
+
+if __name__ == "__main__":  # before the imports that take seconds
+    import startup
+
+    startup.prepare()
+
+import json
+from pathlib import Path
+
+import torch
+from absl import flags as absl_flags
+from safetensors.torch import save
+
+from errors import UsageError
+from files import atomic_write, read_json
+from model import UNet
+from training import checkpoint, flags
+from training.command import run
+
+FLAGS = absl_flags.FLAGS
+
+
+def export(name, out):
+    """Write the weights of the checkpoint (or of the newest in a directory) `name` to the new file `out`."""
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out}: give it the suffix .safetensors, which all_in.py knows it by")
+    if out.exists():
+        raise UsageError(f"{out}: is there already: remove it, or choose another name")
+    path = checkpoint.find(name)
+    state = checkpoint.load(path)
+    run_file = path.with_name("run.json")
+    training = state.get("flags") or (read_json(run_file)["settings"] if run_file.exists() else {})
+    flags.take(FLAGS, training, path)
+    torch.manual_seed(0)  # for what pytorch-ddpm's files lack, and nothing uses
+    net = UNet(**flags.unet(FLAGS, state, path))
+    checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
+
+    network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}
+    metadata = {"format": "pt", "checkpoint": path.name, "flags": json.dumps(training | network)}
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    with atomic_write(out) as file:
+        file.write(save(weights, metadata))
+    print(
+        f"{out}: the {'EMA' if FLAGS.use_ema else 'raw'} weights of {path}, {net.groups} groups, {len(weights)} tensors"
+    )
+
+
+if __name__ == "__main__":
+    run(export, arguments=("CHECKPOINT", "OUT.safetensors"))
