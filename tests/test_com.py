@@ -36,7 +36,7 @@ def test_setup_takes_an_environment_within_the_ranges(line, lacks, tmp_path):
     (tmp_path / "python3").chmod(0o755)
     (tmp_path / "use.sh").write_text(f"source {ROOT}/com/setup.sh\necho use $PYTHON\n")
     path = f"{tmp_path}:{environment()['PATH']}"
-    env = {"REQUIREMENTS": str(tmp_path / "needed.txt"), "PATH": path}
+    env = {"REQUIREMENTS": os.path.relpath(tmp_path / "needed.txt", ROOT), "PATH": path}
     result = run_bash(tmp_path / "use.sh", cwd=tmp_path, code=1 if lacks else 0, **env)
     if lacks:
         assert f"the active environment lacks {lacks} of" in result.stderr and "3.11 or newer" in result.stderr
