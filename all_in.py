@@ -6,7 +6,7 @@ python all_in.py --dataset=folder --data_root=my/training/images --samples=my/ge
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -20,13 +20,9 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-import distributed
 from dataset import fingerprint, load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import DataError, UsageError, printable
-from files import atomic_write, file_hash, lock_directory, make_directory, read_json, write_json
 from model import UNet
-from safe_files import one_line
 from score.generate import generate_batches
 from score.grids import save_grids
 from score.inception import find_weights
@@ -37,6 +33,10 @@ from score.samples import load_samples, png_names, save_pngs
 from score.unfinished import GeneratedImages
 from training import checkpoint, flags
 from training.command import announce, pick_device, run
+from utils import distributed
+from utils.errors import DataError, UsageError, printable
+from utils.files import atomic_write, file_hash, lock_directory, make_directory, read_json, write_json
+from utils.safe_files import one_line
 
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others

@@ -16,10 +16,10 @@ import PIL
 import torch
 from PIL import Image, features
 
-import distributed
-from errors import DataError, UsageError
-from files import atomic_write, file_hash
-from safe_files import check_memory, one_line, printable, read_archive, read_file, read_image, unpickle_dict
+from utils import distributed
+from utils.errors import DataError, UsageError
+from utils.files import atomic_write, file_hash
+from utils.safe_files import check_memory, one_line, printable, read_archive, read_file, read_image, unpickle_dict
 
 DATASETS = ("digits", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
 SUFFIXES = tuple(

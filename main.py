@@ -5,7 +5,7 @@ python main.py --eval  --flagfile=config/DIGITS.txt --logdir=logs/digits
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -14,22 +14,22 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-import distributed
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import UsageError
-from files import make_directory, write_json
 from model import UNet
 from score.generate import draw_labels, generate
 from score.inception import find_weights
 from score.quality import Quality
-from seeding import derive_seed, generator
 from training import checkpoint, flags
 from training.batches import ShardBatches
 from training.command import announce, pick_device, run
 from training.interruption import Interruption
 from training.learner import Learner
 from training.logger import Logger, due
+from utils import distributed
+from utils.errors import UsageError
+from utils.files import make_directory, write_json
+from utils.seeding import derive_seed, generator
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 5000  # steps

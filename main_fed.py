@@ -8,7 +8,7 @@ both, which is default training with a memory bank looking on.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -18,13 +18,10 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-import distributed
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import UsageError
 from model import UNet
 from score.generate import draw_labels
-from seeding import derive_seed, generator
 from training import checkpoint, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
@@ -34,6 +31,9 @@ from training.interruption import Interruption
 from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import Schedule, default_split, make_shards
+from utils import distributed
+from utils.errors import UsageError
+from utils.seeding import derive_seed, generator
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard

@@ -5,7 +5,7 @@ python -m benchmarks --only gpu [--json FILE]
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 
-import distributed
-import startup
-from errors import UsageError
-from files import write_json
 from score.compare import markdown_table
 from training.allocator import keep_freed_memory
+from utils import distributed, startup
+from utils.errors import UsageError
+from utils.files import write_json
 
 PARTS = ("step", "sampler", "neighbors", "frechet", "data")
 GPU = "gpu"  # only where it is asked for

@@ -4,7 +4,7 @@ python -m benchmarks.faults --minutes 30 [--json FILE]
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 
-import distributed
-import startup
-from files import write_json
 from training.logger import read_metrics
+from utils import distributed, startup
+from utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 LOG_STEP = 7

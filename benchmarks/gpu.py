@@ -14,11 +14,11 @@ from benchmarks.neighbors import K, noise
 from benchmarks.step import forward_backward, make_step, undo_small_gains
 from benchmarks.timing import alternate, seconds_of
 from diffusion import GaussianDiffusionSampler
-from errors import DataError
 from model import UNet
 from score.memorization import nearest_neighbors
 from training.command import pick_device
 from training.learner import PRECISIONS
+from utils.errors import DataError
 
 T, SIZE = 1000, 32
 CIFAR10 = {"ch": 128, "ch_mult": [1, 2, 2, 2], "attn": [1], "num_res_blocks": 2}

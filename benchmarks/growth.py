@@ -4,7 +4,7 @@ python -m benchmarks.growth [--paper]
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -12,8 +12,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import distributed
-import startup
 from benchmarks.__main__ import machine
 from benchmarks.neighbors import K, natural, noise
 from benchmarks.step import NETWORKS, T, forward_backward, make_net, make_step
@@ -21,6 +19,7 @@ from benchmarks.timing import alternate, seconds_of
 from score.compare import markdown_table
 from score.memorization import nearest_neighbors
 from training.allocator import keep_freed_memory
+from utils import distributed, startup
 
 PAPER = (65_536, 50_000)
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from benchmarks.timing import alternate, row
-from errors import DataError
 from score.memorization import nearest_neighbors
+from utils.errors import DataError
 
 GENERATED, TRAINING, SIZE, K = 4096, 50_000, 32, 50
 

@@ -6,7 +6,7 @@ Every process has one thread. The scripts are run as users run them, with torchr
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -22,15 +22,14 @@ from pathlib import Path
 
 import torch
 
-import distributed
-import startup
 from benchmarks.neighbors import noise
 from benchmarks.step import NETWORKS, make_net
-from files import write_json
 from score.memorization import neighbors_by_all
 from training import learner as learner_module
 from training.averaging import average_learners
 from training.learner import Learner
+from utils import distributed, startup
+from utils.files import write_json
 
 ROOT = Path(__file__).parent.parent
 SHARDS = 4

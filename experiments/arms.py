@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import read_json
+from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 SHARDS = 4

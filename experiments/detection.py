@@ -6,10 +6,10 @@ from sklearn.metrics import roc_auc_score
 
 from diffusion import GaussianDiffusionTrainer
 from experiments.runs import last_arrays, last_point, load_network, real_images, values_of
-from files import atomic_write
-from seeding import generator
 from training import flags
 from training.batches import normalize
+from utils.files import atomic_write
+from utils.seeding import generator
 
 TIMESTEPS = 32
 COPIED = 0.15  # a generated image copies its nearest training image if its ratio is below

@@ -7,15 +7,13 @@ again: the same command goes on where it was stopped. The settings that experime
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
 import time
 
-import startup
 from benchmarks.__main__ import machine
-from errors import UsageError
 from experiments import runs
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
 from experiments.detection import detection
@@ -23,9 +21,11 @@ from experiments.matched import COMPARED, difference, interval, mean_at_quality,
 from experiments.plot import plot_frontier
 from experiments.runs import WEIGHTS
 from experiments.tables import matched_table
-from files import read_json
 from score.grids import save_pairs
 from score.memorization import THRESHOLDS
+from utils import startup
+from utils.errors import UsageError
+from utils.files import read_json
 
 FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
 MEASURES = (*(f"MQ@{p}" for p in THRESHOLDS), "f_mem")

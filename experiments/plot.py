@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 
 from experiments.matched import COMPARED
 from experiments.runs import WEIGHTS
-from files import atomic_write
+from utils.files import atomic_write
 
 
 def curves(points, arm, weights, measure):

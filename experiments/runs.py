@@ -25,18 +25,17 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-import distributed
-import startup
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from errors import DataError
 from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
-from files import atomic_write, lock_directory, make_directory, read_json, write_text
 from model import UNet
 from score.fid import frechet_distance, pixel_statistics
 from score.generate import generate
 from score.memorization import measures, memorization_ratio, nearest_neighbors
 from training import checkpoint, flags
+from utils import distributed, startup
+from utils.errors import DataError
+from utils.files import atomic_write, lock_directory, make_directory, read_json, write_text
 
 FLAGS = absl_flags.FLAGS
 WEIGHTS = ("raw", "ema")

@@ -4,7 +4,7 @@ python -m experiments.tables
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -13,12 +13,12 @@ import statistics
 
 import numpy as np
 
-import startup
-from errors import DataError
 from experiments.arms import ROOT
 from experiments.matched import COMPARED
-from files import read_json, write_text
 from score.compare import markdown_table
+from utils import startup
+from utils.errors import DataError
+from utils.files import read_json, write_text
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
 

@@ -6,20 +6,20 @@ Writes tuning.json; experiments.frontier then trains the two chosen settings wit
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
 import itertools
 import time
 
-import startup
 from benchmarks.__main__ import machine
-from errors import DataError
 from experiments.arms import DATA, TRIALS
 from experiments.matched import COMPARED, mean_at_quality, paths_of
 from experiments.runs import WEIGHTS, begin, floor_of, is_complete, parser_of, plan, read_points, work_all, write_lines
-from files import read_json
+from utils import startup
+from utils.errors import DataError
+from utils.files import read_json
 
 FACTOR = 1.15  # of the best fpd of the worse of the untuned methods, each with its better weights
 

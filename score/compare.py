@@ -5,7 +5,7 @@ python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/resu
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -13,11 +13,11 @@ import os
 import statistics
 from pathlib import Path
 
-import startup
-from errors import DataError, printable
-from files import read_json, write_json, write_text
 from score.grids import save_comparison
 from score.report import curves, page, table
+from utils import startup
+from utils.errors import DataError, printable
+from utils.files import read_json, write_json, write_text
 
 COLUMNS = {
     **{f"MQ@{p}": lambda result, p=p: result.get("mq_fraction", {}).get(p) for p in ("15", "30", "50")},

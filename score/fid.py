@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 
-import distributed
 from score.inception import FEATURES
+from utils import distributed
 
 POOLED_SIZE = 8
 DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}

@@ -2,10 +2,10 @@
 
 import torch
 
-import distributed
-from pictures import to_uint8
 from score.samples import non_finite_images
-from seeding import SampleNoise, derive_seed
+from utils import distributed
+from utils.images import to_uint8
+from utils.seeding import SampleNoise, derive_seed
 
 
 def draw_labels(seed, indices, num_labels):

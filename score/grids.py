@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from files import atomic_write
-from pictures import image_grid
-from safe_files import read_image
 from score.samples import check_images
+from utils.files import atomic_write
+from utils.images import image_grid
+from utils.safe_files import read_image
 
 IMAGES_PER_ROW = 16
 PAIRS_PER_PICTURE = 128

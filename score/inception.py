@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import distributed
-from errors import DataError
-from files import atomic_write, file_hash
-from safe_files import one_line
+from utils import distributed
+from utils.errors import DataError
+from utils.files import atomic_write, file_hash
+from utils.safe_files import one_line
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FID_WEIGHTS_URL = (

@@ -6,8 +6,8 @@ values, d_1 <= d_2 <= ... for each generated image.
 
 import torch
 
-import distributed
 from score.neighbors import nearest_neighbors, nearest_other
+from utils import distributed
 
 __all__ = [
     "THRESHOLDS",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-import distributed
+from utils import distributed
 
 LEVELS = 255
 MIDDLE = 128

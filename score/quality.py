@@ -2,13 +2,13 @@
 
 import sys
 
-import distributed
 from dataset import fingerprint
-from errors import UsageError
-from files import file_hash
 from score.fid import frechet_distance, inception_score, inception_statistics_and_probs, pixel_statistics
 from score.inception import FEATURES, Inception
 from score.stats import reference_statistics
+from utils import distributed
+from utils.errors import UsageError
+from utils.files import file_hash
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank

@@ -8,8 +8,8 @@ from html import escape
 import torch
 from PIL import Image
 
-from files import write_text
 from score.memorization import THRESHOLDS
+from utils.files import write_text
 
 PAIRS = 40
 TRAINING_IMAGES = 24

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import distributed
 from dataset import list_images, read_images, scan
-from errors import DataError
-from files import atomic_write
-from safe_files import check_memory, one_line
+from utils import distributed
+from utils.errors import DataError
+from utils.files import atomic_write
+from utils.safe_files import check_memory, one_line
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
 TOLERANCE = 1e-3

@@ -4,7 +4,7 @@ python -m score.stats --dataset=cifar10 --data_root=data --output=results/cifar1
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
-import startup
 from dataset import DATASETS, fingerprint, load_dataset
-from errors import DataError, UsageError
-from files import atomic_write, make_directory
 from score.fid import DIMENSIONS, compute_statistics
 from score.inception import Inception, find_weights
 from score.samples import npz_headers, read_npz
+from utils import distributed, startup
+from utils.errors import DataError, UsageError
+from utils.files import atomic_write, make_directory
 
 CACHE = Path("results/stats")
 

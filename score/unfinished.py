@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import DataError
-from files import file_hash, read_json, sync, sync_directory, write_json
-from safe_files import one_line
 from score.samples import check_memory
+from utils.errors import DataError
+from utils.files import file_hash, read_json, sync, sync_directory, write_json
+from utils.safe_files import one_line
 
 FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json"
 

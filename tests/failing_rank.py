@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import distributed
 from training.command import run
+from utils import distributed
 
 
 def main():

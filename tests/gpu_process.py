@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import distributed
 from tests.networks import tiny_learner, tiny_unet
 from training.averaging import average_learners
 from training.command import pick_device
+from utils import distributed
 
 
 def main(name):

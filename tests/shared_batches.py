@@ -7,9 +7,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import distributed
 from tests.networks import tiny_learner
 from training.batches import ShardBatches
+from utils import distributed
 
 
 def main(directory):

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from dataset import load_dataset
-from errors import DataError
-from files import lock_directory
 from score.unfinished import GeneratedImages, runs_of
 from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
+from utils.errors import DataError
+from utils.files import lock_directory
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
 

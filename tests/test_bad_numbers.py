@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from errors import DataError
 from tests.commands import read_jsonl, run
 from tests.networks import TINY_FLAGS, tiny_learner
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.logger import Logger
+from utils.errors import DataError
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

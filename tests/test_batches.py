@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from errors import UsageError
 from training.batches import ShardBatches, normalize
+from utils.errors import UsageError
 
 IMAGES = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(50) % 5

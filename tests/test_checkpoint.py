@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from errors import DataError, UsageError
 from tests.networks import tiny_learner, tiny_unet
 from training import checkpoint
+from utils.errors import DataError, UsageError
 
 
 class Exploit:

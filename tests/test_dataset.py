@@ -24,10 +24,7 @@ import torchvision
 from PIL import Image
 
 import dataset
-import safe_files
 from dataset import fingerprint, load_dataset, stratified_subset
-from errors import DataError, UsageError
-from safe_files import read_archive, read_image, unpickle_dict
 from tests.dataset_files import (
     python2_pickle,
     random_images,
@@ -37,6 +34,9 @@ from tests.dataset_files import (
     write_cifar100,
     write_folder,
 )
+from utils import safe_files
+from utils.errors import DataError, UsageError
+from utils.safe_files import read_archive, read_image, unpickle_dict
 
 
 def reference_pixels(paths, size):

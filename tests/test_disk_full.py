@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks.faults import fill, small_disk
-from errors import DataError
-from files import lock_directory, read_json, write_json
 from tests.commands import run
 from tests.networks import TINY_FLAGS, tiny_learner
 from training import checkpoint
 from training.logger import Logger, read_metrics
+from utils.errors import DataError
+from utils.files import lock_directory, read_json, write_json
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-import distributed
 from benchmarks.faults import differences
 from tests.commands import ROOT, check, environment, eval_flags, read_jsonl, run, run_with, torchrun_command
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS
 from training.logger import read_metrics
+from utils import distributed
 
 ENSEMBLE = [
     *TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=3", "--log_step=3", "--save_step=2",

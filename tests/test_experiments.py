@@ -15,11 +15,11 @@ import scipy.linalg
 import sklearn.datasets
 import torch
 
-from errors import DataError, UsageError
 from experiments import arms, frontier, runs, tables, tuning
 from experiments.detection import per_image_loss, roc_auc
 from experiments.matched import at_quality, difference, interval
 from tests.commands import ROOT, environment
+from utils.errors import DataError, UsageError
 
 
 def options_of(out, **said):

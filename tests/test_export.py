@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from errors import DataError
 from tests.commands import eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import checkpoint
+from utils.errors import DataError
 
 EVALUATION = ["--dataset=digits", "--num_train=48", "--device=cpu", "--stages=generate", "--num_images=4"]
 EVALUATION += ["--sample_steps=4"]

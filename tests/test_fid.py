@@ -11,10 +11,10 @@ import scipy.linalg
 import sklearn.datasets
 import torch
 
-from errors import DataError, UsageError
 from score import stats
 from score.fid import Statistics, frechet_distance, pixel_features, pixel_statistics
 from score.stats import load_statistics, reference_statistics, save_statistics
+from utils.errors import DataError, UsageError
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,9 @@ import pytest
 from absl import flags as absl_flags
 from absl.flags import FLAGS
 
-from errors import UsageError
 from tests.commands import ROOT, run
 from training import flags
+from utils.errors import UsageError
 
 SCRIPTS = ("main.py", "main_fed.py", "all_in.py")
 PUBLISHED = (

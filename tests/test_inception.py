@@ -12,13 +12,13 @@ import pytest
 import pytorch_fid.inception
 import torch
 
-from errors import DataError
 from score import inception as inception_module
 from score.fid import compute_statistics, frechet_distance, inception_score, inception_statistics_and_probs
 from score.inception import WEIGHTS_NAME, Inception, build_network, find_weights
 from score.samples import save_pngs
 from score.stats import load_statistics, reference_statistics
 from tests.inception_weights import write_weights
+from utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import faults
 from dataset import load_dataset
-from errors import UsageError
 from tests.commands import ROOT, environment, run
 from tests.networks import TINY_FLAGS
 from training import checkpoint, flags
 from training.logger import read_metrics
+from utils.errors import UsageError
 
 SETTINGS = {
     "main.py": ["--total_steps=24", "--save_step=4"],

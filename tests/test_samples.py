@@ -12,12 +12,12 @@ import torch
 import torchvision
 from PIL import Image
 
-import safe_files
-from errors import DataError
-from files import atomic_write
-from pictures import image_grid, to_uint8
 from score.grids import save_grids
 from score.samples import load_samples, non_finite_images, save_pngs, save_samples
+from utils import safe_files
+from utils.errors import DataError
+from utils.files import atomic_write
+from utils.images import image_grid, to_uint8
 
 
 def random_images(N=5, height=6, width=7, seed=0):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import distributed
-from errors import DataError, UsageError, printable
 from score.compare import split_label
 from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet
+from utils import distributed
+from utils.errors import DataError, UsageError, printable
 
 COMMANDS = {
     "main.py": [str(ROOT / "main.py"), "--train"],
@@ -65,7 +65,7 @@ def test_a_signal_ends_every_script_while_it_imports_torch(name, number, tmp_pat
 
 WORK = """
 import sys, time
-import startup
+from utils import startup
 startup.prepare()
 def main():
     try:
@@ -131,7 +131,7 @@ def test_an_experiment_is_stopped_with_its_trainings(tmp_path):
 
 CLOSED = """
 import os, sys
-import startup
+from utils import startup
 startup.prepare()
 def main():
     file = open("own file", "w")
@@ -164,7 +164,7 @@ def test_a_training_without_any_stream(tmp_path):
     assert (tmp_path / "log/ckpt2.pt").exists()
 
 
-OUTPUT = "import startup; startup.prepare(); startup.run(lambda: print('x' * 100_000, '\\udce9 \\u20ac'))"
+OUTPUT = "from utils import startup; startup.prepare(); startup.run(lambda: print('x' * 100_000, '\\udce9 \\u20ac'))"
 
 
 @pytest.mark.parametrize("options", [[], ["-u"]])

@@ -2,8 +2,8 @@
 
 import torch
 
-import distributed
-from errors import DataError
+from utils import distributed
+from utils.errors import DataError
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from errors import UsageError
-from seeding import generator
+from utils.errors import UsageError
+from utils.seeding import generator
 
 
 @dataclass(frozen=True)

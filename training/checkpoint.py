@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-import distributed
-from errors import DamagedError, DataError, UsageError
-from files import atomic_write, lock_directory, make_directory, read_json, remove, write_json
-from safe_files import one_line
+from utils import distributed
+from utils.errors import DamagedError, DataError, UsageError
+from utils.files import atomic_write, lock_directory, make_directory, read_json, remove, write_json
+from utils.safe_files import one_line
 
 FORMAT = 4  # of what a run needs to continue
 FOR_RESUMING = ("optim", "scaler", "seconds", "milestone")  # what main.py's older checkpoints lack

@@ -8,11 +8,10 @@ import torch
 from absl import app, flags
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import distributed
-import startup
-from errors import UsageError, UserError
 from training import flags as shared_flags
 from training.allocator import keep_freed_memory
+from utils import distributed, startup
+from utils.errors import UsageError, UserError
 
 MAIN_SPEAKS_FIRST = 3.0  # seconds
 

@@ -8,7 +8,7 @@ where there is none. The metadata's `flags` are that and what else run.json says
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
-    import startup
+    from utils import startup
 
     startup.prepare()
 
@@ -19,11 +19,11 @@ import torch
 from absl import flags as absl_flags
 from safetensors.torch import save
 
-from errors import UsageError
-from files import atomic_write, read_json
 from model import UNet
 from training import checkpoint, flags
 from training.command import run
+from utils.errors import UsageError
+from utils.files import atomic_write, read_json
 
 FLAGS = absl_flags.FLAGS
 

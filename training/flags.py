@@ -14,10 +14,10 @@ from absl import flags
 
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
-from errors import DataError, UsageError
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS, default_split
+from utils.errors import DataError, UsageError
 
 STAGES = ("generate", "score", "memorise", "grid", "report")
 

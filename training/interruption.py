@@ -7,9 +7,8 @@ import time
 
 import torch
 
-import distributed
-import startup
-from errors import printable
+from utils import distributed, startup
+from utils.errors import printable
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import get_total_norm
 
-import distributed
 from diffusion import GaussianDiffusionTrainer
+from utils import distributed
 
 # the dtype of autocast; tf32 is a setting of the device, see `training.command.pick_device`
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

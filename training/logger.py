@@ -12,10 +12,10 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-import distributed
-from errors import DataError
-from files import atomic_write, sync, where_supported, write_json
-from pictures import image_grid, to_uint8
+from utils import distributed
+from utils.errors import DataError
+from utils.files import atomic_write, sync, where_supported, write_json
+from utils.images import image_grid, to_uint8
 
 
 def due(count, every):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from seeding import generator
+from utils.seeding import generator
 
 SPLITS = ("stratified", "random", "contiguous")
 DEFAULT_SPLIT = {"cifar10_rand": "random", "afhq": "contiguous"}  # all other data sets: stratified

@@ -10,7 +10,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from errors import DataError
+from utils.errors import DataError
 
 
 @contextlib.contextmanager

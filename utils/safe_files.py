@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from errors import DataError
+from utils.errors import DataError
 
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")

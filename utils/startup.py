@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from errors import UsageError, UserError, printable
+from utils.errors import UsageError, UserError, printable
 
 
 class Stream(io.FileIO):
