@@ -36,7 +36,7 @@ def per_image_loss(net, images, trainer_settings, seed):
     return (total / TIMESTEPS).numpy()
 
 
-def mean_losses(run):
+def last_losses(run):
     """`per_image_loss` of all training images under the last raw weights that were measured; kept beside them."""
     r = last_point(run)["round"]
     path = run.directory / "measured" / f"round{r}_losses.npy"
@@ -48,12 +48,6 @@ def mean_losses(run):
     return np.load(path)
 
 
-def copied_images(run):
-    """Which training images (M,) a training copies in the end."""
-    group, found = real_images(run.data.name)[1], last_arrays(run)
-    return np.isin(group, found["nearest"][found["ratio"] < COPIED])
-
-
 def detection(runs):
     """Rows {"arm", "images", "skip count": [AUC per seed], "low loss": [...]}; None where a label is on none or on all.
 
@@ -62,13 +56,15 @@ def detection(runs):
     """
     group = real_images(runs[0].data.name)[1]
     repeated = np.bincount(group)[group] > 1
-    default = {run.seed: copied_images(run) for run in runs if run.arm.name == "default"}
+    found = {(run.arm.name, run.seed): last_arrays(run) for run in runs}
+    copied = {key: np.isin(group, arrays["nearest"][arrays["ratio"] < COPIED]) for key, arrays in found.items()}
     rows = {}
     for run in runs:
-        labels = {"repeated": repeated, "memorised by itself": copied_images(run)}
-        if run.seed in default:
-            labels["memorised by default"] = default[run.seed]
-        skips, losses = last_arrays(run)["skips"].astype(float), mean_losses(run)
+        own, default = (run.arm.name, run.seed), ("default", run.seed)
+        labels = {"repeated": repeated, "memorised by itself": copied[own]}
+        if default in copied:
+            labels["memorised by default"] = copied[default]
+        skips, losses = found[own]["skips"].astype(float), last_losses(run)
         for label, which in labels.items():
             row = rows.setdefault((run.arm.name, label), {"skip count": [], "low loss": []})
             row["skip count"].append(roc_auc(skips, which))
