@@ -21,12 +21,11 @@ def roc_auc(scores, labels):
 
 
 @torch.no_grad()
-def per_image_loss(net, images, trainer_settings, seed):
+def per_image_loss(trainer, images, seed):
     """The training loss of every image, averaged over TIMESTEPS timesteps from 0 to T with the same noise for all.
 
     images: uint8 (N, 3, H, W). Returns (N,) float64.
     """
-    trainer = GaussianDiffusionTrainer(net, **trainer_settings)
     x_0, total = normalize(images), torch.zeros(len(images), dtype=torch.float64)
     stream = generator("cpu", seed, "per-image loss")
     for i in range(TIMESTEPS):
@@ -42,7 +41,8 @@ def last_losses(run):
     path = run.directory / "measured" / f"round{r}_losses.npy"
     if not path.exists():
         net, _ = load_network(run, r, False)
-        losses = per_image_loss(net, real_images(run.data.name)[0], flags.diffusion(values_of(run.flags)), run.seed)
+        trainer = flags.call(values_of(run.flags), GaussianDiffusionTrainer, net)
+        losses = per_image_loss(trainer, real_images(run.data.name)[0], run.seed)
         with atomic_write(path) as file:
             np.save(file, losses)
     return np.load(path)

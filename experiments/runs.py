@@ -29,7 +29,6 @@ from absl import flags as absl_flags
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
 from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
-from model import UNet
 from score.fid import frechet_distance, pixel_statistics
 from score.generate import generate
 from score.memorization import measures, memorization_ratio, nearest_neighbors
@@ -163,14 +162,14 @@ def real_images(name):
     Images are uint8 (N, 3, H, W). Neighbours are searched for among the distinct ones: a repeated one would be its own
     second neighbour, and every ratio of its copies would come out higher.
     """
-    settings = flags.data(values_of(DATA[name].flags))
-    root = Path(settings["data_root"])
-    if settings["name"] == "folder":
-        write_patches(root.parent, DATA[name].num_train, settings["img_size"])
-    data = load_dataset(**settings)
+    values = values_of(DATA[name].flags)
+    root = Path(values.data_root)
+    if values.dataset == "folder":
+        write_patches(root.parent, DATA[name].num_train, values.img_size)
+    data = flags.call(values, load_dataset, values.dataset)
     training, heldout = data.train.images, data.heldout
     if heldout is None:
-        heldout = load_dataset(**{**settings, "data_root": root.with_name("heldout")}).train
+        heldout = flags.call(values, load_dataset, values.dataset, data_root=root.with_name("heldout")).train
     distinct, group = training.flatten(1).unique(dim=0, return_inverse=True)
     return training, group.numpy(), distinct.view(-1, *training.shape[1:]), heldout.images
 
@@ -217,7 +216,7 @@ def load_network(run, r, use_ema):
     """(network of a checkpoint, how often each training image was left out until then)."""
     path = run.directory / "log" / checkpoint.round_name(r)
     state = checkpoint.load(path)
-    net = UNet(**flags.unet(values_of(run.flags), state, path))
+    net = flags.unet(values_of(run.flags), state, path)
     checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
     return net.eval(), state["index_array"].numpy()
 

@@ -15,6 +15,7 @@ import scipy.linalg
 import sklearn.datasets
 import torch
 
+from diffusion import GaussianDiffusionTrainer
 from experiments import arms, frontier, runs, tables, tuning
 from experiments.detection import per_image_loss, roc_auc
 from experiments.matched import at_quality, difference, interval
@@ -187,7 +188,7 @@ def test_per_image_loss_prefers_what_the_network_knows():
         a = abar[t].float()[:, None, None, None]
         return (x_t - a.sqrt() * known) / (1 - a).sqrt()
 
-    losses = per_image_loss(knows_one, images, {"beta_1": 1e-4, "beta_T": 0.02, "T": 1000, "mean_type": "epsilon"}, 0)
+    losses = per_image_loss(GaussianDiffusionTrainer(knows_one, 1e-4, 0.02, 1000), images, 0)
     assert losses[2] < 1e-6 and np.delete(losses, 2).min() > 0.01
     # the loss of another image is abar / (1 - abar) |x_0 - known|^2, averaged over the timesteps
     steps = [round((i + 0.5) * 1000 / 32) for i in range(32)]
