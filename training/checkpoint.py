@@ -414,14 +414,6 @@ def restore(learner, state, path):
 # ---- main.py
 
 
-def is_full(path):
-    """Whether a file looks like one of ours with all that a run continues from."""
-    try:
-        return "milestone" in read(path, mmap=True)
-    except DataError:
-        return False
-
-
 def newest_step(logdir):
     """(the newest whole checkpoint that main.py can go on from, or None; files of later steps).
 
@@ -431,7 +423,7 @@ def newest_step(logdir):
     files, slim = newest_first(logdir), None
     for i, path in enumerate(files):
         if is_whole(path):
-            if is_full(path):
+            if "milestone" in read(path, mmap=True):
                 return path, files[:i]
             slim = slim or path
     if slim:
@@ -449,14 +441,21 @@ def save_step(logdir, state, milestone, keep):
     """
     path = logdir / step_name(state["step"])
     save(path, {**state, "milestone": milestone})
-    full = [old for old in newest_first(logdir) if progress_of(old) <= progress_of(path) and is_full(old)]
-    for old in full[keep:]:
-        if is_whole(old):
+    full = 0
+    for old in newest_first(logdir):
+        if progress_of(old) > progress_of(path):
+            continue
+        with suppress(DamagedError):
             old_state = read(old, mmap=True)
-            if old_state["milestone"]:
-                save(old, {name: value for name, value in old_state.items() if name not in FOR_RESUMING})
-            else:
-                remove(old)
+            if "milestone" not in old_state:
+                break  # and those before it are as they should be
+            full += 1
+            if full > keep:
+                verify(old)
+                if old_state["milestone"]:
+                    save(old, {name: value for name, value in old_state.items() if name not in FOR_RESUMING})
+                else:
+                    remove(old)
     return path
 
 
