@@ -22,7 +22,6 @@ from absl import flags as absl_flags
 
 from dataset import fingerprint, load_dataset
 from diffusion import GaussianDiffusionSampler
-from model import UNet
 from score.generate import generate_batches
 from score.grids import save_grids
 from score.inception import find_weights
@@ -124,7 +123,7 @@ def load_network(device):
     if "flags" in state:
         flags.take(FLAGS, state["flags"], path)
         flags.check(FLAGS)
-    net = UNet(**flags.unet(FLAGS, state, path)).to(device)
+    net = flags.unet(FLAGS, state, path).to(device)
     checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
     return net, path
 
@@ -328,7 +327,7 @@ def main():
     else:
         images, about = distributed.from_main(existing_images() if distributed.is_main() else None)
     with distributed.main_first():
-        data = load_dataset(**flags.data(FLAGS))
+        data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
     training = data.train.images
     holdout = flags.holdout_images(FLAGS, data)
@@ -338,7 +337,9 @@ def main():
     earlier = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = Quality(flags.reference_images(FLAGS, data), number, weights, **flags.quality(FLAGS), device=device)
+        reference = flags.reference_images(FLAGS, data)
+        features = FLAGS.fid_features
+        quality = Quality(reference, number, weights, features, FLAGS.fid_cache, device, FLAGS.batch_size)
 
     announce(device, net, len(training), FLAGS.batch_size)
 

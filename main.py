@@ -16,7 +16,6 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from model import UNet
 from score.generate import draw_labels, generate
 from score.inception import find_weights
 from score.quality import Quality
@@ -40,17 +39,19 @@ def train(data, quality, device, logdir):
     images = data.train.images.to(flags.data_device(FLAGS, device))
     labels = data.train.labels if FLAGS.use_labels else None
     whole, part = torch.arange(len(images)), distributed.share(FLAGS.batch_size)
-    batches = ShardBatches(images, labels, whole, device, **flags.batches(FLAGS), hflip=data.hflip, part=part)
+    batches = flags.call(FLAGS, ShardBatches, images, labels, whole, device, hflip=data.hflip, part=part)
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-    net = UNet(**flags.unet(FLAGS)).to(device)
-    learner = Learner(net, **flags.learner(FLAGS, WARMUP), share_batches=True)
+    net = flags.unet(FLAGS).to(device)
+    warmup = WARMUP if FLAGS.warmup is None else FLAGS.warmup
+    learner = flags.call(FLAGS, Learner, net, warmup=warmup, share_batches=True)
     x_T, x_T_labels = sample_noise(device)
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     seconds = resume(learner, directory)
     writes = distributed.is_main()
-    logger = Logger(logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes, **flags.logger(FLAGS))
+    steps = FLAGS.total_steps, learner.step
+    logger = flags.call(FLAGS, Logger, logdir, *steps, seconds=seconds, writes=writes)
 
     with Interruption() as interruption, logger:
         while learner.step < FLAGS.total_steps:
@@ -117,7 +118,7 @@ def score(net, quality):
 def evaluate(data, quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
     state = checkpoint.load(path, device)
-    net = UNet(**flags.unet(FLAGS, state, path)).to(device)
+    net = flags.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size)
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
@@ -145,12 +146,13 @@ def main():
     if FLAGS.eval and not FLAGS.train:
         checkpoint.find(FLAGS.unet_dir or logdir)
     with distributed.main_first():
-        data = load_dataset(**flags.data(FLAGS))
+        data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
-        quality = Quality(reference, FLAGS.num_images, weights, **flags.quality(FLAGS), device=device)
+        where = FLAGS.fid_features, FLAGS.fid_cache, device
+        quality = Quality(reference, FLAGS.num_images, weights, *where, FLAGS.batch_size)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

@@ -20,7 +20,6 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from model import UNet
 from score.generate import draw_labels
 from training import checkpoint, flags
 from training.agc import AntiGradientControl
@@ -67,7 +66,7 @@ def train(data, device, logdir):
     rounds_done, seconds = resume(shards, schedule, skip_counts, directory)
     total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
     done = sum(shard.learner.step for shard in shards)
-    logger = Logger(logdir, total, done, seconds=seconds, **flags.logger(FLAGS))
+    logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
 
     with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
@@ -135,8 +134,10 @@ def make_batches(data, images, device):
     labels = data.train.labels if FLAGS.use_labels else None
     split = FLAGS.split or default_split(FLAGS.dataset)
     indices = make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed)
-    settings = {**flags.batches(FLAGS), "hflip": data.hflip}
-    return [ShardBatches(images, labels, index, device, **settings, shard=k) for k, index in enumerate(indices)]
+    return [
+        flags.call(FLAGS, ShardBatches, images, labels, index, device, hflip=data.hflip, shard=k)
+        for k, index in enumerate(indices)
+    ]
 
 
 def make_shards_of_this_process(batches, device):
@@ -145,9 +146,9 @@ def make_shards_of_this_process(batches, device):
     shards = []
     for number in range(distributed.rank(), len(batches), distributed.world_size()):
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-        net = UNet(**flags.unet(FLAGS, start, FLAGS.check_dir)).to(device)
-        settings = flags.learner(FLAGS, WARMUP * batches[number].steps_per_epoch)
-        learner = Learner(net, **settings, offload=FLAGS.shard_state == "cpu")
+        net = flags.unet(FLAGS, start, FLAGS.check_dir).to(device)
+        warmup = WARMUP * batches[number].steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
+        learner = flags.call(FLAGS, Learner, net, warmup=warmup, offload=FLAGS.shard_state == "cpu")
         if start:
             for network, use_ema in ((learner.net, False), (learner.ema, True)):
                 weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
@@ -184,7 +185,7 @@ def main():
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
     device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
-        data = load_dataset(**flags.data(FLAGS))
+        data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
     if FLAGS.client_num > len(data.train.images):
         raise UsageError(f"--client_num={FLAGS.client_num}: more shards than the {len(data.train.images)} images")

@@ -65,4 +65,6 @@ if [[ "$PYTHON" != python && -n "$(lacking "$PYTHON")" ]]; then
     python3 -m venv "$ROOT/.venv"
     "$PYTHON" -m pip install --quiet --constraint "$ROOT/constraints.txt" --requirement "$ROOT/$REQUIREMENTS"
 fi
+# freed memory stays with the process, for the next step to use: a fifth of the time of a CPU step
+export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647
 export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

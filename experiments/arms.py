@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +70,11 @@ ARMS = {
 TRIALS = {
     "default": [
         ARMS["default"],
-        Arm("dropout 0.3", 1, (*OFF, "--dropout=0.3")),
-        Arm("dropout 0.5", 1, (*OFF, "--dropout=0.5")),
+        *(Arm(f"dropout {p}", 1, (*OFF, f"--dropout={p}")) for p in (0.3, 0.5, 0.7, 0.8, 0.9)),
         Arm("shift 1", 1, (*OFF, "--shift=1")),
         Arm("shift 1, dropout 0.3", 1, (*OFF, "--shift=1", "--dropout=0.3")),
         Arm("EMA decay 0.999", 1, (*OFF, "--ema_decay=0.999")),
         Arm("EMA decay 0.999, dropout 0.5", 1, (*OFF, "--ema_decay=0.999", "--dropout=0.5")),
-        Arm("dropout 0.7", 1, (*OFF, "--dropout=0.7")),
-        Arm("dropout 0.8", 1, (*OFF, "--dropout=0.8")),
-        Arm("dropout 0.9", 1, (*OFF, "--dropout=0.9")),
         Arm("EMA decay 0.999, dropout 0.7", 1, (*OFF, "--ema_decay=0.999", "--dropout=0.7")),
     ],
     "IET-AGC": [
@@ -88,10 +84,8 @@ TRIALS = {
         Arm("mem_ratio 1.25", SHARDS, ("--mem_ratio=1.25",)),
         Arm("arr_ema_decay 0.95", SHARDS, ("--arr_ema_decay=0.95",)),
         Arm("ascend 0.1", SHARDS, ("--anti_grad=ascend", "--anti_grad_weight=0.1")),
-        Arm("1 shard, dropout 0.5", 1, ("--dropout=0.5",)),
+        *(Arm(f"1 shard, dropout {p}", 1, (f"--dropout={p}",)) for p in (0.5, 0.7, 0.8)),
         Arm("1 shard, dropout 0.5, mem_ratio 1.25", 1, ("--dropout=0.5", "--mem_ratio=1.25")),
-        Arm("1 shard, dropout 0.7", 1, ("--dropout=0.7",)),
-        Arm("1 shard, dropout 0.8", 1, ("--dropout=0.8",)),
         Arm("2 shards, dropout 0.7", 2, ("--dropout=0.7",)),
     ],
 }
@@ -103,11 +97,9 @@ def tuned_arms(out):
     path = out / "tuning.json"
     if not path.exists():
         return {}
-    chosen = {}
-    for method, best in read_json(path)["best"].items():
-        arm = next(trial for trial in TRIALS[method] if trial.name == best["setting"])
-        chosen[f"tuned {method}"] = Arm(f"tuned {method}", arm.shards, arm.flags, arm.more_rounds, arm.name)
-    return chosen
+    best = {method: row["setting"] for method, row in read_json(path)["best"].items()}
+    chosen = {f"tuned {method}": arm for method in TRIALS for arm in TRIALS[method] if arm.name == best[method]}
+    return {name: replace(arm, name=name, setting=arm.name) for name, arm in chosen.items()}
 
 
 def command_line(data, arm, seed, logdir):

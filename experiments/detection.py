@@ -21,12 +21,11 @@ def roc_auc(scores, labels):
 
 
 @torch.no_grad()
-def per_image_loss(net, images, trainer_settings, seed):
+def per_image_loss(trainer, images, seed):
     """The training loss of every image, averaged over TIMESTEPS timesteps from 0 to T with the same noise for all.
 
     images: uint8 (N, 3, H, W). Returns (N,) float64.
     """
-    trainer = GaussianDiffusionTrainer(net, **trainer_settings)
     x_0, total = normalize(images), torch.zeros(len(images), dtype=torch.float64)
     stream = generator("cpu", seed, "per-image loss")
     for i in range(TIMESTEPS):
@@ -36,22 +35,17 @@ def per_image_loss(net, images, trainer_settings, seed):
     return (total / TIMESTEPS).numpy()
 
 
-def mean_losses(run):
+def last_losses(run):
     """`per_image_loss` of all training images under the last raw weights that were measured; kept beside them."""
     r = last_point(run)["round"]
     path = run.directory / "measured" / f"round{r}_losses.npy"
     if not path.exists():
         net, _ = load_network(run, r, False)
-        losses = per_image_loss(net, real_images(run.data.name)[0], flags.diffusion(values_of(run.flags)), run.seed)
+        trainer = flags.call(values_of(run.flags), GaussianDiffusionTrainer, net)
+        losses = per_image_loss(trainer, real_images(run.data.name)[0], run.seed)
         with atomic_write(path) as file:
             np.save(file, losses)
     return np.load(path)
-
-
-def copied_images(run):
-    """Which training images (M,) a training copies in the end."""
-    group, found = real_images(run.data.name)[1], last_arrays(run)
-    return np.isin(group, found["nearest"][found["ratio"] < COPIED])
 
 
 def detection(runs):
@@ -62,13 +56,15 @@ def detection(runs):
     """
     group = real_images(runs[0].data.name)[1]
     repeated = np.bincount(group)[group] > 1
-    default = {run.seed: copied_images(run) for run in runs if run.arm.name == "default"}
+    found = {(run.arm.name, run.seed): last_arrays(run) for run in runs}
+    copied = {key: np.isin(group, arrays["nearest"][arrays["ratio"] < COPIED]) for key, arrays in found.items()}
     rows = {}
     for run in runs:
-        labels = {"repeated": repeated, "memorised by itself": copied_images(run)}
-        if run.seed in default:
-            labels["memorised by default"] = default[run.seed]
-        skips, losses = last_arrays(run)["skips"].astype(float), mean_losses(run)
+        own, default = (run.arm.name, run.seed), ("default", run.seed)
+        labels = {"repeated": repeated, "memorised by itself": copied[own]}
+        if default in copied:
+            labels["memorised by default"] = copied[default]
+        skips, losses = found[own]["skips"].astype(float), last_losses(run)
         for label, which in labels.items():
             row = rows.setdefault((run.arm.name, label), {"skip count": [], "low loss": []})
             row["skip count"].append(roc_auc(skips, which))

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
+import itertools
 import time
 
 from benchmarks.__main__ import machine
@@ -52,15 +53,12 @@ def matched(points, floor):
 
 def comparisons(points):
     """Rows {"weights", "fpd", "arm", "baseline", measure: difference}, at qualities that both reach with all seeds."""
-    rows, arms = [], {point["arm"] for point in points}
-    for weights in WEIGHTS:
-        for arm, baseline in BASELINES.items():
-            if {arm, baseline} <= arms:
-                ours, others = (paths_of(points, side, weights) for side in (arm, baseline))
-                for quality in qualities(ours + others):
-                    found = {measure: difference(ours, others, quality, measure) for measure in COMPARED}
-                    row = {"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline}
-                    rows.append(row | found)
+    rows = []
+    for weights, (arm, baseline) in itertools.product(WEIGHTS, BASELINES.items()):
+        ours, others = (paths_of(points, side, weights) for side in (arm, baseline))
+        for quality in qualities(ours + others) if ours and others else ():
+            found = {measure: difference(ours, others, quality, measure) for measure in COMPARED}
+            rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline, **found})
     return rows
 
 

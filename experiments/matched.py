@@ -32,6 +32,7 @@ def at_quality(distances, shares, quality):
 
 
 def columns(path, *names):
+    """An array (S,) for each name, of the S points of a training."""
     return [np.array([point[name] for point in path]) for name in names]
 
 
@@ -60,10 +61,6 @@ def bootstrap(paths, quality, measure, draws, seed):
     return np.where(number > 0, np.nansum(found, axis=1) / np.maximum(number, 1), np.nan)
 
 
-def with_interval(mean, drawn):
-    return [float(mean), *map(float, np.nanquantile(drawn, [0.025, 0.975]))]
-
-
 def interval(paths, quality, measure, floor, draws=1000, seed=0):
     """Mean share above the floor at a quality over seeds, with a 95 % bootstrap interval over seeds and images.
 
@@ -75,7 +72,8 @@ def interval(paths, quality, measure, floor, draws=1000, seed=0):
         return None
     share, images = floor[measure], floor["images"]
     floors = np.random.default_rng((seed, 1)).binomial(images, share, size=draws) / images
-    return with_interval(mean - share, bootstrap(paths, quality, measure, draws, seed) - floors)
+    drawn = bootstrap(paths, quality, measure, draws, seed) - floors
+    return [mean - share, *np.nanquantile(drawn, [0.025, 0.975]).tolist()]
 
 
 def difference(paths, others, quality, measure, draws=1000, seed=0):
@@ -87,4 +85,4 @@ def difference(paths, others, quality, measure, draws=1000, seed=0):
     if reached < len(paths) or others_reached < len(others):
         return None
     drawn, again = (bootstrap(p, quality, measure, draws, (seed, i)) for i, p in enumerate((paths, others)))
-    return with_interval(mean - other, drawn - again)
+    return [mean - other, *np.nanquantile(drawn - again, [0.025, 0.975]).tolist()]

@@ -7,20 +7,17 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.matched import COMPARED
+from experiments.matched import COMPARED, paths_of
 from experiments.runs import WEIGHTS
 from utils.files import atomic_write
 
 
 def curves(points, arm, weights, measure):
     """(steps (S,), fpd (seeds, S), share (seeds, S)) of an arm, of the steps that all of its seeds have."""
-    by_seed = {}
-    for point in points:
-        if (point["arm"], point["weights"]) == (arm, weights):
-            by_seed.setdefault(point["seed"], {})[point["steps"]] = point["fpd"], point[measure]
-    steps = sorted(set.intersection(*map(set, by_seed.values()))) if by_seed else []
-    values = [[of_seed[step] for step in steps] for of_seed in by_seed.values()]
-    return steps, *np.moveaxis(np.reshape(values, (len(values), len(steps), 2)), -1, 0)
+    paths = paths_of(points, arm, weights)
+    steps = sorted(set.intersection(*({point["steps"] for point in path} for path in paths)))
+    common = [[point for point in path if point["steps"] in steps] for path in paths]
+    return steps, *(np.array([[point[name] for point in path] for path in common]) for name in ("fpd", measure))
 
 
 def plot_frontier(path, results):

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,6 @@ from absl import flags as absl_flags
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
 from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
-from model import UNet
 from score.fid import frechet_distance, pixel_statistics
 from score.generate import generate
 from score.memorization import measures, memorization_ratio, nearest_neighbors
@@ -83,7 +83,10 @@ def absolute(text):
 
 @contextlib.contextmanager
 def begin(options, arguments):
-    """Take --out for this experiment, in the repository's root, where config/ and data/ are."""
+    """Work in the repository's root, where config/ and data/ are, as the only experiment that writes to --out.
+
+    Raises a DataError if another one does, or if --out cannot be written.
+    """
     options.command = sys.argv[1:] if arguments is None else arguments
     make_directory(options.out, "out")
     with lock_directory(options.out, "out"), contextlib.chdir(ROOT):
@@ -108,8 +111,7 @@ def plan(name, arms, seeds, options):
 def end_with_parent(parent):
     """Have the kernel end this process with SIGTERM when `parent`, which started it, has ended, by SIGKILL too.
 
-    A training would go on otherwise and hold the log directory that the next start wants. No exit handler runs after a
-    SIGKILL, and main_fed.py knows nothing of its parent. Other systems than Linux have no such call.
+    A training would go on otherwise and hold the log directory that the next start wants. Linux only.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -160,14 +162,14 @@ def real_images(name):
     Images are uint8 (N, 3, H, W). Neighbours are searched for among the distinct ones: a repeated one would be its own
     second neighbour, and every ratio of its copies would come out higher.
     """
-    settings = flags.data(values_of(DATA[name].flags))
-    root = Path(settings["data_root"])
-    if settings["name"] == "folder":
-        write_patches(root.parent, DATA[name].num_train, settings["img_size"])
-    data = load_dataset(**settings)
+    values = values_of(DATA[name].flags)
+    root = Path(values.data_root)
+    if values.dataset == "folder":
+        write_patches(root.parent, DATA[name].num_train, values.img_size)
+    data = flags.call(values, load_dataset, values.dataset)
     training, heldout = data.train.images, data.heldout
     if heldout is None:
-        heldout = load_dataset(**{**settings, "data_root": root.with_name("heldout")}).train
+        heldout = flags.call(values, load_dataset, values.dataset, data_root=root.with_name("heldout")).train
     distinct, group = training.flatten(1).unique(dim=0, return_inverse=True)
     return training, group.numpy(), distinct.view(-1, *training.shape[1:]), heldout.images
 
@@ -214,23 +216,9 @@ def load_network(run, r, use_ema):
     """(network of a checkpoint, how often each training image was left out until then)."""
     path = run.directory / "log" / checkpoint.round_name(r)
     state = checkpoint.load(path)
-    net = UNet(**flags.unet(values_of(run.flags), state, path))
+    net = flags.unet(values_of(run.flags), state, path)
     checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
     return net.eval(), state["index_array"].numpy()
-
-
-def measure_checkpoint(run, r, weights):
-    """(numbers of a checkpoint, arrays of it) of as many generated images as the run says."""
-    _, _, distinct, heldout = real_images(run.data.name)
-    net, skips = load_network(run, r, weights == "ema")
-    sampler = GaussianDiffusionSampler(net, **flags.sampler(values_of(run.flags)))
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
-        images = generate(sampler, run.data.images, run.data.images, run.seed)
-    numbers, ratio, nearest = measure(images, distinct, heldout)
-    numbers |= {"fpd_std": fpd_spread(images, heldout), "images": len(images)}
-    top = ratio.argsort(kind="stable")[:PAIRS]
-    pairs = torch.stack([distinct[nearest[top]], images[top]], dim=1).numpy()
-    return numbers, {"ratio": ratio, "nearest": nearest, "pairs": pairs, "skips": skips}
 
 
 def rounds_kept(run):
@@ -244,24 +232,34 @@ def arrays_path(run, r, weights):
 
 def measure_all(run, deadline):
     """Measure the checkpoints of a training that have not been yet: points.json and measured/."""
+    _, _, distinct, heldout = real_images(run.data.name)
     done = {(point["round"], point["weights"]) for point in read_points(run)}
-    for r in rounds_kept(run):
-        for weights in WEIGHTS:
-            if (r, weights) in done or time.time() > deadline:
-                continue
-            numbers, arrays = measure_checkpoint(run, r, weights)
-            with atomic_write(arrays_path(run, r, weights)) as file:
-                np.savez_compressed(file, **arrays)
-            path = run.directory / "points.json"
-            point = {"round": r, "steps": r * run.steps_per_round, "weights": weights, **numbers}
-            write_lines(path, [*(read_json(path) if path.exists() else []), point], depth=1)
+    for r, weights in itertools.product(rounds_kept(run), WEIGHTS):
+        if (r, weights) in done or time.time() > deadline:
+            continue
+        net, skips = load_network(run, r, weights == "ema")
+        sampler = GaussianDiffusionSampler(net, **flags.sampler(values_of(run.flags)))
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
+            images = generate(sampler, run.data.images, run.data.images, run.seed)
+        numbers, ratio, nearest = measure(images, distinct, heldout)
+        top = ratio.argsort(kind="stable")[:PAIRS]
+        pairs = torch.stack([distinct[nearest[top]], images[top]], dim=1).numpy()
+        with atomic_write(arrays_path(run, r, weights)) as file:
+            np.savez_compressed(file, ratio=ratio, nearest=nearest, pairs=pairs, skips=skips)
+        point = {"round": r, "steps": r * run.steps_per_round, "weights": weights, **numbers}
+        point |= {"fpd_std": fpd_spread(images, heldout), "images": len(images)}
+        write_lines(run.directory / "points.json", [*all_points(run), point], depth=1)
+
+
+def all_points(run):
+    path = run.directory / "points.json"
+    return read_json(path) if path.exists() else []
 
 
 def read_points(run):
     """The points of a training so far, in the order of their steps; those of as many images as the run says."""
-    path = run.directory / "points.json"
-    points = read_json(path) if path.exists() else []
-    return sorted((p for p in points if p["images"] == run.data.images), key=lambda point: point["steps"])
+    points = [point for point in all_points(run) if point["images"] == run.data.images]
+    return sorted(points, key=lambda point: point["steps"])
 
 
 def is_complete(run):
@@ -286,7 +284,7 @@ def last_arrays(run):
 
 
 def work(run, deadline):
-    """Train and measure one run in a process of its own, on one thread; returns whether it is complete."""
+    """Train and measure one run, on one thread; returns whether it is complete."""
     torch.set_num_threads(1)
     train(run, deadline)
     measure_all(run, deadline)
@@ -300,9 +298,11 @@ def work_all(runs, deadline):
         return
     real_images(runs[0].data.name)  # writes them, if need be, before several processes want them
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),))
-    done = len(runs) - len(missing)
-    with distributed.bar(total=len(runs), initial=done, desc=f"runs of {runs[0].data.name}", unit="run") as bar:
+    done, desc = len(runs) - len(missing), f"runs of {runs[0].data.name}"
+    with (
+        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),)) as pool,
+        distributed.bar(total=len(runs), initial=done, desc=desc, unit="run") as bar,
+    ):
         try:
             # what is started here never sees Ctrl-C, and ends with this process
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -310,12 +310,10 @@ def work_all(runs, deadline):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             for job in concurrent.futures.as_completed(jobs):
                 bar.update(job.result())
-        except BaseException:  # a signal too: what has begun saves and ends, what has not must not begin
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # Ctrl-C too: nothing waits for what is at work, which goes on another time
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    pool.shutdown()
 
 
 def write_lines(path, value, depth):

@@ -63,10 +63,9 @@ def equal_steps_table(frontier):
     """Default training in the end, and IET-AGC after as many steps."""
     rows = []
     for name, result in frontier.items():
-        default = points_of(result, "default", "raw")
-        rows.append([name, "default", *mean_cells(result, default)])
-        ours = points_of(result, "IET-AGC", "raw", default[0]["steps"])
-        rows.append([name, "IET-AGC", *mean_cells(result, ours)])
+        steps = points_of(result, "default", "raw")[0]["steps"]
+        for arm in ("default", "IET-AGC"):
+            rows.append([name, arm, *mean_cells(result, points_of(result, arm, "raw", steps))])
     return markdown_table(["data", *MEAN_HEADER], rows)
 
 
@@ -105,8 +104,8 @@ def comparison_table(frontier):
 
 
 def tally(result, arm, baseline):
-    compared = [row[measure] for row in result["comparisons"] if row["arm"] == arm for measure in COMPARED]
-    differences = [found for found in compared if found]
+    rows = [row for row in result["comparisons"] if row["arm"] == arm]
+    differences = [row[measure] for row in rows for measure in COMPARED if row[measure]]
     less, more = sum(high < 0 for _, _, high in differences), sum(low > 0 for _, low, _ in differences)
     floor = result["floor"]["MQ@15"]
     above = any(p["MQ@15"] > floor for p in result["points"] if p["arm"] in (arm, baseline))
@@ -132,22 +131,18 @@ def filled(text, frontier):
     for name, result in frontier.items():
         if missing := [arm for arm in ("default", "IET-AGC") if arm not in result["flags"]]:
             raise DataError(f"results/frontier.json: {name} lacks {missing[0]}: go on with bash com/frontier.sh")
-    makers = {
-        "floor": floor_table, "equal steps": equal_steps_table, "comparisons": comparison_table,
-        "detection": detection_table,
-    }  # fmt: skip
-    for name, result in frontier.items():
-        makers |= {
-            f"end {name}": lambda _, r=result: end_table(r),
-            f"matched {name}": lambda _, r=result: matched_table(r),
-        }
-
-    def table(match):
-        if match[2] not in makers:
-            raise DataError(f"{DOCUMENT}: no table {match[2]!r}: there are {', '.join(makers)}")
-        return f"{match[1]}\n{makers[match[2]](frontier)}<!-- end -->"
-
-    return re.sub(r"(<!-- table: (.*?) -->).*?<!-- end -->", table, text, flags=re.DOTALL)
+    tables = {
+        "floor": floor_table(frontier),
+        "equal steps": equal_steps_table(frontier),
+        "comparisons": comparison_table(frontier),
+        "detection": detection_table(frontier),
+        **{f"end {name}": end_table(result) for name, result in frontier.items()},
+        **{f"matched {name}": matched_table(result) for name, result in frontier.items()},
+    }
+    places = r"(<!-- table: (.*?) -->).*?<!-- end -->"
+    if unknown := {name for _, name in re.findall(places, text, re.DOTALL)} - tables.keys():
+        raise DataError(f"{DOCUMENT}: no table {unknown.pop()!r}: there are {', '.join(tables)}")
+    return re.sub(places, lambda match: f"{match[1]}\n{tables[match[2]]}<!-- end -->", text, flags=re.DOTALL)
 
 
 def main():

@@ -158,7 +158,8 @@ def test_two_machines(one_process, tmp_path):
 
 def test_default_training_does_not_depend_on_the_number_of_processes(tmp_path):
     """Started with 1, 4 and 2 processes; the last run is continued with one. Without dropout."""
-    flags = ["--train", *TINY_FLAGS, "--dropout=0", "--log_step=1", "--save_step=1", "--use_labels", "--num_labels=10"]
+    flags = ["--train", *TINY_FLAGS, "--dropout=0", "--log_step=1", "--use_labels", "--num_labels=10"]
+    flags += ["--save_step=1", "--keep=20"]
     for name, starts in (("one", [(1, 20)]), ("four", [(4, 20)]), ("two", [(2, 8), (1, 20)])):
         for processes, steps in starts:
             run_with(processes, "main.py", *flags, f"--total_steps={steps}", f"--logdir={name}", cwd=tmp_path)

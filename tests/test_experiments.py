@@ -15,6 +15,7 @@ import scipy.linalg
 import sklearn.datasets
 import torch
 
+from diffusion import GaussianDiffusionTrainer
 from experiments import arms, frontier, runs, tables, tuning
 from experiments.detection import per_image_loss, roc_auc
 from experiments.matched import at_quality, difference, interval
@@ -187,7 +188,7 @@ def test_per_image_loss_prefers_what_the_network_knows():
         a = abar[t].float()[:, None, None, None]
         return (x_t - a.sqrt() * known) / (1 - a).sqrt()
 
-    losses = per_image_loss(knows_one, images, {"beta_1": 1e-4, "beta_T": 0.02, "T": 1000, "mean_type": "epsilon"}, 0)
+    losses = per_image_loss(GaussianDiffusionTrainer(knows_one, 1e-4, 0.02, 1000), images, 0)
     assert losses[2] < 1e-6 and np.delete(losses, 2).min() > 0.01
     # the loss of another image is abar / (1 - abar) |x_0 - known|^2, averaged over the timesteps
     steps = [round((i + 0.5) * 1000 / 32) for i in range(32)]
@@ -272,23 +273,37 @@ def test_tuning_then_frontier_and_nothing_is_made_twice(tmp_path, monkeypatch, c
         tables.filled("", results)
 
 
-def processes_of(path):
-    found = subprocess.run(["pgrep", "-f", f"python.*{path}"], capture_output=True, text=True, check=False)
-    return list(map(int, found.stdout.split()))
+def processes_of(session):
+    """The states of all processes of a session that have not ended."""
+    found = subprocess.run(["ps", "-s", str(session), "-o", "stat="], capture_output=True, text=True, check=False)
+    return [state for state in found.stdout.split() if not state.startswith("Z")]
 
 
-def test_a_killed_experiment_leaves_no_training_behind(tmp_path):
-    flags = ["--data=digits64", "--arms=default", "--seeds=1", "--steps=100000", f"--out={tmp_path}"]
+@pytest.mark.parametrize("by", ["kill", "Ctrl-C"])
+def test_a_stopped_experiment_leaves_no_process_behind(by, tmp_path):
+    flags = ["--data=digits64", "--arms=default", "--seeds=1", "--steps=100000", f"--out={tmp_path}/a"]
     command = ["bash", str(ROOT / "com/frontier.sh"), *flags]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
-        limit = time.monotonic() + 100
-        while len(processes_of(tmp_path)) < 2:
+    errors, limit = tmp_path / "err", time.monotonic() + 100
+    with (
+        errors.open("w") as err,
+        subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=err, start_new_session=True) as process,
+    ):
+        while not list(tmp_path.rglob("run.json")):  # of a training that has begun
             assert time.monotonic() < limit and process.poll() is None
             time.sleep(0.1)
-        os.kill(min(processes_of(tmp_path)), signal.SIGKILL)  # the experiment, which started the training
-    while processes_of(tmp_path):
+        with pytest.raises(DataError, match="is writing there"):
+            frontier.main(flags)
+        if by == "kill":
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)  # the child of bash
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+    while processes_of(process.pid):
         assert time.monotonic() < limit
         time.sleep(0.1)
+    if by == "Ctrl-C":
+        assert [line for line in errors.read_text().splitlines() if "runs of" not in line] == [
+            "experiments.frontier: stopped by SIGINT"
+        ]
 
 
 def test_the_document_says_what_the_results_say():

@@ -34,7 +34,7 @@ def outputs_of_blocks(net, inputs, temb, cemb):
 def test_every_block_sees_t_and_the_class(name):
     values = flags_of(f"--flagfile={ROOT}/config/{name}.txt")
     torch.manual_seed(0)
-    net, num_labels = visible(UNet(**flags.unet(values))), values.num_labels
+    net, num_labels = visible(flags.unet(values)), values.num_labels
     inputs = {}
     for block_name, block in net.named_modules():
         if isinstance(block, ResBlock):

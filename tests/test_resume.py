@@ -145,7 +145,8 @@ def of_flags(script, *arguments):
     values.unparse_flags()
     values(["test", *arguments])
     groups = flags.norm_groups(values)
-    return flags.logdir(values, script.removesuffix(".py"), load_dataset(**flags.data(values)), groups)
+    data = flags.call(values, load_dataset, values.dataset)
+    return flags.logdir(values, script.removesuffix(".py"), data, groups)
 
 
 @pytest.mark.parametrize(("script", "change", "message"), REFUSED)

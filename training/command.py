@@ -9,7 +9,6 @@ from absl import app, flags
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training import flags as shared_flags
-from training.allocator import keep_freed_memory
 from utils import distributed, startup
 from utils.errors import UsageError, UserError
 
@@ -21,7 +20,6 @@ def run(main, arguments=()):
 
     arguments: names of what else must be on the command line; main is called with it.
     """
-    keep_freed_memory()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
     parse_all = partial(parse, arguments=arguments)

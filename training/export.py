@@ -19,7 +19,6 @@ import torch
 from absl import flags as absl_flags
 from safetensors.torch import save
 
-from model import UNet
 from training import checkpoint, flags
 from training.command import run
 from utils.errors import UsageError
@@ -41,7 +40,7 @@ def export(name, out):
     training = state.get("flags") or (read_json(run_file)["settings"] if run_file.exists() else {})
     flags.take(FLAGS, training, path)
     torch.manual_seed(0)  # for what pytorch-ddpm's files lack, and nothing uses
-    net = UNet(**flags.unet(FLAGS, state, path))
+    net = flags.unet(FLAGS, state, path)
     checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
 
     network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}

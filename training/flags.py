@@ -4,6 +4,7 @@ All scripts accept all flags, so that they share flagfiles; a help text says so 
 """
 
 import codecs
+import inspect
 import itertools
 import json
 import os
@@ -13,7 +14,9 @@ import torch
 from absl import flags
 
 from dataset import DATASETS, fingerprint
-from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
+from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
+from model import UNet
+from score.generate import generate_batches
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS, default_split
@@ -377,105 +380,44 @@ def norm_groups(values, checkpoint=None, path=None):
     return groups
 
 
+def arguments(values, function, first=1, **own):
+    """The keyword arguments of a function that are flags of the same names, and those in `own`, which come first.
+
+    first: so many of its parameters are passed over, which the caller gives by their place.
+    """
+    names = list(inspect.signature(function).parameters)[first:]
+    return {name: getattr(values, name) for name in names if hasattr(values, name)} | own
+
+
+def call(values, function, *args, **own):
+    """Call a function with args, and with `arguments` for its other parameters."""
+    return function(*args, **arguments(values, function, len(args), **own))
+
+
 def data_device(values, device):
     """Where the training images are kept, `device` being where they are trained on."""
     return "cpu" if values.data_device == "cpu" else device
 
 
+def labels_of(values):
+    """Number of classes of a conditional network, else None."""
+    return values.num_labels if values.use_labels else None
+
+
 def unet(values, checkpoint=None, path=None):
-    """Keyword arguments of `model.UNet`, the groups as `norm_groups` finds them."""
-    return {
-        "groups": norm_groups(values, checkpoint, path),
-        "T": values.T,
-        "ch": values.ch,
-        "ch_mult": values.ch_mult,
-        "attn": values.attn,
-        "num_res_blocks": values.num_res_blocks,
-        "dropout": values.dropout,
-        "num_labels": values.num_labels if values.use_labels else None,
-    }
-
-
-def diffusion(values):
-    """Keyword arguments that the diffusion's trainer and sampler share."""
-    return {"beta_1": values.beta_1, "beta_T": values.beta_T, "T": values.T, "mean_type": values.mean_type}
+    """The `UNet` of the flags, with the groups that `norm_groups` finds."""
+    groups = norm_groups(values, checkpoint, path)
+    return call(values, UNet, groups=groups, num_labels=labels_of(values))
 
 
 def sampler(values):
-    """Keyword arguments of `diffusion.GaussianDiffusionSampler`, the network aside."""
-    return {
-        **diffusion(values),
-        "img_size": values.img_size,
-        "var_type": values.var_type,
-        "sampler": values.sampler,
-        "steps": values.sample_steps,
-        "eta": values.eta,
-        "guidance": values.guidance,
-    }
-
-
-def data(values):
-    """Keyword arguments of `dataset.load_dataset`."""
-    return {
-        "name": values.dataset,
-        "data_root": values.data_root,
-        "img_size": values.img_size,
-        "num_train": values.num_train,
-        "subset_seed": values.subset_seed,
-        "hflip": values.hflip,
-        "num_workers": values.num_workers,
-        "download": values.download,
-    }
-
-
-def batches(values):
-    """Keyword arguments of `training.batches.ShardBatches`, images and shard aside."""
-    return {
-        "batch_size": values.batch_size,
-        "T": values.T,
-        "seed": values.seed,
-        "label_dropout": values.label_dropout,
-        "shift": values.shift,
-    }
-
-
-def learner(values, warmup):
-    """Keyword arguments of `training.learner.Learner`; `warmup` is the script's own default, in steps."""
-    return {
-        **diffusion(values),
-        "lr": values.lr,
-        "warmup": warmup if values.warmup is None else values.warmup,
-        "grad_clip": values.grad_clip,
-        "ema_decay": values.ema_decay,
-        "precision": values.precision,
-        "compile": values.compile,
-    }
-
-
-def logger(values):
-    """Keyword arguments of `training.logger.Logger` that are flags."""
-    return {"log_step": values.log_step, "max_bad_steps": values.max_bad_steps, "batch_size": values.batch_size}
+    """Keyword arguments of `GaussianDiffusionSampler`, the network aside."""
+    return arguments(values, GaussianDiffusionSampler, steps=values.sample_steps)
 
 
 def generation(values):
-    """Keyword arguments of `score.generate.generate`, the sampler aside."""
-    return {
-        "num_images": values.num_images,
-        "batch_size": values.batch_size,
-        "seed": values.seed,
-        "num_labels": values.num_labels if values.use_labels else None,
-        "legacy_labels": values.legacy_labels,
-        "dtype": PRECISIONS[values.precision],
-    }
-
-
-def quality(values):
-    """Keyword arguments of `score.quality.Quality`, images, weights and device aside."""
-    return {
-        "features": values.fid_features,
-        "cache": values.fid_cache,
-        "batch_size": values.batch_size,
-    }
+    """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
+    return arguments(values, generate_batches, num_labels=labels_of(values), dtype=PRECISIONS[values.precision])
 
 
 def logdir(values, script, data, groups):
