@@ -83,7 +83,10 @@ def load_dataset(
     elif name == "folder":
         train, num_classes = read_folder(data_root, img_size, num_workers)
     elif name == "afhq":
-        (train, test), num_classes = read_afhq(data_root, img_size, num_workers), 1
+        train_folder, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
+        train, num_classes = read_folder(train_folder, img_size, num_workers)
+        if found := [folder for folder in others if folder.is_dir()]:
+            test, _ = read_folder(found[0], img_size, num_workers)
     else:
         num_classes = 100 if name == "cifar100" else 10
         train, test = read_cifar(num_classes, data_root, download)
@@ -128,18 +131,15 @@ def stratified_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.lexsort((seat, turn))[:size]])
 
 
-# ---- data sets without image files ----
-
-
 def read_digits(img_size: int) -> ImageSet:
     """scikit-learn's handwritten digits: v of 0 .. 16 becomes the grey level round(255 v / 16).
 
     Read from the file that scikit-learn comes with, since importing it takes a second.
     """
     package = importlib.util.find_spec("sklearn")
-    path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package else None
-    if path is None or not path.exists():
-        raise DataError(f"{path or 'scikit-learn'}: not found: the digits need scikit-learn as in requirements.txt")
+    path = Path(package.origin if package else "sklearn/").parent / "datasets/data/digits.csv.gz"
+    if not path.exists():
+        raise DataError(f"{path}: not found: the digits need scikit-learn as in requirements.txt")
     rows = np.loadtxt(path, delimiter=",", dtype=np.int64)  # 8x8 values, then the class
     levels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
     images = np.stack(
@@ -177,38 +177,21 @@ def read_cifar(num_classes: int, data_root: Path, download: bool) -> tuple[Image
     for path, data in files.items():
         content = unpickle_dict(data, path)
         pixels, labels = content.get("data"), content.get(label_key)
-        if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (3 * 32 * 32,):
-            raise DataError(f"{path}: its `data` is not an array of (N, 3072) bytes: fetch it again")
         in_range = isinstance(labels, list) and all(label in range(num_classes) for label in labels)
-        if not in_range or len(labels) != len(pixels):
-            what = f"not a list of {len(pixels)} numbers of 0 .. {num_classes - 1}"
-            raise DataError(f"{path}: its `{label_key}` are {what}: fetch it again")
+        if not in_range or not isinstance(pixels, np.ndarray) or pixels.shape != (len(labels), 3 * 32 * 32):
+            what = f"N numbers of 0 .. {num_classes - 1} in `{label_key}` and (N, 3072) bytes in `data`"
+            raise DataError(f"{path}: does not hold {what}: fetch it again")
         images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
         parts.append(ImageSet(images, torch.tensor(labels, dtype=torch.int64)))
     return join(parts[:-1]), parts[-1]
 
 
-# ---- data sets of image files ----
-
-
-def read_afhq(data_root: Path, img_size: int, num_workers: int) -> tuple[ImageSet, ImageSet | None]:
-    """AFHQ's dogs, one class, sorted by name: the training images, and those of val/ or test/ if there are any."""
-    train, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
-    if not train.is_dir():
-        raise DataError(f"no {train}: unpack AFHQ (from the page of StarGAN v2) so that it is there")
-    parts = [None, None]
-    for number, folder in enumerate([train, *filter(Path.is_dir, others)][:2]):
-        images = read_cached(list(chain(*list_images(folder))), data_root, img_size, num_workers)
-        parts[number] = ImageSet(images, torch.zeros(len(images), dtype=torch.int64))
-    return tuple(parts)
-
-
-def read_folder(root: Path, img_size: int, num_workers: int) -> tuple[ImageSet, int]:
-    """The images below `root` and the number of classes: its sub-folders, sorted, or one if there are none."""
-    if not root.is_dir():
-        raise DataError(f"no directory {root}: name the folder of images with --data_root")
-    classes = list_images(root, classes=True)
-    images = read_cached(list(chain(*classes)), root, img_size, num_workers)
+def read_folder(folder: Path, img_size: int, num_workers: int) -> tuple[ImageSet, int]:
+    """The images below a folder and the number of classes: its sub-folders, sorted, or one if there are none."""
+    if not folder.is_dir():
+        raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
+    classes = list_images(folder, classes=True)
+    images = read_cached(list(chain(*classes)), folder, img_size, num_workers)
     counts = torch.tensor([len(members) for members in classes])
     return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts)), len(counts)
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "score.stats": ["-m", "score.stats"],
     "experiments.tuning": ["-m", "experiments.tuning"],
     "experiments.frontier": ["-m", "experiments.frontier"],
-    "experiments.document": ["-m", "experiments.document"],
+    "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
     "benchmarks.faults": ["-m", "benchmarks.faults"],
     "benchmarks.growth": ["-m", "benchmarks.growth"],

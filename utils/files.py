@@ -94,7 +94,7 @@ def lock_directory(path, flag):
     Raises:
         DataError: another process has taken it; `flag` is the name of the flag that names the directory.
     """
-    with writable(f"--{flag}={path}: its .lock", "choose another directory"):
+    with writable(f"--{flag}={path}/.lock", "choose another directory"):
         file = (Path(path) / ".lock").open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -109,8 +109,8 @@ def read_images(paths: list[str], img_size: int | None = None, num_workers: int 
             if found.shape == images.shape[1:]:
                 images[row] = found
             else:
-                (height, width), wanted = found.shape[1:], images.shape[2:]
-                bad.append(f"{paths[row]}: is {height}x{width}, {first} is {wanted[0]}x{wanted[1]}")
+                sizes = ["x".join(map(str, shape[-2:])) for shape in (found.shape, images.shape)]
+                bad.append(f"{paths[row]}: is {sizes[0]}, {first} is {sizes[1]}")
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")

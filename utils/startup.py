@@ -47,7 +47,7 @@ def prepare():
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             stream = open(descriptor, "w" if descriptor else "r", closefd=False)  # noqa: SIM115
         if descriptor:
-            raw = io.BufferedWriter(Stream(descriptor, "w", closefd=False))
+            raw = Stream(descriptor, "w", closefd=False)  # no buffer: a signal could have it written twice
             stream = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, stream)
 
