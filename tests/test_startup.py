@@ -28,9 +28,6 @@ COMMANDS = {
     "experiments.frontier": ["-m", "experiments.frontier"],
     "experiments.document": ["-m", "experiments.document"],
     "benchmarks": ["-m", "benchmarks"],
-    "benchmarks.faults": ["-m", "benchmarks.faults"],
-    "benchmarks.growth": ["-m", "benchmarks.growth"],
-    "benchmarks.scaling": ["-m", "benchmarks.scaling"],
 }
 STUBBORN = """
 import time
