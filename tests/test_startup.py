@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ COMMANDS = {
     "score.stats": ["-m", "score.stats"],
     "experiments.tuning": ["-m", "experiments.tuning"],
     "experiments.frontier": ["-m", "experiments.frontier"],
-    "experiments.document": ["-m", "experiments.document"],
     "benchmarks": ["-m", "benchmarks"],
 }
 STUBBORN = """
@@ -107,23 +105,6 @@ def test_nohup_holds(tmp_path):
         process.wait(0.5)
     process.terminate()
     assert process.wait(20) == 143
-
-
-def test_an_experiment_is_stopped_with_its_trainings(tmp_path):
-    """Ctrl-C goes to all processes of a terminal: one line, nothing goes on, and what was trained is saved."""
-    arguments = ["-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
-    process = start(*arguments, cwd=tmp_path, start_new_session=True)
-    limit = time.monotonic() + 100
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/metrics.jsonl")):
-        assert time.monotonic() < limit and process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)  # until the last process has closed the pipe
-    assert process.returncode == 130
-    assert [line for line in errors.splitlines() if "run/s" not in line] == ["experiments.tuning: stopped by SIGINT"]
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/state/*.pt")):
-        assert time.monotonic() < limit
-        time.sleep(0.1)
 
 
 CLOSED = """
