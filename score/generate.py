@@ -5,7 +5,7 @@ import torch
 from score.samples import non_finite_images
 from utils import distributed
 from utils.images import to_uint8
-from utils.seeding import SampleNoise, derive_seed
+from utils.seeding import derive_seed, sample_noise
 
 
 def draw_labels(seed, indices, num_labels):
@@ -54,7 +54,7 @@ def generate_batches(
                 labels = None
                 if num_labels is not None:
                     labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
-                noise = SampleNoise(seed, indices, shape, device)
+                noise = sample_noise(seed, indices, shape, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     x_0 = sampler(noise(), labels, noise)
             made = distributed.gather((to_uint8(x_0).cpu(), non_finite_images(x_0).cpu()))

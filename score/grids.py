@@ -7,8 +7,7 @@ from PIL import Image, ImageDraw
 
 from score.samples import check_images
 from utils.files import atomic_write
-from utils.images import image_grid
-from utils.safe_files import read_image
+from utils.images import image_grid, read_image
 
 IMAGES_PER_ROW = 16
 PAIRS_PER_PICTURE = 128

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import list_images, read_images, scan
 from utils import distributed
 from utils.errors import DataError
 from utils.files import atomic_write
+from utils.images import list_images, read_images, scan
 from utils.safe_files import check_memory, one_line
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.

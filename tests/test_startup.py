@@ -25,6 +25,7 @@ COMMANDS = {
     "score.stats": ["-m", "score.stats"],
     "experiments.tuning": ["-m", "experiments.tuning"],
     "experiments.frontier": ["-m", "experiments.frontier"],
+    "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
 }
 STUBBORN = """
