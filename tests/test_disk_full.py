@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks.faults import fill, small_disk
 from tests.commands import run
+from tests.faults import fill, small_disk
 from tests.networks import TINY_FLAGS, tiny_learner
 from training import checkpoint
 from training.logger import Logger, read_metrics

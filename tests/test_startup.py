@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,6 @@ COMMANDS = {
     "experiments.frontier": ["-m", "experiments.frontier"],
     "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
-    "benchmarks.faults": ["-m", "benchmarks.faults"],
-    "benchmarks.growth": ["-m", "benchmarks.growth"],
-    "benchmarks.scaling": ["-m", "benchmarks.scaling"],
 }
 STUBBORN = """
 import time
@@ -110,23 +106,6 @@ def test_nohup_holds(tmp_path):
         process.wait(0.5)
     process.terminate()
     assert process.wait(20) == 143
-
-
-def test_an_experiment_is_stopped_with_its_trainings(tmp_path):
-    """Ctrl-C goes to all processes of a terminal: one line, nothing goes on, and what was trained is saved."""
-    arguments = ["-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
-    process = start(*arguments, cwd=tmp_path, start_new_session=True)
-    limit = time.monotonic() + 100
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/metrics.jsonl")):
-        assert time.monotonic() < limit and process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)  # until the last process has closed the pipe
-    assert process.returncode == 130
-    assert [line for line in errors.splitlines() if "run/s" not in line] == ["experiments.tuning: stopped by SIGINT"]
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/state/*.pt")):
-        assert time.monotonic() < limit
-        time.sleep(0.1)
 
 
 CLOSED = """

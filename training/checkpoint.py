@@ -415,11 +415,10 @@ def restore(learner, state, path):
 
 
 def is_full(path):
-    """Whether a file looks like one of ours with all that a run continues from."""
-    try:
-        return "milestone" in read(path, mmap=True)
-    except DataError:
-        return False
+    """Whether a file, if it is whole, has all that a run continues from; many times faster than `read`."""
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # damage can make zipfile raise anything
+        return b"milestone" in archive.read("archive/data.pkl")
+    return False
 
 
 def newest_step(logdir):
