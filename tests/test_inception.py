@@ -43,7 +43,7 @@ def smooth_images(seed, N, contrast):
 
 
 def test_features_and_fid_agree_with_pytorch_fid(tmp_path, hub, inception, monkeypatch):
-    """Their features of the same images as PNG files; their distance takes half a minute of all 2,048, so of 100."""
+    """Their features of the same images as PNG files; their distance takes half a minute of all 2,048, so of 8."""
     monkeypatch.setenv("TORCH_HOME", str(hub))
     network = pytorch_fid.inception.InceptionV3([3])
     ours, theirs = [], []
@@ -54,9 +54,9 @@ def test_features_and_fid_agree_with_pytorch_fid(tmp_path, hub, inception, monke
         ours += compute_statistics(images, inception, batch_size=7)
     for x, y in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max())
-    some = [x[:100] if x.ndim == 1 else x[:100, :100] for x in (*ours, *theirs)]
+    some = [x[:8] if x.ndim == 1 else x[:8, :8] for x in (*ours, *theirs)]
     distance = fid_score.calculate_frechet_distance(*some[4:])
-    assert distance > 0.1 and frechet_distance(*some[:4]) == pytest.approx(distance, rel=1e-3)
+    assert distance > 0.01 and frechet_distance(*some[:4]) == pytest.approx(distance, rel=1e-3)
 
 
 def test_logits_are_the_class_scores_without_bias(hub, inception):
