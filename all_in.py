@@ -23,7 +23,7 @@ from score.generate import generate_batches, generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
-from score.report import write_report
+from score.report import summary, write_report
 from score.samples import load_samples, png_names, save_pngs
 from training import checkpoint, flags
 from training.command import announce, pick_device, run
@@ -73,13 +73,10 @@ def take_directories(stages):
     Raises DataError if one cannot be written, or another process has taken it.
     """
     written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
-    locks = {}
-    for flag in (flag for flag, writes in written.items() if writes):
-        path = Path(FLAGS[flag].value)
+    paths = {Path(FLAGS[flag].value).resolve(): flag for flag, writes in written.items() if writes}  # may be one
+    for path, flag in paths.items():
         make_directory(path, flag)
-        if path.resolve() not in locks:  # the flags may name one directory
-            locks[path.resolve()] = lock_directory(path, flag)
-    return list(locks.values())
+    return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
 def load_network(device):
@@ -193,17 +190,10 @@ def append_published_format(result):
 
 def print_summary(result):
     """What a person wants to know first."""
-    scores = {name: result[name] for name in ("fid", "is", "is_std", "fpd") if name in result}
     print(f"{result['N']} images against {result['training_set_size']} training images")
     if result.get("non_finite_images"):
         print(f"  {result['non_finite_images']} images held NaN or infinity: they are measured, with 0 in those pixels")
-    print("  " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) if scores else "  not scored")
-    if "mq" in result:
-        print("  MQ " + ", ".join(f"@{p} {n} ({n / result['N']:.1%})" for p, n in result["mq"].items()))
-        if "mq_above_floor" in result:
-            above = ", ".join(f"@{p} {share:+.1%}" for p, share in result["mq_above_floor"].items())
-            print(f"  above the floor of {result['holdout']['N']} held-out images: {above}")
-        print(f"  sqrt(d1/d2) < 1/3: {result['share_sqrt_d1_d2_below_third']:.1%}, AuthPct {result['auth_pct']:.1f}")
+    print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
     print(f"  written to {FLAGS.grid_dir}")
 
 

@@ -14,33 +14,10 @@ import statistics
 from pathlib import Path
 
 from score.grids import save_comparison
-from score.report import curves, page, table
+from score.report import COLUMNS, curves, page, table
 from utils import startup
 from utils.errors import DataError, printable
 from utils.files import read_json, write_json, write_text
-
-# {name: (value of a result or None, format)}
-COLUMNS = {
-    **{f"MQ@{p}": (lambda result, p=p: result.get("mq_fraction", {}).get(p), "{:.1%}") for p in ("15", "30", "50")},
-    **{
-        f"@{p} above floor": (lambda result, p=p: result.get("mq_above_floor", {}).get(p), "{:+.1%}")
-        for p in ("15", "30", "50")
-    },
-    "sqrt(d1/d2)<1/3": (lambda result: result.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "AuthPct": (lambda result: result.get("auth_pct"), "{:.1f}"),
-    "FID": (lambda result: result.get("fid"), "{:.3f}"),
-    "IS": (lambda result: result.get("is"), "{:.3f}"),
-    "fpd": (lambda result: result.get("fpd"), "{:.3f}"),
-    "images": (lambda result: result["N"], "{:.0f}"),
-    "train s": (lambda result: training_seconds(result["checkpoint"]), "{:.0f}"),
-    "eval s": (lambda result: sum(result["seconds"].values()), "{:.0f}"),
-}
-
-
-def training_seconds(checkpoint):
-    """What train.json beside a checkpoint says, or None."""
-    path = Path(checkpoint).parent / "train.json" if checkpoint else None
-    return read_json(path)["seconds"] if path and path.exists() else None
 
 
 def summarize(results):
@@ -127,10 +104,7 @@ def compare_page(groups, summaries):
 
 
 def settings_of(result):
-    """{name: value} of what made a result's images: how the network was trained, and how it was sampled.
-
-    Less is known of other programs' checkpoints, and nothing of images made elsewhere.
-    """
+    """{name: value} of what made a result's images, as far as it is known: training and sampling of the network."""
     checkpoint = Path(result["checkpoint"]).name if result["checkpoint"] else None
     sampling = {f"sampling: {k}": v for k, v in (result.get("origin") or {}).items() if k != "checkpoint_sha256"}
     return {"checkpoint": checkpoint, **(result.get("training") or {}), **sampling}

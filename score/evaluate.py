@@ -37,12 +37,12 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, **search)
             `mq_above_floor`: the shares below each threshold less those of held-out images.
         found: (sq_distance, index), as `nearest_neighbors` returns them.
     """
-    numbers = {"N": len(images), "training_set_size": len(training)} | (scores(images) if scores else {})
-    found = neighbors(images, training, folder and Path(folder) / "memorization.npz", **search)
-    numbers |= measures(*found, training)
+    paths = [folder and Path(folder) / name for name in ("memorization.npz", "holdout.npz")]
+    found = neighbors(images, training, paths[0], **search)
+    numbers = {**(scores(images) if scores else {}), **measures(*found, training)}
     if heldout is not None:
         floor = {"N": len(heldout), "images_sha256": fingerprint(heldout)}
-        floor |= measures(*neighbors(heldout, training, folder and Path(folder) / "holdout.npz", **search), training)
+        floor |= measures(*neighbors(heldout, training, paths[1], **search), training)
         above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
         numbers |= {"holdout": floor, "mq_above_floor": above}
     return numbers, found

@@ -107,16 +107,12 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     together and for values that are not finite.
     """
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
-    D = mu_1.size
-    if mu_1.shape != (D,) or mu_2.shape != (D,) or sigma_1.shape != (D, D) or sigma_2.shape != (D, D) or D == 0:
-        shapes = ", ".join(str(x.shape) for x in (mu_1, sigma_1, mu_2, sigma_2))
-        raise ValueError(f"expected mu_1 (D,), sigma_1 (D, D), mu_2 (D,), sigma_2 (D, D), got {shapes}")
+    shapes, D = [x.shape for x in (mu_1, sigma_1, mu_2, sigma_2)], mu_1.size
+    if shapes != [(D,), (D, D)] * 2 or D == 0:
+        raise ValueError(f"expected shapes (D,), (D, D), (D,), (D, D), got {shapes}")
     if not all(np.isfinite(x).all() for x in (mu_1, sigma_1, mu_2, sigma_2)):
         raise ValueError("the mean or the covariance holds values that are not finite")
-    L, other = factor(sigma_1), sigma_2
-    L_2 = factor(sigma_2)
-    if L_2.shape[1] < L.shape[1]:
-        L, other = L_2, sigma_1
+    L, other = min((factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1), key=lambda pair: pair[0].shape[1])
     eigenvalues = np.linalg.eigvalsh(L.T @ (other @ L))
     # Rounding leaves the smallest eigenvalues a little below zero, and the distance of equal distributions too.
     trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()
@@ -136,23 +132,18 @@ def inception_score(probs, splits=10):
     N = len(probs)
     if splits > N:
         raise ValueError(f"the inception score of {splits} splits needs at least {splits} images, got {N}")
-    scores = []
+    scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):
         p = probs[k * N // splits : (k + 1) * N // splits].double()
         marginal = p.mean(dim=0)
-        divergence = torch.xlogy(p, p).sum(dim=1).mean() - torch.xlogy(marginal, marginal).sum()
-        scores.append(divergence.exp())
-    scores = torch.stack(scores)
+        scores[k] = (torch.xlogy(p, p).sum(dim=1).mean() - torch.xlogy(marginal, marginal).sum()).exp()
     return scores.mean().item(), scores.std(correction=0).item()
 
 
 def save_statistics(path, mu, sigma, **provenance):
-    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), atomically.
-
-    `provenance`, strings by name, says what they were computed from. Raises DataError if the file can't be written.
-    """
+    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
     with atomic_write(path) as file:
-        np.savez(file, mu=mu, sigma=sigma, **{name: np.array(text) for name, text in provenance.items()})
+        np.savez(file, mu=mu, sigma=sigma, **provenance)
 
 
 def load_statistics(path):
@@ -161,7 +152,7 @@ def load_statistics(path):
     Raises DataError if the file is missing, damaged, has other shapes, values that are not finite, or no covariance.
     """
     arrays = read_npz(path, ("mu", "sigma", "features", "images", "weights"))
-    mu, sigma = arrays.pop("mu", np.zeros(0)), arrays.pop("sigma", np.zeros(0))
+    mu, sigma = (arrays.pop(name, np.zeros(0)) for name in ("mu", "sigma"))
     fits = mu.dtype.kind == sigma.dtype.kind == "f" and mu.size > 0 and sigma.shape == (mu.size, *mu.shape)
     if fits:
         mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
@@ -169,10 +160,7 @@ def load_statistics(path):
         fits = np.isfinite(mu).all() and np.isfinite(sigma).all() and variances.min() >= 0
         fits = fits and np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * variances.max())
     if not fits:
-        raise DataError(
-            f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape} are not a finite mean (D,) and a "
-            "covariance (D, D); compute it again"
-        )
+        raise DataError(f"{path}: mu and sigma are no finite mean (D,) and covariance (D, D); compute it again")
     return mu, sigma, {name: str(text) for name, text in arrays.items()}
 
 
@@ -220,16 +208,11 @@ def _only_a_warning(unless):
 
 def _known_statistics(path, expected):
     mu, sigma, found = load_statistics(path)
-    dimension = DIMENSIONS[expected["features"]]
-    other = [
-        f"{name} ({found[name][:16]}, not {text[:16]})"
-        for name, text in expected.items()
-        if found.get(name, text) != text
-    ]
-    if len(mu) != dimension:
-        other += [f"features ({len(mu)}, not the {dimension} of {expected['features']})"]
-    if other:
-        raise DataError(f"{path}: statistics of other {other[0]}; give another --fid_cache or remove the file")
-    if not found.keys() >= expected.keys():
+    found["features"] = {size: name for name, size in DIMENSIONS.items()}.get(len(mu), f"{len(mu)} of them")
+    for name, text in expected.items():
+        if found.get(name, text) != text:
+            difference = f"{name} ({found[name][:16]}, not {text[:16]})"
+            raise DataError(f"{path}: statistics of other {difference}; give another --fid_cache or remove the file")
+    if found.keys() != expected.keys():
         warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
     return mu, sigma

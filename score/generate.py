@@ -100,11 +100,12 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)
-    record = distributed.from_main(earlier_images(directory, origin, images) if distributed.is_main() else None)
-    if record["done"]:
-        print(f"{directory}: {record['done']} of {num_images} images are there already")
-    if not record["complete"]:
-        batches = make_batches(record["done"])
+    record = earlier_images(directory, origin, images) if distributed.is_main() else None
+    done, file = distributed.from_main((record["done"], record["file"]) if distributed.is_main() else None)
+    if done:
+        print(f"{directory}: {done} of {num_images} images are there already")
+    if done < num_images or file != FILE:
+        batches = make_batches(done)
         if distributed.is_main():
             write_images(directory, record, images, batches, about)
         else:
@@ -115,7 +116,7 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
 def earlier_images(directory, origin, images):
     """Copy the images of this origin that a directory holds to the beginning of `images`.
 
-    Returns what is known of them: the record of the file, and whether generate.npy is all of them and no more.
+    Returns the record of those: their number is "done", and "file" is generate.npy if that is all and nothing else.
     """
     paths = [directory / name for name in (RECORD, PART_RECORD)]
     records = [read_json(path) for path in paths if path.exists()]
@@ -129,22 +130,17 @@ def earlier_images(directory, origin, images):
         except (OSError, ValueError) as error:
             print(f"{path}: cannot be read ({one_line(error)}): its images are made again", file=sys.stderr)
             continue
-        known = {key: record[key] for key in ("origin", "file", "seconds")}
-        complete = record["file"] == FILE and record["done"] == len(images)
+        file = None if path.name == FILE and record["done"] > done else path.name
         bad = [i for i in record["non_finite"] if i < done]
-        return {**known, "done": done, "non_finite": bad, "complete": complete}
-    return {"origin": origin, "file": None, "seconds": {"generate": 0}, "done": 0, "non_finite": [], "complete": False}
+        return {"origin": origin, "file": file, "done": done, "non_finite": bad, "seconds": record["seconds"]}
+    return {"origin": origin, "file": None, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
 
 
 def write_images(directory, record, images, batches, about):
     """Add batches to the images that `record` knows, as `earlier_images` returns it, and finish generate.npy."""
-    size, free = images.nbytes, shutil.disk_usage(directory).free
-    if size > free:
-        needed, free = (f"{number / 2**30:.1f} GiB" for number in (size, free))
-        raise DataError(
-            f"--generate_dir={directory}: {len(images):,} images take {needed}, {free} are free: choose another one"
-        )
-    del record["complete"]
+    needed, free = (size / 2**30 for size in (images.nbytes, shutil.disk_usage(directory).free))
+    if needed > free:
+        raise DataError(f"--generate_dir={directory}: needs {needed:.1f} GiB, {free:.1f} are free: choose another one")
     continued, part = record["file"], directory / f"generate.part.{secrets.token_hex(4)}"
     begin = time.perf_counter() - record["seconds"]["generate"]
 
@@ -157,7 +153,7 @@ def write_images(directory, record, images, batches, about):
         with part.open("xb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(images.shape)}
             np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + size)  # so it can be read before the last image is there
+            file.truncate(file.tell() + images.nbytes)  # so it can be read before the last image is there
             file.write(images[: record["done"]].numpy())
             record["file"] = part.name
             save_record(file)

@@ -18,9 +18,7 @@ from utils.files import file_hash
 from utils.safe_files import one_line
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
-FID_WEIGHTS_URL = (
-    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"  # pytorch-fid's
-)
+FID_WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
 FEATURES = 2048
 CLASSES = 1008

@@ -21,8 +21,6 @@ MIDDLE = 128
 # products of two codes, of at most 2^14 each, whose sums are exact
 FLOAT32_TERMS = 2**10
 INT32_TERMS = 2**16
-CPU_CHUNK = 32  # images converted at a time, so that they stay in the processor's cache
-GPU_CHUNK_VALUES = 2**26
 
 
 @torch.no_grad()
@@ -52,7 +50,7 @@ def nearest_neighbors(
         raise ValueError(f"images of {tuple(generated.shape[1:])} and of {tuple(training.shape[1:])} have no distance")
     device = torch.device(device or training.device)
     generated, training = _levels(generated, "generated"), _levels(training, "training")
-    product = _fastest_product(training.shape[1], device)
+    integers = _integers_are_faster(training.shape[1], device)
     norm = _squared_norms(training, device)
     k = min(k, len(training))
     found = []
@@ -62,7 +60,7 @@ def nearest_neighbors(
             total=len(generated), desc="nearest neighbours", unit="image", disable=not progress
         ) as bar:
             for batch in generated.split(batch_generated):
-                found.append(_search(batch.to(device), training, norm, k, max(batch_training, k), product))
+                found.append(_search(batch.to(device), training, norm, k, max(batch_training, k), integers))
                 bar.update(len(batch))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -78,19 +76,7 @@ def neighbors_by_all(generated, training, **settings):
     return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
 
 
-def nearest_other(training, rows, device=None):
-    """Squared distance, float64 (len(rows),), of the training images `rows` to their nearest other training image.
-
-    A copy elsewhere in the training set counts, with 0. Infinite where there is no other image. `device` as above.
-    """
-    device = torch.device(device or training.device)
-    if len(rows) == 0 or len(training) == 1:
-        return torch.full((len(rows),), torch.inf, dtype=torch.float64, device=device)
-    sq_distance, index = nearest_neighbors(training[rows.to(training.device)], training, k=2, device=device)
-    return torch.where(index[:, 0] == rows.to(device), sq_distance[:, 1], sq_distance[:, 0])
-
-
-def _search(generated, training, norm, k, block_size, product):
+def _search(generated, training, norm, k, block_size, integers):
     """`nearest_neighbors` of images (n, D) among (M, D), both uint8, in integers; norm: of the training images."""
     M, D = training.shape
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
@@ -99,7 +85,7 @@ def _search(generated, training, norm, k, block_size, product):
     best = norm.new_empty(len(generated), 0)  # packed: squared distance less |a|^2, times M, plus index
     for start in range(0, M, block_size):
         keys = _codes(training[start : start + block_size].to(generated.device))
-        score = _multiply(codes, keys, product).to(dtype).mul_(-2).add_(norm[start : start + block_size].to(dtype))
+        score = _multiply(codes, keys, integers).to(dtype).mul_(-2).add_(norm[start : start + block_size].to(dtype))
         packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
         best = torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
     own = _squared_norms(generated, generated.device)
@@ -130,43 +116,38 @@ def _codes(images):
 
 def _squared_norms(images, device):
     """|v|^2 of the codes of images (n, D), uint8: int64 (n,) on the device."""
-    chunk = CPU_CHUNK if device.type == "cpu" else max(1, GPU_CHUNK_VALUES // images.shape[1])
+    # on a CPU as many at a time as stay in its cache
+    chunk = 32 if device.type == "cpu" else max(1, 2**26 // images.shape[1])
     chunks = (_codes(rows.to(device)).float() for rows in images.split(chunk))
     return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
 
 
-def _integer_product(a, b):
-    """a b^T of codes: torch._int_mm is the only product of 8-bit integers that torch has.
+def _multiply(a, b, integers):
+    """a b^T of codes (n, D) and (m, D), int8, in parts that are exact: int32, or int64 where sums may exceed that.
 
-    On processors with units for them it takes a third of the time of float32. Not on GPUs, where it wants other shapes
-    than images have.
+    integers: by torch._int_mm, the only product of 8-bit integers that torch has, else by float32. On processors with
+    units for them integers take a third of the time. Not for GPUs, where it wants other shapes than images have.
     """
-    return torch._int_mm(a.contiguous(), b.contiguous().T)
-
-
-def _float_product(a, b):
-    return a.float() @ b.float().T
-
-
-def _multiply(a, b, product):
-    """a b^T of codes (n, D) and (m, D), int8, in parts that are exact: int32, or int64 where sums may exceed that."""
-    terms = INT32_TERMS if product is _integer_product else FLOAT32_TERMS
+    terms = INT32_TERMS if integers else FLOAT32_TERMS
     dtype = torch.int32 if a.shape[1] <= INT32_TERMS else torch.int64
     parts = zip(a.split(terms, dim=1), b.split(terms, dim=1), strict=True)
-    return functools.reduce(torch.add, (product(x, y).to(dtype) for x, y in parts))
+    if integers:
+        products = (torch._int_mm(x.contiguous(), y.contiguous().T) for x, y in parts)
+    else:
+        products = (x.float() @ y.float().T for x, y in parts)
+    return functools.reduce(torch.add, (product.to(dtype) for product in products))
 
 
-def _fastest_product(D, device):
-    """The way of multiplying D codes that is faster here: processors without 8-bit units lose time with integers."""
+def _integers_are_faster(D, device):
+    """Whether this machine multiplies D codes faster as integers: processors without 8-bit units do not."""
     if device.type != "cpu":
-        return _float_product
-    codes = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.int8)
-    seconds = {}
-    for product in 2 * (_integer_product, _float_product):  # the second time counts
+        return False
+    codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.int8), {}
+    for integers in (True, False, True, False):  # the second time counts
         start = time.perf_counter()
-        _multiply(codes, codes, product)
-        seconds[product] = time.perf_counter() - start
-    return min(seconds, key=seconds.get)
+        _multiply(codes, codes, integers)
+        seconds[integers] = time.perf_counter() - start
+    return seconds[True] < seconds[False]
 
 
 def _levels(images, name):
@@ -220,11 +201,14 @@ def authenticity(sq_distance, index, training):
     nearest other training image.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
-    A training set of one image has no other, and nothing is authentic.
+    A training set of one image has no other, and nothing is authentic. All processes take part.
     """
+    if len(training) == 1:
+        return 0.0
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own = distributed.join_rows(nearest_other(training, nearest[distributed.share(len(nearest))], index.device))
-    return (sq_distance[:, 0] > own[of_generated].to(sq_distance.device)).double().mean().item()
+    own, itself = neighbors_by_all(training[nearest.to(training.device)], training, k=2, device=index.device)
+    own = torch.where(itself[:, 0] == nearest, own[:, 1], own[:, 0])  # a copy elsewhere comes first or second, with 0
+    return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
 
 
 def measures(sq_distance, index, training):

@@ -3,12 +3,12 @@
 import base64
 import io
 from html import escape
+from pathlib import Path
 
 import torch
 from PIL import Image
 
-from score.memorization import THRESHOLDS
-from utils.files import write_text
+from utils.files import read_json, write_text
 
 PAIRS = 40
 TRAINING_IMAGES = 24
@@ -16,32 +16,54 @@ LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 
+# what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
+COLUMNS = {
+    **{f"MQ@{p}": (lambda r, p=p: r.get("mq_fraction", {}).get(p), "{:.1%}") for p in ("15", "30", "50")},
+    **{f"@{p} above floor": (lambda r, p=p: r.get("mq_above_floor", {}).get(p), "{:+.1%}") for p in ("15", "30", "50")},
+    "sqrt(d1/d2)<1/3": (lambda r: r.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "AuthPct": (lambda r: r.get("auth_pct"), "{:.1f}"),
+    "FID": (lambda r: r.get("fid"), "{:.3f}"),
+    "IS": (lambda r: r.get("is"), "{:.3f}"),
+    "fpd": (lambda r: r.get("fpd"), "{:.3f}"),
+    "images": (lambda r: r["N"], "{:.0f}"),
+    "train s": (lambda r: training_seconds(r["checkpoint"]), "{:.0f}"),
+    "eval s": (lambda r: sum(r["seconds"].values()), "{:.0f}"),
+}
+
 PAGE = """
-:root { --ink: #1b1f24; --paper: #ffffff; --faint: #d5dae0; --muted: #57606a; --card: #f5f7f9; }
-@media (prefers-color-scheme: dark) {
-:root { --ink: #e6e9ed; --paper: #12161b; --faint: #343b44; --muted: #a0a9b4; --card: #1b2128; }
-.chart img, .legend i { filter: invert(1) hue-rotate(180deg); } }
+:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas);
+  --line: color-mix(in srgb, CanvasText 20%, Canvas); }
+@media (prefers-color-scheme: dark) { .chart img, .legend i { filter: invert(1) hue-rotate(180deg); } }
 .chart img { width: 100%; max-width: 720px; display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 1rem; padding: 0; list-style: none; }
 .legend i { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle; }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-  max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p.note { color: var(--muted); font-size: .9rem; max-width: 45rem; }
+p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; min-width: 7rem; }
 .tiles b { display: block; font-size: 1.3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--faint); }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
 figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .5rem; }
 figure img { width: 48%; image-rendering: pixelated; }
 figure img:only-of-type { width: 60%; }
-figcaption { font-size: .8rem; color: var(--muted); }
-code { overflow-wrap: anywhere; }
 """
+
+
+def training_seconds(checkpoint):
+    """What train.json beside a checkpoint says, or None."""
+    path = Path(checkpoint).parent / "train.json" if checkpoint else None
+    return read_json(path)["seconds"] if path and path.exists() else None
+
+
+def summary(result):
+    """{name: text} of the `COLUMNS` that a result has."""
+    values = {name: (value_of(result), form) for name, (value_of, form) in COLUMNS.items()}
+    return {name: form.format(value) for name, (value, form) in values.items() if value is not None}
 
 
 def page(title, sections):
@@ -166,13 +188,13 @@ def copied(training, copies, skips):
 
 def thresholds(result):
     """The counts at the published thresholds, with the floor of held-out images where there is one."""
-    header, floor = ["100 ratio below", "images", "share"], result.get("holdout")
-    rows = [[p, result["mq"][p], f"{result['mq_fraction'][p]:.1%}"] for p in map(str, THRESHOLDS)]
-    if floor:
+    header, rows = ["100 ratio below", "images", "share"], []
+    if "holdout" in result:
         header += ["held-out images", "above floor"]
-        rows = [
-            [*row, f"{floor['mq_fraction'][row[0]]:.1%}", f"{result['mq_above_floor'][row[0]]:+.1%}"] for row in rows
-        ]
+    for p, count in result["mq"].items():
+        rows.append([p, count, f"{result['mq_fraction'][p]:.1%}"])
+        if "holdout" in result:
+            rows[-1] += [f"{result['holdout']['mq_fraction'][p]:.1%}", f"{result['mq_above_floor'][p]:+.1%}"]
     return table(header, rows)
 
 
@@ -198,17 +220,7 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     if "holdout" in result:
         all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
         ratios["held-out real images"] = holdout_ratio
-    numbers = {
-        name: f"{result[key]:.3f}" for key, name in (("fid", "FID"), ("fpd", "fpd"), ("is", "IS")) if key in result
-    }
-    numbers |= {f"MQ@{p}": f"{result['mq_fraction'][str(p)]:.1%}" for p in (15, 30, 50)}
-    if "mq_above_floor" in result:
-        numbers |= {f"MQ@{p} above floor": f"{result['mq_above_floor'][str(p)]:+.1%}" for p in (15, 30)}
-    numbers |= {
-        "√(d1/d2) < 1/3": f"{result['share_sqrt_d1_d2_below_third']:.1%}",
-        "AuthPct": f"{result['auth_pct']:.1f}",
-    }
-    tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in numbers.items())
+    tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in summary(result).items())
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
@@ -222,7 +234,7 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
     )
     source = result.get("checkpoint") or result.get("samples")
-    title = f"{result['N']:,} images of {source} against {result['training_set_size']:,} training images"
+    title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"<div class=tiles>{tiles}</div><p class=note>{note}</p>"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),

@@ -30,26 +30,24 @@ def save_pngs(folder, images):
 
     Raises DataError if the folder can't be written, or holds other images, which would be measured with these.
     """
-    folder = Path(folder)
     names = png_names(folder, len(images))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         bar = distributed.bar(names, desc="save PNG", unit="image")
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
-            Image.fromarray(image.numpy()).save(folder / name)
+            Image.fromarray(image.numpy()).save(Path(folder) / name)
     except OSError as error:
         raise DataError(f"{folder}: can't be written ({error.strerror or error}); check it and its space") from None
 
 
 def png_names(folder, number):
     """The names of so many images in a folder. Raises DataError if it holds other .png files."""
-    digits = max(5, len(str(number - 1)))
-    names = [f"{i:0{digits}d}.png" for i in range(number)]
-    folder = Path(folder)
-    found = scan(folder)[0] if folder.is_dir() else []
-    others = sorted({Path(path).name for path in found}.difference(names))
-    if others:
-        raise DataError(f"{folder / others[0]}: an image of another run is in the folder; empty it or name another one")
+    names = [f"{i:0{max(5, len(str(number - 1)))}d}.png" for i in range(number)]
+    known = set(names)
+    found = scan(folder)[0] if Path(folder).is_dir() else []
+    for path in found:
+        if Path(path).name not in known:
+            raise DataError(f"{path}: an image of another run is in the folder; empty it or name another one")
     return names
 
 
@@ -77,11 +75,9 @@ def load_samples(path, img_size=None):
         except Exception as error:  # a hostile file can make NumPy raise anything
             raise DataError(f"{path}: no .npy or .npz of numbers that can be read ({one_line(error)})") from None
         images = to_images(path, array)
-    height, width = images.shape[2:]
-    if img_size is not None and (height, width) != (img_size, img_size):
-        raise DataError(
-            f"{path}: holds {height}x{width} images, not {img_size}x{img_size}; give --img_size or resize them"
-        )
+    size = "x".join(map(str, images.shape[2:]))
+    if img_size is not None and size != f"{img_size}x{img_size}":
+        raise DataError(f"{path}: holds {size} images, not {img_size}x{img_size}; give --img_size or resize them")
     return images
 
 

@@ -32,15 +32,18 @@ def main(arguments=None):
     path = {"type": os.path.expanduser}
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--data_root", **path, default="./data", help="directory of the data sets")
-    parser.add_argument("--img_size", type=int, default=32, help="height and width in pixels")
-    parser.add_argument("--num_train", type=int, default=0, help="size of the training subset, 0 for all images")
-    parser.add_argument("--subset_seed", type=int, default=0, help="seed of the training subset")
+    for name, default, what in (
+        ("img_size", 32, "height and width in pixels"),
+        ("num_train", 0, "size of the training subset, 0 for all images"),
+        ("subset_seed", 0, "seed of the training subset"),
+        ("batch_size", 50, "images a step of Inception"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which images")
     parser.add_argument("--features", choices=tuple(DIMENSIONS), default="inception", help="of which features")
     parser.add_argument("--inception_weights", **path, help="a file like pytorch-fid's; else found or downloaded")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where Inception runs")
-    parser.add_argument("--batch_size", type=int, default=50, help="images a step of Inception")
     parser.add_argument("--output", **path, required=True, help="the .npz to write")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:

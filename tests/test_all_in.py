@@ -352,7 +352,7 @@ def test_unfinished_images_that_are_gone_are_made_again(tmp_path, capsys):
 
 def test_more_images_than_there_is_room_for(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-    with pytest.raises(DataError, match=r"8 images take 0.0 GiB, 0.0 GiB are free"):
+    with pytest.raises(DataError, match=r"needs 0.0 GiB, 0.0 are free"):
         keep(tmp_path, 1, 1, 8)
     assert list(tmp_path.iterdir()) == []
 

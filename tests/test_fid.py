@@ -196,7 +196,7 @@ def test_published_reference_is_used_with_a_warning(tmp_path):
 
 def test_reference_of_other_features_is_refused(tmp_path):
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(DataError, match=r"inception\.npz.* other features \(2048, not"):
+    with pytest.raises(DataError, match=r"inception\.npz.* other features \(inception, not pixels"):
         reference_statistics(random_images(0), cache=tmp_path / "inception.npz")
 
 

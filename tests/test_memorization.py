@@ -10,7 +10,6 @@ from score.memorization import (
     memorization_ratio,
     memorized_quantity,
     nearest_neighbors,
-    nearest_other,
     share_closer_than_third,
 )
 
@@ -65,15 +64,15 @@ def hard_cases():
     }
 
 
-@pytest.fixture(params=["_integer_product", "_float_product"])
-def product(request, monkeypatch):
+@pytest.fixture(params=[True, False])
+def integers(request, monkeypatch):
     """Both ways of multiplying; that of floats is also a GPU's."""
-    monkeypatch.setattr(memorization, "_fastest_product", lambda D, device: getattr(memorization, request.param))
-    return getattr(memorization, request.param)
+    monkeypatch.setattr(memorization, "_integers_are_faster", lambda D, device: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("case", hard_cases())
-def test_exact_on_hard_images(case, product):
+def test_exact_on_hard_images(case, integers):
     check(*hard_cases()[case])
 
 
@@ -120,18 +119,18 @@ def test_larger_search_in_many_blocks():
 
 
 @pytest.mark.parametrize("D", [5, 1024, 3000])
-def test_products_are_exact(D, product):
+def test_products_are_exact(D, integers):
     random = np.random.default_rng(9)
     a, b = (random.integers(-128, 128, (size, D), dtype=np.int8) for size in (7, 9))
     a[0] = b[0] = -128
     np.testing.assert_array_equal(
-        memorization._multiply(as_images(a), as_images(b), product), a.astype(int) @ b.astype(int).T
+        memorization._multiply(as_images(a), as_images(b), integers), a.astype(int) @ b.astype(int).T
     )
 
 
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("level", [1, 254])
-def test_large_images_do_not_overflow(size, level, product):
+def test_large_images_do_not_overflow(size, level, integers):
     """Nearly black or nearly white images, whose sums of products exceed 32 bits at 256x256."""
     random = np.random.default_rng(11)
     training = np.full((6, 3, size, size), level, np.uint8)
@@ -144,18 +143,6 @@ def test_copies_have_distance_zero_not_rounding_error():
     training = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
     sq_distance, index = nearest_neighbors(training[50:60], training)
     assert not sq_distance[:, 0].any() and index[:, 0].tolist() == list(range(50, 60))
-
-
-def test_nearest_other():
-    random = np.random.default_rng(7)
-    training = uint8_images(random, 30)
-    training[20] = training[4]
-    rows = torch.tensor([4, 7, 20])
-    distance = brute_force(training, training, 30)[0]
-    ours = nearest_other(as_images(training), rows)
-    assert ours[0] == ours[2] == 0
-    assert ours[1].item() == pytest.approx(distance[7, 1])
-    assert nearest_other(as_images(training[:1]), torch.tensor([0])).isinf().all()
 
 
 @pytest.mark.parametrize(
@@ -200,9 +187,12 @@ def test_authenticity_against_brute_force():
     random = np.random.default_rng(8)
     training, generated = uint8_images(random, 40, 2), uint8_images(random, 60, 2)
     generated[:5] = training[:5]
+    training[20] = training[4]
+    generated[7] = training[20] ^ 1
     distance, index = brute_force(generated, training, 40)
     own = brute_force(training, training, 2)[0][:, 1]
     expected = np.mean(distance[:, 0] > own[index[:, 0]])
     sq_distance, nearest = nearest_neighbors(as_images(generated), as_images(training))
     assert authenticity(sq_distance, nearest, as_images(training)) == pytest.approx(expected)
     assert 0 < expected < 1
+    assert authenticity(sq_distance[:, :1], nearest[:, :1] * 0, as_images(training[:1])) == 0

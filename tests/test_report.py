@@ -24,7 +24,7 @@ def evaluation(N, M, size, seed=0):
     generated = training[torch.randint(M, (N,), generator=random)]
     generated[N // 2 :] = draw(N - N // 2)
     result, (sq_distance, index) = evaluate(generated, training, heldout, scores=lambda images: {"fpd": 1.25})
-    result |= {"checkpoint": "logs/<a>/ckpt1.pt", "seconds": {"memorise": 1.0}}
+    result |= {"N": N, "training_set_size": M, "checkpoint": "logs/<a>/ckpt1.pt", "seconds": {"memorise": 1.0}}
     result["flags"] = {"generate": {"lr": 1e-3, "hflip": None}, "score": {"lr": 2e-3, "seed": 1}}
     of_heldout = memorization_ratio(nearest_neighbors(heldout, training)[0])
     return result, generated, training, index[:, 0], memorization_ratio(sq_distance), of_heldout
