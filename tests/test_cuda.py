@@ -171,7 +171,7 @@ def test_inception_is_that_of_the_cpu(tmp_path, tf32):
         ours, expected = (Inception(path, device) for device in (DEVICE, "cpu"))
     for mine, theirs in zip(ours(images), expected(images), strict=True):
         assert close(mine, theirs, 1e-3)
-    statistics = [compute_statistics(images, "inception", network, batch_size=4) for network in (ours, expected)]
+    statistics = [compute_statistics(images, network, batch_size=4) for network in (ours, expected)]
     np.testing.assert_allclose(statistics[0][0], statistics[1][0], rtol=1e-2, atol=1e-3)
 
 
