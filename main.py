@@ -16,9 +16,9 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
+from score.evaluate import Quality
 from score.generate import draw_labels, generate
 from score.inception import find_weights
-from score.quality import Quality
 from training import checkpoint, flags
 from training.batches import ShardBatches
 from training.command import announce, pick_device, run
@@ -151,8 +151,7 @@ def main():
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
-        where = FLAGS.fid_features, FLAGS.fid_cache, device
-        quality = Quality(reference, FLAGS.num_images, weights, *where, FLAGS.batch_size)
+        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, weights, device)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

@@ -1,6 +1,6 @@
 """The speed of everything against an honest baseline, as one table:
 
-python -m benchmarks [--only step,sampler,neighbors,frechet,data] [--json FILE] [--check]
+python -m benchmarks [--only step,evaluation,scaling] [--json FILE] [--check]
 python -m benchmarks --only gpu [--json FILE]
 """
 
@@ -16,64 +16,53 @@ from pathlib import Path
 
 import torch
 
-from score.compare import markdown_table
-from training.allocator import keep_freed_memory
 from utils import distributed, startup
-from utils.errors import UsageError
+from utils.errors import DataError, UsageError
 from utils.files import write_json
 
-PARTS = ("step", "sampler", "neighbors", "frechet", "data")
-GPU = "gpu"  # only where it is asked for
+PARTS = ("step", "evaluation", "scaling")  # and gpu, only where it is asked for
 
 
 def machine():
     """What the numbers depend on."""
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": model,
-        "device": device,
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def verdict(entry):
-    if entry["target"] is None:
-        return ""
-    return "met" if entry["ok"] else "MISSED"
-
-
 def main(arguments=None):
     """Print the table; returns 1 if asked to check and a target is missed."""
     parser = startup.Parser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}, or gpu")
     parser.add_argument("--json", type=os.path.expanduser, help="also write the numbers to this file")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: a smaller trial, whose targets mean little")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
-    if not set(parts) <= {*PARTS, GPU}:
-        raise UsageError(f"--only={options.only}: choose some of {','.join(PARTS)},{GPU}")
-    keep_freed_memory()  # as the scripts do: both sides of every row have it
+    if not set(parts) <= {*PARTS, "gpu"}:
+        raise UsageError(f"--only={options.only}: choose some of {','.join(PARTS)},gpu")
     rows = []
-    for part in distributed.bar(parts, desc="benchmarks"):
-        rows += importlib.import_module(f"benchmarks.{part}").measure(options.scale)
+    try:
+        for part in distributed.bar(parts, desc="benchmarks"):
+            rows += importlib.import_module(f"benchmarks.{part}").measure(options.scale)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{error.name} is not installed: pip install -r requirements-dev.txt") from error
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    numbers = ("ours", "baseline", "ratio", "target")
-    cells = [
-        [entry["what"], *("" if entry[name] is None else f"{entry[name]:.4g}" for name in numbers), verdict(entry)]
-        for entry in rows
-    ]
-    print(markdown_table(["what", *numbers, ""], cells), end="")
+    print("\n| what | ours | baseline | ratio | target | |\n|---|---|---|---|---|---|")
+    for row in rows:
+        numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("ours", "baseline", "ratio")]
+        verdict = row["target"] and ("met" if row["ok"] else "**missed**")
+        print(f"| {row['what']} | {' | '.join(numbers)} | {row['target'] or ''} | {verdict or ''} |")
     if options.json:
         write_json(options.json, {"machine": machine(), "rows": rows})
-    return int(options.check and not all(entry["ok"] for entry in rows))
+    return int(options.check and not all(row["ok"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments.arms import BATCH, DATA, ENSEMBLE_STEPS, ROOT, SAMPLER, write_patches
 from experiments.matched import WEIGHTS
-from score.fid import frechet_distance, pixel_statistics
+from score.evaluate import evaluate
+from score.fid import compute_statistics, frechet_distance
 from score.generate import generate
-from score.memorization import measures, memorization_ratio, nearest_neighbors
+from score.memorization import memorization_ratio
 from training import checkpoint, flags
 from training.batches import normalize
 from utils import distributed, startup
@@ -145,10 +146,9 @@ def measure(images, training, heldout):
 
     Shares are in [0, 1]: MQ@p, f_mem (sqrt(d_1 / d_2) < 1/3), and AuthPct. fpd is that to the held-out images.
     """
-    sq_distance, index = nearest_neighbors(images, training)
-    found = measures(sq_distance, index, training)
+    found, (sq_distance, index) = evaluate(images, training, scores=lambda images: {"fpd": fpd(images, heldout)})
     numbers = {
-        "fpd": fpd(images, heldout),
+        "fpd": found["fpd"],
         **{f"MQ@{p}": share for p, share in found["mq_fraction"].items()},
         "f_mem": found["share_sqrt_d1_d2_below_third"],
         "AuthPct": found["auth_pct"] / 100,
@@ -158,7 +158,7 @@ def measure(images, training, heldout):
 
 def fpd(images, reference):
     """Frechet distance on pooled pixels between two sets of images."""
-    return frechet_distance(*(x for i in (images, reference) for x in pixel_statistics(i).mean_and_covariance()))
+    return frechet_distance(*compute_statistics(images), *compute_statistics(reference))
 
 
 def fpd_spread(images, reference):

@@ -14,32 +14,10 @@ import statistics
 from pathlib import Path
 
 from score.grids import save_comparison
-from score.report import curves, page, table
+from score.report import COLUMNS, curves, page, table
 from utils import startup
 from utils.errors import DataError, printable
 from utils.files import read_json, write_json, write_text
-
-COLUMNS = {
-    **{f"MQ@{p}": lambda result, p=p: result.get("mq_fraction", {}).get(p) for p in ("15", "30", "50")},
-    **{f"@{p} above floor": lambda result, p=p: result.get("mq_above_floor", {}).get(p) for p in ("15", "30", "50")},
-    "sqrt(d1/d2)<1/3": lambda result: result.get("share_sqrt_d1_d2_below_third"),
-    "AuthPct": lambda result: result.get("auth_pct"),
-    "FID": lambda result: result.get("fid"),
-    "IS": lambda result: result.get("is"),
-    "fpd": lambda result: result.get("fpd"),
-    "images": lambda result: result["N"],
-    "train s": lambda result: training_seconds(result["checkpoint"]),
-    "eval s": lambda result: sum(result["seconds"].values()),
-}
-FORMATS = {"AuthPct": "{:.1f}", "FID": "{:.3f}", "IS": "{:.3f}", "fpd": "{:.3f}", "images": "{:.0f}"}
-FORMATS |= {f"@{p} above floor": "{:+.1%}" for p in (15, 30, 50)}
-FORMATS |= {"train s": "{:.0f}", "eval s": "{:.0f}"}
-
-
-def training_seconds(checkpoint):
-    """What train.json beside a checkpoint says, or None."""
-    path = Path(checkpoint).parent / "train.json" if checkpoint else None
-    return read_json(path)["seconds"] if path and path.exists() else None
 
 
 def summarize(results):
@@ -48,12 +26,24 @@ def summarize(results):
     Returns {column: {"mean": x, "std": y}}, without the columns that a result does not have.
     """
     summary = {}
-    for column, value_of in COLUMNS.items():
+    for column, (value_of, _) in COLUMNS.items():
         values = [value_of(result) for result in results]
         if None not in values:
             spread = statistics.stdev(values) if len(values) > 1 else None
             summary[column] = {"mean": statistics.fmean(values), "std": spread}
     return summary
+
+
+def rows_of(summaries):
+    """(header, rows) of {label: summary}, with the columns that at least one of them has."""
+    columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
+    rows = []
+    for label, summary in summaries.items():
+        rows.append([label])
+        for column in columns:
+            numbers = summary.get(column, {}).values()
+            rows[-1].append(" ± ".join(COLUMNS[column][1].format(x) for x in numbers if x is not None) or "-")
+    return ["method", *columns], rows
 
 
 def markdown_table(header, rows):
@@ -68,24 +58,6 @@ def markdown_table(header, rows):
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "".join(f"{line}\n" for line in lines)
-
-
-def format_table(summaries):
-    """A Markdown table of {label: summary}, with the columns that at least one of them has."""
-    columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
-    rows = [
-        [label, *(format_cell(column, summary.get(column)) for column in columns)]
-        for label, summary in summaries.items()
-    ]
-    return markdown_table(["method", *columns], rows)
-
-
-def format_cell(column, entry):
-    if entry is None:
-        return "-"
-    form = FORMATS.get(column, "{:.1%}")
-    spread = "" if entry["std"] is None else " ± " + form.format(entry["std"])
-    return form.format(entry["mean"]) + spread
 
 
 def read_results(arguments):
@@ -119,44 +91,34 @@ def split_label(argument):
 
 def compare_page(groups, summaries):
     """Everything of several runs that fits side by side, as HTML."""
-    columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
-    cells = [[label, *(format_cell(c, summary.get(c)) for c in columns)] for label, summary in summaries.items()]
-    measured = {
-        label: [result["mq_curve"] for _, result in results if "mq_curve" in result]
-        for label, results in groups.items()
-    }
-    floors = [
-        result["holdout"]["mq_curve"] for results in groups.values() for _, result in results if "holdout" in result
-    ]
-    if floors:
-        measured["held-out real images"] = floors[:1]
+    results = {label: [result for _, result in members] for label, members in groups.items()}
+    measured = {label: [r["mq_curve"] for r in repeats if "mq_curve" in r] for label, repeats in results.items()}
+    floors = [r["holdout"]["mq_curve"] for repeats in results.values() for r in repeats if "holdout" in r]
+    measured["held-out real images"] = floors[:1]
     sections = [
-        ("Scores", table(["run", *columns], cells) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
+        ("Scores", table(*rows_of(summaries)) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
         ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
-        ("Settings that differ", differing_settings(groups)),
+        ("Settings that differ", differing_settings(results)),
     ]
     return page("Runs compared", sections)
 
 
 def settings_of(result):
-    """{name: value} of what made a result's images: how the network was trained, and how it was sampled.
-
-    Less is known of other programs' checkpoints, and nothing of images made elsewhere.
-    """
+    """{name: value} of what made a result's images, as far as it is known: training and sampling of the network."""
     checkpoint = Path(result["checkpoint"]).name if result["checkpoint"] else None
     sampling = {f"sampling: {k}": v for k, v in (result.get("origin") or {}).items() if k != "checkpoint_sha256"}
     return {"checkpoint": checkpoint, **(result.get("training") or {}), **sampling}
 
 
-def differing_settings(groups):
+def differing_settings(results):
     """A table of the settings that differ between labels, the values of a label's repeats side by side."""
-    settings = {label: [settings_of(result) for _, result in results] for label, results in groups.items()}
+    settings = {label: [settings_of(result) for result in repeats] for label, repeats in results.items()}
     rows = []
     for name in dict.fromkeys(name for of_label in settings.values() for values in of_label for name in values):
         cells = [dict.fromkeys(str(v[name]) for v in of_label if name in v) for of_label in settings.values()]
-        if any(set(cell) != set(known) for known in filter(None, cells) for cell in filter(None, cells)):
+        if len({frozenset(cell) for cell in cells if cell}) > 1:
             rows.append([name, *(" / ".join(cell) or "unknown" for cell in cells)])
-    return table(["setting", *groups], rows) if rows else "<p>None that are known.</p>"
+    return table(["setting", *results], rows) if rows else "<p>None that are known.</p>"
 
 
 def main(arguments=None):
@@ -174,14 +136,14 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=os.path.expanduser, help=f"also write {what} to this file")
     options = parser.parse_args(arguments)
     groups = read_results(options.results)
-    summaries = {label: summarize([result for _, result in results]) for label, results in groups.items()}
-    print(format_table(summaries), end="")
+    summaries = {label: summarize([result for _, result in members]) for label, members in groups.items()}
+    print(markdown_table(*rows_of(summaries)), end="")
     if options.json:
         write_json(options.json, summaries)
     if options.html:
         write_text(options.html, compare_page(groups, summaries))
     if options.picture:
-        grids = {label: results[0][0].with_name("grid_image0.png") for label, results in groups.items()}
+        grids = {label: members[0][0].with_name("grid_image0.png") for label, members in groups.items()}
         save_comparison(options.picture, grids)
 
 

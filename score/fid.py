@@ -1,25 +1,34 @@
 """Scores of sets of images by their features: FID on Inception's, `fpd` on pooled pixels, and the Inception score."""
 
-import itertools
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 
+from dataset import fingerprint
 from score.inception import FEATURES
+from score.samples import read_npz
 from utils import distributed
+from utils.errors import DataError
+from utils.files import atomic_write, make_directory
 
 POOLED_SIZE = 8
 DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
 PIXEL_BATCH = 1024
+CACHE = Path("results/stats")
 
 
 class Statistics:
     """Running sums of features (..., D) in float64: the count, the sum and the sum of outer products."""
 
     def __init__(self, dimension, device="cpu"):
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
 
@@ -30,25 +39,13 @@ class Statistics:
         self.sum += features.sum(dim=0)
         self.outer.addmm_(features.T, features)
 
-    def merge(self, other):
-        """Takes in all that another instance, of another process for example, has taken in."""
-        self.count += other.count
-        self.sum += other.sum.to(self.sum)
-        self.outer += other.outer.to(self.outer)
-
-    def merge_processes(self):
-        """Takes in what the other processes' instances have taken in; returns itself, then the same in all of them."""
-        self.count = int(distributed.total(torch.tensor(self.count)))
-        distributed.total(self.sum)
-        distributed.total(self.outer)
-        return self
-
     def mean_and_covariance(self):
         """(mu (D,), sigma (D, D)), float64 arrays, covariance with N - 1. Raises ValueError for less than 2 rows."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-        mu = self.sum / self.count
-        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
+        count = self.count.item()
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {count}")
+        mu = self.sum / count
+        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
@@ -61,43 +58,27 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
 
 
-def pixel_statistics(images):
-    """`Statistics` of the pixel features of uint8 images (N, 3, H, W), on their device, by all processes."""
-    statistics = Statistics(DIMENSIONS["pixels"], images.device)
-    for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
-        statistics.update(pixel_features(batch))
-    return statistics.merge_processes()
+def compute_statistics(images, inception=None, batch_size=50, probs=None):
+    """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them.
 
-
-def inception_statistics(images, inception, batch_size=50):
-    """`Statistics` of the Inception features of uint8 images (N, 3, H, W), with a progress bar, by all processes."""
-    statistics = Statistics(FEATURES, inception.class_weight.device)
-    for features, _ in inception.batches(images, batch_size):
-        statistics.update(features)
-    return statistics.merge_processes()
-
-
-def inception_statistics_and_probs(images, inception, batch_size=50):
-    """As `inception_statistics`, and the class probabilities for the Inception score.
-
-    Those are (N, 1008), float32 on the CPU, in the order of the images, and on rank 0 only (None elsewhere).
+    Args:
+        inception: an `Inception`, for its features; None for pixel features.
+        batch_size: images per call of it.
+        probs: a list for the class probabilities (B, 1008) of the batches that fall to this process, on the CPU.
     """
-    statistics, probs = Statistics(FEATURES, inception.class_weight.device), []
-    for features, logits in inception.batches(images, batch_size):
-        statistics.update(features)
-        probs.append(logits.softmax(dim=1).cpu())
-    gathered = distributed.gather(probs)
-    if gathered:
-        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
-        probs = torch.cat([batch for batch in in_turn if batch is not None])
-    return statistics.merge_processes(), probs if gathered else None
-
-
-def compute_statistics(images, features, inception=None, batch_size=50):
-    """(mu, sigma) of uint8 images (N, 3, H, W) for features "inception" (then an `Inception` is needed) or "pixels"."""
-    if features == "inception":
-        return inception_statistics(images, inception, batch_size).mean_and_covariance()
-    return pixel_statistics(images).mean_and_covariance()
+    if inception is None:
+        statistics = Statistics(DIMENSIONS["pixels"], images.device)
+        for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
+            statistics.update(pixel_features(batch))
+    else:
+        statistics = Statistics(FEATURES, inception.class_weight.device)
+        for features, logits in inception.batches(images, batch_size):
+            statistics.update(features)
+            if probs is not None:
+                probs.append(logits.softmax(dim=1).cpu())
+    for summed in (statistics.count, statistics.sum, statistics.outer):
+        distributed.total(summed)
+    return statistics.mean_and_covariance()
 
 
 def factor(sigma):
@@ -126,16 +107,12 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     together and for values that are not finite.
     """
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
-    D = mu_1.size
-    if mu_1.shape != (D,) or mu_2.shape != (D,) or sigma_1.shape != (D, D) or sigma_2.shape != (D, D) or D == 0:
-        shapes = ", ".join(str(x.shape) for x in (mu_1, sigma_1, mu_2, sigma_2))
-        raise ValueError(f"expected mu_1 (D,), sigma_1 (D, D), mu_2 (D,), sigma_2 (D, D), got {shapes}")
+    shapes, D = [x.shape for x in (mu_1, sigma_1, mu_2, sigma_2)], mu_1.size
+    if shapes != [(D,), (D, D)] * 2 or D == 0:
+        raise ValueError(f"expected shapes (D,), (D, D), (D,), (D, D), got {shapes}")
     if not all(np.isfinite(x).all() for x in (mu_1, sigma_1, mu_2, sigma_2)):
         raise ValueError("the mean or the covariance holds values that are not finite")
-    L, other = factor(sigma_1), sigma_2
-    L_2 = factor(sigma_2)
-    if L_2.shape[1] < L.shape[1]:
-        L, other = L_2, sigma_1
+    L, other = min((factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1), key=lambda pair: pair[0].shape[1])
     eigenvalues = np.linalg.eigvalsh(L.T @ (other @ L))
     # Rounding leaves the smallest eigenvalues a little below zero, and the distance of equal distributions too.
     trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()
@@ -155,11 +132,87 @@ def inception_score(probs, splits=10):
     N = len(probs)
     if splits > N:
         raise ValueError(f"the inception score of {splits} splits needs at least {splits} images, got {N}")
-    scores = []
+    scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):
         p = probs[k * N // splits : (k + 1) * N // splits].double()
         marginal = p.mean(dim=0)
-        divergence = torch.xlogy(p, p).sum(dim=1).mean() - torch.xlogy(marginal, marginal).sum()
-        scores.append(divergence.exp())
-    scores = torch.stack(scores)
+        scores[k] = (torch.xlogy(p, p).sum(dim=1).mean() - torch.xlogy(marginal, marginal).sum()).exp()
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def save_statistics(path, mu, sigma, **provenance):
+    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
+    with atomic_write(path) as file:
+        np.savez(file, mu=mu, sigma=sigma, **provenance)
+
+
+def load_statistics(path):
+    """(mu (D,), sigma (D, D), provenance) of a statistics file, float64; provenance is {} in published files.
+
+    Raises DataError if the file is missing, damaged, has other shapes, values that are not finite, or no covariance.
+    """
+    arrays = read_npz(path, ("mu", "sigma", "features", "images", "weights"))
+    mu, sigma = (arrays.pop(name, np.zeros(0)) for name in ("mu", "sigma"))
+    fits = mu.dtype.kind == sigma.dtype.kind == "f" and mu.size > 0 and sigma.shape == (mu.size, *mu.shape)
+    if fits:
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+        variances = sigma.diagonal()
+        fits = np.isfinite(mu).all() and np.isfinite(sigma).all() and variances.min() >= 0
+        fits = fits and np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * variances.max())
+    if not fits:
+        raise DataError(f"{path}: mu and sigma are no finite mean (D,) and covariance (D, D); compute it again")
+    return mu, sigma, {name: str(text) for name, text in arrays.items()}
+
+
+def provenance_of(images, inception=None):
+    """What decides the statistics of uint8 images (N, 3, H, W): the features, the pixels and the Inception weights."""
+    features = {"features": "inception" if inception else "pixels", "images": fingerprint(images)}
+    return features | ({"weights": inception.weights_hash} if inception else {})
+
+
+def reference_statistics(images, inception=None, cache=None, batch_size=50):
+    """As `compute_statistics`, but read from a file if it exists, else kept there.
+
+    cache: what a person has named. Raises DataError if that cannot be read, was made from other images, features or
+    weights, or could not be written, which shows before the work. A file that does not say what it was made from, as
+    the published ones, is taken at its word, with a warning.
+    None: in ./results/stats, named by what it is made from. A warning says so if that cannot be read or written.
+    """
+    provenance = provenance_of(images, inception)
+    path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
+    statistics = None
+    if distributed.is_main():
+        with _only_a_warning(unless=cache):
+            if os.access(path, os.F_OK):  # False also where a directory may not be read
+                statistics = _known_statistics(path, provenance)
+            elif cache:
+                make_directory(path.parent, "fid_cache")
+    statistics = distributed.from_main(statistics)
+    if statistics is None:
+        statistics = compute_statistics(images, inception, batch_size)
+        if distributed.is_main():
+            with _only_a_warning(unless=cache):
+                save_statistics(path, *statistics, **provenance)
+    return statistics
+
+
+@contextmanager
+def _only_a_warning(unless):
+    try:
+        yield
+    except DataError as error:
+        if unless:
+            raise
+        print(f"warning: {error}; going on without it", file=sys.stderr)
+
+
+def _known_statistics(path, expected):
+    mu, sigma, found = load_statistics(path)
+    found["features"] = {size: name for name, size in DIMENSIONS.items()}.get(len(mu), f"{len(mu)} of them")
+    for name, text in expected.items():
+        if found.get(name, text) != text:
+            difference = f"{name} ({found[name][:16]}, not {text[:16]})"
+            raise DataError(f"{path}: statistics of other {difference}; give another --fid_cache or remove the file")
+    if found.keys() != expected.keys():
+        warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
+    return mu, sigma

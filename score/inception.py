@@ -3,8 +3,8 @@
 Structure and weights are those of pytorch-fid, so that the numbers agree with `python -m pytorch_fid`.
 """
 
-import hashlib
-import urllib.request
+import socket
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,13 +14,11 @@ from torch import nn
 
 from utils import distributed
 from utils.errors import DataError
-from utils.files import atomic_write, file_hash
+from utils.files import file_hash
 from utils.safe_files import one_line
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
-FID_WEIGHTS_URL = (
-    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"  # pytorch-fid's
-)
+FID_WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
 FEATURES = 2048
 CLASSES = 1008
@@ -34,34 +32,26 @@ def find_weights(path=None):
     or if the weights can't be had: call it before anything that takes long.
     """
     if path is not None:
-        path = Path(path)
-        if not path.is_file():
+        if not Path(path).is_file():
             raise DataError(f"--inception_weights={path}: no such file")
-        return path
+        return Path(path)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if not cached.is_file():
-        _download(cached)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(CONNECT_SECONDS)  # torch's download has none
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            shown = distributed.is_main() and sys.stderr.isatty()
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), hash_prefix=WEIGHTS_HASH, progress=shown)
+        except Exception as error:  # of sockets, of HTTP, of the disk, or another hash
+            raise DataError(
+                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be downloaded "
+                f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
+                "or use --fid_features=pixels, which needs none"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(before)
     return cached
-
-
-def _download(path):
-    try:
-        with urllib.request.urlopen(FID_WEIGHTS_URL, timeout=CONNECT_SECONDS) as response, atomic_write(path) as file:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            digest = hashlib.sha256()
-            with distributed.bar(desc=WEIGHTS_NAME, total=size, unit="B", unit_scale=True) as progress:
-                while block := response.read(2**20):
-                    file.write(block)
-                    digest.update(block)
-                    progress.update(len(block))
-            if not digest.hexdigest().startswith(WEIGHTS_HASH):
-                raise OSError(f"what was downloaded has the wrong SHA-256, {digest.hexdigest()[:8]}")
-    except (OSError, ValueError, DataError) as error:
-        raise DataError(
-            f"{WEIGHTS_NAME}: the Inception weights are not in {path.parent} and can't be downloaded "
-            f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
-            "or use --fid_features=pixels, which needs none"
-        ) from None
 
 
 class Inception(nn.Module):
@@ -79,7 +69,14 @@ class Inception(nn.Module):
                 f"{weights_path}: not the published Inception weights, FID is comparable to itself only", stacklevel=2
             )
         network = build_network()
-        network.load_state_dict(_read_weights(weights_path, network.state_dict()))
+        try:
+            network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
+            if not all(torch.isfinite(value).all() for value in network.state_dict().values()):
+                raise ValueError("values that are not finite")
+        except Exception as error:  # a damaged or hostile file can make the unpickler raise anything
+            raise DataError(
+                f"{weights_path}: not the Inception weights of pytorch-fid ({one_line(error)[:300]})"
+            ) from None
         self.class_weight = network.fc.weight
         network.fc = nn.Identity()
         # Convolutions run 1.3 times as fast in this layout, also on a CPU.
@@ -123,28 +120,3 @@ def build_network():
 
     blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, last_block, InceptionAux]
     return Inception3(num_classes=CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
-
-
-def _read_weights(path, expected):
-    """The state dict in `path`, checked against the keys and shapes of the state dict `expected`."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged or hostile file can make the unpickler raise anything.
-    except Exception as error:
-        raise DataError(f"{path}: not a file of Inception weights ({one_line(error)[:200]})") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise DataError(f"{path}: not a state dict, a dict of tensors")
-    # Weights saved by old versions of torch lack the batch counters, which evaluation doesn't use.
-    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
-    weights = counters | weights
-    problems = [f"{key} is missing" for key in expected if key not in weights]
-    problems += [f"{key} is not known" for key in weights if key not in expected]
-    for key in expected.keys() & weights.keys():
-        if weights[key].shape != expected[key].shape:
-            problems.append(f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}")
-        elif not torch.isfinite(weights[key]).all():
-            problems.append(f"{key} holds values that are not finite")
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DataError(f"{path}: not the Inception weights of pytorch-fid: {', '.join(problems[:3])}{more}")
-    return weights

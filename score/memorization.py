@@ -1,28 +1,71 @@
-"""How much of the training set the generated images give away.
+"""How much of the training set the generated images give away: an exact search for neighbours, and figures made of it.
 
-Everything is computed from the squared L2 distances of `nearest_neighbors`: images in [0, 1], summed over all 3*H*W
-values, d_1 <= d_2 <= ... for each generated image.
+Distances are squared L2 distances of images in [0, 1], summed over all 3*H*W values, d_1 <= d_2 <= ... for each image.
+
+Pixels 0..255 become codes around the middle grey, v = 255 x - 128. Products of codes and their sums are integers, exact
+on every device and in every order of summation, and so are the squared distances |a|^2 + |b|^2 - 2 a.b. (distance,
+index) packed into one integer has no ties: nothing else is needed.
 """
+
+import functools
+import time
 
 import torch
 
-from score.neighbors import nearest_neighbors, nearest_other
 from utils import distributed
 
-__all__ = [
-    "THRESHOLDS",
-    "above_floor",
-    "authenticity",
-    "measures",
-    "memorization_ratio",
-    "memorized_quantity",
-    "nearest_neighbors",
-    "nearest_other",
-    "neighbors_by_all",
-    "share_closer_than_third",
-]
+THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)  # of MQ, in percent
 
-THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)
+LEVELS = 255
+MIDDLE = 128
+# products of two codes, of at most 2^14 each, whose sums are exact
+FLOAT32_TERMS = 2**10
+INT32_TERMS = 2**16
+
+
+@torch.no_grad()
+def nearest_neighbors(
+    generated, training, k=50, batch_generated=2048, batch_training=4096, device=None, progress=False
+):
+    """The k nearest training images of every generated image, by squared L2 distance over all 3*H*W values in [0, 1].
+
+    Args:
+        generated: (N, 3, H, W), uint8 that stands for value / 255, or float that is exactly n / 255 with n = 0..255.
+        training: (M, 3, H, W), likewise.
+        k: how many; all M if there are fewer.
+        batch_generated, batch_training: images per matrix product; memory grows with them, never with N * M.
+        device: where to compute; default: that of `training`. Images that are elsewhere come block by block.
+        progress: show a bar.
+
+    Returns:
+        sq_distance (N, k) float64, ascending, integers / 255^2, and index (N, k) int64, equal distances by lower index,
+        on the device. A copy has distance 0. Nothing depends on the batch sizes.
+
+    Raises:
+        ValueError: an empty set, values between the levels, different image shapes, k or a batch below 1.
+    """
+    if min(k, batch_generated, batch_training) < 1:
+        raise ValueError(f"k and both batches must be at least 1, not {k}, {batch_generated}, {batch_training}")
+    if generated.shape[1:] != training.shape[1:]:
+        raise ValueError(f"images of {tuple(generated.shape[1:])} and of {tuple(training.shape[1:])} have no distance")
+    device = torch.device(device or training.device)
+    generated, training = _levels(generated, "generated"), _levels(training, "training")
+    integers = _integers_are_faster(training.shape[1], device)
+    norm = _squared_norms(training, device)
+    k = min(k, len(training))
+    found = []
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        with distributed.bar(
+            total=len(generated), desc="nearest neighbours", unit="image", disable=not progress
+        ) as bar:
+            for batch in generated.split(batch_generated):
+                found.append(_search(batch.to(device), training, norm, k, max(batch_training, k), integers))
+                bar.update(len(batch))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    sq_distance, index = zip(*found, strict=True)
+    return torch.cat(sq_distance), torch.cat(index)
 
 
 def neighbors_by_all(generated, training, **settings):
@@ -30,8 +73,94 @@ def neighbors_by_all(generated, training, **settings):
     part = generated[distributed.share(len(generated))]
     # a process without images searches for one, to know the shape of nothing
     found = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
-    sq_distance, index = (rows[: len(part)] for rows in found)
-    return distributed.join_rows(sq_distance), distributed.join_rows(index)
+    return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
+
+
+def _search(generated, training, norm, k, block_size, integers):
+    """`nearest_neighbors` of images (n, D) among (M, D), both uint8, in integers; norm: of the training images."""
+    M, D = training.shape
+    # |b|^2 - 2 a.b stays below 3 * 2^14 * D
+    dtype = torch.int32 if 3 * 2**14 * D < 2**31 else torch.int64
+    codes = _codes(generated)
+    best = norm.new_empty(len(generated), 0)  # packed: squared distance less |a|^2, times M, plus index
+    for start in range(0, M, block_size):
+        keys = _codes(training[start : start + block_size].to(generated.device))
+        score = _multiply(codes, keys, integers).to(dtype).mul_(-2).add_(norm[start : start + block_size].to(dtype))
+        packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
+        best = torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
+    own = _squared_norms(generated, generated.device)
+    return (own[:, None] + best // M).double() / LEVELS**2, best % M
+
+
+def _improvements(score, worst, start, M):
+    """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
+
+    A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are below it after
+    the first blocks, and the rest need not be sorted.
+    """
+    better = None if worst is None else score < worst
+    if better is None or int(better.count_nonzero()) > better.numel() // 16:
+        return score.long() * M + torch.arange(start, start + score.shape[1], device=score.device)
+    row, column = better.nonzero(as_tuple=True)
+    count = torch.bincount(row, minlength=len(score))
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    packed = row.new_full((len(score), int(count.max())), torch.iinfo(torch.int64).max)
+    packed[row, place] = score[row, column].long() * M + (start + column)
+    return packed
+
+
+def _codes(images):
+    """uint8 as int8 around the middle: one bit of every byte changes."""
+    return (images ^ MIDDLE).view(torch.int8)
+
+
+def _squared_norms(images, device):
+    """|v|^2 of the codes of images (n, D), uint8: int64 (n,) on the device."""
+    # on a CPU as many at a time as stay in its cache
+    chunk = 32 if device.type == "cpu" else max(1, 2**26 // images.shape[1])
+    chunks = (_codes(rows.to(device)).float() for rows in images.split(chunk))
+    return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
+
+
+def _multiply(a, b, integers):
+    """a b^T of codes (n, D) and (m, D), int8, in parts that are exact: int32, or int64 where sums may exceed that.
+
+    integers: by torch._int_mm, the only product of 8-bit integers that torch has, else by float32. On processors with
+    units for them integers take a third of the time. Not for GPUs, where it wants other shapes than images have.
+    """
+    terms = INT32_TERMS if integers else FLOAT32_TERMS
+    dtype = torch.int32 if a.shape[1] <= INT32_TERMS else torch.int64
+    parts = zip(a.split(terms, dim=1), b.split(terms, dim=1), strict=True)
+    if integers:
+        products = (torch._int_mm(x.contiguous(), y.contiguous().T) for x, y in parts)
+    else:
+        products = (x.float() @ y.float().T for x, y in parts)
+    return functools.reduce(torch.add, (product.to(dtype) for product in products))
+
+
+def _integers_are_faster(D, device):
+    """Whether this machine multiplies D codes faster as integers: processors without 8-bit units do not."""
+    if device.type != "cpu":
+        return False
+    codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.int8), {}
+    for integers in (True, False, True, False):  # the second time counts
+        start = time.perf_counter()
+        _multiply(codes, codes, integers)
+        seconds[integers] = time.perf_counter() - start
+    return seconds[True] < seconds[False]
+
+
+def _levels(images, name):
+    """Images (N, 3, H, W) as uint8 levels (N, 3*H*W). Raises ValueError."""
+    if images.ndim != 4 or 0 in images.shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(f"{name} must be uint8 or float (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    images = images.flatten(1)
+    if images.dtype == torch.uint8:
+        return images
+    levels = (images * LEVELS).round_().clamp_(0, LEVELS)
+    if not torch.equal(levels / LEVELS, images):
+        raise ValueError(f"{name} holds values other than 0/255 .. 255/255: round them to uint8, as all_in.py does")
+    return levels.to(torch.uint8)
 
 
 def memorization_ratio(sq_distance):
@@ -40,7 +169,6 @@ def memorization_ratio(sq_distance):
     sq_distance: (N, k) ascending squared distances; all that there are when the training set has fewer than 50 images.
     Returns (N,) in [0, 1]. A mean of 0 (a copy of an image that fills the training set) gives 0.
     """
-    _check_distances(sq_distance)
     mean = sq_distance.mean(dim=1)
     return torch.where(mean > 0, sq_distance[:, 0] / mean, torch.zeros_like(mean))
 
@@ -53,36 +181,6 @@ def memorized_quantity(ratio, thresholds=THRESHOLDS):
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
 
 
-def mq_curve(ratio):
-    """MQ as a share for all thresholds p = 0, 1, .. 100 percent, of the ratios (N,): a list of 101 floats."""
-    ordered = (100 * ratio.double()).sort().values
-    below = torch.searchsorted(ordered, torch.arange(101, dtype=torch.float64, device=ratio.device))
-    return (below.double() / len(ratio)).tolist()
-
-
-def measures(sq_distance, index, training):
-    """All criteria of one set of images, as JSON values: counts and shares at the published thresholds, and the rest.
-
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
-    """
-    counts = {str(p): count for p, count in memorized_quantity(memorization_ratio(sq_distance)).items()}
-    return {
-        "mq": counts,
-        "mq_fraction": {p: count / len(sq_distance) for p, count in counts.items()},
-        "mq_curve": mq_curve(memorization_ratio(sq_distance)),
-        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
-        "auth_pct": 100 * authenticity(sq_distance, index, training),
-    }
-
-
-def above_floor(result, floor):
-    """MQ above floor: the share of generated images below each threshold less that of held-out real images.
-
-    result, floor: `measures` of the generated images and of real ones that were not trained on. {p: difference}.
-    """
-    return {p: share - floor["mq_fraction"][p] for p, share in result["mq_fraction"].items()}
-
-
 def share_closer_than_third(sq_distance):
     """Share of generated images with sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023).
 
@@ -90,7 +188,6 @@ def share_closer_than_third(sq_distance):
     An exact copy always counts, also where it copies a repeated training image (d_1 = d_2 = 0) or where there is only
     one training image (k = 1, no d_2); without a d_2 nothing else counts.
     """
-    _check_distances(sq_distance)
     memorized = sq_distance[:, 0] == 0
     if sq_distance.shape[1] > 1:
         memorized = memorized | (9 * sq_distance[:, 0] < sq_distance[:, 1])
@@ -104,14 +201,27 @@ def authenticity(sq_distance, index, training):
     nearest other training image.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
-    A training set of one image has no other, and nothing is authentic.
+    A training set of one image has no other, and nothing is authentic. All processes take part.
     """
-    _check_distances(sq_distance)
+    if len(training) == 1:
+        return 0.0
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own = distributed.join_rows(nearest_other(training, nearest[distributed.share(len(nearest))], index.device))
-    return (sq_distance[:, 0] > own[of_generated].to(sq_distance.device)).double().mean().item()
+    own, itself = neighbors_by_all(training[nearest.to(training.device)], training, k=2, device=index.device)
+    own = torch.where(itself[:, 0] == nearest, own[:, 1], own[:, 0])  # a copy elsewhere comes first or second, with 0
+    return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
 
 
-def _check_distances(sq_distance):
-    if sq_distance.ndim != 2 or sq_distance.numel() == 0:
-        raise ValueError(f"sq_distance must be (N, k) with at least one row and column, not {tuple(sq_distance.shape)}")
+def measures(sq_distance, index, training):
+    """All criteria of one set of images, as JSON values: counts and shares at the published thresholds, and the rest.
+
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
+    """
+    ratio, N = memorization_ratio(sq_distance), len(sq_distance)
+    counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
+    return {
+        "mq": counts,
+        "mq_fraction": {p: count / N for p, count in counts.items()},
+        "mq_curve": [count / N for count in memorized_quantity(ratio, range(101)).values()],
+        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
+        "auth_pct": 100 * authenticity(sq_distance, index, training),
+    }

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from utils.errors import DataError
 
 
 class Python2Pickler(pickle._Pickler):
@@ -152,3 +155,14 @@ def write_folder(
             paths.append(directory / f"{index:04d}.{format}")
             Image.fromarray(next(images)).save(paths[-1])
     return paths
+
+
+def data_error(action, *parts):
+    """The message of the DataError that `action` raises: one line with all of `parts` in it."""
+    with pytest.raises(DataError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+    return message

@@ -1,4 +1,4 @@
-"""all_in.py as users run it."""
+"""all_in.py: as users run it where processes matter, else its main() called here, which saves the start."""
 
 import json
 import shutil
@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from absl import flags as absl_flags
 from PIL import Image
 
+import all_in
 from dataset import load_dataset
-from score.unfinished import GeneratedImages, runs_of
+from score.generate import generate_into
 from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
+from training import flags as training_flags
 from utils.errors import DataError
 from utils.files import lock_directory
 
@@ -32,6 +35,15 @@ def checkpoint(tmp_path_factory):
     changes = [{"flag": "lr", "before": 0.1, "after": 0.2}]
     path.with_name("run.json").write_text(json.dumps({"settings": {"lr": 0.2, "seed": 5}, "changes": changes}))
     return path
+
+
+def call(*words):
+    """all_in.py in this process. Raises what it would say."""
+    values = absl_flags.FLAGS
+    values.unparse_flags()
+    training_flags.parse(values, ["all_in.py", *map(str, words)])
+    training_flags.check(values)
+    all_in.main()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +115,8 @@ def test_result_says_everything(evaluated, checkpoint):
     page = (evaluated / "grid/report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and f"{result['fpd']:.3f}" in page and "held-out real images" in page
     assert result["fpd"] > 0 and "fid" not in result and result["non_finite_images"] == 0
-    assert result["flags"]["ch_mult"] == [2] and result["flags"]["seed"] == 12 and result["warning"] is None
+    assert result["flags"].keys() == {"generate", "score", "memorise", "grid", "report"}
+    assert result["flags"]["generate"]["ch_mult"] == [2] and result["warning"] is None
     assert result["training"] == {"lr": 0.2, "seed": 5, "changed": ["lr: 0.1, then 0.2"]}
     assert result["origin"]["steps"] == 4 and result["origin"]["seed"] == 12 and result["origin"]["weights"] == "ema"
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
@@ -114,10 +127,10 @@ def test_result_says_everything(evaluated, checkpoint):
 def test_images_do_not_depend_on_the_batch_size_and_raw_weights_differ(evaluated, checkpoint, tmp_path):
     whole = np.load(evaluated / "generate/generate.npy").astype(int)
     flags = [*PIXELS, "--stages=generate", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
-    run("all_in.py", *flags, "--batch_size=5", "--num_images=13", cwd=tmp_path)
+    call(*flags, "--batch_size=5", "--num_images=13")
     part = np.load(tmp_path / "generate/generate.npy").astype(int)
     assert np.abs(part - whole[:13]).max() <= 1 and np.mean(part != whole[:13]) < 1e-3
-    run("all_in.py", *flags, "--use_ema=False", cwd=tmp_path)
+    call(*flags, "--use_ema=False")
     raw = np.load(tmp_path / "generate/generate.npy").astype(int)
     assert np.mean(raw != whole) > 0.1
 
@@ -131,10 +144,11 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
     }
     for stage in ("generate", "memorise", "grid", "score", "report"):
         of_others = [flag for other, names in misleading.items() if other != stage for flag in names]
-        run("all_in.py", *flags, f"--stages={stage}", *of_others, cwd=tmp_path)
+        call(*flags, f"--stages={stage}", *of_others)
     ours, reference = result_of(tmp_path), result_of(evaluated)
-    expected = {"fid_reference": "heldout", "seed": 12, "use_ema": True, "batch_A": 1024, "fid_features": "pixels"}
-    assert {name: ours["flags"][name] for name in expected} == expected, "each of the call that made the numbers"
+    used = ours["flags"]
+    assert used["generate"]["seed"] == 12 and used["generate"]["use_ema"] and used["memorise"]["batch_A"] == 1024
+    assert used["score"]["fid_reference"] == "heldout" and used["score"]["fid_features"] == "pixels"
     text = (tmp_path / "grid/result.txt").read_text()
     assert text.count("v_15:") == 2 and len(text.splitlines()) == 20, "of the two calls that made numbers"
     assert text.splitlines()[10:] == (evaluated / "grid/result.txt").read_text().splitlines()
@@ -144,8 +158,8 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
 
 
 def test_a_stage_without_the_one_before_says_so(tmp_path):
-    result = run("all_in.py", *PIXELS, "--stages=memorise", *eval_flags(tmp_path), cwd=tmp_path, code=1)
-    assert "generate.npy: no such file: run the generate stage first" in result.stderr
+    with pytest.raises(DataError, match=r"generate.npy: no such file: run the generate stage first"):
+        call(*PIXELS, "--stages=memorise", *eval_flags(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["npy_nhwc_float", "npz", "folder"])
@@ -163,7 +177,7 @@ def test_measures_images_made_by_anything(kind, tmp_path):
         path.mkdir()
         for i, image in enumerate(images):
             Image.fromarray(image.transpose(1, 2, 0)).save(path / f"{i:03d}.png")
-    run("all_in.py", *PIXELS, f"--samples={path}", *eval_flags(tmp_path), cwd=tmp_path)
+    call(*PIXELS, f"--samples={path}", *eval_flags(tmp_path))
     result = result_of(tmp_path)
     assert result["mq"]["15"] == 20 == result["N"] and result["share_sqrt_d1_d2_below_third"] == 1
     assert result["checkpoint"] is None and result["auth_pct"] == 0
@@ -185,35 +199,33 @@ def test_iet_checkpoint_conditional_guided_and_legacy(tmp_path):
     images = {}
     for name, extra in (("plain", []), ("guided", ["--guidance=2"]), ("legacy", ["--legacy_labels"])):
         out = tmp_path / name
-        run("all_in.py", *flags, *extra, *eval_flags(out), cwd=tmp_path)
+        call(*flags, *extra, *eval_flags(out))
         images[name] = np.load(out / "generate/generate.npy")
     assert (images["plain"] != images["guided"]).mean() > 0.05
     assert (images["plain"] != images["legacy"]).mean() > 0.05
 
 
-def test_fid_and_inception_score(checkpoint, tmp_path):
+def test_fid_and_inception_score(checkpoint, tmp_path, capsys):
     """On random Inception weights; what they give is compared with pytorch-fid in test_inception.py."""
-    weights = tmp_path / "inception.pth"
-    write_weights(weights)
+    weights = write_weights(tmp_path / "inception.pth")
     flags = [*TINY_FLAGS, "--num_train=20", "--num_images=12", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
     cache = tmp_path / "reference.npz"
-    found = run(
-        "all_in.py", *flags, "--stages=generate,score", f"--inception_weights={weights}", f"--fid_cache={cache}",
-        cwd=tmp_path,
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="not the published"):
+        call(*flags, "--stages=generate,score", f"--inception_weights={weights}", f"--fid_cache={cache}")
     result = result_of(tmp_path)
     assert result["warning"].startswith("12 generated and 20 real images: FID needs 2,048 of each and IS needs 5,000")
-    assert found.stderr.count("warning: " + result["warning"]) == 1
+    assert capsys.readouterr().err.count("warning: " + result["warning"]) == 1
     assert result["fid"] > 0 and 1 <= result["is"] <= 1008 and result["is_std"] >= 0
     assert np.load(cache)["sigma"].shape == (2048, 2048)
 
 
-def test_missing_inception_weights_are_told_before_any_image_is_made(checkpoint, tmp_path):
-    flags = [*TINY_FLAGS, f"--unet_dir={checkpoint}", "--num_images=24", *eval_flags(tmp_path)]
-    result = run("all_in.py", *flags, cwd=tmp_path, code=1, TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9")
-    assert "pt_inception-2015-12-05-6726825d.pth" in result.stderr
-    assert all(way in result.stderr for way in ("copy the file", "--inception_weights", "--fid_features=pixels"))
-    assert not (tmp_path / "generate/generate.npy").exists()
+def test_missing_inception_weights_are_told_before_any_image_is_made(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    ways = r"pt_inception-2015-12-05-6726825d\.pth.*copy the file.*--inception_weights.*--fid_features=pixels"
+    with pytest.raises(DataError, match=ways):
+        call(*TINY_FLAGS, f"--unet_dir={checkpoint}", "--num_images=24", *eval_flags(tmp_path))
+    assert not (tmp_path / "generate").exists()
 
 
 def test_compare_prints_mean_and_spread(evaluated, tmp_path):
@@ -230,23 +242,23 @@ def test_compare_prints_mean_and_spread(evaluated, tmp_path):
     assert Image.open(tmp_path / "picture.png").width == 4 * 162
 
 
-def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path):
+def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--num_images=60", "--batch_size=4", f"--unet_dir={checkpoint}", "--stages=generate"]
-    run("all_in.py", *flags, *eval_flags(tmp_path / "whole"), cwd=tmp_path)
+    call(*flags, *eval_flags(tmp_path / "whole"))
     command = [sys.executable, str(ROOT / "all_in.py"), *flags, *eval_flags(tmp_path / "killed")]
     part = tmp_path / "killed/generate/generate.part.json"
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     while not (part.exists() and json.loads(part.read_text())["done"] >= 8):
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)
-    second = run("all_in.py", *flags, "--seed=3", *eval_flags(tmp_path / "killed"), cwd=tmp_path, code=1)
-    assert f"--generate_dir={tmp_path}/killed/generate: process {process.pid} is writing there" in second.stderr
+    with pytest.raises(DataError, match=f"--generate_dir=.*/killed/generate: process {process.pid} is writing there"):
+        call(*flags, "--seed=3", *eval_flags(tmp_path / "killed"))
     process.kill()
     process.wait()
     done = json.loads(part.read_text())["done"]
     assert 8 <= done < 60
-    result = run("all_in.py", *flags, *eval_flags(tmp_path / "killed"), cwd=tmp_path)
-    assert f"{done} of 60 images are there already" in result.stdout
+    call(*flags, *eval_flags(tmp_path / "killed"))
+    assert f"{done} of 60 images are there already" in capsys.readouterr().out
     whole, killed = (np.load(tmp_path / name / "generate/generate.npy") for name in ("whole", "killed"))
     np.testing.assert_array_equal(whole, killed)
     assert sorted(path.name for path in part.parent.iterdir()) == [".lock", "generate.json", "generate.npy"]
@@ -255,54 +267,63 @@ def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path):
 def test_what_is_wrong_with_the_directories_shows_before_the_work(checkpoint, tmp_path):
     flags = [*PIXELS, f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
     (tmp_path / "grid").mkdir()
-    lock = lock_directory(tmp_path / "grid", "grid_dir")
-    assert "is writing there" in run("all_in.py", *flags, cwd=tmp_path, code=1).stderr
-    lock.close()
+    with lock_directory(tmp_path / "grid", "grid_dir"), pytest.raises(DataError, match="is writing there"):
+        call(*flags)
     (tmp_path / "generate/other.png").touch()
-    assert "other.png: an image of another run" in run("all_in.py", *flags, "--save_png", cwd=tmp_path, code=1).stderr
-    (tmp_path / "grid/result.json").write_text("{}")
-    assert "result.json: not written by all_in.py" in run("all_in.py", *flags, cwd=tmp_path, code=1).stderr
+    with pytest.raises(DataError, match=r"other\.png: an image of another run"):
+        call(*flags, "--save_png")
+    for content in ("{}", "[1]"):
+        (tmp_path / "grid/result.json").write_text(content)
+        with pytest.raises(DataError, match=r"result\.json: not written by all_in\.py"):
+            call(*flags)
     assert not (tmp_path / "generate/generate.npy").exists()
 
 
 def test_one_directory_for_everything(checkpoint, tmp_path):
-    flags = [f"--{name}_dir={tmp_path}/one" for name in ("generate", "similar", "grid")]
-    run("all_in.py", *PIXELS, f"--unet_dir={checkpoint}", *flags, cwd=tmp_path)
+    call(
+        *PIXELS,
+        f"--unet_dir={checkpoint}",
+        *(f"--{name}_dir={tmp_path}/one" for name in ("generate", "similar", "grid")),
+    )
     assert {"generate.npy", "memorization.npz", "report.html"} <= {path.name for path in (tmp_path / "one").iterdir()}
 
 
-def batches_of(value, number, stop=None):
-    """`number` batches of 4 images of 8x8 with these pixels, the second image of each not finite; killed at `stop`."""
-    for j in range(number):
-        if j == stop:
+def keep(directory, seed, value, number, stop=None):
+    """`number` images of 8x8 with these pixels, by 4, the second of each 4 not finite; killed before batch `stop`."""
+    return generate_into(directory, {"seed": seed}, lambda first: batches(first, value, number, stop), number, 8, {})
+
+
+def batches(first, value, number, stop=None):
+    for start in range(first, number, 4):
+        if stop is not None and start >= 4 * stop:
             raise KeyboardInterrupt
-        yield torch.full((4, 3, 8, 8), value, dtype=torch.uint8), torch.tensor([False, True, False, False])
+        size = min(4, number - start)
+        yield torch.full((size, 3, 8, 8), value, dtype=torch.uint8), torch.arange(start, start + size) % 4 == 1
 
 
-def test_two_generations_without_locks_never_mix(tmp_path):
+def test_two_generations_without_locks_never_mix(tmp_path, capsys):
     """A second one starts, is stopped, and the first is killed: what it continues from is its own."""
 
-    def first_batches():
-        for j, batch in enumerate(batches_of(1, 5, stop=4)):
+    def first_batches(first):
+        for j, batch in enumerate(batches(first, 1, 20, stop=4)):
             if j == 2:
                 with pytest.raises(KeyboardInterrupt):
-                    GeneratedImages(tmp_path, {"seed": 2}, 20, 8).complete(batches_of(2, 5, stop=3), {})
+                    keep(tmp_path, 2, 2, 20, stop=3)
             yield batch
 
     with pytest.raises(KeyboardInterrupt):
-        GeneratedImages(tmp_path, {"seed": 1}, 20, 8).complete(first_batches(), {})
-    continued = GeneratedImages(tmp_path, {"seed": 1}, 20, 8)
-    assert not continued.load() and continued.done == 16 and (continued.images[:16] == 1).all()
-    place = continued.images.data_ptr()
-    continued.complete(batches_of(1, 1), {"checkpoint": "a"})
-    assert continued.images.data_ptr() == place, "no batch makes a copy of all images"
+        generate_into(tmp_path, {"seed": 1}, first_batches, 20, 8, {})
+    assert json.loads((tmp_path / "generate.part.json").read_text())["done"] == 16
+    assert (keep(tmp_path, 1, 1, 20) == 1).all() and "16 of 20 images are there" in capsys.readouterr().out
     assert (np.load(tmp_path / "generate.npy") == 1).all()
     record = json.loads((tmp_path / "generate.json").read_text())
-    assert record["non_finite_images"] == 5 and record["non_finite"] == [[i, i + 1] for i in range(1, 20, 4)]
+    assert record["non_finite_images"] == 5 and record["non_finite"] == list(range(1, 20, 4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generate.json", "generate.npy"]
-    fewer = GeneratedImages(tmp_path, {"seed": 1}, 6, 8)
-    assert not fewer.load() and fewer.done == 6 and runs_of(fewer.not_finite) == [[1, 2], [5, 6]]
-    assert GeneratedImages(tmp_path, {"seed": 1}, 20, 8).load()
+    keep(tmp_path, 1, 3, 20)
+    assert (np.load(tmp_path / "generate.npy") == 1).all(), "nothing is made again"
+    keep(tmp_path, 1, 3, 6)
+    record = json.loads((tmp_path / "generate.json").read_text())
+    assert len(np.load(tmp_path / "generate.npy")) == 6 and record["non_finite"] == [1, 5]
 
 
 def test_a_kill_between_the_last_image_and_the_name_of_its_file(tmp_path, monkeypatch):
@@ -315,36 +336,33 @@ def test_a_kill_between_the_last_image_and_the_name_of_its_file(tmp_path, monkey
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2), {})
+        keep(tmp_path, 1, 1, 8)
     monkeypatch.undo()
-    again = GeneratedImages(tmp_path, {"seed": 1}, 8, 8)
-    assert not again.load() and again.done == 8
-    again.complete([], {})
+    keep(tmp_path, 1, 3, 8)
     assert (np.load(tmp_path / "generate.npy") == 1).all()
 
 
 def test_unfinished_images_that_are_gone_are_made_again(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2, stop=1), {})
+        keep(tmp_path, 1, 1, 8, stop=1)
     (part,) = tmp_path.glob("generate.part.????????")
     part.write_bytes(part.read_bytes()[:200])
-    images = GeneratedImages(tmp_path, {"seed": 1}, 8, 8)
-    assert not images.load() and images.done == 0 and "its images are made again" in capsys.readouterr().err
+    assert (keep(tmp_path, 1, 3, 8) == 3).all() and "its images are made again" in capsys.readouterr().err
 
 
 def test_more_images_than_there_is_room_for(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-    with pytest.raises(DataError, match=r"8 images take 0.0 GiB, 0.0 are free"):
-        GeneratedImages(tmp_path, {"seed": 1}, 8, 8).complete(batches_of(1, 2), {})
+    with pytest.raises(DataError, match=r"needs 0.0 GiB, 0.0 are free"):
+        keep(tmp_path, 1, 1, 8)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_images_are_the_first_and_more_are_added(checkpoint, tmp_path):
+def test_fewer_images_are_the_first_and_more_are_added(checkpoint, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--batch_size=8", f"--unet_dir={checkpoint}", "--stages=generate", *eval_flags(tmp_path)]
     images = []
     for number, there in ((24, ""), (10, "10 of 10"), (32, "10 of 32"), (32, "32 of 32")):
-        output = run("all_in.py", *flags, f"--num_images={number}", cwd=tmp_path).stdout
-        assert there in output
+        call(*flags, f"--num_images={number}")
+        assert there in capsys.readouterr().out
         images.append(np.load(tmp_path / "generate/generate.npy").astype(int))
         assert len(images[-1]) == number
     np.testing.assert_array_equal(images[1], images[0][:10])
@@ -352,27 +370,25 @@ def test_fewer_images_are_the_first_and_more_are_added(checkpoint, tmp_path):
     np.testing.assert_array_equal(images[2], images[3])
 
 
-@pytest.mark.parametrize("change", ["--seed=3", "--sampler=dpmpp", "--use_ema=False", "--eta=0.5", "checkpoint"])
-def test_images_of_another_origin_are_not_reused(change, checkpoint, tmp_path):
+def test_images_of_another_origin_are_not_reused(checkpoint, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--num_images=8", "--stages=generate", *eval_flags(tmp_path)]
-    run("all_in.py", *flags, f"--unet_dir={checkpoint}", cwd=tmp_path)
-    first = np.load(tmp_path / "generate/generate.npy")
     other = tmp_path / "ckpt7.pt"
     state = torch.load(checkpoint, weights_only=True)
-    swapped = {"net_model": state["ema_model"], "ema_model": state["net_model"], "step": 7}
-    torch.save(swapped if change == "checkpoint" else state, other)
-    extra = [] if change == "checkpoint" else [change]
-    output = run("all_in.py", *flags, *extra, f"--unet_dir={other}", cwd=tmp_path).stdout
-    assert "there already" not in output
-    assert not np.array_equal(first, np.load(tmp_path / "generate/generate.npy"))
+    torch.save({"net_model": state["ema_model"], "ema_model": state["net_model"], "step": 7}, other)
+    kinds = [[], ["--seed=3"], ["--sampler=dpmpp"], ["--use_ema=False"], ["--eta=0.5"], [f"--unet_dir={other}"]]
+    seen = []
+    for change in kinds:
+        call(*flags, f"--unet_dir={checkpoint}", *change)
+        assert "there already" not in capsys.readouterr().out
+        seen.append(np.load(tmp_path / "generate/generate.npy").tobytes())
+    assert len(set(seen)) == 5 and seen[3] == seen[5], "the other file has the raw weights in the place of the EMA's"
 
 
 def test_a_report_without_the_neighbours_of_the_floor_says_so(evaluated, checkpoint, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
     (tmp_path / "eval/similar/holdout.npz").unlink()
-    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval")]
-    result = run("all_in.py", *flags, cwd=tmp_path, code=1)
-    assert "holdout.npz: no neighbours of these images: run the memorise stage" in result.stderr.splitlines()[-1]
+    with pytest.raises(DataError, match=r"holdout.npz: no neighbours of these images: run the memorise stage"):
+        call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval"))
 
 
 def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
@@ -380,21 +396,30 @@ def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, ch
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path / "eval")]
     neighbors = tmp_path / "eval/similar/memorization.npz"
     before = result_of(tmp_path / "eval"), neighbors.stat().st_mtime_ns
-    run("all_in.py", *flags, cwd=tmp_path)
+    call(*flags)
     after = result_of(tmp_path / "eval")
     assert {key: after[key] for key in ("fpd", "mq", "auth_pct")} == {
         key: before[0][key] for key in ("fpd", "mq", "auth_pct")
     }
-    assert neighbors.stat().st_mtime_ns == before[1] and after["seconds"]["score"] == before[0]["seconds"]["score"]
-    run("all_in.py", *flags, "--num_train=40", cwd=tmp_path)
+    assert neighbors.stat().st_mtime_ns == before[1]
+    assert all(after["seconds"][stage] == before[0]["seconds"][stage] for stage in ("score", "memorise"))
+    call(*flags, "--num_train=40")
     changed = result_of(tmp_path / "eval")
     assert neighbors.stat().st_mtime_ns != before[1] and changed["training_set_size"] == 40
 
 
-def test_images_that_are_not_finite_are_counted_and_said(tmp_path):
+def test_what_is_found_with_some_flags_only_goes_with_them(evaluated, checkpoint, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise", *eval_flags(tmp_path / "eval")]
+    call(*flags, "--noholdout")
+    result = result_of(tmp_path / "eval")
+    assert "holdout" not in result and "mq_above_floor" not in result and "fpd" in result and "mq" in result
+
+
+def test_images_that_are_not_finite_are_counted_and_said(tmp_path, capsys):
     state = visible(tiny_unet(T=20)).state_dict()
     state["tail.2.bias"] = torch.tensor([0.0, float("nan"), 0.0])
     torch.save({"net_model": state, "ema_model": state, "step": 1}, tmp_path / "ckpt1.pt")
-    result = run("all_in.py", *PIXELS, "--unet_dir=ckpt1.pt", *eval_flags(tmp_path), cwd=tmp_path)
-    assert "24 images held NaN or infinity" in result.stdout
+    call(*PIXELS, f"--unet_dir={tmp_path}/ckpt1.pt", *eval_flags(tmp_path))
+    assert "24 images held NaN or infinity" in capsys.readouterr().out
     assert result_of(tmp_path)["non_finite_images"] == 24 == result_of(tmp_path)["N"]

@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks.faults import fill, small_disk
 from tests.commands import run
+from tests.faults import fill, small_disk
 from tests.networks import TINY_FLAGS, tiny_learner
 from training import checkpoint
 from training.logger import Logger, read_metrics
@@ -46,7 +46,7 @@ def test_what_cannot_be_synced_is_written_all_the_same(number, tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", refuse)
     write_json(tmp_path / "a.json", [1])
-    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1) as logger:
+    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1, batch_size=8) as logger:
         logger.write({"step": 1, "loss": 0.5})
         logger.finish(1)
     monkeypatch.setattr(os, "open", refuse)  # a directory cannot be opened
@@ -68,7 +68,7 @@ def test_an_error_of_the_disk_is_not_passed_over(tmp_path, monkeypatch):
 def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
     """Such as another user's; here a directory has its name."""
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(DataError, match=r"its \.lock cannot be written \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"\.lock: cannot be written \(Is a directory\)"):
         lock_directory(tmp_path, "logdir")
 
 
@@ -76,7 +76,7 @@ def test_metrics_go_on_after_a_torn_line_and_the_last_of_a_step_counts(tmp_path)
     """Two starts, the second with more processes; the first one's last line was torn by a full disk."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "time": 1}\n{"step": 4, "lo')
     (tmp_path / "metrics.rank1.jsonl").write_text('{"step": 2, "loss": 2.0, "time": 9}\n{"step": 1, "time": 8}\n')
-    with Logger(tmp_path, 4, 2, log_step=1, max_bad_steps=1) as logger:
+    with Logger(tmp_path, 4, 2, log_step=1, max_bad_steps=1, batch_size=8) as logger:
         logger.write({"step": 4, "loss": 0.5})
         logger.write({"step": 4, "weights": "ema", "fpd": 3.0})
     lines = [(line["step"], line.get("loss"), line.get("fpd")) for line in read_metrics(tmp_path)]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from benchmarks.faults import differences
 from tests.commands import ROOT, check, environment, eval_flags, read_jsonl, run, run_with, torchrun_command
+from tests.faults import differences
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS
 from training.logger import read_metrics

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from score import neighbors
+from score import memorization
 from score.memorization import (
     authenticity,
     memorization_ratio,
     memorized_quantity,
     nearest_neighbors,
-    nearest_other,
     share_closer_than_third,
 )
 
@@ -65,15 +64,15 @@ def hard_cases():
     }
 
 
-@pytest.fixture(params=["_integer_product", "_float_product"])
-def product(request, monkeypatch):
+@pytest.fixture(params=[True, False])
+def integers(request, monkeypatch):
     """Both ways of multiplying; that of floats is also a GPU's."""
-    monkeypatch.setattr(neighbors, "_fastest_product", lambda D, device: getattr(neighbors, request.param))
-    return getattr(neighbors, request.param)
+    monkeypatch.setattr(memorization, "_integers_are_faster", lambda D, device: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("case", hard_cases())
-def test_exact_on_hard_images(case, product):
+def test_exact_on_hard_images(case, integers):
     check(*hard_cases()[case])
 
 
@@ -120,16 +119,18 @@ def test_larger_search_in_many_blocks():
 
 
 @pytest.mark.parametrize("D", [5, 1024, 3000])
-def test_products_are_exact(D, product):
+def test_products_are_exact(D, integers):
     random = np.random.default_rng(9)
     a, b = (random.integers(-128, 128, (size, D), dtype=np.int8) for size in (7, 9))
     a[0] = b[0] = -128
-    np.testing.assert_array_equal(product(as_images(a), as_images(b)), a.astype(int) @ b.astype(int).T)
+    np.testing.assert_array_equal(
+        memorization._multiply(as_images(a), as_images(b), integers), a.astype(int) @ b.astype(int).T
+    )
 
 
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("level", [1, 254])
-def test_large_images_do_not_overflow(size, level, product):
+def test_large_images_do_not_overflow(size, level, integers):
     """Nearly black or nearly white images, whose sums of products exceed 32 bits at 256x256."""
     random = np.random.default_rng(11)
     training = np.full((6, 3, size, size), level, np.uint8)
@@ -144,33 +145,21 @@ def test_copies_have_distance_zero_not_rounding_error():
     assert not sq_distance[:, 0].any() and index[:, 0].tolist() == list(range(50, 60))
 
 
-def test_nearest_other():
-    random = np.random.default_rng(7)
-    training = uint8_images(random, 30)
-    training[20] = training[4]
-    rows = torch.tensor([4, 7, 20])
-    distance = brute_force(training, training, 30)[0]
-    ours = nearest_other(as_images(training), rows)
-    assert ours[0] == ours[2] == 0
-    assert ours[1].item() == pytest.approx(distance[7, 1])
-    assert nearest_other(as_images(training[:1]), torch.tensor([0])).isinf().all()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"generated": torch.zeros(0, 3, 4, 4)}, "generated"),
         ({"training": torch.zeros(0, 3, 4, 4)}, "training"),
-        ({"training": torch.zeros(5, 3, 4, 5)}, "images of generated are"),
+        ({"training": torch.zeros(5, 3, 4, 5)}, "have no distance"),
         ({"generated": torch.full((2, 3, 4, 4), torch.nan)}, "generated holds values other than"),
         ({"training": torch.full((2, 3, 4, 4), torch.inf)}, "training holds values other than"),
-        ({"training": torch.full((2, 3, 4, 4), 0.5)}, "training holds values other than 0/255 .* round the images"),
+        ({"training": torch.full((2, 3, 4, 4), 0.5)}, "training holds values other than 0/255 .* round them to uint8"),
         ({"training": torch.full((2, 3, 4, 4), 256 / 255)}, "training holds values other than"),
         ({"generated": torch.full((2, 3, 4, 4), -1 / 255)}, "generated holds values other than"),
-        ({"training": torch.zeros(5, 48)}, "training must be"),
+        ({"training": torch.zeros(5, 48)}, "have no distance"),
         ({"training": torch.zeros(5, 3, 4, 4, dtype=torch.int32)}, "uint8 or float"),
-        ({"k": 0}, "k must be"),
-        ({"batch_training": 0}, "batch_training must be"),
+        ({"k": 0}, "k and both batches must be"),
+        ({"batch_training": 0}, "both batches must be"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
@@ -198,15 +187,12 @@ def test_authenticity_against_brute_force():
     random = np.random.default_rng(8)
     training, generated = uint8_images(random, 40, 2), uint8_images(random, 60, 2)
     generated[:5] = training[:5]
+    training[20] = training[4]
+    generated[7] = training[20] ^ 1
     distance, index = brute_force(generated, training, 40)
     own = brute_force(training, training, 2)[0][:, 1]
     expected = np.mean(distance[:, 0] > own[index[:, 0]])
     sq_distance, nearest = nearest_neighbors(as_images(generated), as_images(training))
     assert authenticity(sq_distance, nearest, as_images(training)) == pytest.approx(expected)
     assert 0 < expected < 1
-
-
-def test_figures_need_distances():
-    for figure in (memorization_ratio, share_closer_than_third):
-        with pytest.raises(ValueError, match="sq_distance"):
-            figure(torch.zeros(3))
+    assert authenticity(sq_distance[:, :1], nearest[:, :1] * 0, as_images(training[:1])) == 0

@@ -1,5 +1,6 @@
 """The HTML pages: self-contained, small, and looked at in a real browser where there is one."""
 
+import base64
 import html.parser
 import json
 import re
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from score.memorization import above_floor, measures, memorization_ratio, mq_curve, nearest_neighbors
-from score.report import copy_counts, write_report
+from score.evaluate import evaluate
+from score.memorization import measures, memorization_ratio, nearest_neighbors
+from score.report import SERIES, copy_counts, write_report
 from tests.browser import CHROMIUM, assert_readable, needs_chromium
 from tests.commands import run_module
 
@@ -21,13 +23,11 @@ def evaluation(N, M, size, seed=0):
     training, heldout = draw(M), draw(50)
     generated = training[torch.randint(M, (N,), generator=random)]
     generated[N // 2 :] = draw(N - N // 2)
-    sq_distance, index = nearest_neighbors(generated, training)
-    of_heldout, heldout_index = nearest_neighbors(heldout, training)
-    result, floor = measures(sq_distance, index, training), measures(of_heldout, heldout_index, training)
-    result |= {"holdout": {"N": 50, **floor}, "mq_above_floor": above_floor(result, floor), "fpd": 1.25}
-    result |= {"N": N, "training_set_size": M, "checkpoint": "logs/<a>/ckpt1.pt", "flags": {"lr": 1e-3, "hflip": None}}
-    result |= {"seconds": {"memorise": 1.0}}
-    return result, generated, training, index[:, 0], memorization_ratio(sq_distance), memorization_ratio(of_heldout)
+    result, (sq_distance, index) = evaluate(generated, training, heldout, scores=lambda images: {"fpd": 1.25})
+    result |= {"N": N, "training_set_size": M, "checkpoint": "logs/<a>/ckpt1.pt", "seconds": {"memorise": 1.0}}
+    result["flags"] = {"generate": {"lr": 1e-3, "hflip": None}, "score": {"lr": 2e-3, "seed": 1}}
+    of_heldout = memorization_ratio(nearest_neighbors(heldout, training)[0])
+    return result, generated, training, index[:, 0], memorization_ratio(sq_distance), of_heldout
 
 
 class Tags(html.parser.HTMLParser):
@@ -54,6 +54,12 @@ class Tags(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+def charts_of(tags):
+    """The SVG texts of a page's charts."""
+    sources = [image["src"].removeprefix("data:image/svg+xml;base64,") for image in tags.images]
+    return [base64.b64decode(source).decode() for source in sources if not source.startswith("data:")]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -67,10 +73,11 @@ def test_the_page_needs_nothing_else_and_describes_its_pictures(report):
     path, result, ratio = report
     page = path.read_text()
     tags = Tags(page)
-    assert all(link.startswith("data:image/png;base64,") for link in tags.links), "no network"
+    assert all(link.startswith("data:image/") for link in tags.links), "no network"
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert len(tags.images) > 80 and all(image["alt"] for image in tags.images)
-    assert len(re.findall(r'<svg[^>]* role="img" aria-label="[^"]+"', page)) == 2
+    assert len(charts_of(tags)) == 2
+    assert "<th>generate</th><th>score</th>" in page and "<td>lr</td><td>0.001</td><td>0.002</td>" in page
     assert "logs/&lt;a&gt;/ckpt1.pt" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert f"{result['mq_fraction']['15']:.1%}" in page and f"{result['mq_above_floor']['30']:+.1%}" in page
     best = ratio.argsort(stable=True)[0].item()
@@ -92,7 +99,9 @@ def test_a_large_evaluation_stays_below_5_megabytes(tmp_path):
 def test_the_curve_and_the_counts_against_numpy():
     ratio = torch.cat([torch.rand(500, dtype=torch.float64), torch.tensor([0.0, 0.15, 0.3, 1.0])])
     expected = [np.mean(100 * ratio.numpy() < p) for p in range(101)]
-    np.testing.assert_allclose(mq_curve(ratio), expected)
+    sq_distance = torch.stack([ratio, 2 - ratio], dim=1)  # of mean 1
+    found = measures(sq_distance, torch.zeros(504, 2, dtype=torch.int64), torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    np.testing.assert_allclose(found["mq_curve"], expected)
     nearest = torch.randint(7, (504,))
     expected = [sum(n == j and 100 * r < 15 for n, r in zip(nearest, ratio, strict=True)) for j in range(9)]
     assert copy_counts(nearest, ratio, 9).tolist() == expected
@@ -119,8 +128,9 @@ def test_compare_puts_runs_on_one_page(tmp_path):
     found = run_module("score.compare", *runs, "--html=both.html", cwd=tmp_path)
     assert "above floor" in found.stdout and " ± " in found.stdout
     page = (tmp_path / "both.html").read_text()
-    Tags(page)
-    assert page.count("stroke: var(--series-") == 4 and "IET &amp; AGC" in page and "held-out real images" in page
+    (chart,) = charts_of(Tags(page))
+    drawn = [len(re.findall(f"fill: none; stroke: {colour};", chart)) for colour in SERIES[:4]]
+    assert drawn == [2, 1, 1, 0] and "IET &amp; AGC" in page and "held-out real images" in page
     differ = page[page.index("Settings that differ") :]
     assert "<td>lr</td><td>0.001</td><td>0.002</td>" in differ and "<td>sampling: steps</td><td>50</td>" in differ
     assert "<td>sampling: seed</td><td>0 / 1</td><td>0</td>" in differ and differ.count("<tr>") == 4

@@ -1,4 +1,4 @@
-"""Runs that are killed at random instants, damaged, changed or started twice, with the machinery of the benchmark."""
+"""Runs that are killed at random instants, damaged, changed or started twice, with the machinery of tests/faults.py."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import torch
 from absl import flags as absl_flags
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import faults
 from dataset import load_dataset
+from tests import faults
 from tests.commands import ROOT, environment, run
 from tests.networks import TINY_FLAGS
 from training import checkpoint, flags

@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from score.compare import split_label
-from tests.commands import ROOT, environment, eval_flags, run, run_module
+from tests.commands import ROOT, check, environment, eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet
 from utils import distributed
 from utils.errors import DataError, UsageError, printable
@@ -26,11 +25,8 @@ COMMANDS = {
     "score.stats": ["-m", "score.stats"],
     "experiments.tuning": ["-m", "experiments.tuning"],
     "experiments.frontier": ["-m", "experiments.frontier"],
-    "experiments.document": ["-m", "experiments.document"],
+    "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
-    "benchmarks.faults": ["-m", "benchmarks.faults"],
-    "benchmarks.growth": ["-m", "benchmarks.growth"],
-    "benchmarks.scaling": ["-m", "benchmarks.scaling"],
 }
 STUBBORN = """
 import time
@@ -112,23 +108,6 @@ def test_nohup_holds(tmp_path):
     assert process.wait(20) == 143
 
 
-def test_an_experiment_is_stopped_with_its_trainings(tmp_path):
-    """Ctrl-C goes to all processes of a terminal: one line, nothing goes on, and what was trained is saved."""
-    arguments = ["-m", "experiments.tuning", "--data=digits32", "--steps=100000", f"--out={tmp_path}"]
-    process = start(*arguments, cwd=tmp_path, start_new_session=True)
-    limit = time.monotonic() + 100
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/metrics.jsonl")):
-        assert time.monotonic() < limit and process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)  # until the last process has closed the pipe
-    assert process.returncode == 130
-    assert [line for line in errors.splitlines() if "run/s" not in line] == ["experiments.tuning: stopped by SIGINT"]
-    while not list(tmp_path.glob("runs/digits32/*/seed11/log/state/*.pt")):
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-
-
 CLOSED = """
 import os, sys
 from utils import startup
@@ -197,9 +176,9 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     parameters = sum(p.numel() for p in tiny_unet().parameters() if p.requires_grad)
     expected = f"cpu, 1 process, {parameters:,} parameters, 48 images, 6 steps per epoch, 8 images per batch\n"
     assert result.stdout == expected
-    assert run("main.py", *flags, "--logdir=b", cwd=tmp_path, TQDM_DISABLE="1").stderr == ""
-    often = run("main.py", *flags, "--logdir=c", cwd=tmp_path, TQDM_MININTERVAL="0")
-    assert often.stderr.count("\n") >= 30
+    command = [sys.executable, "-c", "from utils.distributed import bar; list(bar(range(30)))"]
+    assert check(command, ROOT, 0, {"TQDM_DISABLE": "1"}).stderr == ""
+    assert check(command, ROOT, 0, {"TQDM_MININTERVAL": "0"}).stderr.count("\n") >= 30
 
 
 class Terminal(io.StringIO):
@@ -270,7 +249,6 @@ def test_text_on_one_line():
     assert printable("é\n\x1b[1m\udce9 日本") == r"é\n\x1b[1m\udce9 日本"
 
 
-@pytest.mark.parametrize("module", ["score.compare", "experiments.frontier"])
-def test_commands_say_wrong_arguments_in_one_line(module, tmp_path):
-    result = run_module(module, "--nonsense", cwd=tmp_path, code=UsageError.exit_code)
-    assert result.stderr.startswith(f"{module}: error: ") and result.stderr.count("\n") == 1 and not result.stdout
+def test_commands_say_wrong_arguments_in_one_line(tmp_path):
+    result = run_module("score.compare", "--nonsense", cwd=tmp_path, code=UsageError.exit_code)
+    assert result.stderr.startswith("score.compare: error: ") and result.stderr.count("\n") == 1 and not result.stdout

@@ -414,6 +414,13 @@ def restore(learner, state, path):
 # ---- main.py
 
 
+def is_full(path):
+    """Whether a file, if it is whole, has all that a run continues from; many times faster than `read`."""
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # damage can make zipfile raise anything
+        return b"milestone" in archive.read("archive/data.pkl")
+    return False
+
+
 def newest_step(logdir):
     """(the newest whole checkpoint that main.py can go on from, or None; files of later steps).
 
@@ -423,7 +430,7 @@ def newest_step(logdir):
     files, slim = newest_first(logdir), None
     for i, path in enumerate(files):
         if is_whole(path):
-            if "milestone" in read(path, mmap=True):
+            if is_full(path):
                 return path, files[:i]
             slim = slim or path
     if slim:
@@ -441,21 +448,14 @@ def save_step(logdir, state, milestone, keep):
     """
     path = logdir / step_name(state["step"])
     save(path, {**state, "milestone": milestone})
-    full = 0
-    for old in newest_first(logdir):
-        if progress_of(old) > progress_of(path):
-            continue
-        with suppress(DamagedError):
+    full = [old for old in newest_first(logdir) if progress_of(old) <= progress_of(path) and is_full(old)]
+    for old in full[keep:]:
+        if is_whole(old):
             old_state = read(old, mmap=True)
-            if "milestone" not in old_state:
-                break  # and those before it are as they should be
-            full += 1
-            if full > keep:
-                verify(old)
-                if old_state["milestone"]:
-                    save(old, {name: value for name, value in old_state.items() if name not in FOR_RESUMING})
-                else:
-                    remove(old)
+            if old_state["milestone"]:
+                save(old, {name: value for name, value in old_state.items() if name not in FOR_RESUMING})
+            else:
+                remove(old)
     return path
 
 

@@ -148,7 +148,7 @@ class Learner:
         (self.loss_scale * loss).backward()
         loss = loss.detach()
         if self.share_batches:
-            loss = distributed.mean(loss.clone())
+            loss = distributed.total(loss.clone()) / distributed.world_size()
         norm = get_total_norm([parameter.grad for parameter in self.parameters]) / self.loss_scale
         applied = norm.isfinite() & loss.isfinite()
         # fused Adam reads these, as torch's GradScaler sets them: a divisor of the gradient, and whether to do nothing

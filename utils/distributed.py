@@ -72,8 +72,9 @@ def bar(*args, disable=False, **settings):
     """
     if disable or not is_main():
         settings["disable"] = True
-    own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
-    if not sys.stderr.isatty():
+    if sys.stderr.isatty():
+        own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
+    else:
         own = {"mininterval": 30, "miniters": 1, "file": Lines(sys.stderr)}  # miniters=1: at least a step a line
     own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
     return tqdm(*args, **settings, **own)
@@ -106,16 +107,14 @@ def name_of_start(store, rank, world_size):
     name = secrets.token_hex(8)
     if rank > 0:
         store.set(f"rank{rank}", name)
-        answer = store.get(f"rank{rank} is {name}")
-        store.set(f"rank{rank} knows {answer.decode()}", "")
-        return answer.decode()
-    missing = set(range(1, world_size))
-    while missing:
-        for other in missing:
+        answer = store.get(f"rank{rank} is {name}").decode()
+        store.set(f"rank{rank} knows {answer}", "")
+        return answer
+    for other in range(1, world_size):
+        while not store.check([f"rank{other} knows {name}"]):
             if store.check([f"rank{other}"]):
                 store.set(f"rank{other} is {store.get(f'rank{other}').decode()}", name)
-        missing = {other for other in missing if not store.check([f"rank{other} knows {name}"])}
-        time.sleep(0.01)
+            time.sleep(0.01)
     return name
 
 
@@ -160,13 +159,9 @@ def average_gradients(network):
     if world_size() == 1:
         return network
     group = group_of(next(network.parameters()).device)
-    settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(network, process_group=group, **settings)
-
-
-def mean(tensor):
-    """The mean of the processes' tensors of one shape, in place and returned."""
-    return total(tensor).div_(world_size())
+    return DistributedDataParallel(
+        network, process_group=group, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def from_main(value):

@@ -3,6 +3,8 @@
 The scripts print the line and exit with `exit_code`; anything else that is raised is a bug and keeps its traceback.
 """
 
+import sys
+
 
 def printable(text):
     """The text on one line that every terminal and file can take: control characters, and bytes of a file's name that
@@ -11,10 +13,18 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def warn(text):
+    """Write one line to standard error."""
+    print(printable(text), file=sys.stderr)
+
+
 class UserError(Exception):
     """Base of the errors below; raise one of those."""
 
     exit_code = 1
+
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class UsageError(UserError):
@@ -25,8 +35,6 @@ class UsageError(UserError):
 
 class DataError(UserError):
     """A file or directory is missing, unreadable, or not what the flags say it is."""
-
-    exit_code = 1
 
 
 class DamagedError(DataError):

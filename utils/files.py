@@ -7,10 +7,18 @@ import hashlib
 import json
 import os
 import secrets
-import sys
 from pathlib import Path
 
-from utils.errors import DataError
+from utils.errors import DataError, warn
+
+
+@contextlib.contextmanager
+def writable(what, advice):
+    """Raise a DataError about `what` for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{what}: cannot be written ({error.strerror or error}): {advice}") from error
 
 
 @contextlib.contextmanager
@@ -22,15 +30,12 @@ def atomic_write(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            yield file
-            sync(file)
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}): check the directory and its space"
-        ) from error
+        with writable(path, "check the directory and its space"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                yield file
+                sync(file)
+            temporary.replace(path)
     finally:
         # after the rename there is none; where it cannot be removed, what is wrong has been reported already
         with contextlib.suppress(OSError):
@@ -67,22 +72,18 @@ def sync_directory(path):
 
 def remove(path):
     """Remove a file, if it is there; raises DataError."""
-    try:
+    with writable(path, "it was to be removed, check the directory"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be removed ({error.strerror}): check the directory") from error
 
 
 def make_directory(path, flag):
     """Make a directory that `flag` names, and prove that it can be written; raises DataError."""
-    path = Path(path)
-    try:
+    with writable(f"--{flag}={path}", "choose another directory"):
+        path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise DataError(f"--{flag}={path}: cannot be written ({error.strerror}): choose another directory") from error
 
 
 def lock_directory(path, flag):
@@ -93,29 +94,20 @@ def lock_directory(path, flag):
     Raises:
         DataError: another process has taken it; `flag` is the name of the flag that names the directory.
     """
-    path = Path(path)
-    try:
-        file = (path / ".lock").open("a+")
+    with writable(f"--{flag}={path}/.lock", "choose another directory"):
+        file = (Path(path) / ".lock").open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise DataError(
-                f"--{flag}={path}: process {file.read().strip()} is writing there: wait for it or choose another "
-                "directory"
-            ) from None
+            writer = f"process {file.read().strip()} is writing there"
+            raise DataError(f"--{flag}={path}: {writer}: wait for it or choose another directory") from None
         except OSError as error:
-            print(
-                f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing", file=sys.stderr
-            )
+            warn(f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-    except OSError as error:
-        raise DataError(
-            f"--{flag}={path}: its .lock cannot be written ({error.strerror}): choose another directory"
-        ) from error
-    return file
+        return file
 
 
 def write_text(path, text):
@@ -131,9 +123,8 @@ def write_json(path, value):
 
 def read_json(path):
     """The value in a JSON file; raises DataError if it is missing or damaged."""
-    path = Path(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
@@ -141,6 +132,6 @@ def read_json(path):
 
 
 def file_hash(path):
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, in hex; raises OSError."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

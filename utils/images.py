@@ -1,10 +1,206 @@
-"""Pixels of network outputs, and many images as one picture."""
+"""Image files of all kinds in, whatever metadata they hold and without trust in them; and pixels as pictures."""
 
+import contextlib
+import io
+import logging
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from utils import distributed
+from utils.errors import DataError, warn
+from utils.safe_files import MAX_FILE_BYTES, check_memory, one_line
+
+# What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
+warnings.filterwarnings("ignore", module="PIL")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
+)
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}  # lower case
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
-def to_uint8(x):
+def list_images(folder: Path | str, classes: bool = False) -> list[list[str]]:
+    """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
+
+    An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. Everything
+    else is passed over and named in one line on stderr: other files, sub-folders without images, and sub-folders beside
+    images.
+
+    Raises `DataError` if there are no images, for what `scan` refuses, and for images beside sub-folders with images if
+    sub-folders are `classes`.
+    """
+    images, folders, others = scan(folder)
+    groups = [images] if images else []
+    for path in folders:
+        found, _, others_below = scan(path, deep=True) if classes or not images else ([], [], [])
+        if images and found:
+            raise DataError(f"{images[0]}: lies beside sub-folders, which are classes: move it into one")
+        if found:
+            groups.append(found)
+        others += others_below if found else [path + os.sep]
+    if not groups:
+        raise DataError(f"{folder}: no images in it, no names that end in {' '.join(SUFFIXES)}")
+    if others and distributed.is_main():
+        names = [os.path.relpath(path, folder) + os.sep * path.endswith(os.sep) for path in others[:5]]
+        more = ", ..." * (len(others) > 5)
+        warn(f"{folder}: passed over {len(others)} other files or sub-folders: {', '.join(names)}{more}")
+    return groups
+
+
+def scan(folder: Path | str, deep: bool = False) -> tuple[list[str], list[str], list[str]]:
+    """The images, the sub-folders and the other files in a folder, sorted by path; with `deep` at any depth below it.
+
+    Raises `DataError` if it cannot be read, for an image that is no file (opening a pipe would wait for ever), and for
+    a symbolic link to a directory: links can form a loop.
+    """
+    images, folders, others, pending = [], [], [], [folder]
+    try:
+        while pending:
+            path = pending.pop()
+            for entry in os.scandir(path):
+                path, name = entry.path, entry.name.lower()
+                if name.startswith(".") or name in SYSTEM_FILES:
+                    continue
+                if entry.is_dir() and entry.is_symlink():
+                    raise DataError(f"{path}: a symbolic link to a directory, put the directory there")
+                if entry.is_dir():
+                    (pending if deep else folders).append(path)
+                elif not name.endswith(SUFFIXES):
+                    others.append(path)
+                elif entry.is_file():
+                    images.append(path)
+                else:
+                    raise DataError(f"{path}: neither a file nor a directory, remove it")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): repair or remove it") from None
+    return sorted(images), sorted(folders), sorted(others)
+
+
+def read_images(paths: list[str], img_size: int | None = None, num_workers: int = 0) -> np.ndarray:
+    """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
+
+    Raises `DataError` if they do not fit into memory, and after all have been tried for those that cannot be read or
+    have another size than the first.
+    """
+    images, first, bad = None, None, []
+    with contextlib.closing(in_threads(partial(try_image, img_size=img_size), paths, num_workers)) as results:
+        for row, found in enumerate(distributed.bar(results, "decoding", total=len(paths), unit="image")):
+            if isinstance(found, DataError):
+                bad.append(str(found))
+                continue
+            if images is None:
+                check_memory(Path(paths[row]).parent, len(paths) * found.nbytes)
+                images, first = np.empty((len(paths), *found.shape), np.uint8), Path(paths[row]).name
+            if found.shape == images.shape[1:]:
+                images[row] = found
+            else:
+                sizes = ["x".join(map(str, shape[-2:])) for shape in (found.shape, images.shape)]
+                bad.append(f"{paths[row]}: is {sizes[0]}, {first} is {sizes[1]}")
+    if bad:
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
+    return images
+
+
+def try_image(path: str, img_size: int | None) -> np.ndarray | DataError:
+    """One image file as uint8 (3, H, W), or what is wrong with it."""
+    try:
+        image = read_image(path)
+    except DataError as error:
+        return error
+    size = (img_size, img_size) if img_size else image.size
+    # PIL's filter grows with the scale: antialiased
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+def in_threads(function: Callable, items: list, number: int) -> Iterator:
+    """The function's results in order, from so many threads; closing it drops what has not begun.
+
+    Pillow and hashlib let other threads run meanwhile: from some 256x256 pixels on, threads are as fast as processes.
+    """
+    with ThreadPoolExecutor(number or 1) as pool:
+        for start in range(0, len(items), 256):  # a million tasks in a queue would fill gigabytes
+            yield from pool.map(function, items[start : start + 256])
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """A still picture of one of `FORMATS` in RGB, upright as its metadata says (the first frame of an animation).
+
+    Metadata that cannot be read is ignored. Raises `DataError` naming the file if it is missing, no image, damaged, of
+    a kind that `to_rgb` refuses, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            is_png = file.read(8) == PNG_SIGNATURE
+            source = io.BytesIO(png_pixels(file.read(MAX_FILE_BYTES))) if is_png else file
+            with Image.open(source, formats=FORMATS) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
+                image.load()
+                with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data shows after the turn
+                    ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except Image.DecompressionBombError:
+        what = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
+    except UnidentifiedImageError:
+        what = "not an image that PIL can read"
+    except Exception as error:  # a hostile file can make a decoder raise anything
+        what = f"cannot be read as an image ({one_line(error)})"
+    raise DataError(f"{path}: {what}")
+
+
+def png_pixels(data: bytes) -> bytes:
+    """The PNG whose chunks `data` are with those only that decide its pixels, and its EXIF data if that is whole.
+
+    PIL refuses a PNG for a text or a profile that is broken or long.
+    """
+    kept, start = [PNG_SIGNATURE], 0
+    while start + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, start)
+        chunk = data[start : start + size + 12]
+        whole_exif = kind == b"eXIf" and chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4)
+        if whole_exif or kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(chunk)
+        start += len(chunk)
+    return b"".join(kept)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
+
+    Raises `ValueError` where the range of the values is unknown (32-bit integers, floats).
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+        top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+        levels = (255 * values + top // 2) // top
+        levels = 255 - levels if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else levels
+        levels[values == image.info.get("transparency")] = 255
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: 32-bit values have no known range, save it with 8 bits")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Network output in [-1, 1] as pixels: clip((x + 1) / 2, 0, 1) * 255, rounded to uint8.
 
     Takes and returns any shape, on x's device. NaN becomes 0: find those with `non_finite_images` and report them.
@@ -12,7 +208,7 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
-def image_grid(images, columns=8, gap=2):
+def image_grid(images: torch.Tensor, columns: int = 8, gap: int = 2) -> torch.Tensor:
     """Images (B, C, H, W) in rows of at most `columns`, on black and `gap` apart: (C, rows (H + gap) + gap, ...).
 
     What torchvision.utils.make_grid makes of two images or more; importing torchvision takes a second, and torch's

@@ -20,23 +20,11 @@ def generator(device, *address):
     return torch.Generator(device).manual_seed(derive_seed(*address))
 
 
-class SampleNoise:
-    """Standard normal noise for generated images: image i has a stream of its own, (seed, "image", i).
+def sample_noise(seed, indices, shape, device):
+    """Standard normal noise for generated images: a function that draws (B, *shape) float32, and on when called again.
 
-    The streams are drawn on the CPU, so that neither the batch size nor the device changes an image.
-
-    Args:
-        seed: of the whole generation.
-        indices: numbers of the images of this batch.
-        shape: (C, H, W) of one image.
-        device: where the noise is wanted.
+    Image number i has a stream of its own, (seed, "image", i), and all are drawn on the CPU, so that neither the batch
+    size nor the device changes an image.
     """
-
-    def __init__(self, seed, indices, shape, device):
-        self.generators = [generator("cpu", seed, "image", i) for i in indices]
-        self.shape = shape
-        self.device = device
-
-    def __call__(self, like=None):
-        """The next draw of every stream: (B, C, H, W) float32. `like` is there for the sampler and not needed."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+    streams = [generator("cpu", seed, "image", i) for i in indices]
+    return lambda *_: torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)

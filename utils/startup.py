@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from utils.errors import UsageError, UserError, printable
+from utils.errors import UsageError, UserError, warn
 
 
 class Stream(io.FileIO):
@@ -28,10 +28,6 @@ class Stream(io.FileIO):
             return len(data)
 
 
-class Stopped(BaseException):
-    """A signal has arrived, whose number is the argument: what is at work is left as by any other exception."""
-
-
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument as every other error of a user: in one line."""
 
@@ -40,22 +36,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare():
-    """Have signals end the process with one line and 128 + their number, and let any standard stream be missing."""
+    """Have signals end the process with one line and 128 + their number, and let any standard stream be missing.
+
+    Output takes any text.
+    """
     handle(stop_at_once)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
+        stream = getattr(sys, name)
+        if stream is None:  # closed: the next file that is opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+            stream = open(descriptor, "w" if descriptor else "r", closefd=False)  # noqa: SIM115
         if descriptor:
-            setattr(sys, name, tolerant(getattr(sys, name)))
-
-
-def tolerant(stream):
-    """A text stream that takes any text, and whose descriptor may fail."""
-    raw = Stream(stream.fileno(), "w", closefd=False)
-    how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    buffer = raw if stream.write_through else io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **how)
+            raw = Stream(descriptor, "w", closefd=False)  # no buffer: a signal could have it written twice
+            stream = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+        setattr(sys, name, stream)
 
 
 def run(main):
@@ -63,9 +57,10 @@ def run(main):
     handle(stop)
     try:
         code = main()
-    except Stopped as stopped:
-        code = 128 + stopped.args[0]
-        say_stopped(stopped.args[0])
+    except KeyboardInterrupt as stopped:
+        (number,) = stopped.args
+        code = 128 + number
+        say_stopped(number)
     except SystemExit as end:
         code = end.code
     except UserError as error:
@@ -81,7 +76,7 @@ def run(main):
 
 def say(text):
     """Write a line about this script to standard error."""
-    print(f"{name()}: {printable(text)}", file=sys.stderr)
+    warn(f"{name()}: {text}")
 
 
 def name():
@@ -99,9 +94,9 @@ def handle(handler):
 
 
 def stop(number, frame):
-    """Unwind, so that files and other processes are left tidy; a second signal does not wait for that."""
+    """Unwind as from Ctrl-C, so that files and processes are left tidy; a second signal does not wait for that."""
     handle(stop_at_once)
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 def stop_at_once(number, frame=None):

@@ -1,12 +1,9 @@
 """Random kills, damaged checkpoints and full disks against small runs, each of which must end as if nothing happened:
 
-python -m benchmarks.faults --minutes 30 [--json FILE]
+python -m tests.faults [--minutes 11] [--seed 8]
+
+Its parts are those of tests/test_resume.py, tests/test_disk_full.py and tests/test_distributed.py.
 """
-
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
 
 import contextlib
 import os
@@ -22,11 +19,10 @@ from pathlib import Path
 
 import torch
 
+from tests.commands import ROOT, environment
 from training.logger import read_metrics
 from utils import distributed, startup
-from utils.files import write_json
 
-ROOT = Path(__file__).parent.parent
 LOG_STEP = 7
 COMMON = [
     "--train", "--dataset=digits", "--img_size=8", "--num_train=48", "--ch=32", "--ch_mult=1", "--attn=0", "--T=20",
@@ -45,11 +41,10 @@ FULL_DISK = "full disk"
 
 
 def start(script, logdir):
-    """The script as a process of its own, with one thread; its output goes to files beside the log directory."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """The script as a process of its own; its output goes to files beside the log directory."""
     with Path(f"{logdir}.out").open("w") as out, Path(f"{logdir}.err").open("w") as err:
         command = [sys.executable, str(ROOT / script), *SCRIPTS[script], f"--logdir={logdir}"]
-        return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        return subprocess.Popen(command, stdout=out, stderr=err, env=environment())
 
 
 def checkpoints(logdir):
@@ -69,18 +64,19 @@ def wait_for(process, condition, seconds=60):
     return False
 
 
+def wait_for_a_save(process, logdir):
+    known = set(checkpoints(logdir))
+    return wait_for(process, lambda: set(checkpoints(logdir)) - known)
+
+
 def interrupt(process, fault, logdir, chance):
-    """End a run by a fault at a random instant of its training; returns whether it came before the run's own end."""
-    known = {path.name for path in checkpoints(logdir)}
-    if not wait_for(process, lambda: {path.name for path in checkpoints(logdir)} - known):
+    """End a run at a random instant of its training; returns whether that came before the run's own end."""
+    if not wait_for_a_save(process, logdir):
         return False
     time.sleep(chance.uniform(0, 1.5))
     if fault == "kill during a save":
-        wait_for(process, lambda: list(logdir.glob(".*.tmp")) + list(logdir.glob("state/.*.tmp")))
-    number = signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL
-    if process.poll() is not None:
-        return False
-    process.send_signal(number)
+        wait_for(process, lambda: list(logdir.glob("**/.*.tmp")))
+    process.send_signal(signal.SIGTERM if fault == "SIGTERM" else signal.SIGKILL)
     return process.wait() == (143 if fault == "SIGTERM" else -signal.SIGKILL)
 
 
@@ -121,17 +117,6 @@ def fill(disk, leave):
     return filler
 
 
-def interrupt_by_full_disk(process, disk, logdir, chance):
-    """Take the room away while a run trains; returns its exit code, or None if it had ended before."""
-    known = {path.name for path in checkpoints(logdir)}
-    if not wait_for(process, lambda: {path.name for path in checkpoints(logdir)} - known):
-        return None
-    filler = fill(disk, leave=chance.randrange(1 << 16))
-    code = process.wait()
-    filler.unlink()
-    return code
-
-
 def final_state(script, logdir):
     """Everything that two runs must agree on: checkpoint files, and the steps that were logged."""
     paths = [logdir / "ckpt300.pt"] if script == "main.py" else sorted(logdir.glob("global_ckpt_round*.pt"))
@@ -146,77 +131,68 @@ def differences(a, b, name=""):
     """The places where two nested structures of dicts, lists, tensors and numbers differ, as a list of names."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
         missing = [f"{name}.{key}" for key in a.keys() ^ b.keys()]
         return missing + [
             found for key in a.keys() & b.keys() for found in differences(a[key], b[key], f"{name}.{key}")
         ]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{name}[{i}]")]
     return [] if a == b else [name]
 
 
-def attack(script, disk, counts, chance, faults):
-    """One run in a fresh directory, hit by a random fault at every start until it gets through; returns its end."""
-    with tempfile.TemporaryDirectory(dir=disk) as directory:
-        logdir = Path(directory) / "log"
-        for _ in range(faults):
-            fault = chance.choice([*KILLS, *DAMAGES, *([FULL_DISK] if disk else [])])
-            process = start(script, logdir)
-            if fault == FULL_DISK:
-                code = interrupt_by_full_disk(process, disk, logdir, chance)
-                survived = code is None or (code == 1 and "cannot be written" in Path(f"{logdir}.err").read_text())
-                happened = code is not None
-            else:
-                happened = interrupt(process, fault if fault in KILLS else "kill", logdir, chance)
-                survived = True
-                if happened and fault in DAMAGES:
-                    damage(checkpoints(logdir)[0], fault, chance)
-            process.wait()
-            if not happened:
-                continue
-            counts[fault] += 1
-            if not survived:
-                counts["unclear endings"] += 1
-                print(f"\n{script}, {fault}: {Path(f'{logdir}.err').read_text()[-2000:]}", file=sys.stderr)
+def attack(script, logdir, disk, chance, counts):
+    """Start a run five times, each hit by a random fault, then let it finish; whether it did.
+
+    disk: the small file system that the log directory is on, or None.
+    """
+    for _ in range(5):
+        fault = chance.choice([*KILLS, *DAMAGES, *([FULL_DISK] if disk else [])])
         process = start(script, logdir)
-        if process.wait() != 0:
-            counts["runs that did not continue"] += 1
-            return None
-        return final_state(script, logdir)
+        if fault == FULL_DISK:
+            if not wait_for_a_save(process, logdir):
+                continue
+            filler = fill(disk, leave=chance.randrange(1 << 16))
+            code, errors = process.wait(), Path(f"{logdir}.err").read_text()
+            filler.unlink()
+            if not (code == 1 and "cannot be written" in errors):
+                counts["full disks without a clear line"] += 1
+                print(f"\n{script}: {errors[-2000:]}", file=sys.stderr)
+        elif not interrupt(process, fault if fault in KILLS else "kill", logdir, chance):
+            continue
+        elif fault in DAMAGES:
+            damage(checkpoints(logdir)[0], fault, chance)
+        counts[fault] += 1
+    return start(script, logdir).wait() == 0
 
 
-def main(arguments=None):
-    parser = startup.Parser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30, help="how long to go on")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults and their instants")
-    parser.add_argument("--json", type=os.path.expanduser, help="also write the counts to this file")
-    options = parser.parse_args(arguments)
-    chance = random.Random(options.seed)
-    endings = ("unclear endings", "runs", "runs that did not continue", "runs that differ")
-    counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *endings], 0)
-    limit = time.monotonic() + 60 * options.minutes
+def main():
+    parser = startup.Parser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=11, help="how long to go on")
+    parser.add_argument("--seed", type=int, default=8, help="of the faults and their instants")
+    options = parser.parse_args()
+    chance, limit = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    bad = ("full disks without a clear line", "runs that did not continue", "runs that differ")
+    counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, "runs", *bad], 0)
     with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, distributed.bar(unit="run") as bar:
         expected = {}
         for script in SCRIPTS:
-            logdir = Path(directory) / script
-            if start(script, logdir).wait() != 0:
-                raise SystemExit(Path(f"{logdir}.err").read_text())
-            expected[script] = final_state(script, logdir)
+            start(script, Path(directory) / script).wait()
+            expected[script] = final_state(script, Path(directory) / script)
         while time.monotonic() < limit:
             script = chance.choice(list(SCRIPTS))
-            state = attack(script, disk, counts, chance, faults=5)
             counts["runs"] += 1
-            if state is not None and (found := differences(expected[script], state)):
-                counts["runs that differ"] += 1
-                print(f"\n{script} differs in {found[:5]}", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=disk) as place:
+                logdir = Path(place) / "log"
+                if not attack(script, logdir, disk, chance, counts):
+                    counts["runs that did not continue"] += 1
+                elif found := differences(expected[script], final_state(script, logdir)):
+                    counts["runs that differ"] += 1
+                    print(f"\n{script} differs in {found[:5]}", file=sys.stderr)
             bar.update()
-            bar.set_postfix({name: count for name, count in counts.items() if count})
     for name, count in counts.items():
         print(f"| {name} | {count} |")
-    if options.json:
-        write_json(options.json, {"minutes": options.minutes, "seed": options.seed, "disk": bool(disk), **counts})
-    return int(any(counts[name] for name in ("unclear endings", "runs that did not continue", "runs that differ")))
+    return int(any(counts[name] for name in bad))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import fingerprint
+from score.fid import compute_statistics, frechet_distance, inception_score, provenance_of, reference_statistics
+from score.inception import FEATURES, Inception
+from score.memorization import measures, memorization_ratio, neighbors_by_all
+from score.samples import read_npz
+from utils import distributed
+from utils.errors import DataError, UsageError
+from utils.files import atomic_write
+
+SPLITS = 10  # of the Inception score
+FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
+IS_IMAGES = 5000
+
+
+def evaluate(images, training, heldout=None, scores=None, folder=None, **search):
+    """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
+
+    Args:
+        images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+        heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place of generated
+            ones is the floor; None for no floor.
+        scores: a function of the images that returns {name: score}, such as a `Quality`; None for no scores.
+        folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
+        search: settings of `nearest_neighbors`.
+
+    Returns:
+        numbers: a dict: the scores, `measures`, and with held-out images the same of them as `holdout`, and
+            `mq_above_floor`: the shares below each threshold less those of held-out images.
+        found: (sq_distance, index), as `nearest_neighbors` returns them.
+    """
+    paths = [folder and Path(folder) / name for name in ("memorization.npz", "holdout.npz")]
+    found = neighbors(images, training, paths[0], **search)
+    numbers = {**(scores(images) if scores else {}), **measures(*found, training)}
+    if heldout is not None:
+        floor = {"N": len(heldout), "images_sha256": fingerprint(heldout)}
+        floor |= measures(*neighbors(heldout, training, paths[1], **search), training)
+        above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
+        numbers |= {"holdout": floor, "mq_above_floor": above}
+    return numbers, found
+
+
+def identity(images, training):
+    """What two sets of images are known by in the files about them."""
+    return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
+
+
+def neighbors(images, training, path=None, device=None, **search):
+    """`neighbors_by_all`, but read from the file `path` if it is of these images, else kept there."""
+    device = torch.device(device or training.device)
+    sets = identity(images, training) if path else None
+    known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
+    found = known or neighbors_by_all(images, training, device=device, **search)
+    if path and not known and distributed.is_main():
+        arrays = {"ratio": memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
+        with atomic_write(path) as file:
+            np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets)
+    return tuple(array.to(device) for array in found)
+
+
+def known_neighbors(path, sets):
+    """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
+    if not Path(path).exists():
+        return None
+    try:
+        saved = read_npz(path, ("sq_distance", "index", *sets))
+    except DataError as error:
+        print(f"warning: {error}: searching again", file=sys.stderr)
+        return None
+    if any(str(saved.get(key)) != value for key, value in sets.items()):
+        return None
+    return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
+
+
+class Quality:
+    """The network and the reference that generated images are scored with: made ready here, before any long work.
+
+    `scored_with`, of JSON values, decides the scores of given images; `warning` is what is to be said of them, or None.
+
+    Args:
+        reference: (M, 3, H, W) uint8 real images.
+        num_images: how many images will be scored.
+        weights: the Inception weights file (`find_weights`), for FID and IS; None for fpd.
+        device: of the Inception network.
+        fid_cache: as `cache` of `reference_statistics`.
+        batch_size: images per call of the network.
+
+    Raises:
+        DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
+        UsageError: too few images.
+    """
+
+    def __init__(self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50):
+        least = SPLITS if weights else 2
+        for name, number in (("generated", num_images), ("real", len(reference))):
+            if number < least:
+                raise UsageError(f"{number} {name} images: at least {least} are needed for scores")
+        wanted = [f"FID needs {FID_IMAGES:,} of each"] if min(num_images, len(reference)) < FID_IMAGES else []
+        wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if num_images < IS_IMAGES else []
+        self.warning = None
+        if weights and wanted:
+            numbers = f"{num_images:,} generated and {len(reference):,} real images"
+            self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
+            if distributed.is_main():
+                print(f"warning: {self.warning}", file=sys.stderr)
+        self.batch_size = batch_size
+        self.inception = Inception(weights, device) if weights else None
+        self.scored_with = provenance_of(reference, self.inception)
+        self.reference = reference_statistics(reference, self.inception, fid_cache, batch_size)
+
+    def __call__(self, images):
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}.
+
+        All processes take part, with the same images, and are given the scores.
+        """
+        probs = []
+        statistics = compute_statistics(images, self.inception, self.batch_size, probs)
+        gathered, scores = distributed.gather(probs), None
+        if distributed.is_main():
+            distance = frechet_distance(*statistics, *self.reference)
+            scores = {"fpd": distance}
+            if self.inception:
+                in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
+                score, spread = inception_score(torch.cat([batch for batch in in_turn if batch is not None]), SPLITS)
+                scores = {"fid": distance, "is": score, "is_std": spread}
+        return distributed.from_main(scores)

@@ -1,0 +1,165 @@
+"""Pickles, archives and memory: nothing runs, and nothing fills the memory."""
+
+import gzip
+import os
+import pickle
+import struct
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from tests.dataset_files import data_error, write_archive
+from utils import safe_files
+from utils.safe_files import read_archive, unpickle_dict
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_pickles_of_python_3_are_read(protocol):
+    array = np.arange(244, 256, dtype=np.uint8).reshape(3, 4)
+    content = unpickle_dict(
+        pickle.dumps({"data": array, "fortran": np.asfortranarray(array), "labels": [1, 2], "f": 0.5}, protocol),
+        "file",
+    )
+    np.testing.assert_array_equal(content["data"], array)
+    np.testing.assert_array_equal(content["fortran"], array)
+    assert content["labels"] == [1, 2] and content["f"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x80\x02cnumpy\nload\nU\x01x\x85R.",
+        b"\x80\x02cnumpy.core.multiarray\nscalar\n.",
+        b"\x80\x02}U\x04datac_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00bz2\x86Rs.",
+        pickle.dumps({"data": np.array([b"text"])}, protocol=2),
+        pickle.dumps({"data": np.zeros((2, 3072), np.float32)}, protocol=2),
+        b"\x80\x02cnumpy\ndtype\n}\x8c\x01xb.",
+        b"\x80\x02]\x82\x01.",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"data": np.zeros(3)})[:-20],
+        pickle.dumps({"data": np.array([{}, []], dtype=object)}, protocol=2),
+        b"",
+        b"not a pickle",
+    ],
+    ids=[
+        "np.load",
+        "scalar",
+        "bz2",
+        "strings",
+        "floats",
+        "class-state",
+        "extension",
+        "list",
+        "truncated",
+        "objects",
+        "empty",
+        "text",
+    ],
+)
+def test_pickles_of_anything_else_are_refused(payload):
+    data_error(lambda: unpickle_dict(payload, "some_file"), "some_file", "fetch it again")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x80\x02]r" + struct.pack("<I", 2**26) + b".",
+        b"\x80\x04(" + b"\x8f" * 150_000 + b"l.",
+        b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b".",
+    ],
+    ids=["memo", "sets", "bytearray"],
+)
+def test_pickles_cannot_fill_the_memory(payload, monkeypatch):
+    monkeypatch.setattr(safe_files, "MAX_PICKLE_OPCODES", 10**5)
+    tracemalloc.start()
+    try:
+        data_error(lambda: unpickle_dict(payload, "some_file"), "some_file")
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_archive_ignores_paths_and_other_members(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    names = {"../evil": b"evil", "/tmp/evil": b"evil", "./wanted/one": b"1" * 700, "wanted/two": b"22"}
+    write_archive(path, names)
+    assert read_archive(path, ["wanted/two", "wanted/one"]) == {
+        path / "wanted/two": b"22",
+        path / "wanted/one": b"1" * 700,
+    }
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def archive_with_header(member, content=b""):
+    return gzip.compress(member.tobuf(tarfile.GNU_FORMAT) + content)
+
+
+def test_bad_archives_are_named(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    write_archive(path, {"wanted": os.urandom(5000)})
+    whole = path.read_bytes()
+    link, huge, short = tarfile.TarInfo("wanted"), tarfile.TarInfo("other"), tarfile.TarInfo("wanted")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    huge.size = 2**50
+    sparse = tarfile.TarInfo("wanted")
+    sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**20)}
+    short.size = 100
+    for data in (
+        whole[: len(whole) // 2],
+        whole[:-4000] + bytes(4000),
+        b"plain text",
+        gzip.compress(b"no tar" * 200),
+        gzip.compress(b""),
+        archive_with_header(link),
+        archive_with_header(huge),
+        archive_with_header(short, b"too short"),
+        gzip.compress(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024)),
+    ):
+        path.write_bytes(data)
+        data_error(lambda: read_archive(path, ["wanted"]), path, "fetch it again")
+
+
+def test_archive_bomb_is_stopped_by_its_total_size(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.gz"
+    write_archive(path, {"1": bytes(40_000), "2": bytes(40_000), "wanted": b"1"})
+    assert read_archive(path, ["wanted"]) == {path / "wanted": b"1"}
+    monkeypatch.setattr(safe_files, "MAX_FILE_BYTES", 60_000)
+    data_error(lambda: read_archive(path, ["wanted"]), path, "60,000 bytes")
+    write_archive(path, {"wanted": b"1"})
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(3 * 2**20)))
+    data_error(lambda: read_archive(path, ["wanted"]), path, "60,000 bytes")
+
+
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", 2**63)
+VERSION_2 = ("memory.max", "memory.current", "max")
+
+
+@pytest.mark.parametrize(
+    "cgroups, group, files",
+    [
+        ("0::/outer/inner", "sys/fs/cgroup/outer", VERSION_2),
+        ("0::/outer/inner", "sys/fs/cgroup/outer/inner", VERSION_2),
+        ("3:cpu,memory:/outer/inner", "sys/fs/cgroup/memory/outer", VERSION_1),
+        ("0::/\n1:cpu:/\n3:memory:/host/name", "sys/fs/cgroup/memory", VERSION_1),
+    ],
+    ids=["outer", "inner", "version 1", "container"],
+)
+def test_available_memory(tmp_path, cgroups, group, files):
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{text}\n")
+
+    limit, usage, unlimited = files
+    assert safe_files.available_memory(tmp_path) == np.inf
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 2000 kB")
+    write("proc/self/cgroup", cgroups)
+    write(f"{group}/{usage}", 1300)
+    write(f"{group}/memory.stat", "active_file 200\ninactive_file 100\nfile 7000")
+    write(f"{group}/{limit}", unlimited)
+    assert safe_files.available_memory(tmp_path) == 2000 * 1024
+    write(f"{group}/{limit}", 1600)
+    assert safe_files.available_memory(tmp_path) == 1600 - (1300 - 300)
+    write(f"{group}/{limit}", 900)
+    assert safe_files.available_memory(tmp_path) == 0
