@@ -35,27 +35,12 @@ def save_grids(folder, generated, training, nearest, ratio):
 
 
 def save_comparison(path, grids, height=96):
-    """One picture of the first `height` pixels of several grids, {label: path of a grid_image0.png}.
+    """One picture of the first `height` pixels of several grids, {label: path of a grid_image0.png}, enlarged.
 
     Raises DataError if a grid cannot be read or the picture cannot be written.
     """
     images = {label: read_image(grid) for label, grid in grids.items()}
-    save_labelled(path, {label: i.crop((0, 0, i.width, min(height, i.height))) for label, i in images.items()})
-
-
-def save_pairs(path, pairs):
-    """One picture with a row of pairs for every label: {label: uint8 (P, 2, 3, H, W)}, training image first."""
-    rows = {label: torch.as_tensor(of_label).flatten(0, 1) for label, of_label in pairs.items()}
-    save_labelled(path, {label: as_picture(row, len(row)) for label, row in rows.items()})
-
-
-def as_picture(images, columns):
-    """Images (N, 3, H, W) in rows, as a PIL image."""
-    return Image.fromarray(image_grid(images, columns).permute(1, 2, 0).numpy())
-
-
-def save_labelled(path, pictures):
-    """PIL images {label: image} below each other, enlarged, each under its label."""
+    pictures = {label: i.crop((0, 0, i.width, min(height, i.height))) for label, i in images.items()}
     width = ENLARGED * max(image.width for image in pictures.values())
     height = sum(CAPTION + ENLARGED * image.height for image in pictures.values())
     whole, y = Image.new("RGB", (width, height), "white"), 0
@@ -66,6 +51,11 @@ def save_labelled(path, pictures):
         whole.paste(large, (0, y + CAPTION))
         y += CAPTION + large.height
     save_picture(path, whole)
+
+
+def as_picture(images, columns):
+    """Images (N, 3, H, W) in rows, as a PIL image."""
+    return Image.fromarray(image_grid(images, columns).permute(1, 2, 0).numpy())
 
 
 def save_picture(path, picture):
