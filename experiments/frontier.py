@@ -11,121 +11,107 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
-import itertools
 import time
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.__main__ import machine
 from experiments import runs
 from experiments.arms import ARMS, BASELINES, DATA, tuned_arms
-from experiments.detection import detection
-from experiments.matched import COMPARED, difference, interval, mean_at_quality, paths_of
-from experiments.plot import plot_frontier
-from experiments.runs import WEIGHTS
-from experiments.tables import matched_table
-from score.grids import save_pairs
+from experiments.matched import COMPARED, WEIGHTS, differences, paths_of
+from experiments.tables import matched, plot_frontier, table
 from score.memorization import THRESHOLDS
 from utils import startup
 from utils.errors import UsageError
-from utils.files import read_json
+from utils.files import read_json, write_json
 
-FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
 MEASURES = (*(f"MQ@{p}" for p in THRESHOLDS), "f_mem")
 
 
-def qualities(paths):
-    """FACTORS times the best fpd that every training reaches."""
-    best = max(min(point["fpd"] for point in path) for path in paths)
-    return [best * factor for factor in FACTORS]
+def detection(trainings):
+    """Rows {"arm", "images", "skip count": [AUC per seed], "low loss": [...]}; None where a label is on none or on all.
 
-
-def matched(points, floor):
-    """Rows {"weights", "fpd", "arm", "reached", measure: interval}: all arms at the same fpd."""
-    rows = []
-    for weights in WEIGHTS:
-        arms = {arm: paths_of(points, arm, weights) for arm in dict.fromkeys(point["arm"] for point in points)}
-        for quality in qualities([path for paths in arms.values() for path in paths]):
-            for arm, paths in arms.items():
-                reached = mean_at_quality(paths, quality, COMPARED[0])[1]
-                found = {measure: interval(paths, quality, measure, floor) for measure in MEASURES}
-                rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "reached": reached, **found})
-    return rows
-
-
-def comparisons(points):
-    """Rows {"weights", "fpd", "arm", "baseline", measure: difference}, at qualities that both reach with all seeds."""
-    rows = []
-    for weights, (arm, baseline) in itertools.product(WEIGHTS, BASELINES.items()):
-        ours, others = (paths_of(points, side, weights) for side in (arm, baseline))
-        for quality in qualities(ours + others) if ours and others else ():
-            found = {measure: difference(ours, others, quality, measure) for measure in COMPARED}
-            rows.append({"weights": weights, "fpd": round(quality, 3), "arm": arm, "baseline": baseline, **found})
-    return rows
+    Do skip counts reveal the images that are `repeated` in the training set, and those that default training with the
+    same seed has memorised in the end, at MQ@15? Against the plain loss of an image, in the end too.
+    """
+    group, rows = runs.real_images(trainings[0].data)[1], {}
+    found = {(run.arm, run.seed): runs.measured(run) for run in trainings}
+    for (arm, seed), own in found.items():
+        default = found.get(("default", seed), {"nearest": [], "ratio": []})
+        copied = [image for image, ratio in zip(default["nearest"], default["ratio"], strict=True) if ratio < 0.15]
+        labels = {"repeated": np.bincount(group)[group] > 1, "memorised by default": np.isin(group, copied)}
+        for label, which in labels.items():
+            row = rows.setdefault((arm, label), {"arm": arm, "images": label, "skip count": [], "low loss": []})
+            for name, scores in (("skip count", own["skips"]), ("low loss", -np.array(own["losses"]))):
+                row[name].append(roc_auc_score(which, scores) if 0 < which.sum() < len(which) else None)
+    return list(rows.values())
 
 
 def collect(trainings, command, seconds):
     """All results of a data set as JSON values."""
-    data = trainings[0].data
-    points = [{"arm": run.arm.name, "seed": run.seed, **point} for run in trainings for point in runs.read_points(run)]
-    training, _, distinct, _ = runs.real_images(data.name)
-    floor, own = runs.floor_of(data), ("--logdir=", "--seed=")
+    name, points = trainings[0].data, runs.points_of(trainings)
+    floor, own = runs.floor_of(name, trainings[0].images), ("--logdir=", "--seed=")
+    at_equal_quality, comparisons = [], []
+    for weights in WEIGHTS:
+        paths = {run.arm: paths_of(points, run.arm, weights) for run in trainings}
+        at_any_quality = [[floor | {"fpd": 0.0, "fpd_std": 0.0}]]
+        at_equal_quality += differences({arm: (paths[arm], at_any_quality) for arm in paths}, MEASURES, weights=weights)
+        for arm, baseline in BASELINES.items():
+            if arm in paths and baseline in paths:
+                sides = {arm: (paths[arm], paths[baseline])}
+                comparisons += differences(sides, COMPARED, weights=weights, baseline=baseline)
     return {
         "command": " ".join(["bash com/frontier.sh", *command]),
         "machine": machine(),
         "seconds": round(seconds, 1),
         "seeds": sorted({run.seed for run in trainings}),
-        "training images": len(training),
-        "distinct training images": len(distinct),
         "floor": floor,
-        "flags": {run.arm.name: " ".join(f for f in run.flags if not f.startswith(own)) for run in trainings},
-        "matched": matched(points, floor),
-        "comparisons": comparisons(points),
+        "flags": {run.arm: " ".join(f for f in run.flags if not f.startswith(own)) for run in trainings},
+        "matched": at_equal_quality,
+        "comparisons": comparisons,
         "detection": detection(trainings),
         "points": points,
     }
 
 
-def run_data_set(name, options, deadline):
-    """Do what is missing of one data set and write the results with what is there."""
+def run_data_set(name, arms, options):
+    """Do what is missing of one data set and write the results of what is complete."""
     start = time.time()
-    trainings = runs.plan(name, options.arms, options.seeds, options)
-    runs.work_all(trainings, deadline)
-    trainings = [run for run in trainings if runs.is_measured(run)]
+    trainings = runs.work_all(runs.plan(name, arms, options.seeds, options), options.deadline)
     if not trainings:
+        print(f"{name}: no training is complete yet: the same command goes on")
         return
     path = options.out / "frontier.json"
     results = read_json(path) if path.exists() else {}
     seconds = results.get(name, {}).get("seconds", 0) + time.time() - start
     results[name] = collect(trainings, options.command, seconds)
-    runs.write_lines(path, results, depth=3)
+    write_json(path, results)
     plot_frontier(path.with_suffix(".png"), results)
-    of_first_seed = {run.arm.name: runs.last_arrays(run)["pairs"] for run in trainings if run.seed == trainings[0].seed}
-    save_pairs(path.with_name(f"pairs_{name}.png"), of_first_seed)
-    print(f"{name}, mean above the floor over seeds [95 % interval], in points\n{matched_table(results[name])}", end="")
+    print(f"Mean above the floor [95 % interval], in points\n{table(matched({name: results[name]}))}", end="")
 
 
-def words(text):
+def names(text):
     return list(dict.fromkeys(text.split(",")))
 
 
 def numbers(text):
-    return list(map(int, words(text)))
+    return list(map(int, names(text)))
 
 
 def main(arguments=None):
-    parser = runs.parser_of("frontier", __doc__)
-    parser.add_argument("--data", type=words, default=list(DATA), help=f"some of {','.join(DATA)}")
-    parser.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="of training and sampling, with commas")
-    parser.add_argument("--arms", type=words, help="some of the arms; default: all four, and the tuned ones")
-    options = parser.parse_args(arguments)
-    known = ARMS | tuned_arms(options.out)
-    for flag, names, all_names in (("data", options.data, DATA), ("arms", options.arms or [], known)):
-        if not set(names) <= set(all_names):
-            raise UsageError(f"--{flag}={','.join(names)}: choose some of {','.join(all_names)}")
-    options.arms = [known[name] for name in options.arms or known]
-    with runs.begin(options, arguments):
-        deadline = time.time() + 60 * options.minutes
+    own_flags = {
+        "data": {"type": names, "default": list(DATA), "help": f"some of {','.join(DATA)}"},
+        "seeds": {"type": numbers, "default": [1, 2, 3], "help": "of training and sampling, with commas"},
+        "arms": {"type": names, "help": "some of the arms; default: all four, and the tuned ones"},
+    }
+    with runs.begin("frontier", __doc__, arguments, own_flags) as options:
+        arms = ARMS | tuned_arms(options.out)
+        for flag, chosen, known in (("data", options.data, DATA), ("arms", options.arms or [], arms)):
+            if not set(chosen) <= set(known):
+                raise UsageError(f"--{flag}={','.join(chosen)}: choose some of {','.join(known)}")
         for name in options.data:
-            run_data_set(name, options, deadline)
+            run_data_set(name, {arm: arms[arm] for arm in options.arms or arms}, options)
 
 
 if __name__ == "__main__":

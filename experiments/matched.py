@@ -5,9 +5,13 @@ A training is a path of (quality, memorisation) over its checkpoints: a list of 
 of so many generated images that some criterion takes for copies.
 """
 
+import itertools
+
 import numpy as np
 
 COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
+WEIGHTS = ("raw", "ema")
+FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
 
 
 def paths_of(points, arm, weights):
@@ -32,19 +36,16 @@ def at_quality(distances, shares, quality):
 
 
 def columns(path, *names):
-    """An array (S,) for each name, of the S points of a training."""
-    return [np.array([point[name] for point in path]) for name in names]
+    return [np.array([[point[name] for point in path]]) for name in names]
 
 
 def mean_at_quality(paths, quality, measure):
-    """(mean share at a quality over the paths that reach it, None if none does; how many reach it)."""
-    found = np.array([at_quality(*np.array(columns(p, "fpd", measure))[:, None], quality)[0] for p in paths])
-    reached = int((~np.isnan(found)).sum())
-    return (float(np.nanmean(found)) if reached else None), reached
+    """Mean share of trainings at a quality; NaN if one of them does not reach it."""
+    return float(np.mean([at_quality(*columns(path, "fpd", measure), quality) for path in paths]))
 
 
 def bootstrap(paths, quality, measure, draws, seed):
-    """`mean_at_quality` of seeds and images drawn again with replacement: (draws,), NaN where none reaches the quality.
+    """`mean_at_quality` of seeds and images drawn again with replacement, of those that reach it: (draws,).
 
     Of images drawn again the share is binomial, and their Frechet distance is taken to be normal and independent of it.
     """
@@ -53,7 +54,7 @@ def bootstrap(paths, quality, measure, draws, seed):
     found = np.full(chosen.shape, np.nan)
     for place, k in np.ndindex(len(paths), len(paths)):
         distance, spread, share, images = columns(paths[k], "fpd", "fpd_std", measure, "images")
-        distances = distance + random.standard_normal((draws, len(share))) * spread
+        distances = distance + random.standard_normal((draws, share.size)) * spread
         shares = random.binomial(images, share, size=distances.shape) / images
         again = at_quality(distances, shares, quality)
         found[:, place] = np.where(chosen[:, place] == k, again, found[:, place])
@@ -61,28 +62,27 @@ def bootstrap(paths, quality, measure, draws, seed):
     return np.where(number > 0, np.nansum(found, axis=1) / np.maximum(number, 1), np.nan)
 
 
-def interval(paths, quality, measure, floor, draws=1000, seed=0):
-    """Mean share above the floor at a quality over seeds, with a 95 % bootstrap interval over seeds and images.
-
-    paths: one per seed; floor: {measure: share, "images"} of held-out real images. Returns [mean, low, high], or None
-    if no seed reaches the quality. Draws in which none reaches it are left out.
-    """
-    mean, reached = mean_at_quality(paths, quality, measure)
-    if not reached:
-        return None
-    share, images = floor[measure], floor["images"]
-    floors = np.random.default_rng((seed, 1)).binomial(images, share, size=draws) / images
-    drawn = bootstrap(paths, quality, measure, draws, seed) - floors
-    return [mean - share, *np.nanquantile(drawn, [0.025, 0.975]).tolist()]
-
-
 def difference(paths, others, quality, measure, draws=1000, seed=0):
-    """Mean share of `paths` less that of `others` at the same quality, as `interval`; the floor cancels.
+    """Mean share of `paths` less that of `others` at a quality, with a 95 % bootstrap interval over seeds and images.
 
-    Returns [mean, low, high], or None where a side does not reach the quality with all its seeds.
+    Both hold a path per seed. Returns [mean, low, high], or None where one of them does not reach the quality. Draws in
+    which none of a side reaches it are left out.
     """
-    (mean, reached), (other, others_reached) = (mean_at_quality(p, quality, measure) for p in (paths, others))
-    if reached < len(paths) or others_reached < len(others):
+    mean = mean_at_quality(paths, quality, measure) - mean_at_quality(others, quality, measure)
+    if np.isnan(mean):
         return None
-    drawn, again = (bootstrap(p, quality, measure, draws, (seed, i)) for i, p in enumerate((paths, others)))
-    return [mean - other, *np.nanquantile(drawn - again, [0.025, 0.975]).tolist()]
+    drawn, again = (bootstrap(side, quality, measure, draws, (seed, i)) for i, side in enumerate((paths, others)))
+    return [mean, *np.nanquantile(drawn - again, [0.025, 0.975]).tolist()]
+
+
+def differences(pairs, measures, **about):
+    """Rows {**about, "fpd", "arm", measure: `difference`} at FACTORS times the best fpd that every training reaches.
+
+    pairs: {arm: (paths, others)}.
+    """
+    best = max(min(point["fpd"] for point in path) for sides in pairs.values() for side in sides for path in side)
+    return [
+        {**about, "fpd": round(best * factor, 3), "arm": arm}
+        | {name: difference(*sides, best * factor, name) for name in measures}
+        for factor, (arm, sides) in itertools.product(FACTORS, pairs.items())
+    ]

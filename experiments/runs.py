@@ -1,73 +1,57 @@
 """The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
 
-A run is in <out>/runs/<data set>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, points.json what was
-measured, and measured/ what pictures and detectors are made of. The same call goes on where it stopped.
+A run is in <out>/runs/<data set>/<flags of the arm>/seed<seed>/: log/ is the log directory of main_fed.py, and
+measured<images>.json what was measured with so many images. The same call goes on where it stopped.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import io
 import itertools
-import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from absl import flags as absl_flags
+from absl.flags import FLAGS
 
 from dataset import load_dataset
-from diffusion import GaussianDiffusionSampler
-from experiments.arms import DATA, ROOT, Arm, Data, command_line, write_patches
+from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
+from experiments.arms import BATCH, DATA, ENSEMBLE_STEPS, ROOT, SAMPLER, write_patches
+from experiments.matched import WEIGHTS
 from score.evaluate import evaluate
 from score.fid import compute_statistics, frechet_distance
 from score.generate import generate
 from score.memorization import memorization_ratio
 from training import checkpoint, flags
+from training.batches import normalize
 from utils import distributed, startup
 from utils.errors import DataError
-from utils.files import atomic_write, lock_directory, make_directory, read_json, write_text
+from utils.files import lock_directory, make_directory, read_json, write_json
+from utils.seeding import generator
 
-FLAGS = absl_flags.FLAGS
-WEIGHTS = ("raw", "ema")
-PAIRS = 10  # most memorised images that are kept of a checkpoint
-RESAMPLES = 10  # of the generated images, for the spread of the Frechet distance
-PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+TIMESTEPS = 32  # at which the loss of an image is averaged
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training: its place in the experiment, its directory, its command line and the steps of a round."""
+class Run(NamedTuple):
+    """One training: names of its data set and arm, and what follows from them."""
 
-    data: Data
-    arm: Arm
+    data: str
+    arm: str
     seed: int
+    images: int  # generated for every point
     directory: Path
-    flags: tuple[str, ...]
-    steps_per_round: int
-
-
-def parser_of(name, doc):
-    """A parser for `python -m experiments.<name>` with the flags that both experiments have."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = startup.Parser(f"python -m experiments.{name}", description=doc, formatter_class=raw)
-    own = "in place of the data set's own"
-    parser.add_argument("--steps", type=positive, help=f"of default training, {own}")
-    parser.add_argument("--points", type=positive, help=f"about so many measurements along a training, {own}")
-    parser.add_argument("--images", type=positive, help=f"images generated for every point, {own}")
-    parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
-    parser.add_argument("--out", type=absolute, default="results", help="directory of everything that is written")
-    return parser
+    flags: list[str]
+    steps_per_round: int  # over all shards
 
 
 def positive(text):
@@ -77,18 +61,28 @@ def positive(text):
     return int(text)
 
 
-def absolute(text):
-    """A path, for argparse: the experiments work in another directory than their caller's."""
-    return Path(os.path.expanduser(text)).resolve()  # noqa: PTH111 - an unknown user's ~ stays, as in a shell
-
-
 @contextlib.contextmanager
-def begin(options, arguments):
-    """Work in the repository's root, where config/ and data/ are, as the only experiment that writes to --out.
+def begin(module, doc, arguments, own_flags, **defaults):
+    """The options of a command line of experiments.<module>; in the repository's root, where config/ and data/ are.
 
-    Raises a DataError if another one does, or if --out cannot be written.
+    own_flags: {flag: settings of argparse}. Raises a DataError if --out cannot be written or another experiment does.
     """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = startup.Parser(f"python -m experiments.{module}", description=doc, formatter_class=raw)
+    shared = {
+        "steps": {"type": positive, "help": "of default training, in place of the data set's own"},
+        "points": {"type": positive, "help": "about so many measurements along a training, in place of its own"},
+        "images": {"type": positive, "help": "images generated for every point, in place of its own"},
+        "minutes": {"type": float, "default": 240, "help": "stop after so long; the same command goes on"},
+        "out": {"type": os.path.expanduser, "default": "results", "help": "directory of all that is written"},
+    }
+    for flag, settings in (own_flags | shared).items():
+        parser.add_argument(f"--{flag}", **settings)
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(arguments)
     options.command = sys.argv[1:] if arguments is None else arguments
+    options.start, options.out = time.time(), Path(options.out).resolve()
+    options.deadline = options.start + 60 * options.minutes
     make_directory(options.out, "out")
     with lock_directory(options.out, "out"), contextlib.chdir(ROOT):
         yield options
@@ -97,56 +91,28 @@ def begin(options, arguments):
 def plan(name, arms, seeds, options):
     """All trainings of a data set, seed by seed, so that an experiment that is stopped has all arms.
 
-    options: has `out`, `steps`, `points` and `images` of the command, None where the data set's own are meant.
+    arms: {name: {flag: value}}; options: out, and steps, points and images, None for the data set's own.
     """
-    own = {key: getattr(options, key) for key in ("steps", "points", "images") if getattr(options, key)}
-    data, runs = dataclasses.replace(DATA[name], **own), []
-    for seed in seeds:
-        for arm in arms:
-            place = re.sub(r"[^A-Za-z0-9.]+", "_", f"{arm.name} {arm.setting}".strip())
-            directory = options.out / "runs" / name / place / f"seed{seed}"
-            runs.append(Run(data, arm, seed, directory, *command_line(data, arm, seed, directory / "log")))
+    data = DATA[name] | {key: getattr(options, key) for key in ("steps", "points", "images") if getattr(options, key)}
+    runs = []
+    for seed, (arm, own) in itertools.product(seeds, arms.items()):
+        place = ",".join(f"{flag}={value}" for flag, value in own.items())
+        directory = options.out / "runs" / name / place / f"seed{seed}"
+        shards, per_shard = own["client_num"], data["num_train"] // own["client_num"]
+        batch = min(BATCH, per_shard)
+        per_epoch = shards * (per_shard // batch)
+        total = data["steps"] * (1 if shards == 1 else ENSEMBLE_STEPS)
+        longest = total // data["points"] // per_epoch  # a checkpoint is kept for each measurement
+        epochs = max(1, min(own.get("local_epoch", data["round_steps"] // per_epoch), longest))
+        rounds = max(1, total // (epochs * per_epoch))
+        values = {
+            **data["flags"], "train": True, "device": "cpu", "save_step": 0, "sample_step": 0, "log_step": 500,
+            "batch_size": batch, **own, "local_epoch": epochs, "total_round": rounds,
+            "save_round": max(1, round(rounds / data["points"])), **SAMPLER, "seed": seed, "logdir": directory / "log",
+        }  # fmt: skip
+        line = [f"--{flag}={value}" for flag, value in values.items()]
+        runs.append(Run(name, arm, seed, data["images"], directory, line, epochs * per_epoch))
     return runs
-
-
-def end_with_parent(parent):
-    """Have the kernel end this process with SIGTERM when `parent`, which started it, has ended, by SIGKILL too.
-
-    A training would go on otherwise and hold the log directory that the next start wants. Linux only.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it had ended before
-        os._exit(1)
-
-
-def is_trained(run):
-    """Whether the training has been finished with these flags, which it then leaves in the file `trained`."""
-    marker = run.directory / "trained"
-    return marker.exists() and marker.read_bytes() == os.fsencode("\n".join(run.flags))
-
-
-def train(run, deadline):
-    """Train unless it is done. At the deadline it is stopped, to go on another time."""
-    if is_trained(run) or time.time() > deadline:
-        return
-    run.directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "main_fed.py", *run.flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    errors, end = run.directory / "train.err", functools.partial(end_with_parent, os.getpid())
-    with (
-        errors.open("w") as err,
-        subprocess.Popen(command, env=environment, stdout=err, stderr=err, preexec_fn=end) as process,
-    ):
-        try:
-            code = process.wait(timeout=max(1.0, deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            return
-    if code:
-        said = errors.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise DataError(f"{errors}: training failed: {said}")
-    (run.directory / "trained").write_bytes(os.fsencode("\n".join(run.flags)))
 
 
 def values_of(command):
@@ -163,10 +129,10 @@ def real_images(name):
     Images are uint8 (N, 3, H, W). Neighbours are searched for among the distinct ones: a repeated one would be its own
     second neighbour, and every ratio of its copies would come out higher.
     """
-    values = values_of(DATA[name].flags)
+    values = values_of([f"--{flag}={value}" for flag, value in DATA[name]["flags"].items()])
     root = Path(values.data_root)
     if values.dataset == "folder":
-        write_patches(root.parent, DATA[name].num_train, values.img_size)
+        write_patches(root.parent, DATA[name]["num_train"], values.img_size)
     data = flags.call(values, load_dataset, values.dataset)
     training, heldout = data.train.images, data.heldout
     if heldout is None:
@@ -196,128 +162,118 @@ def fpd(images, reference):
 
 
 def fpd_spread(images, reference):
-    """Standard deviation of the Frechet distance over images drawn again with replacement."""
+    """Standard deviation of the Frechet distance over images drawn again with replacement, ten times."""
     random = torch.Generator().manual_seed(0)
-    draws = (images[torch.randint(len(images), (len(images),), generator=random)] for _ in range(RESAMPLES))
+    draws = (images[torch.randint(len(images), (len(images),), generator=random)] for _ in range(10))
     return float(np.std([fpd(drawn, reference) for drawn in draws], ddof=1))
 
 
-def floor_of(data):
-    """What held-out real images, and the training images themselves, reach in the place of generated ones."""
-    _, _, distinct, heldout = real_images(data.name)
+def floor_of(name, images):
+    """What held-out real images, and the training images themselves, reach in the place of `images` generated ones."""
+    _, _, distinct, heldout = real_images(name)
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
-    size = min(data.images, len(shuffled) // 2)
+    size = min(images, len(shuffled) // 2)
     numbers = measure(heldout, distinct, heldout)[0]
     of_fpd = {"fpd of training images": fpd(distinct, heldout), "fpd": fpd(shuffled[:size], shuffled[size:])}
     return {**numbers, "images": len(heldout), "images of fpd": size, **of_fpd}
 
 
-def load_network(run, r, use_ema):
-    """(network of a checkpoint, how often each training image was left out until then)."""
-    path = run.directory / "log" / checkpoint.round_name(r)
-    state = checkpoint.load(path)
-    net = flags.unet(values_of(run.flags), state, path)
-    checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
-    return net.eval(), state["index_array"].numpy()
+@torch.no_grad()
+def per_image_loss(trainer, images, seed):
+    """The training loss of every image, averaged over TIMESTEPS timesteps from 0 to T with the same noise for all.
+
+    images: uint8 (N, 3, H, W). Returns (N,) float64.
+    """
+    x_0, total = normalize(images), torch.zeros(len(images), dtype=torch.float64)
+    stream = generator("cpu", seed, "per-image loss")
+    for i in range(TIMESTEPS):
+        t = torch.full((len(x_0),), round((i + 0.5) * trainer.T / TIMESTEPS), dtype=torch.int64)
+        eps = torch.randn(x_0.shape[1:], generator=stream).expand_as(x_0)
+        total += trainer(x_0, None, t, eps).mean(dim=(1, 2, 3)).double()
+    return (total / TIMESTEPS).numpy()
 
 
-def rounds_kept(run):
-    """The rounds that there are checkpoints of, ascending."""
-    return [checkpoint.progress_of(path)[0] for path in reversed(checkpoint.newest_first(run.directory / "log"))]
+def measured(run):
+    """What was measured of a training so far: {"points": [{"fpd": x, ...}]}, of its checkpoints' EMA and raw weights.
+
+    And in the end of the last raw weights "nearest", the training image next to each generated one, "ratio", and
+    "losses" and "skips" of all training images; the latter counts how often AGC has left each out.
+    """
+    path = run.directory / f"measured{run.images}.json"
+    found = read_json(path) if path.exists() else {}
+    return found if found.get("flags") == run.flags else {"flags": run.flags, "points": []}
 
 
-def arrays_path(run, r, weights):
-    return run.directory / "measured" / f"round{r}_{weights}_{run.data.images}.npz"
+def points_of(runs):
+    """All points of several runs, with their arms and seeds."""
+    return [{"arm": run.arm, "seed": run.seed, **point} for run in runs for point in measured(run)["points"]]
 
 
-def measure_all(run, deadline):
-    """Measure the checkpoints of a training that have not been yet: points.json and measured/."""
-    _, _, distinct, heldout = real_images(run.data.name)
-    done = {(point["round"], point["weights"]) for point in read_points(run)}
-    for r, weights in itertools.product(rounds_kept(run), WEIGHTS):
-        if (r, weights) in done or time.time() > deadline:
-            continue
-        net, skips = load_network(run, r, weights == "ema")
-        sampler = GaussianDiffusionSampler(net, **flags.sampler(values_of(run.flags)))
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
-            images = generate(sampler, run.data.images, run.data.images, run.seed)
-        numbers, ratio, nearest = measure(images, distinct, heldout)
-        top = ratio.argsort(kind="stable")[:PAIRS]
-        pairs = torch.stack([distinct[nearest[top]], images[top]], dim=1).numpy()
-        with atomic_write(arrays_path(run, r, weights)) as file:
-            np.savez_compressed(file, ratio=ratio, nearest=nearest, pairs=pairs, skips=skips)
-        point = {"round": r, "steps": r * run.steps_per_round, "weights": weights, **numbers}
-        point |= {"fpd_std": fpd_spread(images, heldout), "images": len(images)}
-        write_lines(run.directory / "points.json", [*all_points(run), point], depth=1)
+def end_with_parent(parent):
+    """Have Linux end this process with SIGTERM when `parent`, which started it, has ended, by SIGKILL too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
 
 
-def all_points(run):
-    path = run.directory / "points.json"
-    return read_json(path) if path.exists() else []
+def train(run):
+    """Train, which takes seconds if it is done. Raises a DataError with the last line of a training that fails."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    log, end = run.directory / "train.log", functools.partial(end_with_parent, os.getpid())
+    command, environment = [sys.executable, "main_fed.py", *run.flags], {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file, preexec_fn=end, check=False)
+    if done.returncode:
+        said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise DataError(f"{log}: training failed: {said}")
 
 
-def read_points(run):
-    """The points of a training so far, in the order of their steps; those of as many images as the run says."""
-    points = [point for point in all_points(run) if point["images"] == run.data.images]
-    return sorted(points, key=lambda point: point["steps"])
-
-
-def is_complete(run):
-    """Whether the run is trained and all its checkpoints are measured."""
-    return is_trained(run) and len(read_points(run)) == len(WEIGHTS) * len(rounds_kept(run))
-
-
-def is_measured(run):
-    """Whether there is a point of the raw and of the EMA weights, as all tables need."""
-    return {point["weights"] for point in read_points(run)} == set(WEIGHTS)
-
-
-def last_point(run):
-    """The last point of raw weights: a run that was stopped may have saved later checkpoints."""
-    return [point for point in read_points(run) if point["weights"] == "raw"][-1]
-
-
-def last_arrays(run):
-    """What was kept of the last point of raw weights: {"ratio", "nearest", "pairs", "skips"}."""
-    with np.load(arrays_path(run, last_point(run)["round"], "raw"), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def work(run, deadline):
-    """Train and measure one run, on one thread; returns whether it is complete."""
+def work(run):
+    """Train one run and measure its checkpoints, on one thread."""
     torch.set_num_threads(1)
-    train(run, deadline)
-    measure_all(run, deadline)
-    return is_complete(run)
+    train(run)
+    training, _, distinct, heldout = real_images(run.data)
+    values, result = values_of(run.flags), measured(run)
+    paths = reversed(checkpoint.newest_first(run.directory / "log"))
+    for path, weights in list(itertools.product(paths, reversed(WEIGHTS)))[len(result["points"]) :]:
+        state, r = checkpoint.load(path), checkpoint.progress_of(path)[0]
+        net = flags.unet(values, state, path).eval()
+        checkpoint.load_weights(net, checkpoint.weights(state, weights == "ema", path), path)
+        sampler = GaussianDiffusionSampler(net, **flags.sampler(values))
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
+            images = generate(sampler, run.images, run.images, run.seed)
+        numbers, ratio, nearest = measure(images, distinct, heldout)
+        point = {"round": r, "steps": r * run.steps_per_round, "weights": weights, **numbers}
+        result["points"].append(point | {"fpd_std": fpd_spread(images, heldout), "images": run.images})
+        if (r, weights) == (values.total_round, "raw"):
+            losses = per_image_loss(flags.call(values, GaussianDiffusionTrainer, net), training, run.seed)
+            arrays = {"ratio": ratio, "nearest": nearest, "losses": losses, "skips": state["index_array"]}
+            result |= {name: array.tolist() for name, array in arrays.items()}
+        write_json(run.directory / f"measured{run.images}.json", result)
 
 
 def work_all(runs, deadline):
-    """`work` of all runs that are not complete, one process per core."""
-    missing = [run for run in runs if not is_complete(run)]
-    if not missing or time.time() > deadline:
-        return
-    real_images(runs[0].data.name)  # writes them, if need be, before several processes want them
-    context = multiprocessing.get_context("spawn")
-    done, desc = len(runs) - len(missing), f"runs of {runs[0].data.name}"
-    with (
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),)) as pool,
-        distributed.bar(total=len(runs), initial=done, desc=desc, unit="run") as bar,
-    ):
-        try:
-            # what is started here never sees Ctrl-C, and ends with this process
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            jobs = [pool.submit(work, run, deadline) for run in missing]
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            for job in concurrent.futures.as_completed(jobs):
-                bar.update(job.result())
-        except BaseException:  # Ctrl-C too: nothing waits for what is at work, which goes on another time
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-def write_lines(path, value, depth):
-    """Write a value as JSON, atomically, with what lies deeper than `depth` on one line."""
-    text = json.dumps(value, indent=2)
-    text = re.sub(rf"\n {{{2 * depth + 2},}}|\n {{{2 * depth}}}(?=[\]}}])", " ", text)
-    write_text(path, f"{text}\n")
+    """`work` of all runs that are not complete, until the deadline, one process per core; returns those that are."""
+    missing = {run.directory: run for run in runs if "skips" not in measured(run)}.values()  # once for equal arms
+    if missing and time.time() < deadline:
+        real_images(runs[0].data)  # writes them, if need be, before several processes want them
+        context = multiprocessing.get_context("spawn")
+        with (
+            concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),)) as pool,
+            distributed.bar(total=len(missing), desc=f"runs of {runs[0].data}", unit="run") as bar,
+            contextlib.suppress(TimeoutError),
+        ):
+            try:
+                # what is started here never sees Ctrl-C, and ends with this process
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                jobs = [pool.submit(work, run) for run in missing]
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                for job in concurrent.futures.as_completed(jobs, deadline - time.time()):
+                    job.result()
+                    bar.update()
+            except BaseException:  # Ctrl-C too: nothing waits for what is at work, which goes on another time
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    return [run for run in runs if "skips" in measured(run)]

@@ -1,11 +1,11 @@
 """The experiments: their arithmetic by hand or brute force, and the commands themselves with almost no steps."""
 
-import dataclasses
-import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -17,15 +17,9 @@ import torch
 
 from diffusion import GaussianDiffusionTrainer
 from experiments import arms, frontier, runs, tables, tuning
-from experiments.detection import per_image_loss, roc_auc
-from experiments.matched import at_quality, difference, interval
+from experiments.matched import at_quality, difference, differences, mean_at_quality
 from tests.commands import ROOT, environment
 from utils.errors import DataError, UsageError
-
-
-def options_of(out, **said):
-    """What a command has read of its line."""
-    return SimpleNamespace(**{"out": out, "steps": None, "points": None, "images": None, **said})
 
 
 def test_memorisation_at_a_quality_by_hand():
@@ -59,7 +53,8 @@ def path(random, share, n=200):
 
 
 def floor(random):
-    return {"MQ@15": random.binomial(500, 0.05) / 500, "images": 500}
+    """Held-out images in the place of a training, at any quality."""
+    return [[point(0.0, random.binomial(500, 0.05) / 500, images=500)]]
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -67,7 +62,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     hits = 0
     for trial in range(60):
         paths = [path(random, 0.3) for _ in range(4)]
-        mean, low, high = interval(paths, 1.0, "MQ@15", floor(random), draws=200, seed=trial)
+        mean, low, high = difference(paths, floor(random), 1.0, "MQ@15", draws=200, seed=trial)
         hits += low <= 0.25 <= high
         assert low <= mean <= high
     assert hits >= 50
@@ -92,23 +87,18 @@ def test_an_uncertain_distance_widens_the_interval():
     uncertain = [[{**point, "fpd_std": 0.3} for point in p] for p in certain]
     widths = []
     for paths in (certain, uncertain):
-        _, low, high = interval(paths, 1.5, "MQ@15", floor(random))
+        _, low, high = difference(paths, floor(random), 1.5, "MQ@15")
         widths.append(high - low)
     assert widths[1] > 1.5 * widths[0]
 
 
-def test_qualities_that_some_seeds_do_not_reach():
-    own = {"seed": 1, "arm": "default", "weights": "raw"}
-    points = [{**own, **point(2.0, 0.5)}, {**own, **point(1.0, 0.5)}, {**own, "seed": 2, **point(1.6, 0.5)}]
-    points = [
-        {**p, "weights": weights, **dict.fromkeys(frontier.MEASURES, 0.5)} for p in points for weights in runs.WEIGHTS
-    ]
-    assert frontier.qualities(frontier.paths_of(points, "default", "raw"))[0] == 1.6
-    assert interval(frontier.paths_of(points, "default", "raw"), 0.5, "MQ@15", point(0, 0.1)) is None
-    rows = frontier.matched(points, {**dict.fromkeys(frontier.MEASURES, 0.1), "images": 50})
-    assert [row["reached"] for row in rows] == [2] * 8
-    assert tables.in_points([0.1, 0.05, 0.2], 1, 2) == "+10.0 [+5.0, +20.0] (1 of 2 seeds)"
-    assert tables.in_points(None, 0, 2) == "not reached"
+def test_all_are_compared_at_qualities_that_all_reach():
+    one, two = [[point(3.0, 0.0), point(2.0, 0.5)]], [[point(3.0, 0.0), point(1.0, 0.4)]]
+    rows = differences({"one": (one, two)}, ["MQ@15"], weights="raw")
+    assert [row["fpd"] for row in rows] == [2.0, 2.3, 2.8, 3.6]
+    assert {(row["arm"], row["weights"]) for row in rows} == {("one", "raw")}
+    np.testing.assert_allclose([row["MQ@15"][0] for row in rows], [0.3, 0.21, 0.06, 0.0])
+    assert np.isnan(mean_at_quality(one + two, 1.5, "MQ@15"))
 
 
 def test_the_measures_by_brute_force():
@@ -135,14 +125,6 @@ def test_the_measures_by_brute_force():
     assert 0 < runs.fpd_spread(images, heldout) < numbers["fpd"]
 
 
-def test_roc_auc_against_all_pairs():
-    random = np.random.default_rng(3)
-    scores, labels = random.integers(0, 6, 60), random.random(60) < 0.3
-    pairs = itertools.product(scores[labels], scores[~labels])
-    assert roc_auc(scores, labels) == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
-    assert roc_auc(scores, np.zeros(60, bool)) is None and roc_auc(scores, np.ones(60, bool)) is None
-
-
 def test_patches_do_not_overlap_and_some_are_repeated_ten_times():
     patches = arms.patches(16)
     assert len(np.unique(patches.reshape(len(patches), -1), axis=0)) == len(patches)
@@ -152,28 +134,21 @@ def test_patches_do_not_overlap_and_some_are_repeated_ten_times():
     assert abs(len(patches) - len(cuts) / 3) < 1
     for cut in most_contrast[:: len(patches) // 9]:
         assert (patches == cut).all(axis=(1, 2, 3)).sum() == 1
-    train, heldout = arms.choose(len(patches), 256)
-    times = np.bincount(train, minlength=len(patches))
-    assert sorted(times[times > 0].tolist()) == [1] * 156 + [10] * 10
-    assert set(heldout) == set(np.flatnonzero(times == 0))
-    # copies are not neighbours in file order, so they come into several shards
-    shards = [set(train[k * 64 : k * 64 + 64]) for k in range(4)]
-    assert all(sum(patch in shard for shard in shards) > 1 for patch in np.flatnonzero(times == 10))
 
 
 def test_repeated_images_are_measured_once(tmp_path, monkeypatch):
-    data = arms.DATA["patches128"]
-    flags = (data.flags[0], f"--data_root={tmp_path}/small/train")
-    data = dataclasses.replace(data, name="small", flags=flags, num_train=50, images=20)
-    monkeypatch.setitem(arms.DATA, "small", data)
+    flags = arms.DATA["patches128"]["flags"] | {"data_root": f"{tmp_path}/small/train"}
+    monkeypatch.setitem(arms.DATA, "small", {"flags": flags, "num_train": 100})
     training, group, distinct, heldout = runs.real_images("small")
-    assert training.shape == (50, 3, 16, 16) and distinct.shape == (32, 3, 16, 16)
+    assert training.shape == (100, 3, 16, 16) and distinct.shape == (64, 3, 16, 16)
     assert torch.equal(distinct[group], training)
-    assert sorted(np.bincount(group).tolist()) == [1] * 30 + [10] * 2
-    names = sorted(file.name for file in (tmp_path / "small/train").glob("*.png"))
-    assert len(names) == 50 and len({name[6:] for name in names}) == 32
-    assert len(heldout) == len(arms.patches(16)) - 32
-    floor = runs.floor_of(data)
+    assert sorted(np.bincount(group).tolist()) == [1] * 60 + [10] * 4
+    # copies are not neighbours in file order, so they come into several shards
+    shards = [set(group[k * 25 : k * 25 + 25]) for k in range(4)]
+    assert all(sum(image in shard for shard in shards) > 1 for image in np.flatnonzero(np.bincount(group) == 10))
+    assert len(heldout) == len(arms.patches(16)) - 64
+    assert not (heldout[:, None] == distinct).flatten(2).all(dim=2).any()
+    floor = runs.floor_of("small", 20)
     assert floor["fpd"] > 0 and floor["images"] == len(heldout) and floor["MQ@90"] > 0
 
 
@@ -188,7 +163,7 @@ def test_per_image_loss_prefers_what_the_network_knows():
         a = abar[t].float()[:, None, None, None]
         return (x_t - a.sqrt() * known) / (1 - a).sqrt()
 
-    losses = per_image_loss(GaussianDiffusionTrainer(knows_one, 1e-4, 0.02, 1000), images, 0)
+    losses = runs.per_image_loss(GaussianDiffusionTrainer(knows_one, 1e-4, 0.02, 1000), images, 0)
     assert losses[2] < 1e-6 and np.delete(losses, 2).min() > 0.01
     # the loss of another image is abar / (1 - abar) |x_0 - known|^2, averaged over the timesteps
     steps = [round((i + 0.5) * 1000 / 32) for i in range(32)]
@@ -198,27 +173,19 @@ def test_per_image_loss_prefers_what_the_network_knows():
 
 
 def test_arms_have_the_steps_they_say(tmp_path):
-    for data in arms.DATA.values():
-        for arm in [*arms.ARMS.values(), *arms.TRIALS["default"], *arms.TRIALS["IET-AGC"]]:
-            flags, steps = arms.command_line(data, arm, 1, tmp_path)
-            value = {name: number for name, _, number in (flag.removeprefix("--").partition("=") for flag in flags)}
-            rounds, kept, batch = (int(value[name]) for name in ("total_round", "save_round", "batch_size"))
-            total = steps * rounds
-            assert 0.9 * data.steps <= total / (1 if arm.shards == 1 else arms.ENSEMBLE_STEPS) <= data.steps
-            assert data.points / 2 < rounds / kept <= data.points + 2 and data.num_train // arm.shards >= batch
+    own = {"out": tmp_path, "steps": None, "points": None, "images": None}
+    trials = {name: arms.ARMS[method] | flags for method in arms.TRIALS for name, flags in arms.TRIALS[method].items()}
+    for name, data in arms.DATA.items():
+        planned = runs.plan(name, arms.ARMS | trials, [1], SimpleNamespace(**own))
+        assert len({run.directory for run in planned}) == len(planned) == len({str(run.flags) for run in planned})
+        for run in planned:
+            value = dict(flag.removeprefix("--").split("=", 1) for flag in run.flags)
+            rounds, kept, batch = (int(value[flag]) for flag in ("total_round", "save_round", "batch_size"))
+            shards = int(value["client_num"])
+            total = run.steps_per_round * rounds / (1 if shards == 1 else arms.ENSEMBLE_STEPS)
+            assert 0.9 * data["steps"] <= total <= data["steps"] and data["num_train"] // shards >= batch
+            assert rounds / kept > data["points"] / 2
     assert len(arms.TRIALS["default"]) == len(arms.TRIALS["IET-AGC"])
-
-
-def test_another_choice_of_the_tuning_is_another_training(tmp_path):
-    options = options_of(tmp_path, points=2, steps=16)
-    places = []
-    for setting in ("2 shards", "mem_ratio 1.25"):
-        best = {"default": {"setting": "dropout 0.3"}, "IET-AGC": {"setting": setting}}
-        (tmp_path / "tuning.json").write_text(json.dumps({"best": best}))
-        tuned = arms.tuned_arms(tmp_path)
-        assert list(tuned) == ["tuned default", "tuned IET-AGC"]
-        places.append([run.directory for run in runs.plan("digits64", tuned.values(), [1], options)])
-    assert places[0][0] == places[1][0] and places[0][1] != places[1][1]
 
 
 def test_the_best_trial_is_the_least_memorising_that_reaches_the_quality():
@@ -238,39 +205,59 @@ def test_a_wrong_flag_is_named(wrong, tmp_path):
 def test_tuning_then_frontier_and_nothing_is_made_twice(tmp_path, monkeypatch, capsys):
     out = tmp_path / "results"
     tiny = ["--data=digits64", "--steps=16", "--points=2", "--images=20", "--out=results"]
-    monkeypatch.setattr(tuning, "TRIALS", {method: trials[:1] for method, trials in arms.TRIALS.items()})
-    monkeypatch.setattr(arms, "SAMPLER", ("--sampler=dpmpp", "--sample_steps=2"))
+    monkeypatch.setattr(tuning, "TRIALS", {method: {method: {}} for method in arms.TRIALS})
+    monkeypatch.setattr(runs, "SAMPLER", {"sampler": "dpmpp", "sample_steps": 2})
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="not all trials are done: the same command goes on"):
+        tuning.main([*tiny, "--minutes=0.02"])
+    assert not multiprocessing.active_children()
     tuning.main(tiny)
-    chosen = json.loads((out / "tuning.json").read_text())
-    assert chosen["best"]["IET-AGC"]["setting"] == "IET-AGC" and chosen["best"]["default"]["setting"] == "default"
+    best = json.loads((out / "tuning.json").read_text())["best"]
+    assert {method: row["setting"] for method, row in best.items()} == {"default": "default", "IET-AGC": "IET-AGC"}
 
     times = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*") if path.is_file()}
-    command = [*tiny, "--seeds=11", "--arms=default,IET-AGC"]
-    frontier.main(command)  # the trainings of the tuning's seed are there already
-    result = json.loads((out / "frontier.json").read_text())["digits64"]
-    points = {(p["arm"], p["weights"], p["steps"]) for p in result["points"]}
-    expected = itertools.product((("default", (8, 16)), ("IET-AGC", (16, 32))), ("raw", "ema"))
-    assert points == {(arm, weights, s) for (arm, steps), weights in expected for s in steps}
-    assert result["floor"]["MQ@90"] > 0 and len(result["matched"]) == 16 and len(result["comparisons"]) == 8
-    assert {row["arm"] for row in result["detection"]} == {"default", "IET-AGC"}
-    assert (out / "frontier.png").stat().st_size > 10_000 and (out / "pairs_digits64.png").stat().st_size > 1000
-
-    assert "IET-AGC" in capsys.readouterr().out
-    frontier.main(command)
-    assert times == {path: path.stat().st_mtime_ns for path in times}
+    command = [*tiny, "--seeds=11", "--arms=default,IET-AGC,tuned IET-AGC"]
+    frontier.main(command)  # the trainings of the tuning's seed are there already, and the tuned arm is no other
     results = json.loads((out / "frontier.json").read_text())
-    assert results["digits64"]["points"] == result["points"]
-    assert results["digits64"]["seconds"] >= result["seconds"]
+    points = {(p["arm"], p["weights"], p["steps"]) for p in results["digits64"]["points"]}
+    ends = {"default": (8, 16), "IET-AGC": (16, 32), "tuned IET-AGC": (16, 32)}
+    assert points == {(arm, weights, s) for arm, steps in ends.items() for weights in ("raw", "ema") for s in steps}
+    matched, compared, found = (results["digits64"][name] for name in ("matched", "comparisons", "detection"))
+    assert len(matched) == 24 and len(compared) == 8 and {row["arm"] for row in found} == set(ends)
+    assert (out / "frontier.png").stat().st_size > 10_000
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert "IET-AGC" in capsys.readouterr().out
 
-    names = ("floor", "equal steps", "comparisons", "detection", "end digits64", "matched digits64")
-    text = tables.filled("".join(f"<!-- table: {name} -->\nold<!-- end -->\n" for name in names), results)
-    assert "old" not in text and text.count("<!-- end -->") == len(names) and "IET-AGC against default" in text
-    with pytest.raises(DataError, match="no table 'flor'"):
-        tables.filled("<!-- table: flor -->\n<!-- end -->", results)
-    del results["digits64"]["flags"]["IET-AGC"]
-    with pytest.raises(DataError, match="digits64 lacks IET-AGC"):
-        tables.filled("", results)
+    frontier.main([*tiny, "--seeds=12", "--arms=default", "--minutes=0"])  # does not touch the results
+    assert "digits64: no training is complete yet: the same command goes on" in capsys.readouterr().out
+    assert json.loads((out / "frontier.json").read_text()) == results
+    (run, *_) = runs.plan("digits64", arms.ARMS, [11], SimpleNamespace(out=out, steps=16, points=2, images=20))
+    assert len(runs.measured(run)["points"]) == 4 and runs.measured(run)["skips"] == [0] * 64
+    assert runs.measured(run._replace(images=30))["points"] == []
+    assert runs.measured(run._replace(flags=[*run.flags, "--lr=1"]))["points"] == []
+
+    text = tables.filled("".join(f"<!-- table: {name} -->\nold<!-- end -->\n" for name in tables.TABLES), results)
+    assert "old" not in text and text.count("<!-- end -->") == len(tables.TABLES) and "IET-AGC against default" in text
+
+
+def test_detection_by_hand(monkeypatch):
+    """Images 0 and 2 are one that is repeated, which default training has copied; 3 has been copied as well."""
+    copies = {"nearest": [0, 2, 1], "ratio": [0.1, 0.14, 0.2]}
+    measured = {
+        "default": {**copies, "skips": [0, 0, 0, 0], "losses": [0.1, 0.4, 0.2, 0.3]},
+        "AGC": {"nearest": [], "ratio": [], "skips": [5, 1, 0, 2], "losses": [1, 1, 1, 1]},
+    }
+    images = (None, np.array([0, 1, 0, 2]), None, None)
+    monkeypatch.setattr(runs, "real_images", lambda name: images)
+    monkeypatch.setattr(runs, "measured", lambda run: measured[run.arm])
+    rows = frontier.detection([SimpleNamespace(data="x", arm=arm, seed=1) for arm in measured])
+    found = {(row["arm"], row["images"]): (row["skip count"], row["low loss"]) for row in rows}
+    assert found == {
+        ("default", "repeated"): ([0.5], [1.0]),
+        ("default", "memorised by default"): ([0.5], [1.0]),
+        ("AGC", "repeated"): ([0.5], [0.5]),
+        ("AGC", "memorised by default"): ([2 / 3], [0.5]),
+    }
 
 
 def processes_of(session):
@@ -279,80 +266,31 @@ def processes_of(session):
     return [state for state in found.stdout.split() if not state.startswith("Z")]
 
 
-@pytest.mark.parametrize("by", ["kill", "Ctrl-C"])
-def test_a_stopped_experiment_leaves_no_process_behind(by, tmp_path):
-    flags = ["--data=digits64", "--arms=default", "--seeds=1", "--steps=100000", f"--out={tmp_path}/a"]
-    command = ["bash", str(ROOT / "com/frontier.sh"), *flags]
-    errors, limit = tmp_path / "err", time.monotonic() + 100
-    with (
-        errors.open("w") as err,
-        subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=err, start_new_session=True) as process,
-    ):
-        while not list(tmp_path.rglob("run.json")):  # of a training that has begun
+def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
+    flags = ["--data=digits64", "--arms=default", "--seeds=1", "--steps=100000"]
+    started, limit = {}, time.monotonic() + 100
+    for by in ("kill", "Ctrl-C"):
+        command = [sys.executable, "-m", "experiments.frontier", *flags, f"--out={tmp_path / by}"]
+        with (tmp_path / f"{by}.err").open("w") as err:
+            settings = {"cwd": ROOT, "env": environment(), "stderr": err, "start_new_session": True}
+            started[by] = subprocess.Popen(command, **settings)
+    for by, process in started.items():
+        while not list((tmp_path / by).rglob("run.json")):  # of a training that has begun
             assert time.monotonic() < limit and process.poll() is None
             time.sleep(0.1)
-        with pytest.raises(DataError, match="is writing there"):
-            frontier.main(flags)
-        if by == "kill":
-            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)  # the child of bash
-        else:
-            os.killpg(process.pid, signal.SIGINT)
-    while processes_of(process.pid):
+    with pytest.raises(DataError, match="is writing there"):
+        frontier.main([*flags, f"--out={tmp_path / 'kill'}"])
+    started["kill"].kill()
+    os.killpg(started["Ctrl-C"].pid, signal.SIGINT)
+    assert started["Ctrl-C"].wait(20) == 130
+    while any(processes_of(process.pid) for process in started.values()):
         assert time.monotonic() < limit
         time.sleep(0.1)
-    if by == "Ctrl-C":
-        assert [line for line in errors.read_text().splitlines() if "runs of" not in line] == [
-            "experiments.frontier: stopped by SIGINT"
-        ]
+    lines = (tmp_path / "Ctrl-C.err").read_text().splitlines()
+    assert [line for line in lines if "runs of" not in line] == ["experiments.frontier: stopped by SIGINT"]
 
 
 def test_the_document_says_what_the_results_say():
     text, results = tables.DOCUMENT.read_text(), json.loads((ROOT / "results/frontier.json").read_text())
     assert tables.filled(text, results) == text, f"{tables.DOCUMENT} differs: run python -m experiments.tables"
-    assert text.count("<!-- table: ") == 10
-
-
-@pytest.fixture
-def half_measured(tmp_path):
-    """A run whose training was stopped by the deadline, and measuring after the first of its two checkpoints."""
-    options = options_of(tmp_path, points=2, steps=16, images=20)
-    (run,) = runs.plan("digits64", [arms.ARMS["default"]], [1], options)
-    (run.directory / "log").mkdir(parents=True)
-    (run.directory / "measured").mkdir()
-    for r in (1, 2):
-        (run.directory / "log" / f"global_ckpt_round{r}.pt").touch()
-    np.savez(runs.arrays_path(run, 1, "raw"), skips=np.arange(64))
-    points = [{"round": 1, "steps": 8, "weights": weights, "images": 20} for weights in runs.WEIGHTS]
-    (run.directory / "points.json").write_text(json.dumps(points))
-    return run
-
-
-def test_what_is_measured_last_is_not_what_was_saved_last(half_measured):
-    assert runs.rounds_kept(half_measured) == [1, 2]
-    assert runs.is_measured(half_measured)
-    assert runs.last_arrays(half_measured)["skips"].tolist() == list(range(64))
-    path = half_measured.directory / "points.json"
-    path.write_text(json.dumps(json.loads(path.read_text())[:1]))
-    assert not runs.is_measured(half_measured), "it has no EMA point to compare with other runs"
-
-
-def test_points_of_another_number_of_images_are_made_again(half_measured):
-    assert {(p["round"], p["weights"]) for p in runs.read_points(half_measured)} == {(1, "raw"), (1, "ema")}
-    more = dataclasses.replace(half_measured, data=dataclasses.replace(half_measured.data, images=40))
-    assert runs.read_points(more) == [] and runs.arrays_path(more, 1, "raw") != runs.arrays_path(
-        half_measured, 1, "raw"
-    )
-
-
-def test_a_training_with_other_flags_is_not_taken_for_done(half_measured):
-    (half_measured.directory / "trained").write_text("\n".join(half_measured.flags))
-    assert runs.is_trained(half_measured)
-    longer = dataclasses.replace(half_measured, flags=(*half_measured.flags, "--total_round=9"))
-    assert not runs.is_trained(longer)
-
-
-def test_what_lies_deep_in_json_is_on_one_line(tmp_path):
-    value = {"a": {"b": [{"c": [1, {"d": "x\n y"}]}, {}], "e": []}, "f": 0.1}
-    runs.write_lines(tmp_path / "x.json", value, depth=3)
-    text = (tmp_path / "x.json").read_text()
-    assert json.loads(text) == value and '\n      { "c": [ 1, { "d": "x\\n y" } ] },\n      {}\n' in text
+    assert text.count("<!-- table: ") == len(tables.TABLES)
