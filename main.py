@@ -21,8 +21,7 @@ from score.inception import find_weights
 from score.quality import Quality
 from training import checkpoint, flags
 from training.batches import ShardBatches
-from training.command import announce, pick_device, run
-from training.interruption import Interruption
+from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from utils import distributed
@@ -67,7 +66,7 @@ def train(data, quality, device, logdir):
                 logger.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
             if due(step, FLAGS.eval_step):
                 for name, network in (("net", learner.net), ("ema", learner.ema)):
-                    logger.write({"step": step, "weights": name, **score(network, quality)}, prefix=f"{name}/")
+                    logger.write({"step": step, "weights": name, **score(network, quality)})
             milestone = due(step, FLAGS.save_step) or last
             if (milestone or stop) and writes:
                 logger.flush()

@@ -25,8 +25,7 @@ from training import checkpoint, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.batches import ShardBatches
-from training.command import announce, pick_device, run
-from training.interruption import Interruption
+from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import Schedule, default_split, make_shards

@@ -16,7 +16,7 @@ from benchmarks.timing import alternate, seconds_of
 from diffusion import GaussianDiffusionSampler
 from model import UNet
 from score.memorization import nearest_neighbors
-from training.command import pick_device
+from training.launch import pick_device
 from training.learner import PRECISIONS
 from utils.errors import DataError
 

@@ -21,7 +21,7 @@ from tests.networks import TINY_FLAGS, tiny_learner, tiny_unet, visible
 from training import batches as batches_module
 from training.agc import AntiGradientControl
 from training.batches import Batch, ShardBatches
-from training.command import pick_device
+from training.launch import pick_device
 
 DEVICE = torch.device(os.environ.get("IET_AGC_TEST_DEVICE", "cuda"))
 on_gpu = pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")

@@ -46,7 +46,7 @@ def test_what_cannot_be_synced_is_written_all_the_same(number, tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", refuse)
     write_json(tmp_path / "a.json", [1])
-    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1) as logger:
+    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1, batch_size=1) as logger:
         logger.write({"step": 1, "loss": 0.5})
         logger.finish(1)
     monkeypatch.setattr(os, "open", refuse)  # a directory cannot be opened
@@ -76,7 +76,7 @@ def test_metrics_go_on_after_a_torn_line_and_the_last_of_a_step_counts(tmp_path)
     """Two starts, the second with more processes; the first one's last line was torn by a full disk."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "time": 1}\n{"step": 4, "lo')
     (tmp_path / "metrics.rank1.jsonl").write_text('{"step": 2, "loss": 2.0, "time": 9}\n{"step": 1, "time": 8}\n')
-    with Logger(tmp_path, 4, 2, log_step=1, max_bad_steps=1) as logger:
+    with Logger(tmp_path, 4, 2, log_step=1, max_bad_steps=1, batch_size=1) as logger:
         logger.write({"step": 4, "loss": 0.5})
         logger.write({"step": 4, "weights": "ema", "fpd": 3.0})
     lines = [(line["step"], line.get("loss"), line.get("fpd")) for line in read_metrics(tmp_path)]

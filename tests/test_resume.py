@@ -275,7 +275,7 @@ def test_a_signal_saves_and_exits_as_clusters_expect(number, tmp_path):
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     code = (
         "import os, signal, time\n"
-        "from training.interruption import Interruption\n"
+        "from training.launch import Interruption\n"
         "with Interruption() as interruption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert interruption\n"
@@ -289,7 +289,7 @@ def test_the_same_signal_twice_within_a_second_is_one_request():
     """torchrun passes on what a cluster has sent to every process already."""
     code = (
         "import os, signal, time\n"
-        "from training.interruption import Interruption\n"
+        "from training.launch import Interruption\n"
         "with Interruption() as interruption:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
