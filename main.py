@@ -76,7 +76,6 @@ def train(data, quality, device, logdir):
                 distributed.barrier()  # rank 0 has saved
                 interruption.exit(logdir)
         logger.finish(learner.step)
-    directory.close()
 
 
 def resume(learner, directory):

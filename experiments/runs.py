@@ -223,7 +223,7 @@ def load_network(run, r, use_ema):
 
 def rounds_kept(run):
     """The rounds that there are checkpoints of, ascending."""
-    return [checkpoint.progress_of(path)[0] for path in reversed(checkpoint.newest_first(run.directory / "log"))]
+    return sorted(checkpoint.numbered(run.directory / "log", checkpoint.ROUNDS))
 
 
 def arrays_path(run, r, weights):
