@@ -337,12 +337,13 @@ def save_step(logdir, state, milestone, keep):
     until_now = [path for step, path in numbered(logdir, STEPS).items() if step <= state["step"]]
     for path in until_now[keep:]:
         with suppress(DamagedError):  # a damaged one stays as it is
-            if "optim" in load(path, mmap=True):
-                old = load(path)
-                if old["milestone"]:
-                    save(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
-                else:
-                    remove(path)
+            if "optim" not in load(path, mmap=True):
+                break  # nor do those before it have more
+            old = load(path)
+            if old["milestone"]:
+                save(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
+            else:
+                remove(path)
 
 
 # ---- main_fed.py

@@ -45,7 +45,7 @@ flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a mu
 flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
 flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
 flags.DEFINE_integer(
-    "norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's, of a new network min(32, ch // 4)", 0
+    "norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's; in a new network min(32, ch // 4)", 0
 )
 flags.DEFINE_float("dropout", 0.1, "dropout probability, in [0, 1)", lower_bound=0.0)
 flags.DEFINE_integer("num_labels", None, "number of classes of a conditional UNet, >= 1", lower_bound=1)
@@ -87,9 +87,7 @@ flags.DEFINE_bool("compile", False, "run the network through torch.compile")
 flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
 _PLACES = ("device", "cpu")
-flags.DEFINE_enum(
-    "data_device", "device", _PLACES, "where training images are kept; cpu: more than fit the GPU's memory"
-)
+flags.DEFINE_enum("data_device", "device", _PLACES, "where training images are kept; cpu: if the GPU is too small")
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
 # what main_fed adds: iterative ensemble training and anti-gradient control
@@ -132,7 +130,7 @@ flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_enum(
-    "fid_features", "inception", ("inception", "pixels"), "pixels: fpd, which needs no weights, not FID, IS"
+    "fid_features", "inception", ("inception", "pixels"), "inception: FID and IS; pixels: fpd, which needs no weights"
 )
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
 flags.DEFINE_bool(
