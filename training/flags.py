@@ -396,8 +396,9 @@ def logdir(values, script, data, groups):
     """
     scripts = ("main",) if script == "main" else ("main", "main_fed")
     fixed = {"script"}.union(*(FIXED[name] for name in scripts))
-    settings = {name: values[name].value for part in scripts for name in FIXED[part] + CHANGEABLE[part]}
-    settings |= {"script": script, "norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
+    names = [name for part in scripts for name in FIXED[part] + CHANGEABLE[part]]
+    settings = {"script": script} | {name: values[name].value for name in names}
+    settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
     if script == "main_fed":
