@@ -26,7 +26,7 @@ from score.memorization import memorization_ratio
 from score.report import summary, write_report
 from score.samples import load_samples, png_names, save_pngs
 from training import checkpoint, flags
-from training.command import announce, pick_device, run
+from training.launch import announce, pick_device, run
 from utils import distributed
 from utils.errors import DataError, UsageError, printable
 from utils.files import atomic_write, file_hash, lock_directory, make_directory, read_json, write_json

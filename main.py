@@ -21,8 +21,7 @@ from score.generate import draw_labels, generate
 from score.inception import find_weights
 from training import checkpoint, flags
 from training.batches import ShardBatches
-from training.command import announce, pick_device, run
-from training.interruption import Interruption
+from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from utils import distributed
@@ -67,7 +66,7 @@ def train(data, quality, device, logdir):
                 logger.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
             if due(step, FLAGS.eval_step):
                 for name, network in (("net", learner.net), ("ema", learner.ema)):
-                    logger.write({"step": step, "weights": name, **score(network, quality)}, prefix=f"{name}/")
+                    logger.write({"step": step, "weights": name, **score(network, quality)})
             milestone = due(step, FLAGS.save_step) or last
             if (milestone or stop) and writes:
                 logger.flush()
@@ -77,7 +76,6 @@ def train(data, quality, device, logdir):
                 distributed.barrier()  # rank 0 has saved
                 interruption.exit(logdir)
         logger.finish(learner.step)
-    directory.close()
 
 
 def resume(learner, directory):

@@ -25,11 +25,10 @@ from training import checkpoint, flags
 from training.agc import AntiGradientControl
 from training.averaging import average_learners
 from training.batches import ShardBatches
-from training.command import announce, pick_device, run
-from training.interruption import Interruption
+from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
-from training.shards import Schedule, default_split, make_shards
+from training.shards import default_split, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
 from utils.seeding import derive_seed, generator
@@ -58,20 +57,20 @@ def train(data, device, logdir):
     batches = make_batches(data, images, device)
     shards = make_shards_of_this_process(batches, device)
     shard_sizes = [len(shard.index) for shard in batches]
-    schedule = Schedule(tuple(FLAGS.local_epoch * shard.steps_per_epoch for shard in batches))
+    steps_per_round = [FLAGS.local_epoch * shard.steps_per_epoch for shard in batches]
     skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
     steps, net = sum(shard.steps_per_epoch for shard in batches), shards[0].learner.net
     announce(device, net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds = resume(shards, schedule, skip_counts, directory)
-    total = sum(schedule.end(shard.number, FLAGS.total_round) for shard in shards)
+    rounds_done, seconds = resume(shards, steps_per_round, skip_counts, directory)
+    total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
     logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
 
     with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
             for shard in shards:
-                k, learner, last = shard.number, shard.learner, schedule.end(shard.number, r)
+                k, learner, last = shard.number, shard.learner, r * steps_per_round[shard.number]
                 with learner.on_device():
                     while learner.step < last:
                         torch.manual_seed(derive_seed(FLAGS.seed, "dropout", k, learner.step))
@@ -81,7 +80,7 @@ def train(data, device, logdir):
                         numbers = learner.update(loss)
                         skip_counts[batch.index] += ~keep
 
-                        step, stop = schedule.number(k, learner.step), bool(interruption)
+                        step, stop = number_of_step(steps_per_round, k, learner.step), bool(interruption)
                         round_ends = learner.step == last
                         logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
                         if due(step, FLAGS.sample_step):
@@ -89,7 +88,7 @@ def train(data, device, logdir):
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(skip_counts), "seconds": logger.seconds}
-                            checkpoint.save_shard(logdir, k, state, schedule.end(k, r - 1), FLAGS.keep)
+                            checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
@@ -100,22 +99,21 @@ def train(data, device, logdir):
             if distributed.is_main():
                 if FLAGS.sample_step:
                     with shards[0].learner.on_device():
-                        logger.images(f"average_round{r}", sum(schedule.steps) * r, sample(shards[0].learner.ema))
+                        logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema))
                 logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
                 state |= {"norm_groups": net.groups, "round": r, "seconds": logger.seconds}
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
                 checkpoint.save_average(logdir, state, publish, FLAGS.keep)
-        logger.finish(sum(schedule.steps) * FLAGS.total_round)
-    directory.close()
+        logger.finish(sum(steps_per_round) * FLAGS.total_round)
 
 
-def resume(shards, schedule, skip_counts, directory):
+def resume(shards, steps_per_round, skip_counts, directory):
     """Continue from the newest good files; returns the rounds done, and the seconds of training until then."""
     logdir = directory.path
-    found = checkpoint.newest_round(schedule, logdir) if distributed.is_main() else None
+    found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
     r, steps, average, later = distributed.from_main(found)
-    seconds = checkpoint.restore_shards(shards, schedule, skip_counts, logdir, r, steps, average)
+    seconds = checkpoint.restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average)
     if r > FLAGS.total_round:
         raise UsageError(
             f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "

@@ -16,7 +16,7 @@ from benchmarks.timing import alternate, row
 from diffusion import GaussianDiffusionSampler
 from score.memorization import nearest_neighbors
 from training.averaging import average_learners
-from training.command import pick_device
+from training.launch import pick_device
 from utils.errors import DataError
 
 SIZE, BATCH, SUB_MODELS, LAST = 32, 128, 10, torch.channels_last

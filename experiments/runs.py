@@ -235,9 +235,9 @@ def work(run):
     train(run)
     training, _, distinct, heldout = real_images(run.data)
     values, result = values_of(run.flags), measured(run)
-    paths = reversed(checkpoint.newest_first(run.directory / "log"))
-    for path, weights in list(itertools.product(paths, reversed(WEIGHTS)))[len(result["points"]) :]:
-        state, r = checkpoint.load(path), checkpoint.progress_of(path)[0]
+    averages = sorted(checkpoint.numbered(run.directory / "log", checkpoint.ROUNDS).items())
+    for (r, path), weights in list(itertools.product(averages, reversed(WEIGHTS)))[len(result["points"]) :]:
+        state = checkpoint.load(path)
         net = flags.unet(values, state, path).eval()
         checkpoint.load_weights(net, checkpoint.weights(state, weights == "ema", path), path)
         sampler = GaussianDiffusionSampler(net, **flags.sampler(values))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tests.networks import tiny_learner, tiny_unet
 from training.averaging import average_learners
-from training.command import pick_device
+from training.launch import pick_device
 from utils import distributed
 
 

@@ -61,18 +61,14 @@ def test_too_many_in_a_row_stop_the_run_even_between_two_records(pattern, stops,
     return None
 
 
-@pytest.mark.parametrize("script", ["main.py", "main_fed.py"])
-def test_a_diverging_run_stops_with_what_one_needs_to_know(script, tmp_path):
+def test_a_diverging_run_stops_with_what_one_needs_to_know(tmp_path):
     """After a good start the learning rate is changed to one that sends the weights to infinity."""
-    flags = [*TINY_FLAGS, "--save_step=2", "--log_step=2", "--max_bad_steps=4", "--logdir=log"]
-    flags += ["--client_num=2", "--local_epoch=10"] if script == "main_fed.py" else []
-    length = {"main.py": ("--total_steps=4", "--total_steps=40"), "main_fed.py": ("--total_round=1", "--total_round=2")}
-    run(script, "--train", *flags, length[script][0], cwd=tmp_path)
-    wild = ["--lr=1e36", "--grad_clip=1e9", "--allow_change"]
-    result = run(script, "--train", *flags, length[script][1], *wild, cwd=tmp_path, code=1)
-    line = result.stderr.splitlines()[-1]
+    flags = [*TINY_FLAGS, "--save_step=2", "--log_step=2", "--max_bad_steps=4", "--client_num=2", "--local_epoch=10"]
+    run("main_fed.py", "--train", *flags, "--total_round=1", "--logdir=log", cwd=tmp_path)
+    wild = ["--lr=1e36", "--grad_clip=1e9", "--allow_change", "--total_round=2", "--logdir=log"]
+    line = run("main_fed.py", "--train", *flags, *wild, cwd=tmp_path, code=1).stderr.splitlines()[-1]
     assert "steps in a row without a finite loss and gradient" in line and "learning rate 1e+36" in line
-    assert "the checkpoints are good" in line and ("shard 0" in line) == (script == "main_fed.py")
+    assert "the checkpoints are good" in line and "shard 0" in line
     records = read_jsonl(tmp_path / "log/metrics.jsonl")
     assert sum(record["bad_steps"] for record in records) >= 4 and records[0]["bad_steps"] == 0
     assert all(json.dumps(record, allow_nan=False) for record in records)

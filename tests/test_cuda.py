@@ -21,7 +21,7 @@ from tests.networks import TINY_FLAGS, tiny_learner, tiny_unet, visible
 from training import batches as batches_module
 from training.agc import AntiGradientControl
 from training.batches import Batch, ShardBatches
-from training.command import pick_device
+from training.launch import pick_device
 from utils.errors import DataError
 
 DEVICE = torch.device(os.environ.get("IET_AGC_TEST_DEVICE", "cuda"))

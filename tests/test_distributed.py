@@ -56,18 +56,18 @@ def one_process(tmp_path_factory):
     return directory / "log"
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_ensemble_is_the_same_to_the_last_bit(processes, one_process, tmp_path):
+def test_ensemble_is_the_same_to_the_last_bit(one_process, tmp_path):
+    """With two processes; further tests below end with three."""
     flags = [*ENSEMBLE, "--sample_step=8", "--sample_size=2", "--logdir=log"]
-    result = run_with(processes, "main_fed.py", "--train", *flags, cwd=tmp_path)
+    result = run_with(2, "main_fed.py", "--train", *flags, cwd=tmp_path)
     expected = ensemble_state(one_process)
     assert expected["global_ckpt_round3.pt"]["index_array"].sum() > 0, "the skip counts of all processes are added"
     assert differences(expected, ensemble_state(tmp_path / "log")) == []
     metrics = [without_timings(read_metrics(log)) for log in (one_process, tmp_path / "log")]
-    assert metrics[0] == metrics[1] and len(list((tmp_path / "log").glob("metrics*.jsonl"))) == processes
+    assert metrics[0] == metrics[1] and len(list((tmp_path / "log").glob("metrics*.jsonl"))) == 2
     assert json.loads((tmp_path / "log/train.json").read_text())["steps"] == 36
     assert len(list((tmp_path / "log").glob("events.out.tfevents.*"))) == 1
-    assert f"process 1 of {processes}" in result.stderr and "process 2" not in result.stderr
+    assert "process 1 of 2" in result.stderr and "process 2" not in result.stderr
 
 
 def test_processes_of_a_restart_do_not_meet_those_that_are_gone():
@@ -157,24 +157,21 @@ def test_two_machines(one_process, tmp_path):
 
 
 def test_default_training_does_not_depend_on_the_number_of_processes(tmp_path):
-    """Started with 1, 4 and 2 processes; the last run is continued with one. Without dropout."""
+    """Started with 1 and with 2 processes; the second run is continued with one. Without dropout."""
     flags = ["--train", *TINY_FLAGS, "--dropout=0", "--log_step=1", "--use_labels", "--num_labels=10"]
     flags += ["--save_step=1", "--keep=20"]
-    for name, starts in (("one", [(1, 20)]), ("four", [(4, 20)]), ("two", [(2, 8), (1, 20)])):
+    for name, starts in (("one", [(1, 20)]), ("two", [(2, 8), (1, 20)])):
         for processes, steps in starts:
             run_with(processes, "main.py", *flags, f"--total_steps={steps}", f"--logdir={name}", cwd=tmp_path)
     # Adam's first moment after one step is (1 - beta_1) times the gradient
-    moments = {
-        name: {i: state["exp_avg"] for i, state in load(tmp_path / name / "ckpt1.pt")["optim"]["state"].items()}
-        for name in ("one", "two", "four")
-    }
-    losses = {name: [line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in moments}
-    norm = torch.stack([moment.norm() for moment in moments["one"].values()]).norm()
-    for name in ("two", "four"):
-        gaps = [(moments["one"][i] - moments[name][i]).norm() for i in moments["one"]]
-        assert norm > 0 and torch.stack(gaps).norm() / norm < 1e-5
-        assert len(losses[name]) == 20
-        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-3)
+    one, two = (
+        torch.cat([state["exp_avg"].flatten() for state in load(path)["optim"]["state"].values()])
+        for path in (tmp_path / "one/ckpt1.pt", tmp_path / "two/ckpt1.pt")
+    )
+    assert one.norm() > 0 and (one - two).norm() / one.norm() < 1e-5
+    losses = {name: [line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")}
+    assert len(losses["two"]) == 20
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-3)
     assert losses["one"][-1] < 0.9 * losses["one"][0], "it has learned something by then"
     assert load(tmp_path / "two/ckpt20.pt").keys() == load(tmp_path / "one/ckpt20.pt").keys()
 

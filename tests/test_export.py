@@ -77,8 +77,8 @@ def test_a_published_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("name", "metadata", "reason"),
     [
-        ("noise", None, "cannot be read as a safetensors file"),
-        ("missing", None, "no such checkpoint"),
+        ("noise", None, "cannot be read as a checkpoint (Error while deserializing header"),
+        ("missing", None, "cannot be read as a checkpoint (No such file"),
         ("bare", None, "its metadata does not say what network it is of"),
         ("list", {"flags": "[]"}, "its metadata does not say what network it is of"),
         ("word", {"flags": '{"use_ema": true, "norm_groups": 8, "ch": "wide"}'}, "flag --ch=wide"),

@@ -11,6 +11,7 @@ from model import ResBlock, UNet
 from tests.commands import ROOT, eval_flags, run
 from tests.networks import TINY_FLAGS, visible
 from training import flags
+from utils.errors import UsageError
 
 CONFIGS = sorted(path.stem for path in (ROOT / "config").glob("*.txt"))
 TINY = [*TINY_FLAGS, "--num_images=4", "--fid_features=pixels"]
@@ -61,7 +62,7 @@ def test_default_number(ch, groups):
 
 
 def test_the_number_goes_with_the_weights(tmp_path):
-    """Recorded by both scripts, taken by evaluation and --check_dir; a flag that contradicts it is refused."""
+    """Recorded by both scripts, taken by evaluation and --check_dir."""
     run("main.py", "--train", *TINY, "--norm_groups=4", "--total_steps=2", "--logdir=main", cwd=tmp_path)
     once = ["--client_num=2", "--local_epoch=1", "--total_round=1", "--check_dir=main/ckpt2.pt"]
     run("main_fed.py", "--train", *TINY, *once, "--logdir=fed", cwd=tmp_path)
@@ -72,38 +73,18 @@ def test_the_number_goes_with_the_weights(tmp_path):
     net = UNet(T=20, ch=32, ch_mult=[2], attn=[0], num_res_blocks=1, dropout=0.1, groups=4)
     net.load_state_dict(state["net_model"])
 
-    place = ["--stages=generate", "--unet_dir=main", *eval_flags(tmp_path)]
-    run("all_in.py", *TINY, *place, cwd=tmp_path)
-    run("main.py", "--eval", *TINY, "--logdir=main", cwd=tmp_path)
-    for script, *rest in (
-        ("all_in.py", *place),
-        ("main.py", "--eval", "--logdir=main"),
-        ("main_fed.py", "--train", *once, "--logdir=other"),
+    run("all_in.py", *TINY, "--stages=generate", "--unet_dir=main", *eval_flags(tmp_path), cwd=tmp_path)
+    result = run("main.py", "--eval", *TINY, "--logdir=main", "--norm_groups=8", cwd=tmp_path, code=2)
+    assert result.stderr == "main.py: error: --norm_groups=8: main/ckpt2.pt was trained with 4, leave the flag out\n"
+
+
+def test_a_checkpoint_that_records_no_number_is_published():
+    published = {"net_model": {}}
+    assert flags.norm_groups(flags_of("--ch=32"), published, "a.pt") == 32
+    assert flags.norm_groups(flags_of("--ch=32"), {**published, "norm_groups": 8}, "a.pt") == 8
+    for given, message in (
+        (["--ch=32", "--norm_groups=8"], "--norm_groups=8: a.pt was trained with 32, leave the flag out"),
+        (["--ch=16"], "--ch=16: must be a multiple of the 32 groups of a GroupNorm of a.pt"),
     ):
-        result = run(script, *TINY, *rest, "--norm_groups=8", cwd=tmp_path, code=2)
-        assert "--norm_groups=8: " in result.stderr and "was trained with 4" in result.stderr
-        assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "other").exists()
-    result = run("main.py", "--train", *TINY, "--total_steps=3", "--logdir=main", cwd=tmp_path, code=2)
-    assert "--norm_groups=8: the run in main was started with 4" in result.stderr
-
-
-def test_a_checkpoint_that_records_no_number_is_published(tmp_path):
-    """Its 32 groups make another image than 8 would."""
-    torch.manual_seed(0)
-    net = visible(UNet(T=20, ch=32, ch_mult=[2], attn=[0], num_res_blocks=1, dropout=0.1))
-    state = {"net_model": net.state_dict(), "ema_model": net.state_dict(), "step": 1}
-    torch.save(state, tmp_path / "ckpt1.pt")
-    torch.save({**state, "norm_groups": 8}, tmp_path / "ckpt2.pt")
-    images = {}
-    for name in ("ckpt1", "ckpt2"):
-        where = eval_flags(tmp_path / name)
-        run("all_in.py", *TINY, "--stages=generate", f"--unet_dir={name}.pt", *where, cwd=tmp_path)
-        images[name] = (tmp_path / name / "generate/generate.npy").read_bytes()
-    assert images["ckpt1"] != images["ckpt2"]
-    result = run("all_in.py", *TINY, "--unet_dir=ckpt1.pt", "--norm_groups=8", cwd=tmp_path, code=2)
-    assert "was trained with 32" in result.stderr
-    result = run("all_in.py", *TINY, "--ch=16", "--unet_dir=ckpt1.pt", cwd=tmp_path, code=2)
-    assert (
-        result.stderr == "all_in.py: error: --ch=16: must be a multiple of the 32 groups of a GroupNorm of ckpt1.pt\n"
-    )
+        with pytest.raises(UsageError, match=message):
+            flags.norm_groups(flags_of(*given), published, "a.pt")

@@ -178,14 +178,6 @@ def test_a_step_that_is_not_finite_is_not_applied(precision):
     assert not torch.equal(learner.net.state_dict()["head.bias"], before["net_model"]["head.bias"])
 
 
-def test_optimiser_state_covers_all_parameters_in_order():
-    learner = tiny_learner()
-    train(learner, make_batches(), 1)
-    optim = learner.state_dict()["optim"]
-    assert optim["param_groups"][0]["params"] == list(range(len(list(learner.net.parameters()))))
-    assert 0 not in optim["state"], "the frozen table has no state"
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_with_a_float32_loss(precision):
     """On images of one grey, whose noise can be seen."""
@@ -226,30 +218,21 @@ def test_the_scale_of_the_loss_is_that_of_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_adam_goes_to_torch_and_back(fused):
-    """Also as published programs write it, without the settings that newer versions of torch know."""
+def test_adam_goes_on_in_torch(fused):
+    """What a checkpoint holds of it is what torch.optim.Adam saves."""
     batches = make_batches()
     straight, first = tiny_learner(dropout=0.0), tiny_learner(dropout=0.0)
-    train(straight, batches, 5)
+    train(straight, batches, 4)
     train(first, batches, 2)
-    state = copy.deepcopy(first.state_dict())
     theirs = torch.optim.Adam(first.net.parameters(), lr=1.0, fused=fused)
-    theirs.load_state_dict(state["optim"])
+    theirs.load_state_dict(copy.deepcopy(first.state_dict()["optim"]))
     for step in (2, 3):
-        batch = batches(step)
         first.net.zero_grad()
-        first.losses(batch).mean().backward()
+        first.losses(batches(step)).mean().backward()
         torch.nn.utils.clip_grad_norm_(first.net.parameters(), 1.0)
         theirs.step()
-    optim = theirs.state_dict()
-    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
-    optim["param_groups"] = [{name: optim["param_groups"][0][name] for name in names}]
-    again = tiny_learner(dropout=0.0)
-    again.load_state_dict({**state, "net_model": first.net.state_dict(), "optim": optim, "step": 4})
-    train(again, batches, 1)
-    torch.testing.assert_close(again.weights, straight.weights, rtol=1e-5, atol=2e-5)
-    assert again.optim.param_groups[0]["fused"] and 0 not in optim["state"]
-    assert {state["step"].item() for state in again.optim.state.values()} == {5.0}
+    torch.testing.assert_close(first.weights, straight.weights, rtol=1e-5, atol=2e-5)
+    assert 0 not in theirs.state_dict()["state"], "the frozen table has no state"
 
 
 def test_a_network_in_training_does_not_load_the_compiler():
@@ -263,7 +246,7 @@ def test_a_network_in_training_does_not_load_the_compiler():
 
 
 def test_weights_are_views_of_one_tensor_wherever_they_go():
-    """After loading, averaging and moving too; the room between them stays 0, so that it never counts."""
+    """After loading, averaging and moving too."""
     learner = tiny_learner()
     train(learner, make_batches(), 2)
     learner.load_state_dict(copy.deepcopy(learner.state_dict()))
@@ -271,9 +254,6 @@ def test_weights_are_views_of_one_tensor_wherever_they_go():
     learner._move(torch.clone)
     train(learner, make_batches(), 1)
     for net, values in ((learner.net, learner.weights), (learner.ema, learner.ema_weights)):
-        inside = torch.zeros_like(values, dtype=torch.bool)
+        assert sum(value.numel() for value in net.state_dict().values()) == len(values)
         for value in net.state_dict().values():
             assert value.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
-            assert value.data_ptr() % 512 == values.data_ptr() % 512
-            inside[value.storage_offset() :][: value.numel()] = True
-        assert not values[~inside].any() and len(values) < 1.1 * inside.sum()

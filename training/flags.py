@@ -21,19 +21,17 @@ from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import SPLITS, default_split
 from utils.errors import DataError, UsageError
+from utils.safe_files import one_line
 
 STAGES = ("generate", "score", "memorise", "grid", "report")
 
 
-class PathParser(flags.ArgumentParser):
-    """A path, with ~ and ~user for a home directory."""
-
-    def parse(self, argument):
-        return os.path.expanduser(argument)  # noqa: PTH111 - an unknown user's ~ stays, as in a shell
+PATHS = []  # names of the flags that name files and directories: `parse` expands ~ in them
 
 
 def DEFINE_path(name, default, help):  # noqa: N802 - as absl's
-    flags.DEFINE(PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
+    PATHS.append(name)
+    flags.DEFINE_string(name, default, help)
 
 
 # what to do
@@ -47,10 +45,7 @@ flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a mu
 flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
 flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
 flags.DEFINE_integer(
-    "norm_groups",
-    0,
-    "groups of every GroupNorm; 0: what the checkpoint was trained with, and min(32, ch // 4) where a training starts",
-    lower_bound=0,
+    "norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's; in a new network min(32, ch // 4)", 0
 )
 flags.DEFINE_float("dropout", 0.1, "dropout probability, in [0, 1)", lower_bound=0.0)
 flags.DEFINE_integer("num_labels", None, "number of classes of a conditional UNet, >= 1", lower_bound=1)
@@ -65,9 +60,7 @@ flags.DEFINE_integer("T", 1000, "number of timesteps, >= 2", lower_bound=2)
 flags.DEFINE_enum("mean_type", "epsilon", MEAN_TYPES, "what the network predicts")
 flags.DEFINE_enum("var_type", "fixedlarge", VAR_TYPES, "variance of the ancestral step (--sampler=ddpm)")
 flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are generated")
-flags.DEFINE_integer(
-    "sample_steps", 50, "network calls per image of --sampler=ddim (1 to T) or dpmpp (1 to T - 1; 20 do)", lower_bound=1
-)
+flags.DEFINE_integer("sample_steps", 50, "network calls per image: 1 to T of ddim, 1 to T - 1 of dpmpp (20 do)", 1)
 flags.DEFINE_float("eta", 0.0, "noise of --sampler=ddim, 0 (none) to 1 (as DDPM)", 0.0, 1.0)
 flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 0 for none", lower_bound=0.0)
 
@@ -80,37 +73,21 @@ flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", l
 flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, digits and afhq never)")
 flags.DEFINE_integer("shift", 0, "move training images at random by up to so many pixels, >= 0", lower_bound=0)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
-flags.DEFINE_integer(
-    "num_workers", 4, "threads that decode image files once; no effect where nothing is decoded", lower_bound=0
-)
+flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
 # training
 flags.DEFINE_float("lr", 2e-4, "Adam's learning rate, > 0")
 flags.DEFINE_float("grad_clip", 1.0, "largest norm of the gradient, > 0")
 flags.DEFINE_integer("total_steps", 400_000, "main: training steps", lower_bound=1)
-flags.DEFINE_integer(
-    "warmup", None, "steps of linear warm-up; default 5000 in main, 15 epochs of a shard in main_fed", lower_bound=0
-)
-flags.DEFINE_integer(
-    "batch_size", 128, "images per step, of all processes in main; also per call when generating", lower_bound=1
-)
+flags.DEFINE_integer("warmup", None, "steps of linear warm-up; default: main 5000, main_fed 15 epochs of a shard", 0)
+flags.DEFINE_integer("batch_size", 128, "images per step, of all processes in main; also per call when generating", 1)
 flags.DEFINE_float("ema_decay", 0.9999, "decay of the EMA weights, in [0, 1)", lower_bound=0.0)
-flags.DEFINE_enum(
-    "precision",
-    "fp32",
-    PRECISIONS,
-    "of a network's products: fp32; tf32, a GPU's faster float32 with 10 bits behind the point; bf16 (autocast); "
-    "fp16 (autocast and a loss scaler)",
-)
+flags.DEFINE_enum("precision", "fp32", PRECISIONS, "fp32; tf32: a GPU's faster float32; bf16; fp16 with a loss scaler")
 flags.DEFINE_bool("compile", False, "run the network through torch.compile")
 flags.DEFINE_bool("parallel", False, "no effect: several GPUs are used by torchrun, with a process for each")
 flags.DEFINE_string("device", None, "torch device such as cpu or cuda:1; default: cuda if there is one, else cpu")
-flags.DEFINE_enum(
-    "data_device",
-    "device",
-    ("device", "cpu"),
-    "where the training images are kept; cpu: for data sets that are larger than the GPU's memory",
-)
+_PLACES = ("device", "cpu")
+flags.DEFINE_enum("data_device", "device", _PLACES, "where training images are kept; cpu: if the GPU is too small")
 flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights, generated images", lower_bound=0)
 
 # what main_fed adds: iterative ensemble training and anti-gradient control
@@ -123,9 +100,7 @@ flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_g
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
 DEFINE_path("check_dir", None, "main_fed: checkpoint file that all shards start from")
-flags.DEFINE_enum(
-    "shard_state", "device", ("device", "cpu"), "main_fed: where weights and Adam's state of shards that wait are kept"
-)
+flags.DEFINE_enum("shard_state", "device", _PLACES, "main_fed: where the state of shards that wait is kept")
 flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
 
 # logs and checkpoints
@@ -133,12 +108,8 @@ DEFINE_path("logdir", None, "directory of logs and checkpoints; default ./logs/d
 flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in --logdir, which must have none")
 flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
 flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
-flags.DEFINE_integer(
-    "keep", 2, "newest files kept with all that a run continues from (main; main_fed: per shard)", lower_bound=1
-)
-flags.DEFINE_integer(
-    "max_bad_steps", 20, "stop after so many steps in a row without a finite loss and gradient", lower_bound=1
-)
+flags.DEFINE_integer("keep", 2, "newest files kept to continue from (main; main_fed: per shard)", lower_bound=1)
+flags.DEFINE_integer("max_bad_steps", 20, "stop after so many steps in a row that are not finite", lower_bound=1)
 flags.DEFINE_integer("log_step", 50, "steps between two lines of metrics.jsonl", lower_bound=1)
 flags.DEFINE_integer("save_step", 5000, "steps between two checkpoints; 0: only at the end", lower_bound=0)
 flags.DEFINE_integer("save_round", 1, "main_fed: rounds between two checkpoints (the last is always kept)", 1)
@@ -163,7 +134,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
 flags.DEFINE_bool(
-    "holdout", None, "all_in: also measure held-out real images, the floor of MQ; default: where the data set has them"
+    "holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if there are any"
 )
 DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
@@ -174,20 +145,22 @@ NETWORK_FLAGS = (
     "ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "legacy_labels", "beta_1", "beta_T", "T",
     "mean_type", "img_size", "use_ema",
 )  # fmt: skip
+# what a run's result depends on; FIXED: what it has saved depends on it too, so that --allow_change does not allow it
+FIXED = {
+    "main": ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size"),
+    "main_fed": (
+        "client_num", "split", "local_epoch", "batch_size", "seed", "dataset", "num_train", "subset_seed", "check_dir",
+    ),
+}  # fmt: skip
+CHANGEABLE = {
+    "main": (
+        "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed", "hflip",
+        "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
+    ),
+    "main_fed": ("anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay"),
+}  # fmt: skip
 
-# what a continued run must not change, since it would not end as the run that was started: not even with --allow_change
-# where what it has saved depends on it
-FIXED_FLAGS = ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size")
-RESULT_FLAGS = (
-    *FIXED_FLAGS, "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
-    "hflip", "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
-)  # fmt: skip
-FIXED_ENSEMBLE_FLAGS = (
-    "client_num", "split", "local_epoch", "batch_size", "seed", "dataset", "num_train", "subset_seed", "check_dir",
-)  # fmt: skip
-ENSEMBLE_FLAGS = (
-    "client_num", "split", "local_epoch", "check_dir", "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay",
-)  # fmt: skip
+ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
 
 # which of the flags a stage of all_in.py depends on, besides the data's
 STAGE_FLAGS = {
@@ -200,15 +173,14 @@ STAGE_FLAGS = {
     "memorise": ("holdout", "batch_A", "batch_B", "similar_dir"),
 }  # fmt: skip
 
-for _name in ("lr", "grad_clip", "mem_ratio"):
-    flags.register_validator(_name, lambda value: value > 0, message="must be > 0")
-for _name in ("beta_1", "beta_T"):
-    flags.register_validator(_name, lambda value: 0 < value < 1, message="must be in (0, 1)")
-for _name in ("dropout", "label_dropout", "ema_decay"):
-    flags.register_validator(_name, lambda value: value < 1, message="must be in [0, 1)")
-flags.register_validator(
-    "stages", lambda stages: set(stages) <= set(STAGES), message=f"must be some of {','.join(STAGES)}"
-)
+for _names, _test, _range in (
+    (("lr", "grad_clip", "mem_ratio"), lambda value: value > 0, "> 0"),
+    (("beta_1", "beta_T"), lambda value: 0 < value < 1, "in (0, 1)"),
+    (("dropout", "label_dropout", "ema_decay"), lambda value: value < 1, "in [0, 1)"),
+    (("stages",), lambda value: set(value) <= set(STAGES), f"some of {','.join(STAGES)}"),
+):
+    for _name in _names:
+        flags.register_validator(_name, _test, message=f"must be {_range}")
 
 
 def parse(values, argv):
@@ -222,35 +194,36 @@ def parse(values, argv):
     """
     found = list(split(argv[1:], values))
     last = {name: source for source, name, _ in found}
-    kept = [words for source, name, words in found if not is_multi(values, name) or source == last[name]]
-    return values([argv[0], *itertools.chain(*kept)])[1:]
+    kept = [words for source, name, words in found if not is_list(values, name) or source == last[name]]
+    positional = values([argv[0], *itertools.chain(*kept)])[1:]
+    for name in PATHS:
+        if values[name].value:  # an unknown user's ~ stays, as in a shell
+            values[name].value = os.path.expanduser(values[name].value)  # noqa: PTH111
+    return positional
 
 
-def is_multi(values, name):
+def is_list(values, name):
     return name in values and isinstance(values[name], flags.MultiFlag)
 
 
 def split(words, values, opened=()):
     """(source, name of the flag, its words) of every flag in words, those of flagfiles in their place.
 
-    source: an object for each file and for the command line; opened: the flagfiles that the words come from.
+    source: the flagfiles that the words come from, the innermost last, and a number for every one.
     """
     source, words = object(), iter(words)
     for word in words:
         name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
-        if word == "--":
-            yield source, name, [word, *words]
-        elif not word.startswith("-"):
-            yield source, "", [word]
+        if word == "--" or not word.startswith("-"):
+            yield source, "", [word, *(words if word == "--" else ())]
         elif name == "flagfile":
-            path = Path(PathParser().parse(value if equals else next(words, "")))
+            path = Path(os.path.expanduser(value if equals else next(words, "")))  # noqa: PTH111
             if path.resolve() in opened:
                 raise UsageError(f"--flagfile={path}: it includes itself: remove that line from {opened[-1]}")
             yield from split(read_flagfile(path), values, (*opened, path.resolve()))
-        elif not equals and name in values and not values[name].boolean:
-            yield source, name, [word, *itertools.islice(words, 1)]
         else:
-            yield source, name, [word]
+            takes_next = not equals and name in values and not values[name].boolean
+            yield source, name, [word, *itertools.islice(words, int(takes_next))]
 
 
 def read_flagfile(path):
@@ -262,16 +235,14 @@ def read_flagfile(path):
         data = path.read_bytes()
         is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = data.decode("utf-16") if is_utf16 else data.decode("utf-8-sig", "surrogateescape")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
         lines = [line.strip(" \t\f\v") for line in text.replace("\r", "\n").split("\n")]
         lines = [line for line in lines if line and not line.startswith(("#", "//"))]
-        lines = [json.loads(line) if line.startswith('"') else line for line in lines]
-        if any("\0" in line for line in lines):
-            raise ValueError("it holds zero bytes")
-    except OSError as error:
-        raise UsageError(f"--flagfile={path}: cannot be read ({error.strerror}): name a text file of flags") from error
-    except ValueError as error:
-        raise UsageError(f"--flagfile={path}: not a text file ({error}): write a flag a line, in UTF-8") from error
-    return lines
+        return [json.loads(line) if line.startswith('"') else line for line in lines]
+    except (OSError, ValueError) as error:
+        what = one_line(error)
+        raise UsageError(f"--flagfile={path}: not a text file ({what}): write a flag a line, in UTF-8") from error
 
 
 def check(values):
@@ -314,16 +285,14 @@ def take(values, recorded, path):
     """
     for name in NETWORK_FLAGS:
         flag, value = values[name], recorded.get(name)
-        if value is None:
-            continue
-        if flag.present and flag.value != value:
+        if flag.present and value not in (None, flag.value):
             raise UsageError(f"--{name}={flag.value}: {path} says {value}, leave the flag out")
-        if not flag.present:
+        if not flag.present and value is not None:
             try:
                 flag.parse(value)
                 values.validate_all_flags()
             except flags.Error as error:
-                raise DataError(f"{path}: {' '.join(str(error).split())}") from error
+                raise DataError(f"{path}: {one_line(error)}") from error
 
 
 def check_data(values, data):
@@ -335,26 +304,23 @@ def check_data(values, data):
     reference_images(values, data)
 
 
+def heldout_images(values, data, flag):
+    """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
+    if data.heldout is None:
+        raise UsageError(f"--{flag}: no image of {values.dataset} is held out, leave some out with --num_train")
+    return data.heldout.images
+
+
 def reference_images(values, data):
     """The real images (N, 3, H, W) that `--fid_reference` names."""
-    if values.fid_reference == "train":
-        return data.train.images
-    if data.heldout is None:
-        raise UsageError(
-            f"--fid_reference=heldout: no image of {values.dataset} is held out, leave some out with --num_train"
-        )
-    return data.heldout.images
+    return data.train.images if values.fid_reference == "train" else heldout_images(values, data, "fid_reference")
 
 
 def holdout_images(values, data):
     """The real images (N, 3, H, W) that `--holdout` measures, or None."""
-    if values.holdout is False:
+    if values.holdout is False or (values.holdout is None and data.heldout is None):
         return None
-    if data.heldout is None:
-        if values.holdout:
-            raise UsageError(f"--holdout: no image of {values.dataset} is held out, leave some out with --num_train")
-        return None
-    return data.heldout.images
+    return heldout_images(values, data, "holdout")
 
 
 def norm_groups(values, checkpoint=None, path=None):
@@ -368,14 +334,14 @@ def norm_groups(values, checkpoint=None, path=None):
     Raises:
         UsageError: the flag contradicts the checkpoint, or --ch is no multiple of G.
     """
-    groups = values.norm_groups or min(32, values.ch // 4)
+    groups, of = values.norm_groups or min(32, values.ch // 4), ""
     if checkpoint is not None:
-        trained = checkpoint.get("norm_groups", 32)
-        if values.norm_groups not in (0, trained):
-            raise UsageError(f"--norm_groups={groups}: {path} was trained with {trained}, leave the flag out")
-        groups = trained
+        groups, of = checkpoint.get("norm_groups", 32), f" of {path}"
+        if values.norm_groups not in (0, groups):
+            raise UsageError(
+                f"--norm_groups={values.norm_groups}: {path} was trained with {groups}, leave the flag out"
+            )
     if values.ch % groups:
-        of = "" if path is None else f" of {path}"
         raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
     return groups
 
@@ -428,24 +394,18 @@ def logdir(values, script, data, groups):
         data: the `dataset.Dataset` trained on.
         groups: of the UNet's GroupNorms.
     """
-    settings = {"script": script} | {name: values[name].value for name in RESULT_FLAGS}
+    scripts = ("main",) if script == "main" else ("main", "main_fed")
+    fixed = {"script"}.union(*(FIXED[name] for name in scripts))
+    names = [name for part in scripts for name in FIXED[part] + CHANGEABLE[part]]
+    settings = {"script": script} | {name: values[name].value for name in names}
     settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
-    fixed = {"script", *FIXED_FLAGS}
-    if script == "main_fed":
-        settings |= {name: values[name].value for name in ENSEMBLE_FLAGS}
-        settings["split"] = values.split or default_split(values.dataset)
-        fixed |= {*FIXED_ENSEMBLE_FLAGS, "training images (sha256)", "classes (sha256)"}
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
-    return {
-        "settings": settings,
-        "fixed": fixed,
-        "flagfile": as_flagfile(values),
-        "subset": data.subset,
-        "fresh": values.fresh,
-        "overwrite": values.overwrite,
-        "allow_change": values.allow_change,
-    }
+    if script == "main_fed":
+        settings["split"] = values.split or default_split(values.dataset)
+        fixed |= {"training images (sha256)", "classes (sha256)"}
+    once = {name: values[name].value for name in ONCE}
+    return {"settings": settings, "fixed": fixed, "flagfile": as_flagfile(values), "subset": data.subset, **once}
 
 
 def as_dict(values):
@@ -458,9 +418,8 @@ def as_flagfile(values):
 
     A line that `read_flagfile` would change, as for a directory whose name ends in a space, is in JSON.
     """
-    once = ("fresh", "overwrite", "allow_change")
     lines = []
     for flag in values.get_key_flags_for_module(__name__):
-        if flag.name not in once and (text := flag.serialize()):
-            lines += text.split("\n") if is_multi(values, flag.name) else [text]
+        if flag.name not in ONCE and (text := flag.serialize()):
+            lines += text.split("\n") if is_list(values, flag.name) else [text]
     return "".join(f"{line if line.isprintable() and line == line.strip() else json.dumps(line)}\n" for line in lines)

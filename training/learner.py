@@ -5,67 +5,24 @@ import inspect
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
 from diffusion import GaussianDiffusionTrainer
 from utils import distributed
 
-# the dtype of autocast; tf32 is a setting of the device, see `training.command.pick_device`
+# the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**16  # of the loss at the start: halved when a gradient overflows, doubled after FP16_GROWTH good steps
 FP16_GROWTH = 2000
-ALIGNMENT = 128  # numbers: 512 bytes, as the allocations of a GPU
 
-
-class Adam(torch.optim.Adam):
-    """torch's Adam, without the decorators that load torch's compiler and that it cannot capture.
-
-    Loading it takes more than a second at every start. `step` is to be called under no_grad.
-    """
-
-    add_param_group, state_dict, load_state_dict, step = (
-        inspect.unwrap(getattr(torch.optim.Adam, name))
-        for name in ("add_param_group", "state_dict", "load_state_dict", "step")
-    )
-
-
-def lay_out(net, values=None):
-    """Make a network's weights views of one tensor, so that one operation, or one copy, is of all of them.
-
-    Args:
-        net: a network whose state dict is its parameters.
-        values: the tensor, from an earlier call for a network of this architecture; None: a new one of its weights.
-
-    Returns:
-        The tensor: one-dimensional, with a little room between the parameters, which stays 0.
-    """
-    parameters = list(net.parameters())
-    sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
-    if values is None:
-        padded = [
-            F.pad(parameter.data.flatten(), (0, size - parameter.numel()))
-            for parameter, size in zip(parameters, sizes, strict=True)
-        ]
-        values = torch.cat(padded)
-    for parameter, part in zip(parameters, values.split(sizes), strict=True):
-        parameter.data = part[: parameter.numel()].view(parameter.shape)
-    return values
-
-
-def clip_divisor(norm, largest):
-    """What a gradient of this norm is divided by, so that its norm is at most `largest`; scalar tensor >= 1."""
-    return ((norm + 1e-6) / largest).clamp(min=1)
+# torch's, without the decorators that load torch's compiler, which takes more than a second at every start
+METHODS = ("add_param_group", "state_dict", "load_state_dict", "step")
+Adam = type("Adam", (torch.optim.Adam,), {name: inspect.unwrap(getattr(torch.optim.Adam, name)) for name in METHODS})
 
 
 def to_host(value):
     """A copy in host memory; one of a GPU's tensor is pinned, so that both ways are fast."""
     return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
-
-
-def warmup_factor(step, warmup):
-    """The share of the learning rate that update number `step` (from 0) gets: linear from 0 over `warmup` steps."""
-    return min(step, warmup) / warmup if warmup else 1.0
 
 
 class Learner:
@@ -104,30 +61,27 @@ class Learner:
         self.device = next(net.parameters()).device
         self.net = net
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
-        self.weights, self.ema_weights = lay_out(self.net), lay_out(self.ema)
-        self.share_batches = share_batches
+        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.optim = Adam(net.parameters(), lr, fused=True)
+        self.base_lr, self.warmup, self.grad_clip, self.ema_decay = lr, warmup, grad_clip, ema_decay
+        self.dtype = PRECISIONS[precision]
+        self.is_fp16 = self.dtype == torch.float16
+        self.loss_scale = torch.tensor(FP16_SCALE if self.is_fp16 else 1.0, device=self.device)
+        self.good_since_growth = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.share_batches, self.offload = share_batches, offload
+        self.step = 0
+        self.weights = parameters_to_vector(net.parameters()).detach()
+        self.ema_weights = parameters_to_vector(self.ema.parameters()).detach()
+        self._move(to_host if offload else lambda value: value)
         network = torch.compile(net) if compile else net
         if share_batches:
             network = distributed.average_gradients(network)
         self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
-        self.optim = Adam(net.parameters(), lr, fused=True)
-        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.base_lr = lr
-        self.warmup = warmup
-        self.dtype = PRECISIONS[precision]
-        self.loss_scale = torch.tensor(FP16_SCALE if self.dtype == torch.float16 else 1.0, device=self.device)
-        self.good_since_growth = torch.zeros((), dtype=torch.int32, device=self.device)
-        self.grad_clip = grad_clip
-        self.ema_decay = ema_decay
-        self.step = 0
-        self.offload = offload
-        if offload:
-            self._move(to_host)
 
     @property
     def lr(self):
-        """The learning rate of the next update."""
-        return self.base_lr * warmup_factor(self.step, self.warmup)
+        """The learning rate of the next update: linear from 0 over the warm-up, then constant."""
+        return self.base_lr * (min(self.step, self.warmup) / self.warmup if self.warmup else 1.0)
 
     def losses(self, batch):
         """The loss of every sample, its squared error averaged over C, H and W: (B,) float32."""
@@ -144,7 +98,7 @@ class Learner:
         Returns:
             Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
         """
-        self.clear_gradients()
+        self.net.zero_grad()
         (self.loss_scale * loss).backward()
         loss = loss.detach()
         if self.share_batches:
@@ -152,13 +106,13 @@ class Learner:
         norm = get_total_norm([parameter.grad for parameter in self.parameters]) / self.loss_scale
         applied = norm.isfinite() & loss.isfinite()
         # fused Adam reads these, as torch's GradScaler sets them: a divisor of the gradient, and whether to do nothing
-        self.optim.grad_scale = self.loss_scale * clip_divisor(norm, self.grad_clip)
+        self.optim.grad_scale = self.loss_scale * ((norm + 1e-6) / self.grad_clip).clamp(min=1)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
         with torch.no_grad():
             self.optim.step()
             self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
-        if self.dtype == torch.float16:
+        if self.is_fp16:
             self.scale_loss(applied)
         self.step += 1
         return {"loss": loss, "applied": applied, "lr": lr}
@@ -170,11 +124,6 @@ class Learner:
         self.good_since_growth.mul_(~grown)
         self.loss_scale.mul_(torch.where(applied, 1 + grown.float(), 0.5))
 
-    def clear_gradients(self):
-        """Give the gradients' memory back."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     @contextmanager
     def on_device(self):
         """Within this the learner can work. With `offload` it waits in host memory before and after."""
@@ -185,10 +134,14 @@ class Learner:
             self._move(to_host)
 
     def _move(self, move):
-        """Replace weights, EMA and what Adam keeps by move(tensor)."""
-        self.clear_gradients()
-        self.weights = lay_out(self.net, move(self.weights))
-        self.ema_weights = lay_out(self.ema, move(self.ema_weights))
+        """Replace weights, EMA and what Adam keeps by move(tensor).
+
+        The weights of a network become views of one tensor, so that one operation, or one copy, is of all of them.
+        """
+        self.net.zero_grad()
+        self.weights, self.ema_weights = move(self.weights), move(self.ema_weights)
+        vector_to_parameters(self.weights, self.net.parameters())
+        vector_to_parameters(self.ema_weights, self.ema.parameters())
         for state in self.optim.state.values():
             state |= {name: move(value) for name, value in state.items()}
         if self.device.type == "cuda":
@@ -205,28 +158,24 @@ class Learner:
             "norm_groups": self.net.groups,
             "net_model": self.net.state_dict(),
             "ema_model": self.ema.state_dict(),
-            "sched": self.schedule_state(),
+            # as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint
+            "sched": {
+                "base_lrs": [self.base_lr],
+                "last_epoch": self.step,
+                "_step_count": self.step + 1,
+                "_last_lr": [self.lr],
+                "lr_lambdas": [None],
+            },
             "optim": self.optim.state_dict(),
-            "scaler": {"scale": self.loss_scale, "_growth_tracker": self.good_since_growth},
+            "scaler": {"scale": self.loss_scale, "_growth_tracker": self.good_since_growth} if self.is_fp16 else {},
             "step": self.step,
-        }
-
-    def schedule_state(self):
-        """The schedule as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint."""
-        return {
-            "base_lrs": [self.base_lr],
-            "last_epoch": self.step,
-            "_step_count": self.step + 1,
-            "_last_lr": [self.lr],
-            "lr_lambdas": [None],
         }
 
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
-        groups = [{**group, "fused": True, "foreach": None} for group in state["optim"]["param_groups"]]
-        self.optim.load_state_dict({**state["optim"], "param_groups": groups})
-        if state["scaler"] and self.dtype == torch.float16:
+        self.optim.load_state_dict(state["optim"])
+        if self.is_fp16 and state["scaler"]:
             self.loss_scale.fill_(state["scaler"]["scale"])
             self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])
         self.step = state["step"]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -55,50 +54,49 @@ class Logger:
     """
 
     def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
-        self.logdir = Path(logdir)
-        self.log_step = log_step
-        self.max_bad_steps = max_bad_steps
-        self.seconds_before = seconds
-        self.batch_size = batch_size
-        self.main = distributed.is_main()
-        self.writes = writes
+        self.logdir, self.writes = Path(logdir), writes
+        self.log_step, self.max_bad_steps, self.batch_size = log_step, max_bad_steps, batch_size
         rank, processes = distributed.rank(), distributed.world_size()
         desc = f"process 1 of {processes}" if processes > 1 else None
         self.bar = distributed.bar(total=total, initial=done, desc=desc, unit="step")
+        self.path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
         if writes:
-            path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
             events = self.logdir / f"rank{rank}" if rank else self.logdir
-            with self.writing(path):
-                self.metrics = path.open("a+b")
-                end_last_line(self.metrics)
+            with self.writing():
+                torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+                self.metrics = self.path.open("a")
+                if torn:  # by a full disk or a power loss: what follows must not become part of that line
+                    self.metrics.write("\n")
                 events.mkdir(exist_ok=True)
                 self.events = EventsWriter(str(events / "events"), ".iet_agc")
-        self.bad_rows = {}  # {shard: steps in a row that were not applied, now and at most since the last line}
-        self.start = self.since = time.perf_counter()
+        self.since = time.perf_counter()
+        self.start = self.since - seconds
+        self.bad_row = self.longest_bad_row = 0
         self.clear()
 
     def clear(self):
         """Start the sums of a line; tensors in them stay on their device until the line is due."""
-        self.loss = self.bad_steps = self.skipped = 0
-        self.steps = self.images_seen = 0
+        self.steps = self.loss = self.bad_steps = self.skipped = 0
 
     @contextlib.contextmanager
-    def writing(self, path=None):
+    def writing(self):
         """Errors of the logs' files as a DataError."""
         try:
             yield
         except OSError as error:
             raise DataError(
-                f"{path or self.metrics.name}: cannot be written ({error.strerror}): check the directory and its space"
+                f"{self.path}: cannot be written ({error.strerror}): check the directory and its space"
             ) from error
 
     @property
     def seconds(self):
         """Of training, over all starts."""
-        return self.seconds_before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     def step(self, step, numbers, keep=None, *, now=False, **where):
-        """Take in a step, and write a line every `log_step` steps.
+        """Take in a step; every `log_step` steps write a line about those since the last one to the bar and the logs.
+
+        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
 
         Args:
             step: the step's number in the whole run.
@@ -106,67 +104,56 @@ class Logger:
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
             now: write the line of the steps until this one, since a round ends, or the run.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
-        """
-        loss, applied = numbers["loss"], numbers["applied"]
-        self.loss = self.loss + torch.where(applied, loss, 0.0)
-        self.bad_steps = self.bad_steps + ~applied
-        row, longest = self.bad_rows.get(where.get("shard"), (0, 0))
-        row = torch.where(applied, 0, row + 1)
-        self.bad_rows[where.get("shard")] = row, torch.clamp(row, min=longest)
-        self.steps += 1
-        self.images_seen += self.batch_size
-        self.lr = numbers["lr"]
-        if keep is not None:
-            self.skipped = self.skipped + (~keep).sum()
-        self.bar.update()
-        if due(step, self.log_step) or now:
-            self.line(step, **where)
-
-    def line(self, step, **where):
-        """Write a line of the steps since the last one to the bar and the logs.
-
-        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
 
         Raises:
             DataError: too many steps in a row were not applied.
         """
-        now, bad_steps = time.perf_counter(), int(self.bad_steps)
-        loss = float(self.loss) / (self.steps - bad_steps) if bad_steps < self.steps else None
-        line = {"step": step, **where, "loss": loss, "lr": self.lr, "bad_steps": bad_steps}
-        line["images_per_second"] = self.images_seen / (now - self.since)
-        if isinstance(self.skipped, torch.Tensor):
-            line["skipped"] = float(self.skipped) / self.images_seen
-        self.since = now
-        self.clear()
-        hidden = ("step", "bad_steps") if not bad_steps else ("step",)
-        shown = {name: value for name, value in line.items() if value is not None and name not in hidden}
-        postfix = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in shown.items()}
-        self.bar.set_postfix(postfix, refresh=False)
+        applied = numbers["applied"]
+        self.steps += 1
+        self.loss = self.loss + torch.where(applied, numbers["loss"], 0.0)
+        self.bad_steps = self.bad_steps + ~applied
+        self.bad_row = torch.where(applied, 0, self.bad_row + 1)
+        self.longest_bad_row = self.bad_row.clamp(min=self.longest_bad_row)
+        if keep is not None:
+            self.skipped = self.skipped + (~keep).sum()
+        self.bar.update()
+        if not (due(step, self.log_step) or now):
+            return
+
+        now, bad_steps, images = time.perf_counter(), int(self.bad_steps), self.steps * self.batch_size
+        line = {"step": step, **where, "loss": None, "lr": numbers["lr"], "bad_steps": bad_steps}
+        if bad_steps < self.steps:
+            line["loss"] = float(self.loss) / (self.steps - bad_steps)
+        line["images_per_second"] = images / (now - self.since)
+        if keep is not None:
+            line["skipped"] = float(self.skipped) / images
+        shown = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.bar.set_postfix(shown, refresh=False)
         self.write(line)
-        row, longest = self.bad_rows[where.get("shard")]
-        self.bad_rows[where.get("shard")] = row, row
-        if longest >= self.max_bad_steps:
+        if self.longest_bad_row >= self.max_bad_steps:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
             raise DataError(
-                f"{self.logdir}: {int(longest)} steps in a row without a finite loss and gradient, up to {place}, "
-                f"learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use another "
-                "--precision"
+                f"{self.logdir}: {int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to "
+                f"{place}, learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use "
+                "another --precision"
             )
+        self.since, self.longest_bad_row = now, self.bad_row
+        self.clear()
 
-    def write(self, line, prefix=""):
-        """Write a line to metrics.jsonl and, with the prefix or its shard in the tag, to TensorBoard."""
+    def write(self, line):
+        """Write a line to metrics.jsonl and, with its shard or kind of weights in the tag, to TensorBoard."""
         if not self.writes:
             return
         with self.writing():
-            self.metrics.write((json.dumps({**line, "time": time.time()}) + "\n").encode())
+            self.metrics.write(json.dumps({**line, "time": time.time()}) + "\n")
             self.metrics.flush()
-        prefix = prefix or (f"shard{line['shard']}/" if "shard" in line else "")
+        of = f"shard{line['shard']}/" if "shard" in line else f"{line['weights']}/" if "weights" in line else ""
         for name, value in line.items():
             if isinstance(value, float):
-                self.event(line["step"], summary.scalar(prefix + name, value))
+                self.event(line["step"], summary.scalar(of + name, value))
 
     def event(self, step, value):
-        """Write one of tensorboardX's summaries to TensorBoard."""
+        """Write one of tensorboardX's summaries: in this thread, so that it is known where the disk is full."""
         with self.writing():
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
 
@@ -179,17 +166,17 @@ class Logger:
 
     def images(self, tag, step, images):
         """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/ and TensorBoard."""
-        grid = image_grid(to_uint8(images)).cpu()
+        grid = image_grid(to_uint8(images)).cpu().numpy()
         with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="PNG")
-        self.event(step, summary.image(tag.split("_step")[0], grid.numpy()))
+            Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="PNG")
+        self.event(step, summary.image(tag.split("_step")[0], grid))
 
     def memorization(self, skip_counts, banks, r):
         """After round r: a histogram of skips per training image, and every shard's memory bank over t, in TensorBoard.
 
         skip_counts (N,) int64; banks: {shard: (T,) tensor} of this process. A bank's curve has t for its step axis.
         """
-        if self.main:
+        if distributed.is_main():
             self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
         for shard, bank in banks.items():
             for t, value in enumerate(bank.tolist()):
@@ -199,7 +186,7 @@ class Logger:
         """At the end of the run: write train.json, its steps and the seconds over all starts."""
         if self.writes:
             self.flush()
-        if self.main:
+        if distributed.is_main():
             write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
 
     def __enter__(self):
@@ -211,11 +198,3 @@ class Logger:
             with contextlib.suppress(OSError):  # what could not be written has been said
                 self.metrics.close()
                 self.events.close()
-
-
-def end_last_line(file):
-    """A full disk or a power loss may have torn the last line: what follows must not become part of it."""
-    if file.tell():
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")

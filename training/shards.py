@@ -1,7 +1,5 @@
 """Partitions of the training images into shards, and how their steps are counted."""
 
-from dataclasses import dataclass
-
 import torch
 
 from utils.seeding import generator
@@ -50,22 +48,11 @@ def make_shards(labels, num_shards, split, seed):
     return [torch.cat(part).sort().values for part in parts]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The number of a step in the whole run, as if shards were trained one after the other in every round.
+def number_of_step(steps_per_round, shard, step):
+    """The number in the whole run, from 1, of a shard's own step number `step`, from 1.
 
-    So it is the same whichever process makes the step, and whenever. `steps`: of each of the K shards in a round.
-    Rounds count from 1, shards from 0.
+    It counts as if shards were trained one after the other in every round, so it is the same whichever process makes
+    the step, and whenever. steps_per_round: of each of the K shards; `shard` counts from 0.
     """
-
-    steps: tuple[int, ...]
-
-    def end(self, shard, r):
-        """The shard's own steps after r rounds."""
-        return r * self.steps[shard]
-
-    def number(self, shard, step):
-        """The number in the whole run, from 1, of the shard's own step number `step`, from 1."""
-        rounds_before = (step - 1) // self.steps[shard]
-        in_round = step - self.end(shard, rounds_before)
-        return rounds_before * sum(self.steps) + sum(self.steps[:shard]) + in_round
+    rounds_before, before = divmod(step - 1, steps_per_round[shard])
+    return rounds_before * sum(steps_per_round) + sum(steps_per_round[:shard]) + before + 1

@@ -1,0 +1,157 @@
+"""Running a script: flags in, one line where a person has to correct something, the device, a stop by a signal."""
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+
+import torch
+from absl import app, flags
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from training import flags as shared_flags
+from utils import distributed, startup
+from utils.errors import UsageError, UserError, printable
+
+MAIN_SPEAKS_FIRST = 3.0  # seconds
+ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
+
+
+def run(main, arguments=()):
+    """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files.
+
+    arguments: names of what else must be on the command line; main is called with it.
+    """
+    app.define_help_flags()
+    for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
+    startup.run(partial(launch, main, arguments))
+
+
+@record  # torchrun names the rank that failed first, with its traceback
+def launch(main, arguments):
+    if not distributed.is_main():
+        distributed.be_silent()
+    try:
+        positional = parse(flags.FLAGS, arguments)
+        if flags.FLAGS.parallel and distributed.is_main():
+            print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
+        distributed.initialize()
+        main(*positional)
+    except UserError as error:
+        rank = ""
+        if not distributed.is_main():
+            # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
+            time.sleep(MAIN_SPEAKS_FIRST)
+            rank = f"rank {distributed.rank()}: "
+        startup.say(f"{rank}error: {error}")
+        sys.exit(error.exit_code)
+    distributed.finish()
+
+
+def parse(values, arguments):
+    """Read and check the command line; returns what is no flag of it, which is as much as `arguments` names."""
+    try:
+        positional = shared_flags.parse(values, sys.argv)
+    except SystemExit:  # --help: absl ends with 1
+        sys.exit(0)
+    except flags.Error as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if len(positional) < len(arguments):
+        raise UsageError(f"give {' and '.join(arguments)}, see --help")
+    if len(positional) > len(arguments):
+        raise UsageError(f"{positional[len(arguments)]!r} is no flag: flags start with --, see --help")
+    shared_flags.check(values)
+    return positional
+
+
+def announce(device, net, images, batch_size, **more):
+    """Print one line about what begins: device, processes, parameters of `net` (unless None), images, batch.
+
+    more: further counts, e.g. steps_per_epoch=4.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if device.type == "cpu" and flags.FLAGS.device is None:
+        name = "no GPU found"
+    processes = distributed.world_size()
+    counts = {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
+    counts |= {"images": images, **more, "images per batch": batch_size}
+    said = [f"{device} ({name})" if name else f"{device}", f"{processes} process{'es' if processes > 1 else ''}"]
+    print(", ".join(said + [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()]))
+
+
+def pick_device(name, precision="fp32"):
+    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
+
+    It is also set up here: float32 products of a GPU are rounded to TF32 with `--precision=tf32` only (torch's default
+    is to do so in convolutions), and cuDNN tries its algorithms for every new shape, of which a run has few.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            number = device.index or 0
+            if distributed.world_size() > 1:
+                number = distributed.local_rank()
+                if device.index is not None:
+                    raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
+                if number >= torch.cuda.device_count():
+                    raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)  # so that nothing takes memory of another
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+class Interruption:
+    """Within its context SIGTERM, SIGINT or SIGHUP only makes it true, and a training stops at the next step, saved.
+
+    A second signal ends the process at once; the same one again within a second is the same request.
+    """
+
+    def __init__(self):
+        self.number = self.pending = None
+
+    def __enter__(self):
+        self.before = startup.handle(self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+        elif number != self.number or time.monotonic() - self.since > ONE_REQUEST:
+            os._exit(128 + number)
+
+    def __bool__(self):
+        return self.number is not None
+
+    def of_any(self):
+        """Whether any of the processes that train one network was signalled, known to all of them at the same step.
+
+        Nobody waits for the others: the answer is about the step before.
+        """
+        if distributed.world_size() == 1:
+            return bool(self)
+        before, self.pending = self.pending, distributed.total_later(torch.tensor(int(bool(self))))
+        return before is not None and bool(before())
+
+    def exit(self, logdir):
+        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP.
+
+        Where only another process was signalled, this one ends as after SIGTERM.
+        """
+        number = self.number or signal.SIGTERM
+        if distributed.is_main():
+            where = f"saved in {printable(logdir)}: the same command continues the run"
+            print(f"stopped by {signal.Signals(number).name}, {where}", file=sys.stderr)
+        sys.exit(128 + number)
