@@ -162,17 +162,6 @@ CHANGEABLE = {
 
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
 
-# which of the flags a stage of all_in.py depends on, besides the data's
-STAGE_FLAGS = {
-    "generate": (
-        "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
-        "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "sample_steps", "eta", "guidance",
-        "precision", "compile", "batch_size", "seed", "num_images", "unet_dir", "use_ema", "generate_dir",
-    ),
-    "score": ("fid_features", "fid_reference", "fid_cache", "inception_weights"),
-    "memorise": ("holdout", "batch_A", "batch_B", "similar_dir"),
-}  # fmt: skip
-
 for _names, _test, _range in (
     (("lr", "grad_clip", "mem_ratio"), lambda value: value > 0, "> 0"),
     (("beta_1", "beta_T"), lambda value: 0 < value < 1, "in (0, 1)"),
