@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 from html import escape
 from pathlib import Path
 
@@ -106,6 +107,8 @@ def chart(draw, names, x_label, y_label, alt):
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it says when it makes its font cache
 
     with rc_context({"axes.prop_cycle": cycler(color=SERIES), "font.size": 13, "axes.axisbelow": True}):
         drawn, file = Figure(figsize=(6.4, 3.2), layout="constrained"), io.BytesIO()
