@@ -114,8 +114,8 @@ def generate_images(net, path, device):
     def batches(first):
         return generate_batches(sampler, **flags.generation(FLAGS), first=first)
 
-    about = {"checkpoint": str(path), "training": training_settings(path)}
-    about |= {"flags": {"generate": flags.as_dict(FLAGS)}}
+    used = {"generate": flags.as_dict(FLAGS)}
+    about = {"checkpoint": str(path), "training": training_settings(path), "flags": used}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -141,14 +141,9 @@ def about_images():
     if FLAGS.samples:
         return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-    about = {
-        name: record[name] for name in ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
-    }
-    return about | {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-
-
-def neighbors_path():
-    return Path(FLAGS.similar_dir) / "memorization.npz"
+    names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
+    weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
+    return {name: record[name] for name in names} | weights
 
 
 def neighbors_to_show(stages, result, sets):
@@ -156,16 +151,16 @@ def neighbors_to_show(stages, result, sets):
 
     Returns the nearest training images (N,), the ratios (N,), and those of held-out images (L,) or None.
     """
-    wanted = {neighbors_path(): sets}
+    wanted, found = {"memorization": result["images_sha256"]}, []
     if "holdout" in result and "report" in stages:
-        heldout = {"images_sha256": result["holdout"]["images_sha256"]}
-        wanted[neighbors_path().with_name("holdout.npz")] = sets | heldout
-    found = [known_neighbors(path, of) for path, of in wanted.items()]
-    for path, known in zip(wanted, found, strict=True):
+        wanted["holdout"] = result["holdout"]["images_sha256"]
+    for name, images in wanted.items():
+        path = Path(FLAGS.similar_dir) / f"{name}.npz"
+        known = known_neighbors(path, sets | {"images_sha256": images})
         if known is None or "mq" not in result:
             raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
-    ratios = [memorization_ratio(sq_distance) for sq_distance, _ in found]
-    return found[0][1][:, 0], ratios[0], ratios[1] if len(ratios) > 1 else None
+        found.append((known[1][:, 0], memorization_ratio(known[0])))
+    return *found[0], found[1][1] if len(found) > 1 else None
 
 
 def skip_counts(path, size):
@@ -207,8 +202,8 @@ def main():
     shows_earlier = stages & {"grid", "report"} and "memorise" not in stages
     if shows_earlier and "generate" in stages:
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
-    if shows_earlier and not neighbors_path().exists():
-        raise DataError(f"{neighbors_path()}: no such file: run the memorise stage first")
+    if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
+        raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
     net = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
