@@ -36,10 +36,7 @@ def save_grids(folder, generated, training, nearest, ratio):
 
 
 def save_comparison(path, grids, height=96):
-    """One picture of the first `height` pixels of several grids, {label: path of a grid_image0.png}.
-
-    Raises DataError if a grid cannot be read or the picture cannot be written.
-    """
+    """One picture of the first `height` pixels of several grids, {label: path of a grid_image0.png}. DataError."""
     images = {label: read_image(grid) for label, grid in grids.items()}
     save_labelled(path, {label: i.crop((0, 0, i.width, min(height, i.height))) for label, i in images.items()})
 
