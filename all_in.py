@@ -51,7 +51,10 @@ def earlier_result():
 
 
 def add(result, stage, find):
-    """Put what a stage finds into result.json, with its seconds and flags; returns whether it was not there yet."""
+    """Put what a stage finds into result.json, with its seconds; returns whether it was not there yet.
+
+    `flags` are those of the last call that made numbers.
+    """
     start = time.perf_counter()
     numbers = find()
     earlier = {key: result[key] for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
@@ -61,7 +64,8 @@ def add(result, stage, find):
             del result[key]
         result |= numbers
         result["seconds"][stage] = round(time.perf_counter() - start, 3)
-        result["flags"][stage] = flags.as_dict(FLAGS)
+        if stage in ("score", "memorise"):
+            result["flags"] = flags.as_dict(FLAGS)
     if distributed.is_main():
         write_json(result_path(), result)
     return is_new
@@ -114,8 +118,7 @@ def generate_images(net, path, device):
     def batches(first):
         return generate_batches(sampler, **flags.generation(FLAGS), first=first)
 
-    about = {"checkpoint": str(path), "training": training_settings(path)}
-    about |= {"flags": {"generate": flags.as_dict(FLAGS)}}
+    about = {"checkpoint": str(path), "training": training_settings(path), "flags": flags.as_dict(FLAGS)}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -141,14 +144,9 @@ def about_images():
     if FLAGS.samples:
         return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-    about = {
-        name: record[name] for name in ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
-    }
-    return about | {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-
-
-def neighbors_path():
-    return Path(FLAGS.similar_dir) / "memorization.npz"
+    names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
+    weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
+    return {name: record[name] for name in names} | weights
 
 
 def neighbors_to_show(stages, result, sets):
@@ -156,16 +154,16 @@ def neighbors_to_show(stages, result, sets):
 
     Returns the nearest training images (N,), the ratios (N,), and those of held-out images (L,) or None.
     """
-    wanted = {neighbors_path(): sets}
+    wanted, found = {"memorization": result["images_sha256"]}, []
     if "holdout" in result and "report" in stages:
-        heldout = {"images_sha256": result["holdout"]["images_sha256"]}
-        wanted[neighbors_path().with_name("holdout.npz")] = sets | heldout
-    found = [known_neighbors(path, of) for path, of in wanted.items()]
-    for path, known in zip(wanted, found, strict=True):
+        wanted["holdout"] = result["holdout"]["images_sha256"]
+    for name, images in wanted.items():
+        path = Path(FLAGS.similar_dir) / f"{name}.npz"
+        known = known_neighbors(path, sets | {"images_sha256": images})
         if known is None or "mq" not in result:
             raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
-    ratios = [memorization_ratio(sq_distance) for sq_distance, _ in found]
-    return found[0][1][:, 0], ratios[0], ratios[1] if len(ratios) > 1 else None
+        found.append((known[1][:, 0], memorization_ratio(known[0])))
+    return *found[0], found[1][1] if len(found) > 1 else None
 
 
 def skip_counts(path, size):
@@ -179,7 +177,7 @@ def append_published_format(result):
     path = result_path().with_name("result.txt")
     inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
     name = "fpd" if "fpd" in result else "FID"
-    reference = result["flags"].get("score", {}).get("fid_reference")
+    reference = result.get("fid_reference")
     lines = [f"{inception_score}, {name}: ({result.get(name.lower(), 'nan')}, {reference}), N: {result['N']}"]
     lines[0] += f", checkpoint: {printable(result['checkpoint'])}"
     lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
@@ -207,8 +205,8 @@ def main():
     shows_earlier = stages & {"grid", "report"} and "memorise" not in stages
     if shows_earlier and "generate" in stages:
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
-    if shows_earlier and not neighbors_path().exists():
-        raise DataError(f"{neighbors_path()}: no such file: run the memorise stage first")
+    if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
+        raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
     net = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
@@ -236,15 +234,16 @@ def main():
     about = distributed.from_main(about_images() if distributed.is_main() else None)
     sets = identity(images, training)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
-        result = {"seconds": {}, "flags": {}, **sets}
-    result |= about | {key: result[key] | about.get(key, {}) for key in ("seconds", "flags")}
+        result = {"seconds": {}, **sets}
+    used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
+    result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
     result |= {"N": len(images), "training_set_size": len(training)}
     if shows_earlier and distributed.is_main():
         neighbors_to_show(stages, result, sets)  # raises before the long work
     is_new = False
 
     if "score" in stages and result.get("scored_with") != quality.scored_with:
-        about = {"scored_with": quality.scored_with, "warning": quality.warning}
+        about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}
         is_new |= add(result, "score", lambda: {**quality(images), **about})
     if "memorise" in stages:
         on_device = training.to(flags.data_device(FLAGS, device))

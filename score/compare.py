@@ -21,10 +21,7 @@ from utils.files import read_json, write_json, write_text
 
 
 def summarize(results):
-    """Mean and sample standard deviation (None for a single one) of every column over repeated results.
-
-    Returns {column: {"mean": x, "std": y}}, without the columns that a result does not have.
-    """
+    """{column: {"mean": x, "std": sample standard deviation or None}} over repeats, of the columns that all have."""
     summary = {}
     for column, (value_of, _) in COLUMNS.items():
         values = [value_of(result) for result in results]
@@ -37,22 +34,16 @@ def summarize(results):
 def rows_of(summaries):
     """(header, rows) of {label: summary}, with the columns that at least one of them has."""
     columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
-    rows = []
-    for label, summary in summaries.items():
-        rows.append([label])
-        for column in columns:
-            numbers = summary.get(column, {}).values()
-            rows[-1].append(" ± ".join(COLUMNS[column][1].format(x) for x in numbers if x is not None) or "-")
+
+    def cell(column, numbers):
+        return " ± ".join(COLUMNS[column][1].format(x) for x in numbers.values() if x is not None) or "-"
+
+    rows = [[label, *(cell(c, summary.get(c, {})) for c in columns)] for label, summary in summaries.items()]
     return ["method", *columns], rows
 
 
 def markdown_table(header, rows):
-    """A table as Markdown, each line with its line break.
-
-    Args:
-        header: names of the columns.
-        rows: lists of as many cells each, of any type.
-    """
+    """A table as Markdown, each line with its line break; rows: as many cells each as the header, of any type."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -76,11 +67,7 @@ def read_results(arguments):
 
 
 def split_label(argument):
-    """(label, path) of an argument: the longest end of it after no or some "=" that exists is the path.
-
-    Raises:
-        DataError: no such end exists.
-    """
+    """(label, path) of an argument: the longest end of it that exists, after no or some "=", is the path. DataError."""
     parts = argument.split("=")
     for i in range(len(parts)):
         path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
@@ -122,18 +109,15 @@ def differing_settings(results):
 
 
 def main(arguments=None):
-    """Print the table; --json also writes it, --html a page, --picture the most memorised pairs of each method.
-
-    Raises UserError.
-    """
+    """Print the table, and write it where the arguments say. Raises UserError."""
     parser = startup.Parser(prog="python -m score.compare", description="Several evaluations in one table.")
     parser.add_argument(
         "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; equal labels are repeats"
     )
-    files = {"json": "the numbers", "html": "a page with the table and the curves"}
-    files |= {"picture": "the most memorised pairs of every label, as PNG,"}
-    for name, what in files.items():
-        parser.add_argument(f"--{name}", type=os.path.expanduser, help=f"also write {what} to this file")
+    path = {"type": os.path.expanduser, "metavar": "FILE"}
+    parser.add_argument("--json", **path, help="also write the numbers")
+    parser.add_argument("--html", **path, help="also write a page with the table and the curves")
+    parser.add_argument("--picture", **path, help="also write the most memorised pairs of every label, as PNG")
     options = parser.parse_args(arguments)
     groups = read_results(options.results)
     summaries = {label: summarize([result for _, result in members]) for label, members in groups.items()}

@@ -1,5 +1,6 @@
 """Images from a trained network: image i depends on (network, sampler, seed, i) and on nothing else."""
 
+import itertools
 import secrets
 import shutil
 import sys
@@ -143,12 +144,6 @@ def write_images(directory, record, images, batches, about):
         raise DataError(f"--generate_dir={directory}: needs {needed:.1f} GiB, {free:.1f} are free: choose another one")
     continued, part = record["file"], directory / f"generate.part.{secrets.token_hex(4)}"
     begin = time.perf_counter() - record["seconds"]["generate"]
-
-    def save_record(file):
-        sync(file)
-        record["seconds"] = {"generate": round(time.perf_counter() - begin, 3)}
-        write_json(directory / PART_RECORD, record)
-
     try:
         with part.open("xb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(images.shape)}
@@ -156,16 +151,17 @@ def write_images(directory, record, images, batches, about):
             file.truncate(file.tell() + images.nbytes)  # so it can be read before the last image is there
             file.write(images[: record["done"]].numpy())
             record["file"] = part.name
-            save_record(file)
-            if continued not in (None, FILE):
-                (directory / continued).unlink(missing_ok=True)
-            for made, bad in batches:
+            for made, bad in itertools.chain([(images[:0], torch.zeros(0))], batches):  # at first what was there
                 file.write(made.numpy())
                 done = record["done"]
                 images[done : done + len(made)] = made
                 record["non_finite"] += [done + i for i in bad.nonzero().flatten().tolist()]
                 record["done"] += len(made)
-                save_record(file)
+                record["seconds"] = {"generate": round(time.perf_counter() - begin, 3)}
+                sync(file)
+                write_json(directory / PART_RECORD, record)
+                if continued not in (None, FILE):
+                    (directory / continued).unlink(missing_ok=True)
         # until the file has its name, generate.part.json still says where the images are
         about = {**about, **record, "non_finite_images": len(record["non_finite"])}
         write_json(directory / RECORD, about | {"file": FILE, "file_sha256": file_hash(part)})

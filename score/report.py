@@ -201,13 +201,6 @@ def thresholds(result):
     return table(header, rows)
 
 
-def settings(result):
-    """The flags of the calls that made the numbers, a column for each stage."""
-    stages = result["flags"]
-    names = sorted({name for flags in stages.values() for name, value in flags.items() if value is not None})
-    return table(["flag", *stages], [[name, *(flags.get(name, "") for flags in stages.values())] for name in names])
-
-
 def write_report(path, result, generated, training, nearest, ratio, holdout_ratio=None, skips=None):
     """Write the page of one evaluation; returns its path as text.
 
@@ -236,6 +229,7 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
     )
+    used = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
@@ -244,7 +238,7 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         ("Distribution of the ratios", histogram(ratios)),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", about + copied(training, copies, skips)),
-        ("Settings", f"<details><summary>All flags</summary>{settings(result)}</details>"),
+        ("Settings", f"<details><summary>All flags</summary>{used}</details>"),
     ]
     write_text(path, page(title, sections))
     return str(path)
