@@ -147,7 +147,7 @@ USAGE = [
     ("main.py", "--train --beta_1=0.5", "--beta_1=0.5 is above --beta_T=0.02"),
     ("main.py", "--train --sample_steps=21", "--sample_steps=21: with --T=20 at most 20"),
     ("main.py", "--train --attn=1", "--attn=1: --ch_mult has 1 levels"),
-    ("main.py", "--train --ch=40", "--ch=40: must be a multiple of 32"),
+    ("main.py", "--train --ch=42", "--ch=42: must be a multiple of the 10 groups"),
     ("main.py", "--train --ch_mult=1 --ch_mult=2 --ch_mult=2 --img_size=10", "--img_size=10"),
     ("main.py", "--train --mean_type=noise", "--mean_type=noise"),
     ("main.py", "--train --use_labels", "--use_labels needs --num_labels"),

@@ -59,7 +59,7 @@ def test_what_contradicts_the_file_or_would_replace_it(trained):
     result = run_module("training.export", "logs", "--ch=64", "new.safetensors", cwd=trained, code=2)
     assert "--ch=64: logs/ckpt3.pt says 32" in result.stderr and not (trained / "new.safetensors").exists()
     result = run_module("training.export", "logs", cwd=trained, code=2)
-    assert result.stderr == "export.py: error: give CHECKPOINT and OUT.safetensors, see --help\n"
+    assert result.stderr == "training.export: error: give CHECKPOINT and OUT.safetensors, see --help\n"
 
 
 def test_a_published_checkpoint(tmp_path):
