@@ -48,7 +48,7 @@ def make_learner(device, num_labels=None, **settings):
 def make_batch(device, step=0, labels=None):
     """The same batch on every device: what is drawn depends on the device."""
     batch = ShardBatches(IMAGES, labels, torch.arange(16), batch_size=8, T=10, seed=0, hflip=True)(step)
-    return Batch(*(None if value is None else value.to(device) for value in vars(batch).values()))
+    return Batch(*(None if value is None else value.to(device) for value in batch))
 
 
 def close(ours, expected, tolerance):
@@ -64,8 +64,8 @@ def moments(learner):
 def step(learner, agc, batch):
     losses = learner.losses(batch)
     loss, keep = agc(losses, batch.t)
-    loss, applied = learner.update(loss)
-    return losses.detach().cpu(), keep.cpu(), loss.cpu(), bool(applied)
+    numbers = learner.update(loss)
+    return losses.detach().cpu(), keep.cpu(), numbers["loss"].cpu(), bool(numbers["applied"])
 
 
 @on_gpu
@@ -116,7 +116,7 @@ def test_training_learns_in_every_precision(precision):
     learner = tiny_learner(net=tiny_unet().to(DEVICE), precision=precision, lr=3e-3)
     grey = torch.full_like(IMAGES, 128).to(DEVICE)
     batches = ShardBatches(grey, None, torch.arange(16), batch_size=8, T=10, seed=0, hflip=True, shift=1)
-    losses = [learner.update(learner.losses(batches(number)).mean())[0] for number in range(30)]
+    losses = [learner.update(learner.losses(batches(number)).mean())["loss"] for number in range(30)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
@@ -144,7 +144,7 @@ def test_images_may_stay_in_host_memory():
     here = ShardBatches(IMAGES, labels, index, DEVICE, **settings)
     assert here.images.device.type == "cpu"
     for number in (0, 5, 3):
-        for ours, expected in zip(vars(here(number)).values(), vars(there(number)).values(), strict=True):
+        for ours, expected in zip(here(number), there(number), strict=True):
             assert ours.device.type == DEVICE.type and torch.equal(ours, expected)
 
 
@@ -267,9 +267,9 @@ def test_no_operation_of_a_step_mixes_devices(monkeypatch):
             batches = ShardBatches(images.to(where), labels, torch.arange(16), learner.device, **settings)
             for _ in range(2):
                 batch = batches(learner.step)
-                assert {value.device.type for value in vars(batch).values()} == {"cuda"}
+                assert {value.device.type for value in batch} == {"cuda"}
                 loss, keep = agc(learner.losses(batch), batch.t)
-                learner.update(loss)
+                loss = learner.update(loss)["loss"]
                 skip_counts[batch.index] += ~keep
         assert learner.step == 4 and learner.weights.device.type == "cuda"
         with pytest.raises(FakeTensorDeviceMismatchError):

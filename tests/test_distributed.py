@@ -188,7 +188,7 @@ def test_a_signal_stops_processes_that_share_batches_at_the_same_step(tmp_path):
         err = process.communicate(timeout=60)[1].decode()
     (saved,) = log.glob("ckpt*.pt")
     step = load(saved)["step"]
-    assert "saved in log:" in err and step >= 2
+    assert f"saved in {log}:" in err and step >= 2
     result = run("main.py", *flags, f"--total_steps={step + 1}", cwd=tmp_path)
     assert f"continuing from {saved}: {step} of" in result.stdout
 

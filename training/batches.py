@@ -3,27 +3,17 @@
 Processes that share a batch draw all of it and take their part, so that no image depends on how many they are.
 """
 
-from dataclasses import dataclass
+from collections import namedtuple
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
 from utils.errors import UsageError
 from utils.seeding import generator
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What one training step is made of.
-
-    x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or None; t (B,) int64;
-    eps (B, 3, H, W) float32; index (B,) int64, the images' numbers in the training set.
-    """
-
-    x_0: torch.Tensor
-    labels: torch.Tensor | None
-    t: torch.Tensor
-    eps: torch.Tensor
-    index: torch.Tensor
+# What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or None;
+# t (B,) int64; eps (B, 3, H, W) float32; index (B,) int64, the images' numbers in the training set.
+Batch = namedtuple("Batch", "x_0 labels t eps index")
 
 
 def normalize(images):
@@ -47,6 +37,7 @@ def move(images, down, right):
     return images[sample, channel, rows, columns]
 
 
+@dataclass(eq=False)
 class ShardBatches:
     """The batches of one shard, addressed by the shard's own step number (counted over all epochs and rounds).
 
@@ -67,41 +58,32 @@ class ShardBatches:
         UsageError: the shard is smaller than one batch.
     """
 
-    def __init__(
-        self,
-        images,
-        labels,
-        index,
-        device=None,
-        *,
-        batch_size,
-        T,
-        seed,
-        shard=0,
-        hflip=False,
-        label_dropout=0.0,
-        shift=0,
-        part=slice(None),
-    ):
-        if len(index) < batch_size:
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    index: torch.Tensor
+    device: torch.device | None = None
+    _: KW_ONLY
+    batch_size: int
+    T: int
+    seed: int
+    shard: int = 0
+    hflip: bool = False
+    label_dropout: float = 0.0
+    shift: int = 0
+    part: slice | None = None
+
+    def __post_init__(self):
+        if len(self.index) < self.batch_size:
             raise UsageError(
-                f"--batch_size={batch_size} is larger than the {len(index)} images of "
-                f"shard {shard}: lower --batch_size or --client_num, or use more images"
+                f"--batch_size={self.batch_size} is larger than the {len(self.index)} images of "
+                f"shard {self.shard}: lower --batch_size or --client_num, or use more images"
             )
-        self.images = images
-        self.device = torch.device(device or images.device)
-        self.labels = None if labels is None else labels.to(self.device)
-        self.index = index.to(images.device)
-        self.batch_size = batch_size
-        self.T = T
-        self.seed = seed
-        self.shard = shard
-        self.hflip = hflip
-        self.label_dropout = label_dropout
-        self.shift = shift
-        self.part = part
-        self.steps_per_epoch = len(index) // batch_size
-        self._epoch, self._order = None, None  # the last order made, since every step of an epoch needs it
+        self.device = torch.device(self.device or self.images.device)
+        self.labels = None if self.labels is None else self.labels.to(self.device)
+        self.index = self.index.to(self.images.device)
+        self.part = self.part or slice(None)
+        self.steps_per_epoch = len(self.index) // self.batch_size
+        self._epoch = self._order = None  # the last order made, since every step of an epoch needs it
 
     def epoch_order(self, epoch):
         """The shard's images in the order of an epoch: (M,) int64."""

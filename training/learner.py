@@ -144,7 +144,7 @@ class Learner:
         vector_to_parameters(self.ema_weights, self.ema.parameters())
         for state in self.optim.state.values():
             state |= {name: move(value) for name, value in state.items()}
-        if self.device.type == "cuda":
+        if self.offload and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies to the host go on behind its back
 
     def set_weights(self, net_state, ema_state):
