@@ -2,11 +2,12 @@
 # What a GPU changes: its tests against the CPU, then the rates of the CIFAR-10 experiment as a table and as
 # results/gpu.json. Under 8 minutes on one GPU. Further arguments go to python -m benchmarks.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+REQUIREMENTS=requirements-dev.txt
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! "$PYTHON" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "com/gpu.sh: no GPU on this machine: nothing was tested or measured" >&2
     exit 1
 fi
-"$PYTHON" -m pytest tests/test_cuda.py
-"$PYTHON" -m benchmarks --only gpu --json results/gpu.json "$@"
+(cd -- "$ROOT" && "$PYTHON" -m pytest tests/test_cuda.py)
+"$PYTHON" -P -m benchmarks --only gpu --json results/gpu.json "$@"
