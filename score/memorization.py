@@ -51,21 +51,26 @@ def nearest_neighbors(
     device = torch.device(device or training.device)
     generated, training = _levels(generated, "generated"), _levels(training, "training")
     integers = _integers_are_faster(training.shape[1], device)
-    norm = _squared_norms(training, device)
     k = min(k, len(training))
-    found = []
+    size = max(batch_training, k)
+    batches = generated.split(batch_generated)
+    # per image, ascending: squared distance less |a|^2, times the number of training images, plus index
+    best = [torch.empty(len(batch), 0, dtype=torch.int64, device=device) for batch in batches]
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
-        with distributed.bar(
-            total=len(generated), desc="nearest neighbours", unit="image", disable=not progress
-        ) as bar:
-            for batch in generated.split(batch_generated):
-                found.append(_search(batch.to(device), training, norm, k, max(batch_training, k), integers))
-                bar.update(len(batch))
+        with distributed.bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
+            for start in range(0, len(training), size):
+                block = training[start : start + size].to(device)
+                keys, norm = _slices(block, integers), _squared_norms(block, device)
+                for i, batch in enumerate(batches):
+                    products = _multiply(_slices(batch.to(device), integers), keys, integers)
+                    best[i] = _nearest(best[i], products, norm, start, len(training), training.shape[1], k)
+                bar.update(len(block))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    sq_distance, index = zip(*found, strict=True)
-    return torch.cat(sq_distance), torch.cat(index)
+    best = torch.cat(best)
+    own = _squared_norms(generated, device)
+    return (own[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
 
 
 def neighbors_by_all(generated, training, **settings):
@@ -76,20 +81,16 @@ def neighbors_by_all(generated, training, **settings):
     return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
 
 
-def _search(generated, training, norm, k, block_size, integers):
-    """`nearest_neighbors` of images (n, D) among (M, D), both uint8, in integers; norm: of the training images."""
-    M, D = training.shape
+def _nearest(best, products, norm, start, M, D, k):
+    """The k best (n, k) of the best so far and a block of training images, the first of which is number `start` of M.
+
+    products: a.b (n, m) of codes of D values; norm: |b|^2 (m,). All are integers.
+    """
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
     dtype = torch.int32 if 3 * 2**14 * D < 2**31 else torch.int64
-    codes = _codes(generated)
-    best = norm.new_empty(len(generated), 0)  # packed: squared distance less |a|^2, times M, plus index
-    for start in range(0, M, block_size):
-        keys = _codes(training[start : start + block_size].to(generated.device))
-        score = _multiply(codes, keys, integers).to(dtype).mul_(-2).add_(norm[start : start + block_size].to(dtype))
-        packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
-        best = torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
-    own = _squared_norms(generated, generated.device)
-    return (own[:, None] + best // M).double() / LEVELS**2, best % M
+    score = products.to(dtype).mul_(-2).add_(norm.to(dtype))
+    packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
+    return torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
 
 
 def _improvements(score, worst, start, M):
@@ -122,19 +123,21 @@ def _squared_norms(images, device):
     return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
 
 
+def _slices(images, integers):
+    """The codes of images (n, D), uint8, in slices of which products are exact: int8, or float32 if not `integers`."""
+    parts = _codes(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
+    return [part.contiguous() if integers else part.float() for part in parts]
+
+
 def _multiply(a, b, integers):
-    """a b^T of codes (n, D) and (m, D), int8, in parts that are exact: int32, or int64 where sums may exceed that.
+    """a b^T of `_slices` of (n, D) and (m, D): int32, or int64 where sums may exceed that.
 
     integers: by torch._int_mm, the only product of 8-bit integers that torch has, else by float32. On processors with
     units for them integers take a third of the time. Not for GPUs, where it wants other shapes than images have.
     """
-    terms = INT32_TERMS if integers else FLOAT32_TERMS
-    dtype = torch.int32 if a.shape[1] <= INT32_TERMS else torch.int64
-    parts = zip(a.split(terms, dim=1), b.split(terms, dim=1), strict=True)
-    if integers:
-        products = (torch._int_mm(x.contiguous(), y.contiguous().T) for x, y in parts)
-    else:
-        products = (x.float() @ y.float().T for x, y in parts)
+    dtype = torch.int32 if sum(part.shape[1] for part in a) <= INT32_TERMS else torch.int64
+    parts = zip(a, b, strict=True)
+    products = (torch._int_mm(x, y.T) if integers else x @ y.T for x, y in parts)
     return functools.reduce(torch.add, (product.to(dtype) for product in products))
 
 
@@ -142,10 +145,10 @@ def _integers_are_faster(D, device):
     """Whether this machine multiplies D codes faster as integers: processors without 8-bit units do not."""
     if device.type != "cpu":
         return False
-    codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.int8), {}
+    codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.uint8), {}
     for integers in (True, False, True, False):  # the second time counts
         start = time.perf_counter()
-        _multiply(codes, codes, integers)
+        _multiply(_slices(codes, integers), _slices(codes, integers), integers)
         seconds[integers] = time.perf_counter() - start
     return seconds[True] < seconds[False]
 

@@ -120,11 +120,11 @@ class Logger:
         if not (due(step, self.log_step) or now):
             return
 
-        now, bad_steps, images = time.perf_counter(), int(self.bad_steps), self.steps * self.batch_size
+        at, bad_steps, images = time.perf_counter(), int(self.bad_steps), self.steps * self.batch_size
         line = {"step": step, **where, "loss": None, "lr": numbers["lr"], "bad_steps": bad_steps}
         if bad_steps < self.steps:
             line["loss"] = float(self.loss) / (self.steps - bad_steps)
-        line["images_per_second"] = images / (now - self.since)
+        line["images_per_second"] = images / (at - self.since)
         if keep is not None:
             line["skipped"] = float(self.skipped) / images
         shown = {name: value for name, value in line.items() if name != "step" and value is not None}
@@ -137,7 +137,7 @@ class Logger:
                 f"{place}, learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use "
                 "another --precision"
             )
-        self.since, self.longest_bad_row = now, self.bad_row
+        self.since, self.longest_bad_row = at, self.bad_row
         self.clear()
 
     def write(self, line):
