@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
 import benchmarks.__main__ as benchmarks
+from benchmarks.baselines import CIFAR10, make_net, row
+from benchmarks.gpu import diffusers_net
 from diffusion import SAMPLERS, GaussianDiffusionSampler
 from score.fid import compute_statistics
 from score.generate import generate
@@ -235,16 +237,42 @@ def test_one_process_under_torchrun(tmp_path):
 def test_the_benchmark_of_a_gpu_runs_at_a_tiny_scale(tmp_path):
     """On a CPU too, where it is refused in earnest."""
     assert benchmarks.main(["--only=gpu", "--scale=0.001", f"--json={tmp_path}/gpu.json"]) == 0
-    rows = {row["what"]: row["ours"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
-    for what in ("step, bf16 (images/s)", "forward + backward, diffusers, tf32 (images/s)"):
-        assert rows[what] > 0
-    # 390,000 steps of 128 images; two averages, three seeds, 65,536 images
-    hours = [390_000 * 128 / rows["step, fp32 (images/s)"], 6 * 65_536 / rows["sampling with 3 steps, fp32 (images/s)"]]
-    assert rows["com/com_c10_v.sh, training, fp32 (h)"] == pytest.approx(hours[0] / 3600)
-    assert rows["com/com_c10_v.sh, generation and search, fp32 (h)"] == pytest.approx(hours[1] / 3600, rel=0.05)
+    rows = {row["what"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
+    for precision in ("fp32", "tf32", "bf16"):
+        theirs = rows[f"forward + backward, {precision}: ours / diffusers (images/s)"]
+        assert theirs["ratio"] == theirs["ours"] / theirs["baseline"] > 0
+        training, sampling = (
+            rows[f"{what}, {precision} (images/s)"]["ours"] for what in ("step", "sampling with 3 steps")
+        )
+        # 390,000 steps of 128 images; two averages, three seeds, 65,536 images
+        seconds = 390_000 * 128 / training + 6 * 65_536 / sampling
+        hours = rows[f"com/com_c10_v.sh from these rates, without FID, {precision} (h)"]["ours"]
+        assert hours == pytest.approx(seconds / 3600, rel=0.05)
     if not torch.cuda.is_available():
         with pytest.raises(DataError, match="no GPU on this machine"):
             benchmarks.main(["--only=gpu"])
+
+
+def test_diffusers_network_is_as_large_as_ours():
+    sizes = (
+        sum(value.numel() for value in net.parameters() if value.requires_grad)
+        for net in (make_net(CIFAR10, "cpu"), diffusers_net(128))
+    )
+    assert next(sizes) == next(sizes)
+
+
+def test_the_benchmark_of_the_evaluation_runs_at_a_tiny_scale(capsys):
+    assert benchmarks.main(["--only=evaluation", "--scale=0.01"]) == 0
+    out = capsys.readouterr().out
+    assert "| 50 nearest of 50 x 500 x 3,072: ours / faiss (s) |" in out and "Frechet distance, 20 features" in out
+
+
+def test_targets_of_the_benchmarks():
+    """A step may take 1.1 times as long as its baseline; something else is to be twice as fast."""
+    assert [row("a", ours, 1.0, at_most=1.1)["ok"] for ours in (1.05, 1.15)] == [True, False]
+    assert [row("a", ours, 1.0, at_least=2)["ok"] for ours in (0.4, 0.6)] == [True, False]
+    assert row("a", 0.4, 1.0, at_least=2)["ratio"] == 2.5
+    assert row("a", None) == {"what": "a", "ours": None, "baseline": None, "ratio": None, "target": "", "ok": True}
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
