@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU changes: its tests against the CPU, then the rates of the CIFAR-10 experiment as a table and as
-# results/gpu.json. Under 8 minutes on one GPU. Further arguments go to python -m benchmarks.
+# results/gpu.json. About ten minutes on one GPU. Further arguments go to python -m benchmarks.
 set -euo pipefail
 REQUIREMENTS=requirements-dev.txt
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
