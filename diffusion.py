@@ -27,6 +27,9 @@ def ddim_timesteps(T, steps):
     """The timesteps DDIM visits, ascending: tau_i = i * (T // steps) + 1, a list of `steps` ints in 0..T-1.
 
     With steps = T the offset 1 would reach T, so it is dropped there.
+
+    Raises:
+        ValueError: steps is not in 1..T.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: must be between 1 and T = {T}")
@@ -40,6 +43,13 @@ def dpmpp_timesteps(alphas_bar, steps):
 
     Those nearest to an even spacing in lambda = log(alpha / sigma), as Lu et al. 2022 (DPM-Solver, section 3.4) choose
     for small images. Where the schedule is too coarse for that, near t = 0, there are fewer than steps + 1.
+
+    Args:
+        alphas_bar: (T,) float64, descending.
+        steps: calls of the network.
+
+    Raises:
+        ValueError: steps is not in 1..T-1.
     """
     T = len(alphas_bar)
     if not 1 <= steps < T:
@@ -50,7 +60,16 @@ def dpmpp_timesteps(alphas_bar, steps):
 
 
 class GaussianDiffusion(nn.Module):
-    """A schedule, and the conversions between x_0, x_t, x_{t-1} and eps that training and sampling share."""
+    """A schedule, and the conversions between x_0, x_t, x_{t-1} and eps that training and sampling share.
+
+    Args:
+        model: called as model(x_t, t, labels), returns what it predicts, (B, 3, H, W).
+        beta_1, beta_T, T: first and last variance, and number of timesteps.
+        mean_type: what the model predicts: epsilon, xstart (x_0) or xprev (the mean of q(x_{t-1} | x_t, x_0)).
+
+    Raises:
+        ValueError: no such mean_type.
+    """
 
     def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon"):
         super().__init__()
@@ -130,6 +149,9 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         steps: network calls of ddim and dpmpp.
         eta: of ddim; 0 is deterministic, 1 has the noise of DDPM.
         guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class) (Ho & Salimans 2022, eq. 6).
+
+    Raises:
+        ValueError: no such mean_type, var_type or sampler, or more steps than the schedule has.
     """
 
     def __init__(
@@ -178,10 +200,12 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         """Mean and log-variance of p(x_{t-1} | x_t) (DDPM eq. 11), with x_0 recovered from the prediction, not clipped.
 
         Args:
-            x_t: (B, 3, H, W); t: (B,); labels: (B,) or None.
+            x_t: (B, 3, H, W).
+            t: (B,) int64.
+            labels: (B,) int64, or None.
 
         Returns:
-            mean (B, 3, H, W) and log-variance (B, 1, 1, 1).
+            Mean (B, 3, H, W) and log-variance (B, 1, 1, 1).
         """
         x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
         return self.q_posterior_mean(x_0, x_t, t), extract(self.log_var, t)

@@ -26,6 +26,7 @@ def xavier_(module, gain=1.0):
 
 
 def conv(in_ch, out_ch, kernel, stride=1, gain=1.0):
+    """A convolution that keeps height and width, or divides them by the stride."""
     return xavier_(nn.Conv2d(in_ch, out_ch, kernel, stride, padding=kernel // 2), gain)
 
 
@@ -45,6 +46,8 @@ class Embedding(nn.Module):
 
 
 class DownSample(nn.Module):
+    """Half the size by a convolution of stride 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
     def __init__(self, ch):
         super().__init__()
         self.main = conv(ch, ch, 3, stride=2)
@@ -54,6 +57,8 @@ class DownSample(nn.Module):
 
 
 class UpSample(nn.Module):
+    """Twice the size, by the nearest pixel and a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
     def __init__(self, ch):
         super().__init__()
         self.main = conv(ch, ch, 3)
@@ -82,7 +87,10 @@ class AttnBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-swish-conv twice around the time and class embeddings, a shortcut, then optional attention."""
+    """GroupNorm-swish-conv twice around the time and class embeddings, a shortcut, then optional attention.
+
+    (B, in_ch, H, W) -> (B, out_ch, H, W).
+    """
 
     def __init__(self, in_ch, out_ch, tdim, dropout, attn, conditional, groups):
         super().__init__()
@@ -171,7 +179,10 @@ class UNet(nn.Module):
             labels: (B,) int64, classes 0..num_labels-1 or -1 for no class; None leaves the conditional term out.
 
         Returns:
-            (B, 3, H, W).
+            What the network was trained to predict, (B, 3, H, W).
+
+        Raises:
+            ValueError: labels for a network without num_labels.
         """
         if labels is not None and self.num_labels is None:
             raise ValueError("labels given to a UNet that was built without num_labels")
@@ -191,7 +202,7 @@ class UNet(nn.Module):
         return self.tail(h)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As `nn.Module.load_state_dict`, and also loads pytorch-ddpm's weights, which have no `cemb_proj` at all."""
+        """As `nn.Module.load_state_dict`, but also loads pytorch-ddpm's weights, which have no `cemb_proj` at all."""
         own = self.state_dict()
         unused = {key: own[key] for key in own if ".cemb_proj." in key}
         if self.num_labels is None and not any(key in state_dict for key in unused):

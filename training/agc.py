@@ -18,6 +18,9 @@ class AntiGradientControl(nn.Module):
         anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
             weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded).
         ascend_weight: w >= 0 of `ascend`.
+
+    Raises:
+        ValueError: no such anti_grad.
     """
 
     def __init__(self, T, mem_ratio=2.0, ema_decay=0.8, anti_grad="skip", ascend_weight=0.0):

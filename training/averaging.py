@@ -31,13 +31,16 @@ def weighted_average(models, sizes):
 
 
 def average_learners(learners, sizes):
-    """Replace the weights and EMA weights of all shards, in all processes, by their averages; returns (weights, EMA).
+    """Replace the weights and EMA weights of all shards, in all processes, by their averages.
 
     Adam's state and the schedule of a learner are its own and go on.
 
     Args:
         learners: {k: `Learner`} of the shards of this process.
         sizes: |D_k| of all K shards.
+
+    Returns:
+        The average weights and the average EMA weights, two state dicts.
 
     Raises:
         DataError: a shard's weights are not finite; the learners are as they were.

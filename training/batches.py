@@ -17,7 +17,7 @@ Batch = namedtuple("Batch", "x_0 labels t eps index")
 
 
 def normalize(images):
-    """uint8 0..255 to float32 in [-1, 1]."""
+    """Images as the network sees them: uint8 0..255 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
@@ -29,7 +29,7 @@ def to_device(value, device):
 
 
 def move(images, down, right):
-    """Images (B, C, H, W) moved by down (B,) and right (B,) pixels, int64; their edges are repeated."""
+    """Images (B, C, H, W) moved by down (B,) and right (B,) pixels, int64; their edges are repeated: (B, C, H, W)."""
     (B, C, H, W), device = images.shape, images.device
     rows = (torch.arange(H, device=device) - down[:, None]).clamp(0, H - 1)[:, None, :, None]
     columns = (torch.arange(W, device=device) - right[:, None]).clamp(0, W - 1)[:, None, None, :]

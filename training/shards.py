@@ -25,6 +25,9 @@ def make_shards(labels, num_shards, split, seed):
 
     Returns:
         K int64 tensors of ascending image indices.
+
+    Raises:
+        ValueError: K is not in 1..N, or no such split.
     """
     if not 1 <= num_shards <= len(labels):
         raise ValueError(f"num_shards is {num_shards}: must be between 1 and the number of images, {len(labels)}")
@@ -52,7 +55,12 @@ def number_of_step(steps_per_round, shard, step):
     """The number in the whole run, from 1, of a shard's own step number `step`, from 1.
 
     It counts as if shards were trained one after the other in every round, so it is the same whichever process makes
-    the step, and whenever. steps_per_round: of each of the K shards; `shard` counts from 0.
+    the step, and whenever.
+
+    Args:
+        steps_per_round: of each of the K shards.
+        shard: from 0.
+        step: from 1.
     """
     rounds_before, before = divmod(step - 1, steps_per_round[shard])
     return rounds_before * sum(steps_per_round) + sum(steps_per_round[:shard]) + before + 1
