@@ -155,7 +155,8 @@ def test_checkpoints_of_others_are_refused_and_left_as_they_are(write, ours, fla
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DataError, match=r"ckpt5\.pt: .*: choose another --logdir"):
         open_directory(tmp_path, **flags)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {**after, tmp_path / ".lock": b""} == {**before, tmp_path / ".lock": b""}
 
 
 @pytest.mark.parametrize("name", ["run.json", "flagfile.txt", "metrics.jsonl", "subset.npy"])
