@@ -126,9 +126,8 @@ def test_metadata_turns_a_picture_or_is_ignored(tmp_path, metadata, turned, form
     )
 
 
-def png_chunk(kind, data, crc=None):
-    crc = zlib.crc32(kind + data) if crc is None else crc
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from utils import distributed
 from utils.errors import DataError
-from utils.files import atomic_write, sync, where_supported, write_json
+from utils.files import atomic_write, sync, writable, write_json
 from utils.images import image_grid, to_uint8
 
 
@@ -78,15 +78,9 @@ class Logger:
         """Start the sums of a line; tensors in them stay on their device until the line is due."""
         self.steps = self.loss = self.bad_steps = self.skipped = 0
 
-    @contextlib.contextmanager
     def writing(self):
-        """Errors of the logs' files as a DataError."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be written ({error.strerror}): check the directory and its space"
-            ) from error
+        """A context in which errors of the logs' files become a DataError."""
+        return writable(self.path, "check the directory and its space")
 
     @property
     def seconds(self):
@@ -161,8 +155,7 @@ class Logger:
         """Make the logs durable: called before a save, so that no step behind a checkpoint is missing in them."""
         with self.writing():
             sync(self.metrics)
-            with where_supported():
-                self.events.flush()
+            sync(self.events)
 
     def images(self, tag, step, images):
         """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/ and TensorBoard."""

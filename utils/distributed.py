@@ -53,15 +53,14 @@ def be_silent():
 
 
 class Lines:
-    """Takes what a tqdm bar writes and hands on plain lines, for log files."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.flush = stream.flush
+    """Takes what a tqdm bar writes and prints plain lines, for log files."""
 
     def write(self, text):
         if text.strip():
-            self.stream.write(f"{text.strip()}\n")
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
 
 
 def bar(*args, disable=False, **settings):
@@ -75,7 +74,7 @@ def bar(*args, disable=False, **settings):
     if sys.stderr.isatty():
         own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
     else:
-        own = {"mininterval": 30, "miniters": 1, "file": Lines(sys.stderr)}  # miniters=1: at least a step a line
+        own = {"mininterval": 30, "miniters": 1, "file": Lines()}  # miniters=1: at least a step a line
     own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
     return tqdm(*args, **settings, **own)
 
@@ -100,21 +99,21 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, and in it the addresses of processes that are gone (torch 2.14): what a
-    process waits for must have a name of its own. Rank 0 answers every name that another rank gives itself, also those
+    torchrun keeps its store over restarts, and in it the addresses of processes that are gone (torch 2.14), and its
+    count of restarts differs between machines. So rank 0 answers every name that another rank gives itself, also those
     of earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
         store.set(f"rank{rank}", name)
-        answer = store.get(f"rank{rank} is {name}").decode()
-        store.set(f"rank{rank} knows {answer}", "")
-        return answer
-    for other in range(1, world_size):
-        while not store.check([f"rank{other} knows {name}"]):
-            if store.check([f"rank{other}"]):
-                store.set(f"rank{other} is {store.get(f'rank{other}').decode()}", name)
-            time.sleep(0.01)
+        name = store.get(name).decode()
+        store.set(f"{name} is known to rank{rank}", "")
+    else:
+        for other in (f"rank{number}" for number in range(1, world_size)):
+            while not store.check([f"{name} is known to {other}"]):
+                if store.check([other]):
+                    store.set(store.get(other).decode(), name)
+                time.sleep(0.01)
     return name
 
 

@@ -43,31 +43,23 @@ def atomic_write(path):
     sync_directory(path.parent)
 
 
-@contextlib.contextmanager
-def where_supported():
-    """Pass over a sync that the file system does not know; an error of the disk is still raised."""
+def sync(file):
+    """Bring what was written to an open file, or to one of tensorboardX, to the disk, where the file system can."""
     try:
-        yield
+        file.flush()
+        if hasattr(file, "fileno"):  # tensorboardX's flush syncs, too
+            os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
 
 
-def sync(file):
-    """Bring what was written to an open file to the disk."""
-    file.flush()
-    with where_supported():
-        os.fsync(file.fileno())
-
-
 def sync_directory(path):
     """Make a rename in a directory durable, where the file system can open and sync directories."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         directory = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        stack.callback(os.close, directory)
+        os.fsync(directory)
 
 
 def remove(path):

@@ -50,9 +50,9 @@ def list_images(folder, classes=False):
     if not groups:
         raise DataError(f"{folder}: no images in it, no names that end in {' '.join(SUFFIXES)}")
     if others and distributed.is_main():
-        names = [os.path.relpath(path, folder) + os.sep * path.endswith(os.sep) for path in others[:5]]
-        more = ", ..." * (len(others) > 5)
-        warn(f"{folder}: passed over {len(others)} other files or sub-folders: {', '.join(names)}{more}")
+        names = ", ".join(path.removeprefix(os.path.join(folder, "")) for path in others[:5])  # noqa: PTH118
+        more = ", ..." if len(others) > 5 else ""
+        warn(f"{folder}: passed over {len(others)} other files or sub-folders: {names}{more}")
     return groups
 
 
@@ -137,7 +137,7 @@ def in_threads(function, items, number):
 def read_image(path):
     """A still picture of one of `FORMATS` in RGB, upright as its metadata says (the first frame of an animation).
 
-    Metadata that cannot be read is ignored.
+    EXIF data that cannot be read is ignored.
 
     Raises:
         DataError: missing, no image, damaged, refused by `to_rgb`, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.

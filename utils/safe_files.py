@@ -86,7 +86,7 @@ def read_archive(path, names):
 
 
 class PickledArray:
-    """Stand-in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
+    """Stands in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
