@@ -1,8 +1,8 @@
 """All files that a run continues from, and its log directory; also what IET_AGC and pytorch-ddpm have published.
 
 main.py writes ckpt{steps}.pt. main_fed.py writes global_ckpt_round{r}.pt and, to continue from, state/: a file per
-shard and save, and the averages that are not to stay. It stands at (rounds done, own steps of every shard), since in a
-round no shard depends on another. Which process trains a shard is not in the files.
+shard and save, whichever process made it, and the averages that are not to stay. It stands at (rounds done, own steps
+of every shard), since in a round no shard depends on another.
 """
 
 import json
@@ -73,13 +73,7 @@ def numbered(directory, pattern):
 
 
 def save(path, state):
-    """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none.
-
-    torch.save writes a zip archive with a CRC-32 of every record, which `load` checks.
-
-    Raises:
-        DataError: it cannot be written, e.g. for want of room; what was at `path` is still there.
-    """
+    """Write a checkpoint whole or, with a DataError, not at all; what was at `path` is still there then."""
     with atomic_write(path) as file:
         try:
             torch.save({"format": FORMAT, **state}, file)
@@ -91,10 +85,7 @@ def save(path, state):
 def load(path, device="cpu", check=True):
     """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
-    On the CPU its tensors are mapped, and read from the file when they are needed: it is not to change until then.
-
-    Args:
-        check: compare the checksums of all that is in the file, which reads it once. Without, this takes no time.
+    Its tensors are mapped: read from the file when they are needed. check: read all now, and compare the checksums.
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
@@ -138,8 +129,7 @@ def load_exported(path, device):
         kind = "ema_model" if flags["use_ema"] else "net_model"
         return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
     except (KeyError, TypeError, ValueError) as error:
-        what = "its metadata does not say what network it is of"
-        raise ValueError(f"{what}: export the checkpoint with python -m training.export") from error
+        raise ValueError("its metadata does not say what network it is of: use python -m training.export") from error
 
 
 def load_whole(path):
@@ -201,7 +191,7 @@ def load_weights(net, state_dict, path):
 
 
 class LogDirectory:
-    """The log directory of a run: taken, compared with what the run is made of, and written by `begin` only.
+    """The log directory of a run: locked as long as this lives, compared with the run, and written by `begin` only.
 
     Args:
         path: the directory, made if missing.
@@ -212,11 +202,8 @@ class LogDirectory:
             and neighbour indices count in it.
         fresh, overwrite, allow_change: the flags. `fresh` with `overwrite` removes the files of an earlier run.
 
-    Rank 0 does all this; the other processes wait for it. The lock is held as long as the object lives.
-
     Raises:
-        DataError: the directory cannot be made or written, another process has it, or it holds what no run of this
-            program has written.
+        DataError: it cannot be made or written, another process has it, or it holds what no run of ours has written.
         UsageError: what is in it is not this run.
     """
 
@@ -228,8 +215,8 @@ class LogDirectory:
             self.take(fixed, fresh, overwrite, allow_change)
         holder, lock = distributed.from_main(str(os.getpid())), self.path / ".lock"
         if not distributed.is_main() and (not lock.exists() or lock.read_text() != holder):
-            where = f"--logdir={path}: not the directory that rank 0 has opened, on {socket.gethostname()}"
-            raise DataError(f"{where}: choose one on a file system that all machines share")
+            where = f"on {socket.gethostname()} not the directory that rank 0 has opened"
+            raise DataError(f"--logdir={path}: {where}: choose one that all machines share")
 
     def take(self, fixed, fresh, overwrite, allow_change):
         """Raise an error if what is in the directory is of others or of another run; remove it if that was asked."""
@@ -265,12 +252,8 @@ class LogDirectory:
     def begin(self, steps, later):
         """Write what the run is made of, now that all processes have what they continue from.
 
-        Args:
-            steps: that are done, over all shards.
-            later: files of later steps, which the run will make again.
-
-        Raises:
-            UsageError: they were made with other settings, so they would not come out the same.
+        steps: that are done, over all shards. later: files of later steps, which the run will make again; a UsageError
+        if they were made with other settings, so that they would not come out the same.
         """
         distributed.barrier()
         if distributed.is_main():
@@ -278,7 +261,7 @@ class LogDirectory:
             if later and any(change.get("step", math.inf) > steps for change in self.changes):
                 what = f"made with other settings (--allow_change), and a run continued at step {steps} replaces it"
                 raise UsageError(f"{later[0]}: {what}: choose another --logdir, or go on without the change")
-            changes = [{**change, "step": change.get("step", steps)} for change in self.changes]
+            changes = [{"step": steps, **change} for change in self.changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
             with atomic_write(self.path / "flagfile.txt") as file:
                 file.write(self.flagfile.encode(errors="surrogateescape"))
@@ -314,11 +297,7 @@ def restore(learner, state, path):
 
 
 def newest_step(logdir):
-    """(the newest whole checkpoint of main.py, or None; files of later steps).
-
-    Raises:
-        DataError: it lacks what a run continues from.
-    """
+    """(the newest whole checkpoint of main.py or None, files of later steps); a DataError if a run cannot go on so."""
     later = []
     for path in numbered(logdir, STEPS).values():
         if state := load_whole(path):
@@ -358,10 +337,8 @@ def shard_files(logdir, shard):
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1.
-
-    Raises:
-        DataError: nothing can be continued, but there are whole files, which a new start would replace.
+    A shard at step 0 has no file, and there is no average before round 1. Raises a DataError if nothing can be
+    continued, but there are whole files, which a new start would replace.
     """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
@@ -383,16 +360,14 @@ def newest_round(steps_per_round, logdir):
 
 
 def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
-    """Continue the shards of this process from what `newest_round` has found: learners, banks, their skip counts.
+    """Continue the shards of this process from what `newest_round` has found; returns the seconds of training so far.
 
-    Returns the seconds of training so far; raises a DataError if a file does not fit the run.
+    Raises a DataError if a file does not fit the run.
     """
     average = load(average_path, check=False) if r else {"seconds": 0.0}
     seconds = average["seconds"]
-    for shard in shards:
+    for shard in (shard for shard in shards if steps[shard.number]):
         k = shard.number
-        if steps[k] == 0:
-            continue
         path = shard_files(logdir, k)[steps[k]]
         state = load(path, check=False)
         restore(shard.learner, state, path)
@@ -410,10 +385,10 @@ def save_shard(logdir, number, state, end_of_round, keep):
     Its `keep` newest files stay, and that of the end of the last round: all shards need it until the next average.
     """
     save(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
-    until_now = {step: path for step, path in shard_files(logdir, number).items() if step <= state["step"]}
-    for step in list(until_now)[keep:]:
+    until_now = [item for item in shard_files(logdir, number).items() if item[0] <= state["step"]]
+    for step, path in until_now[keep:]:
         if step != end_of_round:
-            remove(until_now[step])
+            remove(path)
 
 
 def save_average(logdir, state, publish, keep):

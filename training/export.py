@@ -48,9 +48,8 @@ def export(name, out):
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     with atomic_write(out) as file:
         file.write(save(weights, metadata))
-    print(
-        f"{out}: the {'EMA' if FLAGS.use_ema else 'raw'} weights of {path}, {net.groups} groups, {len(weights)} tensors"
-    )
+    kind = "EMA" if FLAGS.use_ema else "raw"
+    print(f"{out}: the {kind} weights of {path}, {net.groups} groups, {len(weights)} tensors")
 
 
 if __name__ == "__main__":

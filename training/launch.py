@@ -19,7 +19,7 @@ ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and 
 
 
 def run(main, arguments=()):
-    """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files.
+    """Parse the flags, check them, call main(); exit with 2 for wrong flags, 1 for wrong files.
 
     arguments: names of what else must be on the command line; main is called with it.
     """
@@ -51,7 +51,7 @@ def launch(main, arguments):
 
 
 def parse(values, arguments):
-    """Read and check the command line; returns what is no flag of it, which is as much as `arguments` names."""
+    """Read and check the command line; returns what is no flag of it, as much as `arguments` names."""
     try:
         positional = shared_flags.parse(values, sys.argv)
     except SystemExit:  # --help: absl ends with 1
@@ -67,18 +67,15 @@ def parse(values, arguments):
 
 
 def announce(device, net, images, batch_size, **more):
-    """Print one line about what begins: device, processes, parameters of `net` (unless None), images, batch.
-
-    more: further counts, e.g. steps_per_epoch=4.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    """Print a line about what begins: device, processes, parameters of `net` or None, images, `more` counts, batch."""
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     if device.type == "cpu" and flags.FLAGS.device is None:
-        name = "no GPU found"
+        name = " (no GPU found)"
     processes = distributed.world_size()
-    counts = {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
+    counts = {"process" if processes == 1 else "processes": processes}
+    counts |= {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
     counts |= {"images": images, **more, "images per batch": batch_size}
-    said = [f"{device} ({name})" if name else f"{device}", f"{processes} process{'es' if processes > 1 else ''}"]
-    print(", ".join(said + [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()]))
+    print(f"{device}{name}, " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
 
 
 def pick_device(name, precision="fp32"):
@@ -92,14 +89,11 @@ def pick_device(name, precision="fp32"):
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            number = device.index or 0
-            if distributed.world_size() > 1:
-                number = distributed.local_rank()
-                if device.index is not None:
-                    raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
-                if number >= torch.cuda.device_count():
-                    raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
-            device = torch.device("cuda", number)
+            if device.index is not None and distributed.world_size() > 1:
+                raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
+            if distributed.local_rank() >= torch.cuda.device_count() > 0:
+                raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
+            device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)  # so that nothing takes memory of another
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -119,12 +113,11 @@ class Interruption:
         self.number = self.pending = None
 
     def __enter__(self):
-        self.before = startup.handle(self._receive)
+        startup.handle(self._receive)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        startup.handle(startup.stop)
 
     def _receive(self, number, frame):
         if self.number is None:
@@ -136,21 +129,15 @@ class Interruption:
         return self.number is not None
 
     def of_any(self):
-        """Whether any of the processes that train one network was signalled, known to all of them at the same step.
-
-        Nobody waits for the others: the answer is about the step before.
-        """
+        """Whether any of the processes that train one network was signalled by the step before: nobody waits."""
         if distributed.world_size() == 1:
             return bool(self)
         before, self.pending = self.pending, distributed.total_later(torch.tensor(int(bool(self))))
         return before is not None and bool(before())
 
     def exit(self, logdir):
-        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP.
-
-        Where only another process was signalled, this one ends as after SIGTERM.
-        """
-        number = self.number or signal.SIGTERM
+        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
+        number = self.number or signal.SIGTERM  # where only another process was signalled
         if distributed.is_main():
             where = f"saved in {printable(logdir)}: the same command continues the run"
             print(f"stopped by {signal.Signals(number).name}, {where}", file=sys.stderr)

@@ -126,11 +126,9 @@ class Logger:
         self.write(line)
         if self.longest_bad_row >= self.max_bad_steps:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
-            raise DataError(
-                f"{self.logdir}: {int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to "
-                f"{place}, learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use "
-                "another --precision"
-            )
+            what = f"{int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to {place}"
+            advice = "the checkpoints are good: lower --lr or --grad_clip, or use another --precision"
+            raise DataError(f"{self.logdir}: {what}, learning rate {line['lr']:.3g}; {advice}")
         self.since, self.longest_bad_row = at, self.bad_row
         self.clear()
 

@@ -1,7 +1,6 @@
-"""Randomness addressed by what it is for, never by when or where it is drawn.
+"""Randomness addressed by what it is for, such as (seed, "batch", shard, step), never by when or where it is drawn.
 
-Every random stream of the project has an address such as (seed, "batch", shard, step). The same address gives the
-same numbers in any process and after any restart, so a run has no random state to save.
+The same address gives the same numbers in any process and after any restart: a run has no random state to save.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""Imported by every script before all else, and light for that: signals, standard streams, errors in one line.
-
-Importing torch takes seconds, in which Ctrl-C would print a traceback, and a file could be opened as descriptor 2.
-"""
+"""Imported by every script before torch, which takes seconds: signals, standard streams, errors in one line."""
 
 import argparse
 import contextlib
@@ -36,10 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare():
-    """Have signals end the process with one line and 128 + their number, and let any standard stream be missing.
-
-    Output takes any text.
-    """
+    """Have signals end the process with one line and 128 + their number; let output be closed, full or of any text."""
     handle(stop_at_once)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -86,11 +80,10 @@ def name():
 
 
 def handle(handler):
-    """Handle SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP; returns the handlers before."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.pop()
-    return {number: signal.signal(number, handler) for number in numbers}
+    """Handle SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def stop(number, frame):
@@ -106,7 +99,7 @@ def stop_at_once(number, frame=None):
 
 
 def say_stopped(number):
-    """Write a line by the first of several processes, past the streams: a handler may have interrupted their work."""
+    """Write a line, of the first of several processes, past the streams, whose work this may have interrupted."""
     if os.environ.get("RANK", "0") == "0":
         after_bar = "\n" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
