@@ -23,9 +23,9 @@ def writable(what, advice):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears at `path` complete or not at all: temporary file beside it, fsync, rename, fsync.
+    """A binary file that appears at `path` complete or, with a DataError, not at all: temporary until then, and synced.
 
-    Makes the parent directories. Raises DataError if the file cannot be written (no permission, disk full).
+    Makes the parent directories.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -37,8 +37,7 @@ def atomic_write(path):
                 sync(file)
             temporary.replace(path)
     finally:
-        # after the rename there is none; where it cannot be removed, what is wrong has been reported already
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # after the rename there is none
             temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
@@ -56,10 +55,12 @@ def sync(file):
 
 def sync_directory(path):
     """Make a rename in a directory durable, where the file system can open and sync directories."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError):
         directory = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, directory)
-        os.fsync(directory)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def remove(path):
@@ -71,20 +72,16 @@ def remove(path):
 def make_directory(path, flag):
     """Make a directory that `flag` names, and prove that it can be written; raises DataError."""
     with writable(f"--{flag}={path}", "choose another directory"):
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{secrets.token_hex(4)}.tmp"
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()
 
 
 def lock_directory(path, flag):
-    """Take a directory for this process until it ends or closes the file that is returned, which holds the lock.
+    """Take the directory that `flag` names for this process, until it ends or closes the file that is returned.
 
-    Where the file system has no locks, a warning says so and the work goes on.
-
-    Raises:
-        DataError: another process has taken it; `flag` is the name of the flag that names the directory.
+    Raises a DataError if another process has it. A file system without locks is warned of, and the work goes on.
     """
     with writable(f"--{flag}={path}/.lock", "choose another directory"):
         file = (Path(path) / ".lock").open("a+")

@@ -52,9 +52,8 @@ def run(main):
     try:
         code = main()
     except KeyboardInterrupt as stopped:
-        (number,) = stopped.args
-        code = 128 + number
-        say_stopped(number)
+        code = 128 + stopped.args[0]
+        say_stopped(stopped.args[0])
     except SystemExit as end:
         code = end.code
     except UserError as error:
@@ -69,12 +68,12 @@ def run(main):
 
 
 def say(text):
-    """Write a line about this script to standard error."""
+    """Write a line about this script, named as a person started it, to standard error."""
     warn(f"{name()}: {text}")
 
 
 def name():
-    """Of the script, as a person started it: main.py or score.compare."""
+    """Of the script: main.py or score.compare."""
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
@@ -92,7 +91,7 @@ def stop(number, frame):
     raise KeyboardInterrupt(number)
 
 
-def stop_at_once(number, frame=None):
+def stop_at_once(number, frame):
     """End the process here: while modules are imported, an exception might be taken for a missing module."""
     say_stopped(number)
     os._exit(128 + number)
