@@ -106,7 +106,8 @@ def load(path, device="cpu", check=True):
                     raise ValueError(f"damaged: the checksum of {damaged} is wrong")
                 kind = DataError  # if torch cannot read it all the same
         with torch.serialization.safe_globals(NUMPY_TYPES), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
+            mmap = is_zip and str(path).isprintable()  # torch cannot map a file whose name is no UTF-8
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}, not a dict")
         return state

@@ -23,10 +23,9 @@ def due(count, every):
 
 
 def read_metrics(logdir):
-    """What the training in a log directory has logged: a list of dicts, by step.
+    """What all processes of a training have logged: a list of dicts, by step.
 
-    Every process has a file of its own. A step that a continued run has made again has several lines: the last one
-    counts. What a power loss has torn is left out.
+    Of a step that a continued run has made again the last line counts. What a power loss has torn is left out.
     """
     lines = []
     for path in Path(logdir).glob("metrics*.jsonl"):
@@ -49,8 +48,7 @@ class Logger:
         seconds: of training in earlier starts.
         writes: whether this process has files; those of a rank above 0 have the rank in their names.
 
-    Raises:
-        DataError: a log cannot be written.
+    All methods raise a DataError if a log cannot be written.
     """
 
     def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
@@ -90,7 +88,8 @@ class Logger:
     def step(self, step, numbers, keep=None, *, now=False, **where):
         """Take in a step; every `log_step` steps write a line about those since the last one to the bar and the logs.
 
-        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
+        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others, and too
+        many of them in a row raise a DataError.
 
         Args:
             step: the step's number in the whole run.
@@ -98,9 +97,6 @@ class Logger:
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
             now: write the line of the steps until this one, since a round ends, or the run.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
-
-        Raises:
-            DataError: too many steps in a row were not applied.
         """
         applied = numbers["applied"]
         self.steps += 1
@@ -163,10 +159,7 @@ class Logger:
         self.event(step, summary.image(tag.split("_step")[0], grid))
 
     def memorization(self, skip_counts, banks, r):
-        """After round r: a histogram of skips per training image, and every shard's memory bank over t, in TensorBoard.
-
-        skip_counts (N,) int64; banks: {shard: (T,) tensor} of this process. A bank's curve has t for its step axis.
-        """
+        """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: (T,) bank} as curves over t."""
         if distributed.is_main():
             self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
         for shard, bank in banks.items():

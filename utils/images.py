@@ -59,9 +59,8 @@ def list_images(folder, classes=False):
 def scan(folder, deep=False):
     """The images, the sub-folders and the other files in a folder, sorted by path; with `deep` at any depth below it.
 
-    Raises:
-        DataError: it cannot be read, an image is no file (opening a pipe would wait for ever), or there is a symbolic
-            link to a directory (links can form a loop).
+    A DataError if it cannot be read, or holds an image that is no file (opening a pipe would wait for ever) or a
+    symbolic link to a directory (links can form a loop).
     """
     images, folders, others, pending = [], [], [], [folder]
     try:
@@ -89,9 +88,7 @@ def scan(folder, deep=False):
 def read_images(paths, img_size=None, num_workers=0):
     """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
 
-    Raises:
-        DataError: they do not fit into memory; or, once all have been tried, names those that cannot be read or have
-            another size than the first.
+    A DataError if they do not fit into memory, and once all have been tried for those that are bad or of another size.
     """
     images, first, bad = None, None, []
     with contextlib.closing(in_threads(partial(try_image, img_size=img_size), paths, num_workers)) as results:
@@ -125,9 +122,9 @@ def try_image(path, img_size):
 
 
 def in_threads(function, items, number):
-    """The function's results in order, from so many threads; closing it drops what has not begun.
+    """The function's results in order, from so many threads, which Pillow and hashlib let run at the same time.
 
-    Pillow and hashlib let other threads run meanwhile: from some 256x256 pixels on, threads are as fast as processes.
+    Closing it drops what has not begun.
     """
     with ThreadPoolExecutor(number or 1) as pool:
         for start in range(0, len(items), 256):  # a million tasks in a queue would fill gigabytes
@@ -135,12 +132,10 @@ def in_threads(function, items, number):
 
 
 def read_image(path):
-    """A still picture of one of `FORMATS` in RGB, upright as its metadata says (the first frame of an animation).
-
-    EXIF data that cannot be read is ignored.
+    """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
     Raises:
-        DataError: missing, no image, damaged, refused by `to_rgb`, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or larger than PIL's MAX_IMAGE_PIXELS.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -162,8 +157,7 @@ def read_image(path):
 def to_rgb(image):
     """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
 
-    Raises:
-        ValueError: the range of the values is unknown (32-bit integers, floats).
+    A ValueError if the range of the values is unknown (32-bit integers, floats).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
@@ -181,10 +175,7 @@ def to_rgb(image):
 
 
 def to_uint8(x):
-    """Network output in [-1, 1] as pixels: clip((x + 1) / 2, 0, 1) * 255, rounded to uint8.
-
-    Takes and returns any shape, on x's device. NaN becomes 0: find those with `non_finite_images` and report them.
-    """
+    """Network output of any shape as uint8 pixels: clip((x + 1) / 2, 0, 1) * 255, rounded. NaN becomes 0."""
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 

@@ -22,10 +22,9 @@ def one_line(error):
 
 
 def available_memory(root=Path("/")):
-    """Bytes that this process can have: what the kernel calls available, or less if a cgroup around it has a limit.
+    """Bytes that this process can have: what the kernel calls available, or what cgroups (version 2) leave of it.
 
-    The pages of files that the kernel keeps do not count as used. `root` is where proc and sys (with cgroups of version
-    2) are; without them the answer is infinity.
+    The pages of files that the kernel keeps do not count as used. `root`: where proc and sys are.
     """
     try:
         available = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable:"]
@@ -71,8 +70,7 @@ def read_file(path, uncompress=False):
 def read_archive(path, names):
     """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
-    Raises:
-        DataError: the archive is damaged, lacks a file, or unpacks to more than `MAX_FILE_BYTES`.
+    A DataError if the archive is damaged, lacks a file, or unpacks to more than `MAX_FILE_BYTES`.
     """
     data = read_file(path, uncompress=True)
     try:
@@ -105,13 +103,10 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_dict(data, path):
-    """The dict of arrays of bytes, lists, strings and numbers in a pickle. Nothing in the pickle can run.
+    """The dict of arrays of bytes, lists, strings and numbers in a pickle, of Python 2 too. Nothing in it can run.
 
-    Keys are str, though Python 2 wrote its strings as bytes. Memory is bounded by a multiple of len(data) and of
-    `MAX_PICKLE_OPCODES`.
-
-    Raises:
-        DataError: any other pickle; names `path`, the file that the data came from.
+    Memory is bounded by a multiple of len(data) and of `MAX_PICKLE_OPCODES`. A DataError, which names `path`, the file
+    that the data came from, for any other pickle.
     """
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):

@@ -22,8 +22,7 @@ def generator(device, *address):
 def sample_noise(seed, indices, shape, device):
     """Standard normal noise for generated images: a function that draws (B, *shape) float32, and on when called again.
 
-    Image number i has a stream of its own, (seed, "image", i), and all are drawn on the CPU, so that neither the batch
-    size nor the device changes an image.
+    Image i has a stream of its own, drawn on the CPU, so that neither the batch size nor the device changes an image.
     """
     streams = [generator("cpu", seed, "image", i) for i in indices]
     return lambda *_: torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)
