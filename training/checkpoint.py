@@ -40,13 +40,9 @@ LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0
 EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
 
 # published global_ckpt files hold their skip counts as a NumPy array
-NUMPY_TYPES = [
-    np.ndarray,
-    np.dtype,
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    *(type(np.dtype(kind)) for kind in "?bhilBHILefd"),
-]
+NUMPY_TYPES = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilBHILefd")]
+for module in ("numpy.core", "numpy._core"):
+    NUMPY_TYPES.append((np._core.multiarray._reconstruct, f"{module}.multiarray._reconstruct"))
 
 
 def step_name(step):
@@ -168,12 +164,9 @@ def weights(state, use_ema, path):
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet; keys and shapes must fit.
+    """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
 
-    What DataParallel, torch.compile or an outer module have put before all keys is left out.
-
-    Raises:
-        DataError: names the first key that is missing, left over or of another shape.
+    Raises a DataError that names the first key that is missing, left over or of another shape.
     """
     try:
         heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
@@ -310,10 +303,7 @@ def newest_step(logdir):
 
 
 def save_step(logdir, state, milestone, keep):
-    """Write the checkpoint of main.py after a step.
-
-    The `keep` newest have all that a run continues from. Of the older ones milestones stay, with what evaluation needs.
-    """
+    """Write the checkpoint of main.py. Of those older than the `keep` newest milestones stay, for evaluation only."""
     save(logdir / step_name(state["step"]), {**state, "milestone": milestone})
     until_now = [path for step, path in numbered(logdir, STEPS).items() if step <= state["step"]]
     for path in until_now[keep:]:
@@ -353,18 +343,14 @@ def newest_round(steps_per_round, logdir):
         if None not in steps:
             break
     later = [path for s, path in averages.items() if s > r]
-    for files, own in zip(shards, steps, strict=True):
-        later += [path for step, path in files.items() if step > own]
+    later += [path for k, files in enumerate(shards) for step, path in files.items() if step > steps[k]]
     if not any(steps) and (whole := next(filter(load_whole, later), None)):
         raise nothing_to_continue(whole)
     return r, steps, averages.get(r), later
 
 
 def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
-    """Continue the shards of this process from what `newest_round` has found; returns the seconds of training so far.
-
-    Raises a DataError if a file does not fit the run.
-    """
+    """Continue this process's shards from what `newest_round` has found; returns the seconds of training so far."""
     average = load(average_path, check=False) if r else {"seconds": 0.0}
     seconds = average["seconds"]
     for shard in (shard for shard in shards if steps[shard.number]):
@@ -381,10 +367,7 @@ def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, avera
 
 
 def save_shard(logdir, number, state, end_of_round, keep):
-    """Write the file of a shard.
-
-    Its `keep` newest files stay, and that of the end of the last round: all shards need it until the next average.
-    """
+    """Write the file of a shard. Its `keep` newest stay, and that of the last round's end until the next average."""
     save(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
     until_now = [item for item in shard_files(logdir, number).items() if item[0] <= state["step"]]
     for step, path in until_now[keep:]:

@@ -19,10 +19,7 @@ ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and 
 
 
 def run(main, arguments=()):
-    """Parse the flags, check them, call main(); exit with 2 for wrong flags, 1 for wrong files.
-
-    arguments: names of what else must be on the command line; main is called with it.
-    """
+    """Parse the flags, call main() with the `arguments` named so; exit with 2 for wrong flags, 1 for wrong files."""
     app.define_help_flags()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
@@ -40,13 +37,11 @@ def launch(main, arguments):
         distributed.initialize()
         main(*positional)
     except UserError as error:
-        rank = ""
         if not distributed.is_main():
             # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
             time.sleep(MAIN_SPEAKS_FIRST)
-            rank = f"rank {distributed.rank()}: "
-        startup.say(f"{rank}error: {error}")
-        sys.exit(error.exit_code)
+        startup.say(f"error: {error}")
+        sys.exit(error.exit_code)  # as an exception, torchrun would print its traceback
     distributed.finish()
 
 
@@ -81,8 +76,7 @@ def announce(device, net, images, batch_size, **more):
 def pick_device(name, precision="fp32"):
     """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
 
-    It is also set up here: float32 products of a GPU are rounded to TF32 with `--precision=tf32` only (torch's default
-    is to do so in convolutions), and cuDNN tries its algorithms for every new shape, of which a run has few.
+    TF32 is used with `--precision=tf32` only, where torch's default is to round the products of convolutions to it.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +93,7 @@ def pick_device(name, precision="fp32"):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # tries its algorithms for every new shape, of which a run has few
     return device
 
 

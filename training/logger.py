@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ class Logger:
         desc = f"process 1 of {processes}" if processes > 1 else None
         self.bar = distributed.bar(total=total, initial=done, desc=desc, unit="step")
         self.path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
+        self.writing = partial(writable, self.path, "check the directory and its space")
         if writes:
             events = self.logdir / f"rank{rank}" if rank else self.logdir
             with self.writing():
@@ -75,10 +77,6 @@ class Logger:
     def clear(self):
         """Start the sums of a line; tensors in them stay on their device until the line is due."""
         self.steps = self.loss = self.bad_steps = self.skipped = 0
-
-    def writing(self):
-        """A context in which errors of the logs' files become a DataError."""
-        return writable(self.path, "check the directory and its space")
 
     @property
     def seconds(self):

@@ -68,12 +68,13 @@ def run(main):
 
 
 def say(text):
-    """Write a line about this script, named as a person started it, to standard error."""
-    warn(f"{name()}: {text}")
+    """Write a line about this script, and the rank of its process above 0, to standard error."""
+    rank = os.environ.get("RANK", "0")
+    warn(f"{name()}: {'' if rank == '0' else f'rank {rank}: '}{text}")
 
 
 def name():
-    """Of the script: main.py or score.compare."""
+    """Of the script, as a person started it: main.py or score.compare."""
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
 
