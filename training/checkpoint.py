@@ -218,7 +218,7 @@ class LogDirectory:
         if files:
             try:
                 run = read_json(self.path / "run.json")
-                before, self.changes = dict(run["settings"]), list(run["changes"])
+                before, self.changes = dict(run["settings"]), [dict(change) for change in run["changes"]]
             except (DataError, KeyError, TypeError, ValueError) as error:
                 what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
                 raise DataError(f"{files[0]}: {what}: choose another --logdir") from error
