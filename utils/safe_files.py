@@ -70,7 +70,7 @@ def read_file(path, uncompress=False):
 def read_archive(path, names):
     """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
-    A DataError if the archive is damaged, lacks a file, or unpacks to more than `MAX_FILE_BYTES`.
+    A DataError if the archive is damaged, lacks one of them, or unpacks to more than `MAX_FILE_BYTES`.
     """
     data = read_file(path, uncompress=True)
     try:
