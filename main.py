@@ -83,7 +83,7 @@ def resume(learner, directory):
     logdir, seconds = directory.path, 0.0
     path, later = distributed.from_main(checkpoint.newest_step(logdir) if distributed.is_main() else None)
     if path:
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, check=False)  # rank 0 has checked it
         checkpoint.restore(learner, state, path)
         seconds = state["seconds"]
     if learner.step > FLAGS.total_steps:

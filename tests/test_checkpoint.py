@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults import differences
 from tests.networks import tiny_learner, tiny_unet
 from training import checkpoint
 from utils.errors import DataError, UsageError
@@ -155,16 +156,43 @@ def test_checkpoints_of_others_are_refused_and_left_as_they_are(write, ours, fla
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DataError, match=r"ckpt5\.pt: .*: choose another --logdir"):
         open_directory(tmp_path, **flags)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {**after, tmp_path / ".lock": b""} == {**before, tmp_path / ".lock": b""}
 
 
+RUN_OF_ANOTHER = '{"settings": {"lr": 1.0}, "changes": ["lr"]}'
+
+
+@pytest.mark.parametrize("content", ['{"learning_rate": 1}', '["lr"]', '{"settings": [1]}', RUN_OF_ANOTHER, "\xff"])
 @pytest.mark.parametrize("name", ["run.json", "flagfile.txt", "metrics.jsonl", "subset.npy"])
-def test_other_files_of_others_are_not_replaced_either(name, tmp_path):
-    (tmp_path / name).write_text('{"learning_rate": 1}')
+def test_other_files_of_others_are_not_replaced_either(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="latin1")
     for flags in ({}, {"fresh": True, "overwrite": True}):
         with pytest.raises(DataError, match=rf"{name}.*choose another --logdir"):
             open_directory(tmp_path, **flags)
-    assert (tmp_path / name).read_text() == '{"learning_rate": 1}'
+    assert (tmp_path / name).read_text(encoding="latin1") == content
+
+
+def test_the_lock_comes_before_all_else(tmp_path):
+    """What is in a directory is looked at when nobody else can change it any more."""
+    directory = open_directory(tmp_path)
+    directory.begin(0, [])
+    with pytest.raises(DataError, match="is writing there"):
+        open_directory(tmp_path, {**SETTINGS, "lr": 2.0})
+    directory.lock.close()
+    with pytest.raises(UsageError, match=r"--lr=2\.0"):
+        open_directory(tmp_path, {**SETTINGS, "lr": 2.0})
+
+
+def test_a_learner_that_is_continued_keeps_nothing_of_the_file(tmp_path):
+    """Tensors that are loaded are mapped, and a user can replace the file while the run goes on."""
+    learner, other, path = tiny_learner(0), tiny_learner(1), tmp_path / "ckpt1.pt"
+    learner.update(learner.trainer(torch.zeros(2, 3, 8, 8)).mean())
+    checkpoint.save(path, learner.state_dict())
+    checkpoint.restore(other, checkpoint.load(path, check=False), path)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert differences(learner.state_dict(), other.state_dict()) == []
 
 
 def test_a_change_is_not_taken_back_into_the_time_before_it(tmp_path):

@@ -138,7 +138,7 @@ def test_a_run_continues_with_another_number_of_processes(one_process, tmp_path)
     with subprocess.Popen([*torchrun_command(1, "main_fed.py", *flags)], env=environment()) as process:
         while process.poll() is None and not set((tmp_path / "log").glob("state/*.pt")) - known:
             time.sleep(0.01)
-        process.kill()
+        kill_one(process, 0, tmp_path / "log", signal.SIGKILL)  # torchrun alone would leave it writing
     assert "continuing in" in run_with(3, "main_fed.py", *flags, cwd=tmp_path).stdout
     assert differences(ensemble_state(one_process), ensemble_state(tmp_path / "log")) == []
 

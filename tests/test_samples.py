@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from score.grids import save_grids
 from score.samples import load_samples, non_finite_images, save_pngs
 from utils import safe_files
 from utils.errors import DataError
-from utils.images import image_grid, to_uint8
+from utils.images import to_uint8
 
 
 def random_images(N=5, height=6, width=7, seed=0):
@@ -340,9 +339,3 @@ def test_few_images_make_few_grids_and_remove_old_ones(tmp_path):
     assert paths == [tmp_path / "grid_image0.png", tmp_path / "grid_image1.png"]
     # With equal ratios the images keep their order: the second picture shows images 128, 129 and 130.
     np.testing.assert_array_equal(tile(Image.open(paths[1]), 0, 5, 4), generated[130])
-
-
-@pytest.mark.parametrize(("number", "columns"), [(7, 3), (8, 8), (2, 16)])
-def test_a_grid_of_images_is_what_torchvision_makes(number, columns):
-    images = torch.randint(0, 256, (number, 3, 5, 4), dtype=torch.uint8)
-    assert torch.equal(image_grid(images, columns), torchvision.utils.make_grid(images, nrow=columns, padding=2))

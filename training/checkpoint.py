@@ -1,19 +1,20 @@
 """All files that a run continues from, and its log directory; also what IET_AGC and pytorch-ddpm have published.
 
 main.py writes ckpt{steps}.pt. main_fed.py writes global_ckpt_round{r}.pt and, to continue from, state/: a file per
-shard and save, and the averages that are not to stay. It stands at (rounds done, own steps of every shard), since in a
-round no shard depends on another. Which process trains a shard is not in the files.
+shard and save, whichever process made it, and the averages that are not to stay. It stands at (rounds done, own steps
+of every shard), since in a round no shard depends on another.
 """
 
 import json
+import math
 import os
 import pickle
 import re
 import socket
-import sys
 import warnings
 import zipfile
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from safetensors import safe_open
 
 from utils import distributed
-from utils.errors import DamagedError, DataError, UsageError
+from utils.errors import DamagedError, DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, make_directory, read_json, remove, write_json
 from utils.safe_files import one_line
 
@@ -39,13 +40,9 @@ LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0
 EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
 
 # published global_ckpt files hold their skip counts as a NumPy array
-NUMPY_TYPES = [
-    np.ndarray,
-    np.dtype,
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    *(type(np.dtype(kind)) for kind in "?bhilBHILefd"),
-]
+NUMPY_TYPES = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilBHILefd")]
+for module in ("numpy.core", "numpy._core"):
+    NUMPY_TYPES.append((np._core.multiarray._reconstruct, f"{module}.multiarray._reconstruct"))
 
 
 def step_name(step):
@@ -59,26 +56,20 @@ def round_name(number):
 
 
 def own_files(directory, pattern):
-    """The files in a log directory, or in directories in it, whose paths in it match a pattern."""
+    """{path: match} of the files in a log directory, or in directories in it, whose paths in it match a pattern."""
     paths = [path for level in ("*", "*/*") for path in sorted(Path(directory).glob(level))]
-    return [path for path in paths if re.fullmatch(pattern, str(path.relative_to(directory)))]
+    found = {path: re.fullmatch(pattern, str(path.relative_to(directory))) for path in paths}
+    return {path: match for path, match in found.items() if match}
 
 
 def numbered(directory, pattern):
     """{number: path} of the files in a log directory whose paths match a pattern with one group, the highest first."""
-    names = {path: str(path.relative_to(directory)) for path in own_files(directory, pattern)}
-    found = {int(re.fullmatch(pattern, name)[1].replace("k", "000")): path for path, name in names.items()}
+    found = {int(match[1].replace("k", "000")): path for path, match in own_files(directory, pattern).items()}
     return dict(sorted(found.items(), reverse=True))
 
 
 def save(path, state):
-    """Write a checkpoint so that a reader, or a run killed at any instant, finds the whole file or none.
-
-    torch.save writes a zip archive with a CRC-32 of every record, which `load` checks.
-
-    Raises:
-        DataError: it cannot be written, e.g. for want of room; what was at `path` is still there.
-    """
+    """Write a checkpoint whole or, with a DataError, not at all; what was at `path` is still there then."""
     with atomic_write(path) as file:
         try:
             torch.save({"format": FORMAT, **state}, file)
@@ -87,40 +78,42 @@ def save(path, state):
             raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
 
 
-def load(path, device="cpu", mmap=False):
+def load(path, device="cpu", check=True):
     """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
-    mmap: tensors are read from the file when they are needed, and without a look at the checksums.
+    Its tensors are mapped: read from the file when they are needed. check: read all now, and compare the checksums.
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
         DataError: missing, unreadable, or no checkpoint.
     """
-    path, foreign = Path(path), False
+    path, kind = Path(path), DataError
     try:
         if path.suffix == ".safetensors":
             return load_exported(path, device)
         with path.open("rb") as file:
-            foreign = file.read(1) == b"\x80"  # of torch's older format, which this program does not write
-            if is_zip := zipfile.is_zipfile(file):
+            is_zip = file.read(1) != b"\x80"  # of torch's older format, which this program does not write
+            if is_zip:
+                kind = DamagedError
                 archive = zipfile.ZipFile(file)
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("it is compressed, as no checkpoint is: refused as a zip bomb")
-                if not mmap and (damaged := archive.testzip()):
+                if check and (damaged := archive.testzip()):
                     raise ValueError(f"damaged: the checksum of {damaged} is wrong")
-                foreign = not mmap  # if torch cannot read it now
+                kind = DataError  # if torch cannot read it all the same
         with torch.serialization.safe_globals(NUMPY_TYPES), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zip)
+            mmap = is_zip and str(path).isprintable()  # torch cannot map a file whose name is no UTF-8
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}, not a dict")
         return state
     except Exception as error:  # damage and malice can make zipfile and the unpickler raise anything
-        if mmap:
-            return load(path, device)  # which looks whether it is damaged
+        if not check:
+            return load(path, device)  # which finds out whether it is damaged
         reason = one_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
             reason = "no checkpoint, or one that holds more than tensors and plain values, which could run code"
-        kind = DataError if foreign or isinstance(error, OSError) else DamagedError
+        kind = DataError if isinstance(error, OSError) else kind
         raise kind(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
@@ -133,18 +126,16 @@ def load_exported(path, device):
         kind = "ema_model" if flags["use_ema"] else "net_model"
         return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
     except (KeyError, TypeError, ValueError) as error:
-        what = "its metadata does not say what network it is of"
-        raise ValueError(f"{what}: export the checkpoint with python -m training.export") from error
+        raise ValueError("its metadata does not say what network it is of: use python -m training.export") from error
 
 
-def is_whole(path):
-    """Whether a checkpoint of a run is undamaged; a damaged one is named on stderr and left as it is."""
+def load_whole(path):
+    """What a checkpoint of a run holds; None if it is damaged, which is said on stderr, and it is left as it is."""
     try:
-        load(path)
+        return load(path)
     except DamagedError as error:
-        print(f"{error}: passed over", file=sys.stderr)
-        return False
-    return True
+        warn(f"{error}: passed over")
+        return None
 
 
 def find(name):
@@ -173,12 +164,9 @@ def weights(state, use_ema, path):
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet; keys and shapes must fit.
+    """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
 
-    What DataParallel, torch.compile or an outer module have put before all keys is left out.
-
-    Raises:
-        DataError: names the first key that is missing, left over or of another shape.
+    Raises a DataError that names the first key that is missing, left over or of another shape.
     """
     try:
         heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
@@ -197,7 +185,7 @@ def load_weights(net, state_dict, path):
 
 
 class LogDirectory:
-    """The log directory of a run: taken, compared with what the run is made of, and written by `begin` only.
+    """The log directory of a run: locked as long as this lives, compared with the run, and written by `begin` only.
 
     Args:
         path: the directory, made if missing.
@@ -208,76 +196,66 @@ class LogDirectory:
             and neighbour indices count in it.
         fresh, overwrite, allow_change: the flags. `fresh` with `overwrite` removes the files of an earlier run.
 
-    Rank 0 does all this; the other processes wait for it. The lock is held as long as the object lives.
-
     Raises:
-        DataError: the directory cannot be made or written, another process has it, or it holds what no run of this
-            program has written.
+        DataError: it cannot be made or written, another process has it, or it holds what no run of ours has written.
         UsageError: what is in it is not this run.
     """
 
     def __init__(self, path, settings, fixed, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
         self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
-        if not distributed.is_main():
-            holder, lock = distributed.from_main(None), self.path / ".lock"
-            if not lock.exists() or lock.read_text().strip() != holder:
-                where = f"--logdir={path}: not the directory that rank 0 has opened, on {socket.gethostname()}"
-                raise DataError(f"{where}: choose one on a file system that all machines share")
-            return
-        files = own_files(self.path, OWN_FILES)
-        before, self.changes = self.recorded(files[0]) if files else (settings, [])
+        if distributed.is_main():
+            make_directory(self.path, "logdir")
+            self.lock = lock_directory(self.path, "logdir")
+            self.take(fixed, fresh, overwrite, allow_change)
+        holder, lock = distributed.from_main(str(os.getpid())), self.path / ".lock"
+        if not distributed.is_main() and (not lock.exists() or lock.read_text() != holder):
+            where = f"on {socket.gethostname()} not the directory that rank 0 has opened"
+            raise DataError(f"--logdir={path}: {where}: choose one that all machines share")
+
+    def take(self, fixed, fresh, overwrite, allow_change):
+        """Raise an error if what is in the directory is of others or of another run; remove it if that was asked."""
+        files, before, self.changes = [*own_files(self.path, OWN_FILES)], self.settings, []
+        if files:
+            try:
+                run = read_json(self.path / "run.json")
+                before, self.changes = dict(run["settings"]), [dict(change) for change in run["changes"]]
+            except (DataError, KeyError, TypeError, ValueError) as error:
+                what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
+                raise DataError(f"{files[0]}: {what}: choose another --logdir") from error
         for file in own_files(self.path, CHECKPOINTS):
             if not is_ours(file):
                 what = "of another program, or another version of this one, and cannot be continued"
                 raise DataError(f"{file}: {what}: choose another --logdir")
         if fresh:
-            files = own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")
+            files = [*own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")]
             if files and not overwrite:
                 raise UsageError(f"--fresh: {files[0]} is of an earlier run: add --overwrite to delete that run")
-            before, self.changes = settings, []
-        self.new_changes = [
-            {"flag": name, "before": before.get(name), "after": value}
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        for change in sorted(self.new_changes, key=lambda change: change["flag"] not in fixed):
-            name, started_with, value = change.values()
+            for file in files:
+                if file.name != "run.json":  # `begin` replaces it
+                    remove(file)
+            before, self.changes = self.settings, []
+        changed = [name for name, value in self.settings.items() if before.get(name) != value]
+        for name in sorted(changed, key=lambda name: name not in fixed):
             if name in fixed or not allow_change:
                 flag = name if name == "script" or " " in name else f"--{name}"
                 why = "what it has saved depends on it" if name in fixed else "--allow_change continues all the same"
-                what = f"{flag}={value}: the run in {path} was started with {started_with} ({why})"
-                raise UsageError(f"{what}: give that, or choose another --logdir")
-        make_directory(self.path, "logdir")
-        self.lock = lock_directory(self.path, "logdir")
-        for file in files if fresh else ():
-            if file.name != "run.json":  # `begin` replaces it
-                remove(file)
-        distributed.from_main(str(os.getpid()))
-
-    def recorded(self, file):
-        """(settings, changes) of the run that is there, `file` being one of its files."""
-        with suppress(DataError, KeyError, TypeError):
-            run = read_json(self.path / "run.json")
-            return run["settings"], run["changes"]
-        what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
-        raise DataError(f"{file}: {what}: choose another --logdir")
+                what = f"the run in {self.path} was started with {before.get(name)} ({why})"
+                raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
+        self.changes += [{"flag": name, "before": before.get(name), "after": self.settings[name]} for name in changed]
 
     def begin(self, steps, later):
         """Write what the run is made of, now that all processes have what they continue from.
 
-        Args:
-            steps: that are done, over all shards.
-            later: files of later steps, which the run will make again.
-
-        Raises:
-            UsageError: they were made with other settings, so they would not come out the same.
+        steps: that are done, over all shards. later: files of later steps, which the run will make again; a UsageError
+        if they were made with other settings, so that they would not come out the same.
         """
         distributed.barrier()
         if distributed.is_main():
-            if later and (self.new_changes or any(change["step"] > steps for change in self.changes)):
+            # a change of now has no step yet
+            if later and any(change.get("step", math.inf) > steps for change in self.changes):
                 what = f"made with other settings (--allow_change), and a run continued at step {steps} replaces it"
                 raise UsageError(f"{later[0]}: {what}: choose another --logdir, or go on without the change")
-            changes = self.changes + [{**change, "step": steps} for change in self.new_changes]
+            changes = [{"step": steps, **change} for change in self.changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
             with atomic_write(self.path / "flagfile.txt") as file:
                 file.write(self.flagfile.encode(errors="surrogateescape"))
@@ -291,11 +269,9 @@ class LogDirectory:
 def is_ours(path):
     """Whether a checkpoint in a log directory is of this version of this program; a damaged one is taken for it."""
     try:
-        return load(path, mmap=True).get("format") == FORMAT
-    except DamagedError:
-        return True
-    except DataError:
-        return False
+        return load(path, check=False).get("format") == FORMAT
+    except DataError as error:
+        return isinstance(error, DamagedError)
 
 
 def nothing_to_continue(path):
@@ -307,39 +283,34 @@ def nothing_to_continue(path):
 def restore(learner, state, path):
     """Continue a learner from its `state_dict` in a checkpoint; raises a DataError if it does not fit the network."""
     load_weights(learner.net, state["net_model"], path)
-    learner.load_state_dict(state)
+    # Adam goes on with the tensors that it is given, which must not be those of the file
+    learner.load_state_dict({**state, "optim": deepcopy(state["optim"])})
 
 
 # ---- main.py
 
 
 def newest_step(logdir):
-    """(the newest whole checkpoint of main.py, or None; files of later steps).
-
-    Raises:
-        DataError: it lacks what a run continues from.
-    """
-    files = list(numbered(logdir, STEPS).values())
-    for i, path in enumerate(files):
-        if is_whole(path):
-            if "optim" not in load(path, mmap=True):
+    """(the newest whole checkpoint of main.py or None, files of later steps); a DataError if a run cannot go on so."""
+    later = []
+    for path in numbered(logdir, STEPS).values():
+        if state := load_whole(path):
+            if "optim" not in state:
                 raise nothing_to_continue(path)
-            return path, files[:i]
-    return None, files
+            return path, later
+        later.append(path)
+    return None, later
 
 
 def save_step(logdir, state, milestone, keep):
-    """Write the checkpoint of main.py after a step.
-
-    The `keep` newest have all that a run continues from. Of the older ones milestones stay, with what evaluation needs.
-    """
+    """Write the checkpoint of main.py. Of those older than the `keep` newest milestones stay, for evaluation only."""
     save(logdir / step_name(state["step"]), {**state, "milestone": milestone})
     until_now = [path for step, path in numbered(logdir, STEPS).items() if step <= state["step"]]
     for path in until_now[keep:]:
         with suppress(DamagedError):  # a damaged one stays as it is
-            if "optim" not in load(path, mmap=True):
-                break  # nor do those before it have more
             old = load(path)
+            if "optim" not in old:
+                break  # nor do those before it have more
             if old["milestone"]:
                 save(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
             else:
@@ -357,44 +328,35 @@ def shard_files(logdir, shard):
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1.
-
-    Raises:
-        DataError: nothing can be continued, but there are whole files, which a new start would replace.
+    A shard at step 0 has no file, and there is no average before round 1. Raises a DataError if nothing can be
+    continued, but there are whole files, which a new start would replace.
     """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
     for r in [*sorted(averages, reverse=True), 0]:
-        if r and not is_whole(averages[r]):
+        if r and not load_whole(averages[r]):
             continue
-        ranges = [range(r * n, (r + 1) * n + 1) for n in steps_per_round]
-        steps = [
-            next((step for step, path in files.items() if step in own and is_whole(path)), 0)
-            for files, own in zip(shards, ranges, strict=True)
-        ]
-        if all(step in own for step, own in zip(steps, ranges, strict=True)):
+        steps = []
+        for files, n in zip(shards, steps_per_round, strict=True):
+            own = (step for step, path in files.items() if r * n <= step <= (r + 1) * n and load_whole(path))
+            steps.append(next(own, None if r else 0))
+        if None not in steps:
             break
     later = [path for s, path in averages.items() if s > r]
-    for files, own in zip(shards, steps, strict=True):
-        later += [path for step, path in files.items() if step > own]
-    if not any(steps) and (whole := next((path for path in later if is_whole(path)), None)):
+    later += [path for k, files in enumerate(shards) for step, path in files.items() if step > steps[k]]
+    if not any(steps) and (whole := next(filter(load_whole, later), None)):
         raise nothing_to_continue(whole)
     return r, steps, averages.get(r), later
 
 
 def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
-    """Continue the shards of this process from what `newest_round` has found: learners, banks, their skip counts.
-
-    Returns the seconds of training so far; raises a DataError if a file does not fit the run.
-    """
-    average = load(average_path) if r else {"seconds": 0.0}
+    """Continue this process's shards from what `newest_round` has found; returns the seconds of training so far."""
+    average = load(average_path, check=False) if r else {"seconds": 0.0}
     seconds = average["seconds"]
-    for shard in shards:
+    for shard in (shard for shard in shards if steps[shard.number]):
         k = shard.number
-        if steps[k] == 0:
-            continue
         path = shard_files(logdir, k)[steps[k]]
-        state = load(path)
+        state = load(path, check=False)
         restore(shard.learner, state, path)
         shard.agc.bank.copy_(state["bank"])
         skip_counts[shard.batches.index] = state["skip_counts"].to(skip_counts.device)
@@ -405,15 +367,12 @@ def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, avera
 
 
 def save_shard(logdir, number, state, end_of_round, keep):
-    """Write the file of a shard.
-
-    Its `keep` newest files stay, and that of the end of the last round: all shards need it until the next average.
-    """
+    """Write the file of a shard. Its `keep` newest stay, and that of the last round's end until the next average."""
     save(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
-    until_now = {step: path for step, path in shard_files(logdir, number).items() if step <= state["step"]}
-    for step in list(until_now)[keep:]:
+    until_now = [item for item in shard_files(logdir, number).items() if item[0] <= state["step"]]
+    for step, path in until_now[keep:]:
         if step != end_of_round:
-            remove(until_now[step])
+            remove(path)
 
 
 def save_average(logdir, state, publish, keep):

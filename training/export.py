@@ -3,8 +3,8 @@
 python -m training.export logs/digits/ckpt10k.pt digits.safetensors
 python -m training.export --nouse_ema --flagfile=config/CIFAR10.txt published.pt cifar10.safetensors
 
-EMA weights, or with --nouse_ema the raw ones. The network is what run.json beside the checkpoint says; the flags say it
-where there is none. The metadata's `flags` are that and what else run.json says of the training, as JSON.
+EMA weights, or with --nouse_ema the raw ones. The network is that of run.json beside the checkpoint, or else of the
+flags. The metadata's `flags` are that and what else run.json says of the training, as JSON.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -48,9 +48,8 @@ def export(name, out):
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     with atomic_write(out) as file:
         file.write(save(weights, metadata))
-    print(
-        f"{out}: the {'EMA' if FLAGS.use_ema else 'raw'} weights of {path}, {net.groups} groups, {len(weights)} tensors"
-    )
+    kind = "EMA" if FLAGS.use_ema else "raw"
+    print(f"{out}: the {kind} weights of {path}, {net.groups} groups, {len(weights)} tensors")
 
 
 if __name__ == "__main__":

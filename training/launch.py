@@ -19,10 +19,7 @@ ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and 
 
 
 def run(main, arguments=()):
-    """Parse the flags, check them and call main(); exit with 2 for wrong flags and 1 for wrong files.
-
-    arguments: names of what else must be on the command line; main is called with it.
-    """
+    """Parse the flags, call main() with the `arguments` named so; exit with 2 for wrong flags, 1 for wrong files."""
     app.define_help_flags()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
@@ -40,18 +37,16 @@ def launch(main, arguments):
         distributed.initialize()
         main(*positional)
     except UserError as error:
-        rank = ""
         if not distributed.is_main():
             # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
             time.sleep(MAIN_SPEAKS_FIRST)
-            rank = f"rank {distributed.rank()}: "
-        startup.say(f"{rank}error: {error}")
-        sys.exit(error.exit_code)
+        startup.say(f"error: {error}")
+        sys.exit(error.exit_code)  # as an exception, torchrun would print its traceback
     distributed.finish()
 
 
 def parse(values, arguments):
-    """Read and check the command line; returns what is no flag of it, which is as much as `arguments` names."""
+    """Read and check the command line; returns what is no flag of it, as much as `arguments` names."""
     try:
         positional = shared_flags.parse(values, sys.argv)
     except SystemExit:  # --help: absl ends with 1
@@ -67,45 +62,38 @@ def parse(values, arguments):
 
 
 def announce(device, net, images, batch_size, **more):
-    """Print one line about what begins: device, processes, parameters of `net` (unless None), images, batch.
-
-    more: further counts, e.g. steps_per_epoch=4.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    """Print a line about what begins: device, processes, parameters of `net` or None, images, `more` counts, batch."""
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     if device.type == "cpu" and flags.FLAGS.device is None:
-        name = "no GPU found"
+        name = " (no GPU found)"
     processes = distributed.world_size()
-    counts = {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
+    counts = {"process" if processes == 1 else "processes": processes}
+    counts |= {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
     counts |= {"images": images, **more, "images per batch": batch_size}
-    said = [f"{device} ({name})" if name else f"{device}", f"{processes} process{'es' if processes > 1 else ''}"]
-    print(", ".join(said + [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()]))
+    print(f"{device}{name}, " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
 
 
 def pick_device(name, precision="fp32"):
     """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
 
-    It is also set up here: float32 products of a GPU are rounded to TF32 with `--precision=tf32` only (torch's default
-    is to do so in convolutions), and cuDNN tries its algorithms for every new shape, of which a run has few.
+    TF32 is used with `--precision=tf32` only, where torch's default is to round the products of convolutions to it.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            number = device.index or 0
-            if distributed.world_size() > 1:
-                number = distributed.local_rank()
-                if device.index is not None:
-                    raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
-                if number >= torch.cuda.device_count():
-                    raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
-            device = torch.device("cuda", number)
+            if device.index is not None and distributed.world_size() > 1:
+                raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
+            if distributed.local_rank() >= torch.cuda.device_count() > 0:
+                raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
+            device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)  # so that nothing takes memory of another
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # tries its algorithms for every new shape, of which a run has few
     return device
 
 
@@ -119,12 +107,11 @@ class Interruption:
         self.number = self.pending = None
 
     def __enter__(self):
-        self.before = startup.handle(self._receive)
+        startup.handle(self._receive)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        startup.handle(startup.stop)
 
     def _receive(self, number, frame):
         if self.number is None:
@@ -136,21 +123,15 @@ class Interruption:
         return self.number is not None
 
     def of_any(self):
-        """Whether any of the processes that train one network was signalled, known to all of them at the same step.
-
-        Nobody waits for the others: the answer is about the step before.
-        """
+        """Whether any of the processes that train one network was signalled by the step before: nobody waits."""
         if distributed.world_size() == 1:
             return bool(self)
         before, self.pending = self.pending, distributed.total_later(torch.tensor(int(bool(self))))
         return before is not None and bool(before())
 
     def exit(self, logdir):
-        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP.
-
-        Where only another process was signalled, this one ends as after SIGTERM.
-        """
-        number = self.number or signal.SIGTERM
+        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
+        number = self.number or signal.SIGTERM  # where only another process was signalled
         if distributed.is_main():
             where = f"saved in {printable(logdir)}: the same command continues the run"
             print(f"stopped by {signal.Signals(number).name}, {where}", file=sys.stderr)

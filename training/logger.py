@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from utils import distributed
 from utils.errors import DataError
-from utils.files import atomic_write, sync, where_supported, write_json
+from utils.files import atomic_write, sync, writable, write_json
 from utils.images import image_grid, to_uint8
 
 
@@ -23,10 +24,9 @@ def due(count, every):
 
 
 def read_metrics(logdir):
-    """What the training in a log directory has logged: a list of dicts, by step.
+    """What all processes of a training have logged: a list of dicts, by step.
 
-    Every process has a file of its own. A step that a continued run has made again has several lines: the last one
-    counts. What a power loss has torn is left out.
+    Of a step that a continued run has made again the last line counts. What a power loss has torn is left out.
     """
     lines = []
     for path in Path(logdir).glob("metrics*.jsonl"):
@@ -49,8 +49,7 @@ class Logger:
         seconds: of training in earlier starts.
         writes: whether this process has files; those of a rank above 0 have the rank in their names.
 
-    Raises:
-        DataError: a log cannot be written.
+    All methods raise a DataError if a log cannot be written.
     """
 
     def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
@@ -60,6 +59,7 @@ class Logger:
         desc = f"process 1 of {processes}" if processes > 1 else None
         self.bar = distributed.bar(total=total, initial=done, desc=desc, unit="step")
         self.path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
+        self.writing = partial(writable, self.path, "check the directory and its space")
         if writes:
             events = self.logdir / f"rank{rank}" if rank else self.logdir
             with self.writing():
@@ -78,16 +78,6 @@ class Logger:
         """Start the sums of a line; tensors in them stay on their device until the line is due."""
         self.steps = self.loss = self.bad_steps = self.skipped = 0
 
-    @contextlib.contextmanager
-    def writing(self):
-        """Errors of the logs' files as a DataError."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be written ({error.strerror}): check the directory and its space"
-            ) from error
-
     @property
     def seconds(self):
         """Of training, over all starts."""
@@ -96,7 +86,8 @@ class Logger:
     def step(self, step, numbers, keep=None, *, now=False, **where):
         """Take in a step; every `log_step` steps write a line about those since the last one to the bar and the logs.
 
-        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
+        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others, and too
+        many of them in a row raise a DataError.
 
         Args:
             step: the step's number in the whole run.
@@ -104,9 +95,6 @@ class Logger:
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
             now: write the line of the steps until this one, since a round ends, or the run.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
-
-        Raises:
-            DataError: too many steps in a row were not applied.
         """
         applied = numbers["applied"]
         self.steps += 1
@@ -132,11 +120,9 @@ class Logger:
         self.write(line)
         if self.longest_bad_row >= self.max_bad_steps:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
-            raise DataError(
-                f"{self.logdir}: {int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to "
-                f"{place}, learning rate {line['lr']:.3g}; the checkpoints are good: lower --lr or --grad_clip, or use "
-                "another --precision"
-            )
+            what = f"{int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to {place}"
+            advice = "the checkpoints are good: lower --lr or --grad_clip, or use another --precision"
+            raise DataError(f"{self.logdir}: {what}, learning rate {line['lr']:.3g}; {advice}")
         self.since, self.longest_bad_row = at, self.bad_row
         self.clear()
 
@@ -161,8 +147,7 @@ class Logger:
         """Make the logs durable: called before a save, so that no step behind a checkpoint is missing in them."""
         with self.writing():
             sync(self.metrics)
-            with where_supported():
-                self.events.flush()
+            sync(self.events)
 
     def images(self, tag, step, images):
         """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/ and TensorBoard."""
@@ -172,10 +157,7 @@ class Logger:
         self.event(step, summary.image(tag.split("_step")[0], grid))
 
     def memorization(self, skip_counts, banks, r):
-        """After round r: a histogram of skips per training image, and every shard's memory bank over t, in TensorBoard.
-
-        skip_counts (N,) int64; banks: {shard: (T,) tensor} of this process. A bank's curve has t for its step axis.
-        """
+        """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: (T,) bank} as curves over t."""
         if distributed.is_main():
             self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
         for shard, bank in banks.items():

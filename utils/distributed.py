@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 # processes wait for each other's shards, so for a round; torchrun sees a dead one, no clock has to
 LONGEST_ROUND = timedelta(days=7)
-# GPUs exchange tensors right after such a wait, or in every step: what holds one of them up meanwhile is a sample grid,
-# a save or torch.compile. NCCL ends a process that waits longer, which would else keep its GPU busy for nothing.
+# GPUs exchange tensors right after such a wait, so that one of them waits for a sample grid, a save or torch.compile
 GPU_TIMEOUT = timedelta(minutes=30)
 gpus = None  # the group for tensors on GPUs
 
@@ -53,29 +52,27 @@ def be_silent():
 
 
 class Lines:
-    """Takes what a tqdm bar writes and hands on plain lines, for log files."""
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.flush = stream.flush
+    """Takes what a tqdm bar writes and prints plain lines, for log files."""
 
     def write(self, text):
         if text.strip():
-            self.stream.write(f"{text.strip()}\n")
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
 
 
 def bar(*args, disable=False, **settings):
-    """A tqdm bar of rank 0; the others show none. All bars are made here.
+    """A tqdm bar of rank 0; the others show none. All bars are made here, and what the user sets in TQDM_* holds.
 
-    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends. What the user has set in
-    tqdm's variables, such as TQDM_DISABLE and TQDM_MININTERVAL, holds.
+    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends.
     """
     if disable or not is_main():
         settings["disable"] = True
     if sys.stderr.isatty():
         own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
     else:
-        own = {"mininterval": 30, "miniters": 1, "file": Lines(sys.stderr)}  # miniters=1: at least a step a line
+        own = {"mininterval": 30, "miniters": 1, "file": Lines()}  # miniters=1: at least a step a line
     own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
     return tqdm(*args, **settings, **own)
 
@@ -83,13 +80,12 @@ def bar(*args, disable=False, **settings):
 def initialize():
     """Meet the other processes: gloo for tensors on the CPU and for waiting, NCCL for those on GPUs."""
     global gpus
-    if not dist.is_torchelastic_launched():
-        return
-    store, *place = next(dist.rendezvous("env://", timeout=LONGEST_ROUND))
-    store = dist.PrefixStore(name_of_start(store, *place), store)
-    dist.init_process_group("gloo", store=store, rank=place[0], world_size=place[1], timeout=LONGEST_ROUND)
-    if torch.cuda.is_available():
-        gpus = dist.new_group(backend="nccl", timeout=GPU_TIMEOUT)
+    if dist.is_torchelastic_launched():
+        store, number, processes = next(dist.rendezvous("env://", timeout=LONGEST_ROUND))
+        store = dist.PrefixStore(name_of_start(store, number, processes), store)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=processes, timeout=LONGEST_ROUND)
+        if torch.cuda.is_available():
+            gpus = dist.new_group(backend="nccl", timeout=GPU_TIMEOUT)
 
 
 def group_of(device):
@@ -100,32 +96,29 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, and in it the addresses of processes that are gone (torch 2.14): what a
-    process waits for must have a name of its own. Rank 0 answers every name that another rank gives itself, also those
-    of earlier starts, until all of the others have taken its own.
+    torchrun keeps its store over restarts, with the addresses of processes that are gone (torch 2.14), and its count of
+    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also those of
+    earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
         store.set(f"rank{rank}", name)
-        answer = store.get(f"rank{rank} is {name}").decode()
-        store.set(f"rank{rank} knows {answer}", "")
-        return answer
-    for other in range(1, world_size):
-        while not store.check([f"rank{other} knows {name}"]):
-            if store.check([f"rank{other}"]):
-                store.set(f"rank{other} is {store.get(f'rank{other}').decode()}", name)
+        name = store.get(name).decode()
+        store.set(f"{name} is known to rank{rank}", "")
+        return name
+    for other in (f"rank{number}" for number in range(1, world_size)):
+        while not store.check([f"{name} is known to {other}"]):
+            if store.check([other]):
+                store.set(store.get(other).decode(), name)
             time.sleep(0.01)
     return name
 
 
 def finish():
-    """Leave the other processes, at the end of a run that went well and after its networks are gone.
-
-    What still held the connections then, as DistributedDataParallel does, could abort the process at its exit.
-    """
+    """Leave the other processes, at the end of a run that went well and after its networks are gone."""
     if dist.is_initialized():
         barrier()
-        gc.collect()
+        gc.collect()  # what still holds connections, as DistributedDataParallel does, could abort the process
         dist.destroy_process_group()
 
 
@@ -158,19 +151,16 @@ def average_gradients(network):
     """The network, its gradient the mean over all processes. Its buffers are constants, which need no exchange."""
     if world_size() == 1:
         return network
-    group = group_of(next(network.parameters()).device)
-    return DistributedDataParallel(
-        network, process_group=group, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(network, process_group=group_of(next(network.parameters()).device), **settings)
 
 
 def from_main(value):
     """What rank 0 gives, in every process. Any value that can be pickled; tensors on the CPU."""
+    values = [value]
     if world_size() > 1:
-        values = [value]
         dist.broadcast_object_list(values)
-        value = values[0]
-    return value
+    return values[0]
 
 
 def gather(value):
@@ -189,10 +179,8 @@ def share(n):
 
 def join_rows(rows):
     """The rows of all processes, those of rank 0 first, in every process; undoes `share`."""
-    if world_size() == 1:
-        return rows
     parts = gather(rows.cpu())
-    return from_main(torch.cat(parts) if is_main() else None).to(rows.device)
+    return from_main(torch.cat(parts) if parts else None).to(rows.device)
 
 
 @contextmanager

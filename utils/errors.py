@@ -1,15 +1,10 @@
-"""Errors that a person can fix: each is one line that names the flag or the file and says what to do.
-
-The scripts print the line and exit with `exit_code`; anything else that is raised is a bug and keeps its traceback.
-"""
+"""Errors that a person can fix: one line each, with which the scripts exit. All else is a bug, with its traceback."""
 
 import sys
 
 
 def printable(text):
-    """The text on one line that every terminal and file can take: control characters, and bytes of a file's name that
-    are no UTF-8, as escapes.
-    """
+    """The text on one line that every terminal and file takes: what is not printable or no UTF-8 becomes escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 

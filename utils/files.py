@@ -23,9 +23,9 @@ def writable(what, advice):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears at `path` complete or not at all: temporary file beside it, fsync, rename, fsync.
+    """A binary file that appears at `path` complete or, with a DataError, not at all: temporary until then, and synced.
 
-    Makes the parent directories. Raises DataError if the file cannot be written (no permission, disk full).
+    Makes the parent directories.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -37,27 +37,20 @@ def atomic_write(path):
                 sync(file)
             temporary.replace(path)
     finally:
-        # after the rename there is none; where it cannot be removed, what is wrong has been reported already
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # after the rename there is none
             temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
-@contextlib.contextmanager
-def where_supported():
-    """Pass over a sync that the file system does not know; an error of the disk is still raised."""
+def sync(file):
+    """Bring what was written to an open file, or to one of tensorboardX, to the disk, where the file system can."""
     try:
-        yield
+        file.flush()
+        if hasattr(file, "fileno"):  # tensorboardX's flush syncs, too
+            os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
-
-
-def sync(file):
-    """Bring what was written to an open file to the disk."""
-    file.flush()
-    with where_supported():
-        os.fsync(file.fileno())
 
 
 def sync_directory(path):
@@ -79,20 +72,16 @@ def remove(path):
 def make_directory(path, flag):
     """Make a directory that `flag` names, and prove that it can be written; raises DataError."""
     with writable(f"--{flag}={path}", "choose another directory"):
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{secrets.token_hex(4)}.tmp"
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()
 
 
 def lock_directory(path, flag):
-    """Take a directory for this process until it ends or closes the file that is returned, which holds the lock.
+    """Take the directory that `flag` names for this process, until it ends or closes the file that is returned.
 
-    Where the file system has no locks, a warning says so and the work goes on.
-
-    Raises:
-        DataError: another process has taken it; `flag` is the name of the flag that names the directory.
+    Raises a DataError if another process has it. A file system without locks is warned of, and the work goes on.
     """
     with writable(f"--{flag}={path}/.lock", "choose another directory"):
         file = (Path(path) / ".lock").open("a+")

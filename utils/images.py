@@ -1,21 +1,16 @@
 """Image files of all kinds in, whatever metadata they hold and without trust in them; and pixels as pictures."""
 
 import contextlib
-import io
 import logging
 import os
-import struct
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from utils import distributed
 from utils.errors import DataError, warn
@@ -24,25 +19,25 @@ from utils.safe_files import MAX_FILE_BYTES, check_memory, one_line
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+# PIL refuses a PNG for texts or a profile of more than a MiB, such as the workflows that generators write
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES
 
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}  # lower case
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
-def list_images(folder: Path | str, classes: bool = False) -> list[list[str]]:
+def list_images(folder, classes=False):
     """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
 
-    An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. Everything
-    else is passed over and named in one line on stderr: other files, sub-folders without images, and sub-folders beside
-    images.
+    An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
+    passed over is named on stderr: other files, sub-folders without images, and sub-folders beside images.
 
-    Raises `DataError` if there are no images, for what `scan` refuses, and for images beside sub-folders with images if
-    sub-folders are `classes`.
+    Raises:
+        DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
     """
     images, folders, others = scan(folder)
     groups = [images] if images else []
@@ -50,23 +45,22 @@ def list_images(folder: Path | str, classes: bool = False) -> list[list[str]]:
         found, _, others_below = scan(path, deep=True) if classes or not images else ([], [], [])
         if images and found:
             raise DataError(f"{images[0]}: lies beside sub-folders, which are classes: move it into one")
-        if found:
-            groups.append(found)
+        groups += [found] if found else []
         others += others_below if found else [path + os.sep]
     if not groups:
         raise DataError(f"{folder}: no images in it, no names that end in {' '.join(SUFFIXES)}")
     if others and distributed.is_main():
-        names = [os.path.relpath(path, folder) + os.sep * path.endswith(os.sep) for path in others[:5]]
-        more = ", ..." * (len(others) > 5)
-        warn(f"{folder}: passed over {len(others)} other files or sub-folders: {', '.join(names)}{more}")
+        names = ", ".join(path.removeprefix(os.path.join(folder, "")) for path in others[:5])  # noqa: PTH118
+        more = ", ..." if len(others) > 5 else ""
+        warn(f"{folder}: passed over {len(others)} other files or sub-folders: {names}{more}")
     return groups
 
 
-def scan(folder: Path | str, deep: bool = False) -> tuple[list[str], list[str], list[str]]:
+def scan(folder, deep=False):
     """The images, the sub-folders and the other files in a folder, sorted by path; with `deep` at any depth below it.
 
-    Raises `DataError` if it cannot be read, for an image that is no file (opening a pipe would wait for ever), and for
-    a symbolic link to a directory: links can form a loop.
+    A DataError if it cannot be read, or holds an image that is no file (opening a pipe would wait for ever) or a
+    symbolic link to a directory (links can form a loop).
     """
     images, folders, others, pending = [], [], [], [folder]
     try:
@@ -91,11 +85,10 @@ def scan(folder: Path | str, deep: bool = False) -> tuple[list[str], list[str], 
     return sorted(images), sorted(folders), sorted(others)
 
 
-def read_images(paths: list[str], img_size: int | None = None, num_workers: int = 0) -> np.ndarray:
+def read_images(paths, img_size=None, num_workers=0):
     """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
 
-    Raises `DataError` if they do not fit into memory, and after all have been tried for those that cannot be read or
-    have another size than the first.
+    A DataError if they do not fit into memory, and once all have been tried for those that are bad or of another size.
     """
     images, first, bad = None, None, []
     with contextlib.closing(in_threads(partial(try_image, img_size=img_size), paths, num_workers)) as results:
@@ -117,7 +110,7 @@ def read_images(paths: list[str], img_size: int | None = None, num_workers: int 
     return images
 
 
-def try_image(path: str, img_size: int | None) -> np.ndarray | DataError:
+def try_image(path, img_size):
     """One image file as uint8 (3, H, W), or what is wrong with it."""
     try:
         image = read_image(path)
@@ -128,33 +121,30 @@ def try_image(path: str, img_size: int | None) -> np.ndarray | DataError:
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
-def in_threads(function: Callable, items: list, number: int) -> Iterator:
-    """The function's results in order, from so many threads; closing it drops what has not begun.
+def in_threads(function, items, number):
+    """The function's results in order, from so many threads, which Pillow and hashlib let run at the same time.
 
-    Pillow and hashlib let other threads run meanwhile: from some 256x256 pixels on, threads are as fast as processes.
+    Closing it drops what has not begun.
     """
     with ThreadPoolExecutor(number or 1) as pool:
         for start in range(0, len(items), 256):  # a million tasks in a queue would fill gigabytes
             yield from pool.map(function, items[start : start + 256])
 
 
-def read_image(path: Path | str) -> Image.Image:
-    """A still picture of one of `FORMATS` in RGB, upright as its metadata says (the first frame of an animation).
+def read_image(path):
+    """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
-    Metadata that cannot be read is ignored. Raises `DataError` naming the file if it is missing, no image, damaged, of
-    a kind that `to_rgb` refuses, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises:
+        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or larger than PIL's MAX_IMAGE_PIXELS.
     """
     try:
-        with Path(path).open("rb") as file:
-            is_png = file.read(8) == PNG_SIGNATURE
-            source = io.BytesIO(png_pixels(file.read(MAX_FILE_BYTES))) if is_png else file
-            with Image.open(source, formats=FORMATS) as image:
-                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError
-                image.load()
-                with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data shows after the turn
-                    ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data shows after the turn
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Image.DecompressionBombError:
         what = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
     except UnidentifiedImageError:
@@ -164,26 +154,10 @@ def read_image(path: Path | str) -> Image.Image:
     raise DataError(f"{path}: {what}")
 
 
-def png_pixels(data: bytes) -> bytes:
-    """The PNG whose chunks `data` are with those only that decide its pixels, and its EXIF data if that is whole.
-
-    PIL refuses a PNG for a text or a profile that is broken or long.
-    """
-    kept, start = [PNG_SIGNATURE], 0
-    while start + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, start)
-        chunk = data[start : start + size + 12]
-        whole_exif = kind == b"eXIf" and chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4)
-        if whole_exif or kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept.append(chunk)
-        start += len(chunk)
-    return b"".join(kept)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image):
     """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
 
-    Raises `ValueError` where the range of the values is unknown (32-bit integers, floats).
+    A ValueError if the range of the values is unknown (32-bit integers, floats).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
@@ -200,24 +174,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Network output in [-1, 1] as pixels: clip((x + 1) / 2, 0, 1) * 255, rounded to uint8.
-
-    Takes and returns any shape, on x's device. NaN becomes 0: find those with `non_finite_images` and report them.
-    """
+def to_uint8(x):
+    """Network output of any shape as uint8 pixels: clip((x + 1) / 2, 0, 1) * 255, rounded. NaN becomes 0."""
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
-def image_grid(images: torch.Tensor, columns: int = 8, gap: int = 2) -> torch.Tensor:
-    """Images (B, C, H, W) in rows of at most `columns`, on black and `gap` apart: (C, rows (H + gap) + gap, ...).
+def image_grid(images, columns=8):
+    """Images (B, C, H, W) in rows of at most `columns`, on black and 2 pixels apart: (C, H', W')."""
+    from torchvision.utils import make_grid  # slow to import, and needed here only
 
-    What torchvision.utils.make_grid makes of two images or more; importing torchvision takes a second, and torch's
-    compiler comes with it.
-    """
-    B, C, H, W = images.shape
-    columns = min(columns, B)
-    rows = -(-B // columns)
-    cells = images.new_zeros(rows * columns, C, H + gap, W + gap)
-    cells[:B, :, gap:, gap:] = images
-    grid = cells.view(rows, columns, C, H + gap, W + gap).permute(2, 0, 3, 1, 4)
-    return F.pad(grid.reshape(C, rows * (H + gap), columns * (W + gap)), (0, gap, 0, gap))
+    return make_grid(images, nrow=columns)

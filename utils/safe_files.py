@@ -16,53 +16,47 @@ MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpac
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
 
 
-def one_line(error: Exception) -> str:
+def one_line(error):
     """What an exception says, on one line and without the path that an `OSError` repeats; its type if it is silent."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process can have: what the kernel calls available, or less if a cgroup around it has a limit.
+def available_memory(root=Path("/")):
+    """Bytes that this process can have: what the kernel calls available, or what cgroups (version 2) leave of it.
 
-    The pages of files that the kernel keeps do not count as used, in a cgroup neither. `root` is where proc and sys
-    are; without them (not Linux) the answer is infinity.
+    The pages of files that the kernel keeps do not count as used. `root`: where proc and sys are.
     """
     try:
         available = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable:"]
-    except FileNotFoundError:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:  # not Linux
         return math.inf
-    version_2 = root / "sys/fs/cgroup", "memory.max", "memory.current"
-    version_1 = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, limit, usage = version_1 if controllers else version_2
-        group = top / name.lstrip("/")
+    # in a container the name can be the host's: its own group is the top then, and all there is
+    for group in (root / "sys/fs/cgroup" / line[4:] for line in groups if line.startswith("0::/")):
         for directory in (group, *group.parents):
-            # In a container the name can be the host's. The container's own group is the top then, and all there is.
-            if (directory / limit).exists() and (text := (directory / limit).read_text().strip()) != "max":
+            limit = directory / "memory.max"
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
                 stat = read_numbers(directory / "memory.stat")
-                files = sum(stat.get(f"total_{kind}", stat[kind]) for kind in ("active_file", "inactive_file"))
-                available = min(available, int(text) - int((directory / usage).read_text()) + files)
+                files = stat["active_file"] + stat["inactive_file"]
+                available = min(available, int(text) - int((directory / "memory.current").read_text()) + files)
     return max(0, available)
 
 
-def read_numbers(path: Path) -> dict[str, int]:
+def read_numbers(path):
     """What is in a file with a name and a number on every line."""
     return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
 
 
-def check_memory(path: Path | str, size: int):
-    """Raises `DataError` if the `size` bytes that what is in `path` takes are more than there is memory for."""
+def check_memory(path, size):
+    """Raise a DataError if the `size` bytes that what is in `path` takes are more than there is memory for."""
     available = available_memory()
     if size > available:
         needed, available = (f"{number / 2**30:.1f} GiB" for number in (size, available))
         raise DataError(f"{path}: needs {needed} of memory, {available} are available: use fewer images")
 
 
-def read_file(path: Path, uncompress: bool = False) -> bytes:
-    """The bytes of a file, `uncompress` of a .gz; `DataError` if it is missing, damaged or beyond `MAX_FILE_BYTES`."""
+def read_file(path, uncompress=False):
+    """The bytes of a file, or with `uncompress` in a .gz; a DataError if that fails or is beyond `MAX_FILE_BYTES`."""
     try:
         with gzip.open(path) if uncompress else path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -73,10 +67,10 @@ def read_file(path: Path, uncompress: bool = False) -> bytes:
     return data
 
 
-def read_archive(path: Path, names: list[str]) -> dict[Path, bytes]:
+def read_archive(path, names):
     """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
-    Raises `DataError` naming the archive if it is damaged, lacks a file, or unpacks to more than `MAX_FILE_BYTES`.
+    A DataError if the archive is damaged, lacks one of them, or unpacks to more than `MAX_FILE_BYTES`.
     """
     data = read_file(path, uncompress=True)
     try:
@@ -90,29 +84,29 @@ def read_archive(path: Path, names: list[str]) -> dict[Path, bytes]:
 
 
 class PickledArray:
-    """Stand-in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
+    """Stands in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments):
         self.arguments = arguments
 
-    def __setstate__(self, state: tuple):
+    def __setstate__(self, state):
         self.state = state
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, strings, numbers and stand-ins for NumPy's arrays; refuses every other global."""
 
-    def find_class(self, module: str, name: str) -> type:
+    def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
             return PickledArray
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data set has no use for")
 
 
-def unpickle_dict(data: bytes, path: Path | str) -> dict[str, object]:
-    """The dict of arrays of bytes, lists, strings and numbers in a pickle. Nothing in the pickle can run.
+def unpickle_dict(data, path):
+    """The dict of arrays of bytes, lists, strings and numbers in a pickle, of Python 2 too. Nothing in it can run.
 
-    Keys are str, though Python 2 wrote its strings as bytes. Memory is bounded by a multiple of len(data) and of
-    `MAX_PICKLE_OPCODES`. Raises `DataError` with `path`, the file that the data came from, for any other pickle.
+    Memory is bounded by a multiple of len(data) and of `MAX_PICKLE_OPCODES`. A DataError, which names `path`, the file
+    that the data came from, for any other pickle.
     """
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):

@@ -1,7 +1,6 @@
-"""Randomness addressed by what it is for, never by when or where it is drawn.
+"""Randomness addressed by what it is for, such as (seed, "batch", shard, step), never by when or where it is drawn.
 
-Every random stream of the project has an address such as (seed, "batch", shard, step). The same address gives the
-same numbers in any process and after any restart, so a run has no random state to save.
+The same address gives the same numbers in any process and after any restart: a run has no random state to save.
 """
 
 import hashlib
@@ -23,8 +22,7 @@ def generator(device, *address):
 def sample_noise(seed, indices, shape, device):
     """Standard normal noise for generated images: a function that draws (B, *shape) float32, and on when called again.
 
-    Image number i has a stream of its own, (seed, "image", i), and all are drawn on the CPU, so that neither the batch
-    size nor the device changes an image.
+    Image i has a stream of its own, drawn on the CPU, so that neither the batch size nor the device changes an image.
     """
     streams = [generator("cpu", seed, "image", i) for i in indices]
     return lambda *_: torch.stack([torch.randn(shape, generator=stream) for stream in streams]).to(device)

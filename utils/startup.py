@@ -1,7 +1,4 @@
-"""Imported by every script before all else, and light for that: signals, standard streams, errors in one line.
-
-Importing torch takes seconds, in which Ctrl-C would print a traceback, and a file could be opened as descriptor 2.
-"""
+"""Imported by every script before torch, which takes seconds: signals, standard streams, errors in one line."""
 
 import argparse
 import contextlib
@@ -36,10 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare():
-    """Have signals end the process with one line and 128 + their number, and let any standard stream be missing.
-
-    Output takes any text.
-    """
+    """Have signals end the process with one line and 128 + their number; let output be closed, full or of any text."""
     handle(stop_at_once)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -58,9 +52,8 @@ def run(main):
     try:
         code = main()
     except KeyboardInterrupt as stopped:
-        (number,) = stopped.args
-        code = 128 + number
-        say_stopped(number)
+        code = 128 + stopped.args[0]
+        say_stopped(stopped.args[0])
     except SystemExit as end:
         code = end.code
     except UserError as error:
@@ -75,8 +68,9 @@ def run(main):
 
 
 def say(text):
-    """Write a line about this script to standard error."""
-    warn(f"{name()}: {text}")
+    """Write a line about this script, and the rank of its process above 0, to standard error."""
+    rank = os.environ.get("RANK", "0")
+    warn(f"{name()}: {'' if rank == '0' else f'rank {rank}: '}{text}")
 
 
 def name():
@@ -86,11 +80,10 @@ def name():
 
 
 def handle(handler):
-    """Handle SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP; returns the handlers before."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.pop()
-    return {number: signal.signal(number, handler) for number in numbers}
+    """Handle SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def stop(number, frame):
@@ -99,14 +92,14 @@ def stop(number, frame):
     raise KeyboardInterrupt(number)
 
 
-def stop_at_once(number, frame=None):
+def stop_at_once(number, frame):
     """End the process here: while modules are imported, an exception might be taken for a missing module."""
     say_stopped(number)
     os._exit(128 + number)
 
 
 def say_stopped(number):
-    """Write a line by the first of several processes, past the streams: a handler may have interrupted their work."""
+    """Write a line, of the first of several processes, past the streams, whose work this may have interrupted."""
     if os.environ.get("RANK", "0") == "0":
         after_bar = "\n" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
