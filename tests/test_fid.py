@@ -7,18 +7,20 @@ import pytest
 import scipy.linalg
 import sklearn.datasets
 import torch
+from absl import flags as absl_flags
 
 from score import fid, stats
 from score.fid import (
-    Statistics,
     compute_statistics,
     frechet_distance,
     load_statistics,
+    mean_and_covariance,
     pixel_features,
     reference_statistics,
     save_statistics,
 )
 from tests.commands import run_module
+from training import flags
 from utils.errors import DataError, UsageError
 
 
@@ -117,19 +119,14 @@ def test_refuses_what_does_not_fit():
 
 def test_statistics_equal_numpy_for_any_batches():
     features = np.maximum(np.random.default_rng(0).normal(1, 1, size=(500, 40)), 0).astype(np.float32)
-    statistics = Statistics(40)
-    for batch in torch.from_numpy(features).split(90):
-        statistics.update(batch)
-    mu, sigma = statistics.mean_and_covariance()
+    mu, sigma = mean_and_covariance(torch.from_numpy(features).split(90), 40)
     np.testing.assert_allclose(mu, features.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
 def test_covariance_of_one_image_is_refused():
-    statistics = Statistics(3)
-    statistics.update(torch.ones(1, 3))
     with pytest.raises(ValueError, match="at least 2"):
-        statistics.mean_and_covariance()
+        mean_and_covariance([torch.ones(1, 3)], 3)
 
 
 def test_pixel_features_are_block_means():
@@ -237,7 +234,7 @@ def test_command_writes_the_statistics_of_a_data_set(tmp_path):
     output = tmp_path / "digits.npz"
     output.write_bytes(b"an older file")
     run_module(
-        "score.stats", "--dataset=digits", "--img_size=8", "--features=pixels", f"--output={output}", cwd=tmp_path
+        "score.stats", "--dataset=digits", "--img_size=8", "--fid_features=pixels", f"--output={output}", cwd=tmp_path
     )
     mu, sigma, provenance = load_statistics(output)
     digits = np.round(sklearn.datasets.load_digits().images / 16 * 255).reshape(-1, 64).repeat(3, axis=0)
@@ -252,18 +249,21 @@ def test_command_writes_the_statistics_of_a_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--dataset=digits"], UsageError, "--output"),
-        (["--dataset=nothing", "--output=x.npz"], UsageError, "--dataset"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--batch_size=0"], UsageError, "--batch_size"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--device=abacus"], UsageError, "--device"),
-        (["--dataset=digits", "--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
-        (["--dataset=cifar10", "--features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
-        (["--dataset=cifar10", "--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
+        ([], UsageError, "--output"),
+        (["--output=x.txt"], UsageError, "--output=x.txt"),
+        (["--output=x.npz", "--fid_features=pixels", "--device=abacus"], UsageError, "--device"),
+        (["--output=x.npz", "--fid_features=pixels", "--fid_reference=heldout"], UsageError, "--fid_reference"),
+        (["--output=x.npz", "--fid_features=pixels", "--num_train=1"], UsageError, "no covariance"),
+        (["--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
+        (["--dataset=cifar10", "--fid_features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
+        (["--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
     ],
 )
 def test_command_reports_mistakes_in_one_line(arguments, error, message):
+    absl_flags.FLAGS.unparse_flags()
+    flags.parse(absl_flags.FLAGS, ["score.stats", "--dataset=digits", *arguments])
     with pytest.raises(error, match=message) as raised:
-        stats.main(arguments)
+        stats.main()
     assert "\n" not in str(raised.value)
 
 
