@@ -57,12 +57,10 @@ def add(result, stage, find):
     """
     start = time.perf_counter()
     numbers = find()
-    earlier = {key: result[key] for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
+    earlier = {key: result.pop(key) for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
+    result |= numbers
     is_new = numbers != earlier or stage not in result["seconds"]
     if is_new:
-        for key in earlier:
-            del result[key]
-        result |= numbers
         result["seconds"][stage] = round(time.perf_counter() - start, 3)
         if stage in ("score", "memorise"):
             result["flags"] = flags.as_dict(FLAGS)
@@ -248,7 +246,7 @@ def main():
     if "memorise" in stages:
         on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
-        search |= {"folder": FLAGS.similar_dir}
+        search |= {"folder": FLAGS.similar_dir, "sets": sets}
         is_new |= add(result, "memorise", lambda: evaluate(images, on_device, heldout, **search)[0])
     if distributed.is_main():
         if stages & {"grid", "report"}:

@@ -1,7 +1,6 @@
 """All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from score.inception import FEATURES, Inception
 from score.memorization import measures, memorization_ratio, neighbors_by_all
 from score.samples import read_npz
 from utils import distributed
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
 
 SPLITS = 10  # of the Inception score
@@ -21,7 +20,7 @@ FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 
 
-def evaluate(images, training, heldout=None, scores=None, folder=None, **search):
+def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, **search):
     """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
 
     Args:
@@ -30,6 +29,7 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, **search)
             ones is the floor; None for no floor.
         scores: a function of the images that returns {name: score}, such as a `Quality`; None for no scores.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
+        sets: the `identity` of images and training, which folder needs.
         search: settings of `nearest_neighbors`.
 
     Returns:
@@ -37,12 +37,13 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, **search)
             `mq_above_floor`: the shares below each threshold less those of held-out images.
         found: (sq_distance, index), as `nearest_neighbors` returns them.
     """
-    paths = [folder and Path(folder) / name for name in ("memorization.npz", "holdout.npz")]
-    found = neighbors(images, training, paths[0], **search)
+    found = neighbors(images, training, folder and Path(folder) / "memorization.npz", sets, **search)
     numbers = {**(scores(images) if scores else {}), **measures(*found, training)}
     if heldout is not None:
         floor = {"N": len(heldout), "images_sha256": fingerprint(heldout)}
-        floor |= measures(*neighbors(heldout, training, paths[1], **search), training)
+        sets = sets and sets | {"images_sha256": floor["images_sha256"]}
+        of_heldout = neighbors(heldout, training, folder and Path(folder) / "holdout.npz", sets, **search)
+        floor |= measures(*of_heldout, training)
         above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
         numbers |= {"holdout": floor, "mq_above_floor": above}
     return numbers, found
@@ -53,17 +54,15 @@ def identity(images, training):
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
 
 
-def neighbors(images, training, path=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these images, else kept there."""
-    device = torch.device(device or training.device)
-    sets = identity(images, training) if path else None
+def neighbors(images, training, path=None, sets=None, device=None, **search):
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there."""
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     found = known or neighbors_by_all(images, training, device=device, **search)
     if path and not known and distributed.is_main():
         arrays = {"ratio": memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
         with atomic_write(path) as file:
             np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets)
-    return tuple(array.to(device) for array in found)
+    return tuple(array.to(device or training.device) for array in found)
 
 
 def known_neighbors(path, sets):
@@ -73,11 +72,10 @@ def known_neighbors(path, sets):
     try:
         saved = read_npz(path, ("sq_distance", "index", *sets))
     except DataError as error:
-        print(f"warning: {error}: searching again", file=sys.stderr)
+        warn(f"warning: {error}: searching again")
         return None
-    if any(str(saved.get(key)) != value for key, value in sets.items()):
-        return None
-    return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
+    is_theirs = all(str(saved.get(key)) == value for key, value in sets.items())
+    return tuple(torch.from_numpy(saved[key]) for key in ("sq_distance", "index")) if is_theirs else None
 
 
 class Quality:
@@ -110,7 +108,7 @@ class Quality:
             numbers = f"{num_images:,} generated and {len(reference):,} real images"
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
-                print(f"warning: {self.warning}", file=sys.stderr)
+                warn(f"warning: {self.warning}")
         self.batch_size = batch_size
         self.inception = Inception(weights, device) if weights else None
         self.scored_with = provenance_of(reference, self.inception)

@@ -67,7 +67,7 @@ def hard_cases():
 @pytest.fixture(params=[True, False])
 def integers(request, monkeypatch):
     """Both ways of multiplying; that of floats is also a GPU's."""
-    monkeypatch.setattr(memorization, "_integers_are_faster", lambda D, device: request.param)
+    monkeypatch.setattr(memorization, "integers_are_faster", lambda D, device: request.param)
     return request.param
 
 
@@ -123,8 +123,8 @@ def test_products_are_exact(D, integers):
     random = np.random.default_rng(9)
     a, b = (random.integers(-128, 128, (size, D), dtype=np.int8) for size in (7, 9))
     a[0] = b[0] = -128
-    slices = (memorization._slices(as_images(x.view(np.uint8) ^ 128), integers) for x in (a, b))
-    np.testing.assert_array_equal(memorization._multiply(*slices, integers), a.astype(int) @ b.astype(int).T)
+    slices = (memorization.slices_of(as_images(x.view(np.uint8) ^ 128), integers) for x in (a, b))
+    np.testing.assert_array_equal(memorization.multiply(*slices, integers), a.astype(int) @ b.astype(int).T)
 
 
 @pytest.mark.parametrize("size", [128, 256])
