@@ -33,9 +33,6 @@ def mean_and_covariance(batches, dimension, device="cpu"):
 
     Returns:
         mu (D,) and sigma (D, D), float64 arrays, of the features of all processes, which are all given them.
-
-    Raises:
-        ValueError: fewer than 2 rows.
     """
     count = torch.zeros((), dtype=torch.int64, device=device)
     total = torch.zeros(dimension, dtype=torch.float64, device=device)
@@ -47,8 +44,6 @@ def mean_and_covariance(batches, dimension, device="cpu"):
         outer.addmm_(features.T, features)
     for summed in (count, total, outer):
         distributed.total(summed)
-    if count < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {count}")
     mu = total / count
     sigma = (outer - count * torch.outer(mu, mu)) / (count - 1)
     return mu.cpu().numpy(), sigma.cpu().numpy()
@@ -115,22 +110,10 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     and no imaginary parts to throw away. Of the two covariances the one of lower rank is factored, which leaves
     L^T sigma_2 L no needless null space.
 
-    Args:
-        mu_1, mu_2: (D,).
-        sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank; computed in float64.
-
-    Returns:
-        A float >= 0, and 0 up to rounding for equal arguments.
-
-    Raises:
-        ValueError: shapes that do not fit together, or values that are not finite.
+    mu_1, mu_2: (D,); sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank. Computed in float64.
+    Returns a float >= 0, which is 0 up to rounding for equal arguments.
     """
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
-    shapes, D = [x.shape for x in (mu_1, sigma_1, mu_2, sigma_2)], mu_1.size
-    if shapes != [(D,), (D, D)] * 2 or D == 0:
-        raise ValueError(f"expected shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    if not all(np.isfinite(x).all() for x in (mu_1, sigma_1, mu_2, sigma_2)):
-        raise ValueError("the mean or the covariance holds values that are not finite")
     L, other = min((factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1), key=lambda pair: pair[0].shape[1])
     eigenvalues = np.linalg.eigvalsh(L.T @ (other @ L))
     # Rounding leaves the smallest eigenvalues a little below zero, and the distance of equal distributions too.
@@ -146,16 +129,9 @@ def inception_score(probs, splits=10):
     0 log 0 = 0. The score lies between 1 and the number of classes. Computed in float64, by
     E_x KL(p(y|x) || p(y)) = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y), which needs one pass over the split.
 
-    Args:
-        probs: (N, classes) class probabilities, one row an image, in the order of the images.
-        splits: how many.
-
-    Raises:
-        ValueError: there are fewer images than splits.
+    probs: (N, classes) class probabilities, one row an image, in the order of the images; N is at least `splits`.
     """
     N = len(probs)
-    if splits > N:
-        raise ValueError(f"the inception score of {splits} splits needs at least {splits} images, got {N}")
     scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):
         p = probs[k * N // splits : (k + 1) * N // splits].double()
