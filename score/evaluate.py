@@ -9,7 +9,14 @@ import torch
 from dataset import fingerprint
 from score.fid import compute_statistics, frechet_distance, inception_score, provenance_of, reference_statistics
 from score.inception import FEATURES, Inception
-from score.memorization import measures, memorization_ratio, neighbors_by_all
+from score.memorization import (
+    data_copying,
+    extraction,
+    measures,
+    memorization_ratio,
+    nearer_of_both,
+    neighbors_by_all,
+)
 from score.samples import read_npz
 from utils import distributed
 from utils.errors import UsageError, warn
@@ -20,33 +27,47 @@ FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 
 
-def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, **search):
+def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
     """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
 
     Args:
-        images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times should be here
+            once: a repeated one is its own second neighbour.
         heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place of generated
             ones is the floor; None for no floor.
         scores: a function of the images that returns {name: score}, such as a `Quality`; None for no scores.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
+        hflip: whether training flips images: then mirror images are searched for too.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: a dict: the scores, `measures`, and with held-out images the same of them as `holdout`, and
-            `mq_above_floor`: the shares below each threshold less those of held-out images.
+        numbers: a dict: the scores, `measures`, with hflip `extraction` of training images and their mirror images as
+            `mirrored`; with held-out images all but the scores of them as `holdout`, `mq_above_floor`: the shares below
+            each threshold less those of held-out images, and what `data_copying` returns.
         found: (sq_distance, index), as `nearest_neighbors` returns them.
     """
-    found = neighbors(images, training, folder and Path(folder) / "memorization.npz", sets, **search)
-    numbers = {**(scores(images) if scores else {}), **measures(*found, training)}
+
+    def measured(images, name, sets):
+        path = folder and Path(folder) / f"{name}.npz"
+        found = neighbors(images, training, path, sets, **search)
+        numbers = measures(*found, training)
+        if hflip:
+            path = path and path.with_stem(f"{name}_mirrored")
+            mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
+            numbers["mirrored"] = extraction(*nearer_of_both(found, mirrored))
+        return numbers, found
+
+    numbers, found = measured(images, "memorization", sets)
+    numbers |= scores(images) if scores else {}
     if heldout is not None:
-        floor = {"N": len(heldout), "images_sha256": fingerprint(heldout)}
-        sets = sets and sets | {"images_sha256": floor["images_sha256"]}
-        of_heldout = neighbors(heldout, training, folder and Path(folder) / "holdout.npz", sets, **search)
-        floor |= measures(*of_heldout, training)
+        of_these = {"images_sha256": fingerprint(heldout)}
+        floor, found_heldout = measured(heldout, "holdout", sets and sets | of_these)
         above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
-        numbers |= {"holdout": floor, "mq_above_floor": above}
-    return numbers, found
+        numbers |= {"holdout": {"N": len(heldout), **of_these, **floor}, "mq_above_floor": above}
+        if distributed.is_main():
+            numbers |= data_copying(images, training, heldout, found[0], found_heldout[0])
+    return distributed.from_main(numbers), found
 
 
 def identity(images, training):

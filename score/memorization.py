@@ -10,11 +10,14 @@ index) packed into one integer has no ties: nothing else is needed.
 import functools
 import time
 
+import numpy as np
 import torch
 
+from score.fid import pixel_features
 from utils import distributed
 
 THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)  # of MQ, in percent
+CELLS, CELL_IMAGES = 30, 20  # of C_T: at most so many cells, and images that a cell needs
 
 LEVELS = 255
 MIDDLE = 128
@@ -177,16 +180,47 @@ def memorized_quantity(ratio, thresholds=THRESHOLDS):
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
 
 
-def share_closer_than_third(sq_distance):
-    """Share of generated images with sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023).
+def closer_than_third(sq_distance):
+    """Which generated images have sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023): bool (N,).
 
     sq_distance: (N, k) ascending. An exact copy always counts, also where it copies a repeated training image
     (d_1 = d_2 = 0) or where there is only one (k = 1, no d_2); without a d_2 nothing else counts.
     """
-    memorized = sq_distance[:, 0] == 0
-    if sq_distance.shape[1] > 1:
-        memorized = memorized | (9 * sq_distance[:, 0] < sq_distance[:, 1])
-    return memorized.double().mean().item()
+    copies = sq_distance[:, 0] == 0
+    return copies if sq_distance.shape[1] == 1 else copies | (9 * sq_distance[:, 0] < sq_distance[:, 1])
+
+
+def extraction(sq_distance, index):
+    """f_mem, the share of generated images that are `closer_than_third`, and how many training images they are of.
+
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them.
+    """
+    memorized = closer_than_third(sq_distance)
+    extracted = len(index[memorized, 0].unique())
+    return {"share_sqrt_d1_d2_below_third": memorized.double().mean().item(), "extracted": extracted}
+
+
+def nearer_of_both(found, mirrored):
+    """The two nearest training images where each is as near as itself or its mirror image, whichever is nearer.
+
+    Args:
+        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2 (or all) of generated images.
+        mirrored: the same of the mirrored generated images, which are as far from a training image as the generated
+            ones from its mirror image.
+
+    Returns:
+        sq_distance and index (N, 2), or (N, 1) where there is one training image.
+    """
+    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in zip(found, mirrored, strict=True))
+    order = sq_distance.argsort(dim=1, stable=True)
+    sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
+    others = index != index[:, :1]
+    if not others.any():
+        return sq_distance[:, :1], index[:, :1]
+    # of the four, two are of each search, so another image than the first is among them
+    second = others.int().argmax(dim=1, keepdim=True)
+    columns = torch.cat([torch.zeros_like(second), second], dim=1)
+    return sq_distance.gather(1, columns), index.gather(1, columns)
 
 
 def authenticity(sq_distance, index, training):
@@ -205,6 +239,38 @@ def authenticity(sq_distance, index, training):
     return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
 
 
+def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
+    """C_T of Meehan, Chaudhuri and Dasgupta 2020: far below 0 is copying, far above 0 is underfitting.
+
+    In every cell of the training images, by k-means on their pooled pixels, the Mann-Whitney U of the distances d_1 of
+    generated against held-out images, as a z-score; then the mean over the cells, weighted by their share of the
+    held-out images. Cells with fewer than `CELL_IMAGES` of either are left out.
+
+    Args:
+        images, training, heldout: (N, 3, H, W), (M, 3, H, W) and (L, 3, H, W), uint8.
+        sq_distance, sq_distance_heldout: (N, k) and (L, k) as `nearest_neighbors` returns them for `training`.
+
+    Returns:
+        {"c_t": float, "c_t_cells": how many cells it is of}, or {} if all are left out.
+    """
+    # two seconds that others need not wait
+    from scipy.stats import mannwhitneyu
+    from sklearn.cluster import KMeans
+
+    k = min(CELLS, len(training), max(1, min(len(images), len(heldout)) // (5 * CELL_IMAGES)))
+    kmeans = KMeans(k, n_init=1, random_state=0).fit(pixel_features(training))
+    cell, cell_heldout = (kmeans.predict(pixel_features(x)) for x in (images, heldout))
+    z, weights = [], []
+    for c in range(k):
+        generated, real = sq_distance[cell == c, 0].cpu(), sq_distance_heldout[cell_heldout == c, 0].cpu()
+        n, m = len(real), len(generated)
+        if min(n, m) >= CELL_IMAGES:
+            U = mannwhitneyu(generated, real, method="asymptotic").statistic
+            z.append((U - n * m / 2) / (n * m * (n + m + 1) / 12) ** 0.5)
+            weights.append(n)
+    return {"c_t": float(np.average(z, weights=weights)), "c_t_cells": len(z)} if z else {}
+
+
 def measures(sq_distance, index, training):
     """All criteria of one set of images, as JSON values; arguments as for `authenticity`."""
     ratio, N = memorization_ratio(sq_distance), len(sq_distance)
@@ -213,6 +279,6 @@ def measures(sq_distance, index, training):
         "mq": counts,
         "mq_fraction": {p: count / N for p, count in counts.items()},
         "mq_curve": [count / N for count in memorized_quantity(ratio, range(101)).values()],
-        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
+        **extraction(sq_distance, index),
         "auth_pct": 100 * authenticity(sq_distance, index, training),
     }
