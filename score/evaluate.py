@@ -1,5 +1,6 @@
 """All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -7,7 +8,16 @@ import numpy as np
 import torch
 
 from dataset import fingerprint
-from score.fid import compute_statistics, frechet_distance, inception_score, provenance_of, reference_statistics
+from score.fid import (
+    feature_batches,
+    frechet_distance,
+    inception_score,
+    mean_and_covariance,
+    precision_recall,
+    provenance_of,
+    reference_statistics,
+    space_of,
+)
 from score.inception import FEATURES, Inception
 from score.memorization import (
     data_copying,
@@ -17,7 +27,7 @@ from score.memorization import (
     nearer_of_both,
     neighbors_by_all,
 )
-from score.samples import read_npz
+from score.samples import evenly_spaced, read_npz
 from utils import distributed
 from utils.errors import UsageError, warn
 from utils.files import atomic_write
@@ -25,6 +35,7 @@ from utils.files import atomic_write
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
+COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
 
 
 def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
@@ -130,20 +141,42 @@ class Quality:
         self.inception = Inception(weights, device) if weights else None
         self.scored_with = provenance_of(reference, self.inception)
         self.reference = reference_statistics(reference, self.inception, fid_cache, batch_size)
+        self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
+
+    @functools.cached_property
+    def real_features(self):
+        """Those of evenly spaced reference images, made when they are needed first, on rank 0."""
+        return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}.
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, and {"precision", "recall"}.
 
-        All processes take part, with the same images, and are given the scores.
+        All processes take part, with the same images, and are given the scores. Precision and recall are of the first
+        `COVER_IMAGES`, and of as many reference images.
         """
-        probs = []
-        statistics = compute_statistics(images, self.inception, self.batch_size, probs)
-        gathered, scores = distributed.gather(probs), None
+        real, batches, scores = self.real_features, self.batches(images), None
+        dimension, device = space_of(self.inception)
+        statistics = mean_and_covariance((features for features, _ in batches), dimension, device)
+        features, probs = in_order(batches)
         if distributed.is_main():
             distance = frechet_distance(*statistics, *self.reference)
             scores = {"fpd": distance}
             if self.inception:
-                in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
-                score, spread = inception_score(torch.cat([batch for batch in in_turn if batch is not None]), SPLITS)
+                score, spread = inception_score(probs, SPLITS)
                 scores = {"fid": distance, "is": score, "is_std": spread}
+            scores |= precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
         return distributed.from_main(scores)
+
+    def batches(self, images):
+        """The `feature_batches` of images, on the CPU."""
+        batches = feature_batches(images, self.inception, self.batch_size)
+        return [(features.cpu(), probs.cpu()) for features, probs in batches]
+
+
+def in_order(batches):
+    """The features and the probabilities of all processes' batches, in the order of the images; on rank 0."""
+    gathered = distributed.gather(batches)
+    if gathered is None:
+        return None, None
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
+    return [torch.cat(parts) for parts in zip(*filter(None, in_turn), strict=True)]

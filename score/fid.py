@@ -63,30 +63,25 @@ def feature_batches(images, inception=None, batch_size=50):
 
     Args:
         images: (N, 3, H, W) uint8.
-        inception: an `Inception`; None for pixel features, and None as their probabilities.
+        inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
         batch_size: images per call of it.
     """
     if inception:
         yield from ((features, logits.softmax(dim=1)) for features, logits in inception.batches(images, batch_size))
     else:
         for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
-            yield pixel_features(batch), None
+            yield pixel_features(batch), torch.empty(len(batch), 0)
 
 
-def compute_statistics(images, inception=None, batch_size=50, probs=None):
-    """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them.
+def compute_statistics(images, inception=None, batch_size=50):
+    """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them."""
+    batches = (features for features, _ in feature_batches(images, inception, batch_size))
+    return mean_and_covariance(batches, *space_of(inception))
 
-    probs: a list for the class probabilities of the batches that fall to this process, on the CPU.
-    """
 
-    def features():
-        for batch, of_classes in feature_batches(images, inception, batch_size):
-            if probs is not None and inception:
-                probs.append(of_classes.cpu())
-            yield batch
-
-    device = inception.class_weight.device if inception else images.device
-    return mean_and_covariance(features(), DIMENSIONS["inception" if inception else "pixels"], device)
+def space_of(inception=None):
+    """The number of features, and the device that their sums are made on."""
+    return (FEATURES, inception.class_weight.device) if inception else (DIMENSIONS["pixels"], "cpu")
 
 
 def factor(sigma):
@@ -140,8 +135,36 @@ def inception_score(probs, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
+def precision_recall(real, generated, k=3, block=1024):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), each a share in [0, 1].
+
+    A set covers the balls around its points that reach to the k-th nearest other point. Precision is the share of
+    generated images that real ones cover, recall the share of real images that generated ones cover.
+
+    Args:
+        real, generated: features (M, D) and (N, D), at least 2 each, on one device. Computed in float64; squared
+            distances below 1e-12 of the points' squared norms, which may be rounding errors, are taken for 0.
+        k: of the radius; one less than there are points where those are fewer.
+        block: rows of distances at a time.
+    """
+
+    def sq_distance(a, b):
+        sums = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+        distance = sums - 2 * a @ b.T
+        return distance.where(distance > 1e-12 * sums, 0)
+
+    def covered(points, by):
+        nearest = min(k, len(by) - 1) + 1  # the first is the point itself
+        radius = torch.cat([sq_distance(rows, by).kthvalue(nearest, dim=1).values for rows in by.split(block)])
+        inside = torch.cat([(sq_distance(rows, by) <= radius).any(dim=1) for rows in points.split(block)])
+        return inside.double().mean().item()
+
+    real, generated = real.double(), generated.double()
+    return {"precision": covered(generated, real), "recall": covered(real, generated)}
+
+
 def save_statistics(path, mu, sigma, **provenance):
-    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
+    """Write the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
     with atomic_write(path) as file:
         np.savez(file, mu=mu, sigma=sigma, **provenance)
 

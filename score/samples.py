@@ -25,6 +25,12 @@ def non_finite_images(x):
     return (~torch.isfinite(x)).flatten(1).any(dim=1)
 
 
+def evenly_spaced(total, number):
+    """The indices of at most `number` of `total` images, of all classes where these are in order: int64, ascending."""
+    number = min(number, total)
+    return torch.arange(number) * total // number
+
+
 def save_pngs(folder, images):
     """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into `folder`, over files of the same names.
 

@@ -5,7 +5,9 @@ import shutil
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import sklearn.datasets
+import sklearn.neighbors
 import torch
 from absl import flags as absl_flags
 
@@ -16,6 +18,7 @@ from score.fid import (
     load_statistics,
     mean_and_covariance,
     pixel_features,
+    precision_recall,
     reference_statistics,
     save_statistics,
 )
@@ -260,3 +263,24 @@ def test_pixel_statistics_equal_numpy():
     mu, sigma = compute_statistics(images)
     np.testing.assert_allclose(mu, features.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(sigma, np.cov(features, rowvar=False), atol=1e-7)
+
+
+def test_precision_and_recall_against_scikit_learn():
+    """Two clouds that overlap, of which one is wider and has points that are repeated five times."""
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(130, 5)), 1.4 * rng.normal(size=(90, 5)) + 0.5
+    real[:10] = np.repeat(real[:2], 5, axis=0)
+    generated[:2] = real[:2]
+    found = precision_recall(*map(torch.from_numpy, (real, generated)), block=32)
+    for name, points, by in (("precision", generated, real), ("recall", real, generated)):
+        search = sklearn.neighbors.NearestNeighbors(n_neighbors=3, algorithm="brute").fit(by)
+        radius = search.kneighbors()[0][:, 2]  # of each point itself is left out
+        distance = scipy.spatial.distance.cdist(points, by)
+        assert found[name] == np.mean([np.any(row <= radius) for row in distance]) and 0.2 < found[name] < 1
+    far = {"precision": 0, "recall": 0}
+    assert precision_recall(torch.from_numpy(real[:20]), torch.from_numpy(generated + 99)) == far
+
+
+def test_precision_and_recall_of_few_images():
+    real, generated = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [3.0], [4.0]])
+    assert precision_recall(real, generated) == {"precision": 1 / 3, "recall": 1.0}

@@ -11,7 +11,14 @@ import torch
 from pytorch_fid import fid_score
 
 from score import inception as inception_module
-from score.fid import compute_statistics, frechet_distance, inception_score, load_statistics, reference_statistics
+from score.fid import (
+    compute_statistics,
+    feature_batches,
+    frechet_distance,
+    inception_score,
+    load_statistics,
+    reference_statistics,
+)
 from score.inception import WEIGHTS_NAME, Inception, build_network, find_weights
 from score.samples import save_pngs
 from tests.inception_weights import write_weights
@@ -68,9 +75,7 @@ def test_logits_are_the_class_scores_without_bias(hub, inception):
     x = torch.nn.functional.interpolate(images / 127.5 - 1, size=(299, 299), mode="bilinear", align_corners=False)
     with torch.no_grad():
         expected = network(x) - weights["fc.bias"]
-    probs = []
-    compute_statistics(images, inception, 2, probs)
-    probs = torch.cat(probs)
+    probs = torch.cat([probs for _, probs in feature_batches(images, inception, 2)])
     torch.testing.assert_close(probs, expected.softmax(dim=1), rtol=1e-3, atol=1e-6)
     assert probs.max() > 0.01
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(3))
