@@ -36,46 +36,33 @@ FLAGS = absl_flags.FLAGS
 OPTIONAL = {"score": ("fid", "is", "is_std", "fpd"), "memorise": ("holdout", "mq_above_floor")}
 
 
-def result_path():
-    return Path(FLAGS.grid_dir) / "result.json"
-
-
 def earlier_result():
     """What an earlier call has left in result.json, or {}."""
-    if not result_path().exists():
-        return {}
-    result = read_json(result_path())
+    path = Path(FLAGS.grid_dir) / "result.json"
+    result = read_json(path) if path.exists() else {"images_sha256": None}
     if not isinstance(result, dict) or "images_sha256" not in result:
-        raise DataError(f"{result_path()}: not written by all_in.py: move it, or choose another --grid_dir")
+        raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
     return result
 
 
 def add(result, stage, find):
-    """Put what a stage finds into result.json, with its seconds; returns whether it was not there yet.
-
-    `flags` are those of the last call that made numbers.
-    """
+    """Put what a stage finds into result.json, with its seconds; returns whether it was not there yet."""
     start = time.perf_counter()
     numbers = find()
-    earlier = {key: result[key] for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
+    earlier = {key: result.pop(key) for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
+    result |= numbers
     is_new = numbers != earlier or stage not in result["seconds"]
     if is_new:
-        for key in earlier:
-            del result[key]
-        result |= numbers
         result["seconds"][stage] = round(time.perf_counter() - start, 3)
-        if stage in ("score", "memorise"):
+        if stage in ("score", "memorise"):  # those of the last call that made numbers
             result["flags"] = flags.as_dict(FLAGS)
     if distributed.is_main():
-        write_json(result_path(), result)
+        write_json(Path(FLAGS.grid_dir) / "result.json", result)
     return is_new
 
 
 def take_directories(stages):
-    """Make the directories that the stages write, and take them until the files that are returned are closed.
-
-    Raises DataError if one cannot be written, or another process has taken it.
-    """
+    """Make the directories that the stages write, and take them until the files that are returned are closed."""
     written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
     paths = {Path(FLAGS[flag].value).resolve(): flag for flag, writes in written.items() if writes}  # may be one
     for path, flag in paths.items():
@@ -149,21 +136,13 @@ def about_images():
     return {name: record[name] for name in names} | weights
 
 
-def neighbors_to_show(stages, result, sets):
-    """What the stages grid and report show of the neighbours in --similar_dir.
-
-    Returns the nearest training images (N,), the ratios (N,), and those of held-out images (L,) or None.
-    """
-    wanted, found = {"memorization": result["images_sha256"]}, []
-    if "holdout" in result and "report" in stages:
-        wanted["holdout"] = result["holdout"]["images_sha256"]
-    for name, images in wanted.items():
-        path = Path(FLAGS.similar_dir) / f"{name}.npz"
-        known = known_neighbors(path, sets | {"images_sha256": images})
-        if known is None or "mq" not in result:
-            raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
-        found.append((known[1][:, 0], memorization_ratio(known[0])))
-    return *found[0], found[1][1] if len(found) > 1 else None
+def neighbors_to_show(result, name, sets):
+    """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
+    path = Path(FLAGS.similar_dir) / f"{name}.npz"
+    known = known_neighbors(path, sets)
+    if known is None or "mq" not in result:
+        raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
+    return known[1][:, 0], memorization_ratio(known[0])
 
 
 def skip_counts(path, size):
@@ -174,12 +153,11 @@ def skip_counts(path, size):
 
 def append_published_format(result):
     """Append the evaluation to result.txt: a line of scores and a line per MQ threshold, as the published code does."""
-    path = result_path().with_name("result.txt")
-    inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
+    path = Path(FLAGS.grid_dir) / "result.txt"
     name = "fpd" if "fpd" in result else "FID"
-    reference = result.get("fid_reference")
-    lines = [f"{inception_score}, {name}: ({result.get(name.lower(), 'nan')}, {reference}), N: {result['N']}"]
-    lines[0] += f", checkpoint: {printable(result['checkpoint'])}"
+    inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
+    distance = f"{name}: ({result.get(name.lower(), 'nan')}, {result.get('fid_reference')})"
+    lines = [f"{inception_score}, {distance}, N: {result['N']}, checkpoint: {printable(result['checkpoint'])}"]
     lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
     before = path.read_bytes() if path.exists() else b""
     with atomic_write(path) as file:
@@ -238,8 +216,6 @@ def main():
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
     result |= {"N": len(images), "training_set_size": len(training)}
-    if shows_earlier and distributed.is_main():
-        neighbors_to_show(stages, result, sets)  # raises before the long work
     is_new = False
 
     if "score" in stages and result.get("scored_with") != quality.scored_with:
@@ -248,16 +224,19 @@ def main():
     if "memorise" in stages:
         on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
-        search |= {"folder": FLAGS.similar_dir}
+        search |= {"folder": FLAGS.similar_dir, "sets": sets}
         is_new |= add(result, "memorise", lambda: evaluate(images, on_device, heldout, **search)[0])
     if distributed.is_main():
         if stages & {"grid", "report"}:
-            nearest, ratio, of_holdout = neighbors_to_show(stages, result, sets)
-            shown = images, training, nearest, ratio
+            shown = images, training, *neighbors_to_show(result, "memorization", sets)
         if "grid" in stages:
             add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
         if "report" in stages:
-            page = result_path().with_name("report.html")
+            of_holdout = None
+            if "holdout" in result:
+                of_these = sets | {"images_sha256": result["holdout"]["images_sha256"]}
+                of_holdout = neighbors_to_show(result, "holdout", of_these)[1]
+            page = Path(FLAGS.grid_dir) / "report.html"
             skips = skip_counts(result["checkpoint"], len(training))
             add(result, "report", lambda: {"report": write_report(page, result, *shown, of_holdout, skips)})
         if is_new:

@@ -48,7 +48,7 @@ def markdown_table(header, rows):
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "".join(f"{line}\n" for line in lines)
+    return "\n".join(lines) + "\n"
 
 
 def read_results(arguments):
@@ -76,9 +76,8 @@ def split_label(argument):
     raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
-def compare_page(groups, summaries):
-    """Everything of several runs that fits side by side, as HTML."""
-    results = {label: [result for _, result in members] for label, members in groups.items()}
+def compare_page(results, summaries):
+    """Everything of several runs that fits side by side, as HTML; results: {label: [result of each repeat]}."""
     measured = {label: [r["mq_curve"] for r in repeats if "mq_curve" in r] for label, repeats in results.items()}
     floors = [r["holdout"]["mq_curve"] for repeats in results.values() for r in repeats if "holdout" in r]
     measured["held-out real images"] = floors[:1]
@@ -109,7 +108,7 @@ def differing_settings(results):
 
 
 def main(arguments=None):
-    """Print the table, and write it where the arguments say. Raises UserError."""
+    """Print the table, and write it where the arguments say."""
     parser = startup.Parser(prog="python -m score.compare", description="Several evaluations in one table.")
     parser.add_argument(
         "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; equal labels are repeats"
@@ -120,12 +119,13 @@ def main(arguments=None):
     parser.add_argument("--picture", **path, help="also write the most memorised pairs of every label, as PNG")
     options = parser.parse_args(arguments)
     groups = read_results(options.results)
-    summaries = {label: summarize([result for _, result in members]) for label, members in groups.items()}
+    results = {label: [result for _, result in members] for label, members in groups.items()}
+    summaries = {label: summarize(repeats) for label, repeats in results.items()}
     print(markdown_table(*rows_of(summaries)), end="")
     if options.json:
         write_json(options.json, summaries)
     if options.html:
-        write_text(options.html, compare_page(groups, summaries))
+        write_text(options.html, compare_page(results, summaries))
     if options.picture:
         grids = {label: members[0][0].with_name("grid_image0.png") for label, members in groups.items()}
         save_comparison(options.picture, grids)

@@ -1,51 +1,84 @@
 """All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
 
+import functools
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataset import fingerprint
-from score.fid import compute_statistics, frechet_distance, inception_score, provenance_of, reference_statistics
+from score.fid import (
+    feature_batches,
+    frechet_distance,
+    inception_score,
+    mean_and_covariance,
+    precision_recall,
+    provenance_of,
+    reference_statistics,
+    space_of,
+)
 from score.inception import FEATURES, Inception
-from score.memorization import measures, memorization_ratio, neighbors_by_all
-from score.samples import read_npz
+from score.memorization import (
+    data_copying,
+    extraction,
+    measures,
+    memorization_ratio,
+    nearer_of_both,
+    neighbors_by_all,
+)
+from score.samples import evenly_spaced, read_npz
 from utils import distributed
-from utils.errors import DataError, UsageError
+from utils.errors import UsageError, warn
 from utils.files import atomic_write
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
+COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
 
 
-def evaluate(images, training, heldout=None, scores=None, folder=None, **search):
+def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
     """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
 
     Args:
-        images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times should be here
+            once: a repeated one is its own second neighbour.
         heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place of generated
             ones is the floor; None for no floor.
         scores: a function of the images that returns {name: score}, such as a `Quality`; None for no scores.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
+        sets: the `identity` of images and training, which folder needs.
+        hflip: whether training flips images: then mirror images are searched for too.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: a dict: the scores, `measures`, and with held-out images the same of them as `holdout`, and
-            `mq_above_floor`: the shares below each threshold less those of held-out images.
+        numbers: a dict: the scores, `measures`, with hflip `extraction` of training images and their mirror images as
+            `mirrored`; with held-out images all but the scores of them as `holdout`, `mq_above_floor`: the shares below
+            each threshold less those of held-out images, and what `data_copying` returns.
         found: (sq_distance, index), as `nearest_neighbors` returns them.
     """
-    paths = [folder and Path(folder) / name for name in ("memorization.npz", "holdout.npz")]
-    found = neighbors(images, training, paths[0], **search)
-    numbers = {**(scores(images) if scores else {}), **measures(*found, training)}
+
+    def measured(images, name, sets):
+        path = folder and Path(folder) / f"{name}.npz"
+        found = neighbors(images, training, path, sets, **search)
+        numbers = measures(*found, training)
+        if hflip:
+            path = path and path.with_stem(f"{name}_mirrored")
+            mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
+            numbers["mirrored"] = extraction(*nearer_of_both(found, mirrored))
+        return numbers, found
+
+    numbers, found = measured(images, "memorization", sets)
+    numbers |= scores(images) if scores else {}
     if heldout is not None:
-        floor = {"N": len(heldout), "images_sha256": fingerprint(heldout)}
-        floor |= measures(*neighbors(heldout, training, paths[1], **search), training)
+        of_these = {"images_sha256": fingerprint(heldout)}
+        floor, found_heldout = measured(heldout, "holdout", sets and sets | of_these)
         above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
-        numbers |= {"holdout": floor, "mq_above_floor": above}
-    return numbers, found
+        numbers |= {"holdout": {"N": len(heldout), **of_these, **floor}, "mq_above_floor": above}
+        if distributed.is_main():
+            numbers |= data_copying(images, training, heldout, found[0], found_heldout[0])
+    return distributed.from_main(numbers), found
 
 
 def identity(images, training):
@@ -53,31 +86,24 @@ def identity(images, training):
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
 
 
-def neighbors(images, training, path=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these images, else kept there."""
-    device = torch.device(device or training.device)
-    sets = identity(images, training) if path else None
+def neighbors(images, training, path=None, sets=None, device=None, **search):
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there."""
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     found = known or neighbors_by_all(images, training, device=device, **search)
     if path and not known and distributed.is_main():
         arrays = {"ratio": memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
         with atomic_write(path) as file:
             np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets)
-    return tuple(array.to(device) for array in found)
+    return tuple(array.to(device or training.device) for array in found)
 
 
 def known_neighbors(path, sets):
     """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
     if not Path(path).exists():
         return None
-    try:
-        saved = read_npz(path, ("sq_distance", "index", *sets))
-    except DataError as error:
-        print(f"warning: {error}: searching again", file=sys.stderr)
-        return None
-    if any(str(saved.get(key)) != value for key, value in sets.items()):
-        return None
-    return torch.from_numpy(saved["sq_distance"]), torch.from_numpy(saved["index"])
+    saved = read_npz(path, ("sq_distance", "index", *sets))
+    is_theirs = all(str(saved.get(key)) == value for key, value in sets.items())
+    return tuple(torch.from_numpy(saved[key]) for key in ("sq_distance", "index")) if is_theirs else None
 
 
 class Quality:
@@ -110,25 +136,47 @@ class Quality:
             numbers = f"{num_images:,} generated and {len(reference):,} real images"
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
-                print(f"warning: {self.warning}", file=sys.stderr)
+                warn(f"warning: {self.warning}")
         self.batch_size = batch_size
         self.inception = Inception(weights, device) if weights else None
         self.scored_with = provenance_of(reference, self.inception)
         self.reference = reference_statistics(reference, self.inception, fid_cache, batch_size)
+        self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
+
+    @functools.cached_property
+    def real_features(self):
+        """Those of evenly spaced reference images, made when they are needed first, on rank 0."""
+        return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}.
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, and {"precision", "recall"}.
 
-        All processes take part, with the same images, and are given the scores.
+        All processes take part, with the same images, and are given the scores. Precision and recall are of the first
+        `COVER_IMAGES`, and of as many reference images.
         """
-        probs = []
-        statistics = compute_statistics(images, self.inception, self.batch_size, probs)
-        gathered, scores = distributed.gather(probs), None
+        real, batches, scores = self.real_features, self.batches(images), None
+        dimension, device = space_of(self.inception)
+        statistics = mean_and_covariance((features for features, _ in batches), dimension, device)
+        features, probs = in_order(batches)
         if distributed.is_main():
             distance = frechet_distance(*statistics, *self.reference)
             scores = {"fpd": distance}
             if self.inception:
-                in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
-                score, spread = inception_score(torch.cat([batch for batch in in_turn if batch is not None]), SPLITS)
+                score, spread = inception_score(probs, SPLITS)
                 scores = {"fid": distance, "is": score, "is_std": spread}
+            scores |= precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
         return distributed.from_main(scores)
+
+    def batches(self, images):
+        """The `feature_batches` of images, on the CPU."""
+        batches = feature_batches(images, self.inception, self.batch_size)
+        return [(features.cpu(), probs.cpu()) for features, probs in batches]
+
+
+def in_order(batches):
+    """The features and the probabilities of all processes' batches, in the order of the images; on rank 0."""
+    gathered = distributed.gather(batches)
+    if gathered is None:
+        return None, None
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*gathered))
+    return [torch.cat(parts) for parts in zip(*filter(None, in_turn), strict=True)]

@@ -1,7 +1,6 @@
 """Scores of sets of images by their features: FID on Inception's, `fpd` on pooled pixels, and the Inception score."""
 
 import os
-import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from dataset import fingerprint
 from score.inception import FEATURES
 from score.samples import read_npz
 from utils import distributed
-from utils.errors import DataError
+from utils.errors import DataError, warn
 from utils.files import atomic_write, make_directory
 
 POOLED_SIZE = 8
@@ -24,29 +23,30 @@ PIXEL_BATCH = 1024
 CACHE = Path("results/stats")
 
 
-class Statistics:
-    """Running sums of features (..., D) in float64: the count, the sum and the sum of outer products."""
+def mean_and_covariance(batches, dimension, device="cpu"):
+    """The mean and the covariance, with N - 1, of features that come in batches, summed in float64.
 
-    def __init__(self, dimension, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+    Args:
+        batches: of features (B, D), those of this process. All processes take part.
+        dimension: D.
+        device: where to sum.
 
-    def update(self, features):
-        """Takes in a batch of features (B, D)."""
-        features = features.to(self.sum)
-        self.count += len(features)
-        self.sum += features.sum(dim=0)
-        self.outer.addmm_(features.T, features)
-
-    def mean_and_covariance(self):
-        """(mu (D,), sigma (D, D)), float64 arrays, covariance with N - 1. Raises ValueError for less than 2 rows."""
-        count = self.count.item()
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {count}")
-        mu = self.sum / count
-        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
-        return mu.cpu().numpy(), sigma.cpu().numpy()
+    Returns:
+        mu (D,) and sigma (D, D), float64 arrays, of the features of all processes, which are all given them.
+    """
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    total = torch.zeros(dimension, dtype=torch.float64, device=device)
+    outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+    for features in batches:
+        features = features.to(total)
+        count += len(features)
+        total += features.sum(dim=0)
+        outer.addmm_(features.T, features)
+    for summed in (count, total, outer):
+        distributed.total(summed)
+    mu = total / count
+    sigma = (outer - count * torch.outer(mu, mu)) / (count - 1)
+    return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
 def pixel_features(images):
@@ -58,27 +58,30 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
 
 
-def compute_statistics(images, inception=None, batch_size=50, probs=None):
-    """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them.
+def feature_batches(images, inception=None, batch_size=50):
+    """Yield (features (B, D), class probabilities (B, 1008)) of the batches of images that fall to this process.
 
     Args:
-        inception: an `Inception`, for its features; None for pixel features.
+        images: (N, 3, H, W) uint8.
+        inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
         batch_size: images per call of it.
-        probs: a list for the class probabilities (B, 1008) of the batches that fall to this process, on the CPU.
     """
-    if inception is None:
-        statistics = Statistics(DIMENSIONS["pixels"], images.device)
-        for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
-            statistics.update(pixel_features(batch))
+    if inception:
+        yield from ((features, logits.softmax(dim=1)) for features, logits in inception.batches(images, batch_size))
     else:
-        statistics = Statistics(FEATURES, inception.class_weight.device)
-        for features, logits in inception.batches(images, batch_size):
-            statistics.update(features)
-            if probs is not None:
-                probs.append(logits.softmax(dim=1).cpu())
-    for summed in (statistics.count, statistics.sum, statistics.outer):
-        distributed.total(summed)
-    return statistics.mean_and_covariance()
+        for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
+            yield pixel_features(batch), torch.empty(len(batch), 0)
+
+
+def compute_statistics(images, inception=None, batch_size=50):
+    """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them."""
+    batches = (features for features, _ in feature_batches(images, inception, batch_size))
+    return mean_and_covariance(batches, *space_of(inception))
+
+
+def space_of(inception=None):
+    """The number of features, and the device that their sums are made on."""
+    return (FEATURES, inception.class_weight.device) if inception else (DIMENSIONS["pixels"], "cpu")
 
 
 def factor(sigma):
@@ -102,16 +105,10 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     and no imaginary parts to throw away. Of the two covariances the one of lower rank is factored, which leaves
     L^T sigma_2 L no needless null space.
 
-    mu_1, mu_2: (D,); sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank; computed in float64.
-    Returns a float >= 0, and 0 up to rounding for equal arguments. Raises ValueError for shapes that do not fit
-    together and for values that are not finite.
+    mu_1, mu_2: (D,); sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank. Computed in float64.
+    Returns a float >= 0, which is 0 up to rounding for equal arguments.
     """
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
-    shapes, D = [x.shape for x in (mu_1, sigma_1, mu_2, sigma_2)], mu_1.size
-    if shapes != [(D,), (D, D)] * 2 or D == 0:
-        raise ValueError(f"expected shapes (D,), (D, D), (D,), (D, D), got {shapes}")
-    if not all(np.isfinite(x).all() for x in (mu_1, sigma_1, mu_2, sigma_2)):
-        raise ValueError("the mean or the covariance holds values that are not finite")
     L, other = min((factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1), key=lambda pair: pair[0].shape[1])
     eigenvalues = np.linalg.eigvalsh(L.T @ (other @ L))
     # Rounding leaves the smallest eigenvalues a little below zero, and the distance of equal distributions too.
@@ -123,15 +120,13 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
 def inception_score(probs, splits=10):
     """exp(E_x KL(p(y|x) || p(y))) over consecutive splits of the images: (mean, population standard deviation).
 
-    probs: (N, classes) class probabilities, one row an image, in the order of the images. Split k holds the images
-    from k N // splits up to (k + 1) N // splits, p(y) is the mean over the split, and 0 log 0 = 0. The score lies
-    between 1 and the number of classes. Computed in float64. Raises ValueError if there are fewer images than splits.
-
+    Split k holds the images from k N // splits up to (k + 1) N // splits, p(y) is the mean over the split, and
+    0 log 0 = 0. The score lies between 1 and the number of classes. Computed in float64, by
     E_x KL(p(y|x) || p(y)) = E_x sum_y p(y|x) log p(y|x) - sum_y p(y) log p(y), which needs one pass over the split.
+
+    probs: (N, classes) class probabilities, one row an image, in the order of the images; N is at least `splits`.
     """
     N = len(probs)
-    if splits > N:
-        raise ValueError(f"the inception score of {splits} splits needs at least {splits} images, got {N}")
     scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):
         p = probs[k * N // splits : (k + 1) * N // splits].double()
@@ -140,8 +135,36 @@ def inception_score(probs, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
+def precision_recall(real, generated, k=3, block=1024):
+    """Improved precision and recall (Kynkaanniemi et al. 2019), each a share in [0, 1].
+
+    A set covers the balls around its points that reach to the k-th nearest other point. Precision is the share of
+    generated images that real ones cover, recall the share of real images that generated ones cover.
+
+    Args:
+        real, generated: features (M, D) and (N, D), at least 2 each, on one device. Computed in float64; squared
+            distances below 1e-12 of the points' squared norms, which may be rounding errors, are taken for 0.
+        k: of the radius; one less than there are points where those are fewer.
+        block: rows of distances at a time.
+    """
+
+    def sq_distance(a, b):
+        sums = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+        distance = sums - 2 * a @ b.T
+        return distance.where(distance > 1e-12 * sums, 0)
+
+    def covered(points, by):
+        nearest = min(k, len(by) - 1) + 1  # the first is the point itself
+        radius = torch.cat([sq_distance(rows, by).kthvalue(nearest, dim=1).values for rows in by.split(block)])
+        inside = torch.cat([(sq_distance(rows, by) <= radius).any(dim=1) for rows in points.split(block)])
+        return inside.double().mean().item()
+
+    real, generated = real.double(), generated.double()
+    return {"precision": covered(generated, real), "recall": covered(real, generated)}
+
+
 def save_statistics(path, mu, sigma, **provenance):
-    """Writes the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
+    """Write the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
     with atomic_write(path) as file:
         np.savez(file, mu=mu, sigma=sigma, **provenance)
 
@@ -149,7 +172,8 @@ def save_statistics(path, mu, sigma, **provenance):
 def load_statistics(path):
     """(mu (D,), sigma (D, D), provenance) of a statistics file, float64; provenance is {} in published files.
 
-    Raises DataError if the file is missing, damaged, has other shapes, values that are not finite, or no covariance.
+    Raises:
+        DataError: the file is missing or damaged, or has other shapes, values that are not finite, or no covariance.
     """
     arrays = read_npz(path, ("mu", "sigma", "features", "images", "weights"))
     mu, sigma = (arrays.pop(name, np.zeros(0)) for name in ("mu", "sigma"))
@@ -173,40 +197,47 @@ def provenance_of(images, inception=None):
 def reference_statistics(images, inception=None, cache=None, batch_size=50):
     """As `compute_statistics`, but read from a file if it exists, else kept there.
 
-    cache: what a person has named. Raises DataError if that cannot be read, was made from other images, features or
-    weights, or could not be written, which shows before the work. A file that does not say what it was made from, as
-    the published ones, is taken at its word, with a warning.
-    None: in ./results/stats, named by what it is made from. A warning says so if that cannot be read or written.
+    Args:
+        images, inception, batch_size: as there.
+        cache: a file that a person has named; None for one in ./results/stats, named by what it is made from, where a
+            warning says so if it cannot be read or written. A file that does not say what it was made from, as the
+            published ones, is taken at its word, with a warning.
+
+    Raises:
+        DataError: the file that was named cannot be read, was made from other images, features or weights, or could
+            not be written, which shows before the work.
     """
     provenance = provenance_of(images, inception)
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None
     if distributed.is_main():
-        with _only_a_warning(unless=cache):
+        with only_a_warning(unless=cache):
             if os.access(path, os.F_OK):  # False also where a directory may not be read
-                statistics = _known_statistics(path, provenance)
+                statistics = known_statistics(path, provenance)
             elif cache:
                 make_directory(path.parent, "fid_cache")
     statistics = distributed.from_main(statistics)
     if statistics is None:
         statistics = compute_statistics(images, inception, batch_size)
         if distributed.is_main():
-            with _only_a_warning(unless=cache):
+            with only_a_warning(unless=cache):
                 save_statistics(path, *statistics, **provenance)
     return statistics
 
 
 @contextmanager
-def _only_a_warning(unless):
+def only_a_warning(unless):
+    """Say a DataError of the block in a line and go on, unless a person has named the file."""
     try:
         yield
     except DataError as error:
         if unless:
             raise
-        print(f"warning: {error}; going on without it", file=sys.stderr)
+        warn(f"warning: {error}; going on without it")
 
 
-def _known_statistics(path, expected):
+def known_statistics(path, expected):
+    """(mu, sigma) in a file; raises a DataError if it says that they are of something else than `expected`."""
     mu, sigma, found = load_statistics(path)
     found["features"] = {size: name for name, size in DIMENSIONS.items()}.get(len(mu), f"{len(mu)} of them")
     for name, text in expected.items():

@@ -1,9 +1,7 @@
 """Images from a trained network: image i depends on (network, sampler, seed, i) and on nothing else."""
 
-import itertools
-import secrets
-import shutil
-import sys
+import hashlib
+import json
 import time
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import torch
 
 from score.samples import non_finite_images
 from utils import distributed
-from utils.errors import DataError
-from utils.files import file_hash, read_json, sync, sync_directory, write_json
+from utils.errors import DataError, warn
+from utils.files import atomic_write, file_hash, read_json, sync, write_json
 from utils.images import to_uint8
 from utils.safe_files import check_memory, one_line
 from utils.seeding import derive_seed, sample_noise
@@ -81,8 +79,8 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
     """Images kept in a directory, each batch safe on disk before the next is made: a killed generation goes on there.
 
     Image i does not depend on how many there are, so those that are there are always the first of any number. When
-    complete they are generate.npy, described by generate.json. Before, generate.part.json names the file that they are
-    in, which has a name of its own for every start: what another process writes is never taken for this one's.
+    complete they are generate.npy, described by generate.json. Before, their pixels are in a file of which
+    generate.part.json says how many are done; its name is made of the origin, so that two processes never mix theirs.
 
     Args:
         directory: of these files, which rank 0 reads and writes.
@@ -96,77 +94,67 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
         (N, 3, H, W) uint8 on the CPU, in every process.
 
     Raises:
-        DataError: there is no room for all of the images, or they cannot be written.
+        DataError: they do not fit into memory, or cannot be written.
     """
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)
     record = earlier_images(directory, origin, images) if distributed.is_main() else None
-    done, file = distributed.from_main((record["done"], record["file"]) if distributed.is_main() else None)
+    done = distributed.from_main(record and record["done"])
     if done:
         print(f"{directory}: {done} of {num_images} images are there already")
-    if done < num_images or file != FILE:
-        batches = make_batches(done)
-        if distributed.is_main():
-            write_images(directory, record, images, batches, about)
-        else:
-            list(batches)
+    batches = make_batches(done)
+    if distributed.is_main():
+        write_images(directory, record, images, batches, about)
+    else:
+        list(batches)
     return distributed.broadcast(images, 0)
 
 
 def earlier_images(directory, origin, images):
-    """Copy the images of this origin that a directory holds to the beginning of `images`.
-
-    Returns the record of those: their number is "done", and "file" is generate.npy if that is all and nothing else.
-    """
-    paths = [directory / name for name in (RECORD, PART_RECORD)]
-    records = [read_json(path) for path in paths if path.exists()]
-    records = [record for record in records if record.get("origin") == origin and "file" in record]
-    for record in sorted(records, key=lambda record: -min(record["done"], len(images))):
-        path, done = directory / record["file"], min(record["done"], len(images))
-        try:
-            if record.get("file_sha256") not in (None, file_hash(path)):
-                continue
-            images.numpy()[:done] = np.load(path, mmap_mode="r", allow_pickle=False)[:done]
-        except (OSError, ValueError) as error:
-            print(f"{path}: cannot be read ({one_line(error)}): its images are made again", file=sys.stderr)
+    """Copy the images of this origin that a directory holds to the beginning of `images`; returns their record."""
+    found = {"origin": origin, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
+    for name in (RECORD, PART_RECORD):
+        record = read_json(directory / name) if (directory / name).exists() else {}
+        done = min(record.get("done", 0), len(images))
+        if record.get("origin") != origin or done <= found["done"]:
             continue
-        file = None if path.name == FILE and record["done"] > done else path.name
-        bad = [i for i in record["non_finite"] if i < done]
-        return {"origin": origin, "file": file, "done": done, "non_finite": bad, "seconds": record["seconds"]}
-    return {"origin": origin, "file": None, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
+        path = directory / record["file"]
+        try:
+            if name == PART_RECORD:
+                pixels = np.memmap(path, np.uint8, "r", shape=(done, *images.shape[1:]))
+            else:
+                pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+            if name == PART_RECORD or file_hash(path) == record["file_sha256"]:
+                images.numpy()[:done] = pixels[:done]
+                bad = [i for i in record["non_finite"] if i < done]
+                found |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
+        except (OSError, ValueError) as error:
+            warn(f"{path}: cannot be read ({one_line(error)}): its images are made again")
+    return found
 
 
 def write_images(directory, record, images, batches, about):
-    """Add batches to the images that `record` knows, as `earlier_images` returns it, and finish generate.npy."""
-    needed, free = (size / 2**30 for size in (images.nbytes, shutil.disk_usage(directory).free))
-    if needed > free:
-        raise DataError(f"--generate_dir={directory}: needs {needed:.1f} GiB, {free:.1f} are free: choose another one")
-    continued, part = record["file"], directory / f"generate.part.{secrets.token_hex(4)}"
+    """Add batches to the images that `record` knows, as `earlier_images` returns it, and write generate.npy."""
+    part = directory / f"generate.part.{hashlib.sha256(json.dumps(record['origin']).encode()).hexdigest()[:8]}"
     begin = time.perf_counter() - record["seconds"]["generate"]
     try:
-        with part.open("xb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(images.shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + images.nbytes)  # so it can be read before the last image is there
+        part.touch()
+        with part.open("r+b") as file:  # what is in it already is written over with the same
             file.write(images[: record["done"]].numpy())
-            record["file"] = part.name
-            for made, bad in itertools.chain([(images[:0], torch.zeros(0))], batches):  # at first what was there
-                file.write(made.numpy())
+            for made, bad in batches:
                 done = record["done"]
                 images[done : done + len(made)] = made
-                record["non_finite"] += [done + i for i in bad.nonzero().flatten().tolist()]
-                record["done"] += len(made)
-                record["seconds"] = {"generate": round(time.perf_counter() - begin, 3)}
+                file.write(made.numpy())
                 sync(file)
-                write_json(directory / PART_RECORD, record)
-                if continued not in (None, FILE):
-                    (directory / continued).unlink(missing_ok=True)
-        # until the file has its name, generate.part.json still says where the images are
+                record["done"] += len(made)
+                record["non_finite"] += [done + i for i in bad.nonzero().flatten().tolist()]
+                record["seconds"] = {"generate": round(time.perf_counter() - begin, 3)}
+                write_json(directory / PART_RECORD, record | {"file": part.name})
+        with atomic_write(directory / FILE) as file:
+            np.save(file, images.numpy())
         about = {**about, **record, "non_finite_images": len(record["non_finite"])}
-        write_json(directory / RECORD, about | {"file": FILE, "file_sha256": file_hash(part)})
-        part.replace(directory / FILE)
-        sync_directory(directory)
+        write_json(directory / RECORD, about | {"file": FILE, "file_sha256": file_hash(directory / FILE)})
         for path in (directory / PART_RECORD, *directory.glob("generate.part.????????")):
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -11,36 +11,38 @@ from utils.images import image_grid, read_image
 IMAGES_PER_ROW = 16
 PAIRS_PER_PICTURE = 128
 PICTURES = 5
-CAPTION = 28  # pixels
-ENLARGED = 4
+SHOWN, ENLARGED, CAPTION = 96, 4, 28  # of each grid in a comparison: its first pixels, so many times; pixels of text
 
 
 def save_grids(folder, generated, training, nearest, ratio):
-    """Writes grid_image0.png .. grid_image4.png with pairs (nearest training image, generated image), 8 pairs a row.
+    """Write grid_image0.png .. grid_image4.png with pairs (nearest training image, generated image), 8 pairs a row.
 
-    generated: uint8 (N, 3, H, W); training: uint8 (M, 3, H, W), of the same size; nearest: (N,) the index of each
-    generated image's nearest training image; ratio: (N,) its memorisation ratio. The 640 lowest ratios are shown, in
-    ascending order, row by row. Returns the list of the paths written: fewer than five, the last picture shorter, if
-    there are fewer than 640 generated images. Pictures that an earlier run left beyond those are removed.
-    Raises DataError if a picture can't be written.
+    The 640 lowest ratios are shown, in ascending order, row by row. Where there are fewer images there are fewer
+    pictures, the last one shorter, and those that an earlier run left beyond them are removed.
+
+    Args:
+        folder: of the pictures.
+        generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+        nearest: (N,) the index of each generated image's nearest training image.
+        ratio: (N,) its memorisation ratio.
+
+    Returns:
+        The paths written.
     """
     paths = [Path(folder) / f"grid_image{k}.png" for k in range(PICTURES)]
     chosen = ratio.argsort(stable=True)[: PICTURES * PAIRS_PER_PICTURE].split(PAIRS_PER_PICTURE)
     for path, rows in zip(paths, chosen, strict=False):
         pairs = torch.stack([training[nearest[rows]], generated[rows]], dim=1).flatten(0, 1)
-        save_picture(path, as_picture(pairs, IMAGES_PER_ROW))
+        save_picture(path, Image.fromarray(image_grid(pairs, IMAGES_PER_ROW).permute(1, 2, 0).numpy()))
     for path in paths[len(chosen) :]:
         path.unlink(missing_ok=True)
     return paths[: len(chosen)]
 
 
-def save_comparison(path, grids, height=96):
-    """One picture of the first `height` pixels of several grids, {label: path of a grid_image0.png}, enlarged.
-
-    Raises DataError if a grid cannot be read or the picture cannot be written.
-    """
+def save_comparison(path, grids):
+    """Write one picture of the first rows of several grids, {label: path of a grid_image0.png}, enlarged."""
     images = {label: read_image(grid) for label, grid in grids.items()}
-    pictures = {label: i.crop((0, 0, i.width, min(height, i.height))) for label, i in images.items()}
+    pictures = {label: i.crop((0, 0, i.width, min(SHOWN, i.height))) for label, i in images.items()}
     width = ENLARGED * max(image.width for image in pictures.values())
     height = sum(CAPTION + ENLARGED * image.height for image in pictures.values())
     whole, y = Image.new("RGB", (width, height), "white"), 0
@@ -51,11 +53,6 @@ def save_comparison(path, grids, height=96):
         whole.paste(large, (0, y + CAPTION))
         y += CAPTION + large.height
     save_picture(path, whole)
-
-
-def as_picture(images, columns):
-    """Images (N, 3, H, W) in rows, as a PIL image."""
-    return Image.fromarray(image_grid(images, columns).permute(1, 2, 0).numpy())
 
 
 def save_picture(path, picture):

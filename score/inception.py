@@ -28,8 +28,10 @@ CONNECT_SECONDS = 3
 def find_weights(path=None):
     """Path of the Inception weights: `path` if given, else the torch hub cache, else pytorch-fid's download into it.
 
-    The download is kept only if its SHA-256 begins with 6726825d. Raises DataError within seconds if `path` is no file,
-    or if the weights can't be had: call it before anything that takes long.
+    The download is kept only if its SHA-256 begins with 6726825d.
+
+    Raises:
+        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what takes long.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -58,9 +60,10 @@ class Inception(nn.Module):
     """Inception v3 in evaluation mode; `weights_hash` is the SHA-256 of its weights file, in hex."""
 
     def __init__(self, weights_path, device="cpu"):
-        """Raises DataError if the file is damaged, holds other keys or shapes, or values that are not finite.
+        """Warn if it is not the published file, since its FID cannot be compared with published ones.
 
-        Warns if it is not the published file, since its FID can't be compared with published ones.
+        Raises:
+            DataError: the file is damaged, holds other keys or shapes, or values that are not finite.
         """
         super().__init__()
         self.weights_hash = file_hash(weights_path)

@@ -10,11 +10,14 @@ index) packed into one integer has no ties: nothing else is needed.
 import functools
 import time
 
+import numpy as np
 import torch
 
+from score.fid import pixel_features
 from utils import distributed
 
 THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)  # of MQ, in percent
+CELLS, CELL_IMAGES = 30, 20  # of C_T: at most so many cells, and images that a cell needs
 
 LEVELS = 255
 MIDDLE = 128
@@ -49,8 +52,8 @@ def nearest_neighbors(
     if generated.shape[1:] != training.shape[1:]:
         raise ValueError(f"images of {tuple(generated.shape[1:])} and of {tuple(training.shape[1:])} have no distance")
     device = torch.device(device or training.device)
-    generated, training = _levels(generated, "generated"), _levels(training, "training")
-    integers = _integers_are_faster(training.shape[1], device)
+    generated, training = levels_of(generated, "generated"), levels_of(training, "training")
+    integers = integers_are_faster(training.shape[1], device)
     k = min(k, len(training))
     size = max(batch_training, k)
     batches = generated.split(batch_generated)
@@ -61,15 +64,15 @@ def nearest_neighbors(
         with distributed.bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
             for start in range(0, len(training), size):
                 block = training[start : start + size].to(device)
-                keys, norm = _slices(block, integers), _squared_norms(block, device)
+                keys, norm = slices_of(block, integers), squared_norms(block, device)
                 for i, batch in enumerate(batches):
-                    products = _multiply(_slices(batch.to(device), integers), keys, integers)
-                    best[i] = _nearest(best[i], products, norm, start, len(training), training.shape[1], k)
+                    products = multiply(slices_of(batch.to(device), integers), keys, integers)
+                    best[i] = update_best(best[i], products, norm, start, len(training), training.shape[1], k)
                 bar.update(len(block))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
     best = torch.cat(best)
-    own = _squared_norms(generated, device)
+    own = squared_norms(generated, device)
     return (own[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
 
 
@@ -81,7 +84,7 @@ def neighbors_by_all(generated, training, **settings):
     return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
 
 
-def _nearest(best, products, norm, start, M, D, k):
+def update_best(best, products, norm, start, M, D, k):
     """The k best (n, k) of the best so far and a block of training images, the first of which is number `start` of M.
 
     products: a.b (n, m) of codes of D values; norm: |b|^2 (m,). All are integers.
@@ -89,11 +92,11 @@ def _nearest(best, products, norm, start, M, D, k):
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
     dtype = torch.int32 if 3 * 2**14 * D < 2**31 else torch.int64
     score = products.to(dtype).mul_(-2).add_(norm.to(dtype))
-    packed = _improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
+    packed = improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
     return torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
 
 
-def _improvements(score, worst, start, M):
+def improvements(score, worst, start, M):
     """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
 
     A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are below it after
@@ -110,30 +113,30 @@ def _improvements(score, worst, start, M):
     return packed
 
 
-def _codes(images):
+def codes_of(images):
     """uint8 as int8 around the middle: one bit of every byte changes."""
     return (images ^ MIDDLE).view(torch.int8)
 
 
-def _squared_norms(images, device):
+def squared_norms(images, device):
     """|v|^2 of the codes of images (n, D), uint8: int64 (n,) on the device."""
     # on a CPU as many at a time as stay in its cache
     chunk = 32 if device.type == "cpu" else max(1, 2**26 // images.shape[1])
-    chunks = (_codes(rows.to(device)).float() for rows in images.split(chunk))
+    chunks = (codes_of(rows.to(device)).float() for rows in images.split(chunk))
     return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
 
 
-def _slices(images, integers):
+def slices_of(images, integers):
     """The codes of images (n, D), uint8, in slices of which products are exact: int8, or float32 if not `integers`."""
-    parts = _codes(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
+    parts = codes_of(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
     return [part.contiguous() if integers else part.float() for part in parts]
 
 
-def _multiply(a, b, integers):
-    """a b^T of `_slices` of (n, D) and (m, D): int32, or int64 where sums may exceed that.
+def multiply(a, b, integers):
+    """a b^T of `slices_of` (n, D) and (m, D): int32, or int64 where sums may exceed that.
 
-    integers: by torch._int_mm, the only product of 8-bit integers that torch has, else by float32. On processors with
-    units for them integers take a third of the time. Not for GPUs, where it wants other shapes than images have.
+    torch._int_mm is the only product of 8-bit integers that torch has. On processors with units for them it takes a
+    third of the time; not on GPUs, where it wants other shapes than images have.
     """
     dtype = torch.int32 if sum(part.shape[1] for part in a) <= INT32_TERMS else torch.int64
     parts = zip(a, b, strict=True)
@@ -141,70 +144,92 @@ def _multiply(a, b, integers):
     return functools.reduce(torch.add, (product.to(dtype) for product in products))
 
 
-def _integers_are_faster(D, device):
+def integers_are_faster(D, device):
     """Whether this machine multiplies D codes faster as integers: processors without 8-bit units do not."""
     if device.type != "cpu":
         return False
     codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.uint8), {}
     for integers in (True, False, True, False):  # the second time counts
         start = time.perf_counter()
-        _multiply(_slices(codes, integers), _slices(codes, integers), integers)
+        multiply(slices_of(codes, integers), slices_of(codes, integers), integers)
         seconds[integers] = time.perf_counter() - start
     return seconds[True] < seconds[False]
 
 
-def _levels(images, name):
-    """Images (N, 3, H, W) as uint8 levels (N, 3*H*W). Raises ValueError."""
+def levels_of(images, name):
+    """Images (N, 3, H, W) as uint8 levels (N, 3*H*W); raises a ValueError for others, which it calls `name`."""
     if images.ndim != 4 or 0 in images.shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(f"{name} must be uint8 or float (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
-    images = images.flatten(1)
-    if images.dtype == torch.uint8:
-        return images
-    levels = (images * LEVELS).round_().clamp_(0, LEVELS)
-    if not torch.equal(levels / LEVELS, images):
+    levels = images if images.dtype == torch.uint8 else (images * LEVELS).round().clamp(0, LEVELS).to(torch.uint8)
+    if levels is not images and not torch.equal(levels.to(images.dtype) / LEVELS, images):
         raise ValueError(f"{name} holds values other than 0/255 .. 255/255: round them to uint8, as all_in.py does")
-    return levels.to(torch.uint8)
+    return levels.flatten(1)
 
 
 def memorization_ratio(sq_distance):
-    """ratio(g) = d_1 / mean(d_1 .. d_k), the criterion of Liu et al. 2024 (IET-AGC) with k = 50.
+    """ratio(g) = d_1 / mean(d_1 .. d_50) of Liu et al. 2024 (IET-AGC): (N,) in [0, 1], 0 where the mean is.
 
-    sq_distance: (N, k) ascending squared distances; all that there are when the training set has fewer than 50 images.
-    Returns (N,) in [0, 1]. A mean of 0 (a copy of an image that fills the training set) gives 0.
+    sq_distance: (N, k) ascending, k = 50, or as many as there are training images.
     """
     mean = sq_distance.mean(dim=1)
     return torch.where(mean > 0, sq_distance[:, 0] / mean, torch.zeros_like(mean))
 
 
 def memorized_quantity(ratio, thresholds=THRESHOLDS):
-    """MQ at p of Liu et al. 2024: the number of generated images with 100 * ratio < p, for every p (in percent).
-
-    ratio: (N,) of `memorization_ratio`. Returns {p: count}.
-    """
+    """MQ of Liu et al. 2024: {p: how many of the ratios (N,) are below p percent}."""
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
 
 
-def share_closer_than_third(sq_distance):
-    """Share of generated images with sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023).
+def closer_than_third(sq_distance):
+    """Which generated images have sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023): bool (N,).
 
-    sq_distance: (N, k) ascending squared distances. Returns a float in [0, 1].
-    An exact copy always counts, also where it copies a repeated training image (d_1 = d_2 = 0) or where there is only
-    one training image (k = 1, no d_2); without a d_2 nothing else counts.
+    sq_distance: (N, k) ascending. An exact copy always counts, also where it copies a repeated training image
+    (d_1 = d_2 = 0) or where there is only one (k = 1, no d_2); without a d_2 nothing else counts.
     """
-    memorized = sq_distance[:, 0] == 0
-    if sq_distance.shape[1] > 1:
-        memorized = memorized | (9 * sq_distance[:, 0] < sq_distance[:, 1])
-    return memorized.double().mean().item()
+    copies = sq_distance[:, 0] == 0
+    return copies if sq_distance.shape[1] == 1 else copies | (9 * sq_distance[:, 0] < sq_distance[:, 1])
+
+
+def extraction(sq_distance, index):
+    """f_mem, the share of generated images that are `closer_than_third`, and how many training images they are of.
+
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them.
+    """
+    memorized = closer_than_third(sq_distance)
+    extracted = len(index[memorized, 0].unique())
+    return {"share_sqrt_d1_d2_below_third": memorized.double().mean().item(), "extracted": extracted}
+
+
+def nearer_of_both(found, mirrored):
+    """The two nearest training images where each is as near as itself or its mirror image, whichever is nearer.
+
+    Args:
+        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2 (or all) of generated images.
+        mirrored: the same of the mirrored generated images, which are as far from a training image as the generated
+            ones from its mirror image.
+
+    Returns:
+        sq_distance and index (N, 2), or (N, 1) where there is one training image.
+    """
+    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in zip(found, mirrored, strict=True))
+    order = sq_distance.argsort(dim=1, stable=True)
+    sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
+    others = index != index[:, :1]
+    if not others.any():
+        return sq_distance[:, :1], index[:, :1]
+    # of the four, two are of each search, so another image than the first is among them
+    second = others.int().argmax(dim=1, keepdim=True)
+    columns = torch.cat([torch.zeros_like(second), second], dim=1)
+    return sq_distance.gather(1, columns), index.gather(1, columns)
 
 
 def authenticity(sq_distance, index, training):
     """AuthPct of Alaa et al. 2022 ("How Faithful is your Synthetic Data?"), in pixel space, as a share in [0, 1].
 
     A generated image is authentic if it is farther from its nearest training image than that one is from its own
-    nearest other training image.
+    nearest other training image; where there is only one, nothing is. All processes take part.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
-    A training set of one image has no other, and nothing is authentic. All processes take part.
     """
     if len(training) == 1:
         return 0.0
@@ -214,17 +239,46 @@ def authenticity(sq_distance, index, training):
     return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
 
 
-def measures(sq_distance, index, training):
-    """All criteria of one set of images, as JSON values: counts and shares at the published thresholds, and the rest.
+def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
+    """C_T of Meehan, Chaudhuri and Dasgupta 2020: far below 0 is copying, far above 0 is underfitting.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
+    In every cell of the training images, by k-means on their pooled pixels, the Mann-Whitney U of the distances d_1 of
+    generated against held-out images, as a z-score; then the mean over the cells, weighted by their share of the
+    held-out images. Cells with fewer than `CELL_IMAGES` of either are left out.
+
+    Args:
+        images, training, heldout: (N, 3, H, W), (M, 3, H, W) and (L, 3, H, W), uint8.
+        sq_distance, sq_distance_heldout: (N, k) and (L, k) as `nearest_neighbors` returns them for `training`.
+
+    Returns:
+        {"c_t": float, "c_t_cells": how many cells it is of}, or {} if all are left out.
     """
+    # two seconds that others need not wait
+    from scipy.stats import mannwhitneyu
+    from sklearn.cluster import KMeans
+
+    k = min(CELLS, len(training), max(1, min(len(images), len(heldout)) // (5 * CELL_IMAGES)))
+    kmeans = KMeans(k, n_init=1, random_state=0).fit(pixel_features(training))
+    cell, cell_heldout = (kmeans.predict(pixel_features(x)) for x in (images, heldout))
+    z, weights = [], []
+    for c in range(k):
+        generated, real = sq_distance[cell == c, 0].cpu(), sq_distance_heldout[cell_heldout == c, 0].cpu()
+        n, m = len(real), len(generated)
+        if min(n, m) >= CELL_IMAGES:
+            U = mannwhitneyu(generated, real, method="asymptotic").statistic
+            z.append((U - n * m / 2) / (n * m * (n + m + 1) / 12) ** 0.5)
+            weights.append(n)
+    return {"c_t": float(np.average(z, weights=weights)), "c_t_cells": len(z)} if z else {}
+
+
+def measures(sq_distance, index, training):
+    """All criteria of one set of images, as JSON values; arguments as for `authenticity`."""
     ratio, N = memorization_ratio(sq_distance), len(sq_distance)
     counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
     return {
         "mq": counts,
         "mq_fraction": {p: count / N for p, count in counts.items()},
         "mq_curve": [count / N for count in memorized_quantity(ratio, range(101)).values()],
-        "share_sqrt_d1_d2_below_third": share_closer_than_third(sq_distance),
+        **extraction(sq_distance, index),
         "auth_pct": 100 * authenticity(sq_distance, index, training),
     }

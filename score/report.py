@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import logging
 from html import escape
 from pathlib import Path
@@ -32,24 +33,22 @@ COLUMNS = {
 }
 
 PAGE = """
-:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas);
-  --line: color-mix(in srgb, CanvasText 20%, Canvas); }
+:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas); }
 @media (prefers-color-scheme: dark) { .chart img, .legend i { filter: invert(1) hue-rotate(180deg); } }
 .chart img { width: 100%; max-width: 720px; display: block; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .2rem 0 1rem; padding: 0; list-style: none; }
-.legend i { display: inline-block; width: 1.6em; height: 0; border-top: 3px solid; vertical-align: middle; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; }
+.legend i { display: inline-block; width: 1.6em; border-top: 3px solid; vertical-align: middle; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; }
-.tiles div { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; min-width: 7rem; }
+.tiles div, figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
 .tiles b { display: block; font-size: 1.3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--card); }
 th:first-child, td:first-child { text-align: left; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
-figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .5rem; }
 figure img { width: 48%; image-rendering: pixelated; }
 figure img:only-of-type { width: 60%; }
 """
@@ -90,15 +89,18 @@ def image_tag(file, kind, alt):
     return f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt, quote=True)}">'
 
 
-def figure(caption, *images):
-    """Images side by side over a caption; images: (uint8 (3, H, W), its description)."""
-    tags = []
-    for image, alt in images:
-        picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        picture.save(file, format="PNG", optimize=True)
-        tags.append(image_tag(file, "png", alt))
-    return f"<figure>{' '.join(tags)}<figcaption>{caption}</figcaption></figure>"
+def figures(shown):
+    """Pictures as HTML, each a pair of a caption and its images, side by side: [(uint8 (3, H, W), description)]."""
+    html = ""
+    for caption, images in shown:
+        tags = []
+        for image, alt in images:
+            picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+            picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            picture.save(file, format="PNG", optimize=True)
+            tags.append(image_tag(file, "png", alt))
+        html += f"<figure>{' '.join(tags)}<figcaption>{caption}</figcaption></figure>"
+    return f'<div class="pictures">{html or "None."}</div>'
 
 
 def chart(draw, names, x_label, y_label, alt):
@@ -119,11 +121,8 @@ def chart(draw, names, x_label, y_label, alt):
         axes.yaxis.grid(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
         drawn.savefig(file, format="svg", transparent=True)
-    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
-    legend = "".join(
-        f'<li><i style="border-color: {colour}"></i> {escape(name)}</li>'
-        for colour, name in zip(colours, names, strict=True)
-    )
+    colours = itertools.cycle(SERIES)
+    legend = "".join(f'<li><i style="border-color: {next(colours)}"></i> {escape(name)}</li>' for name in names)
     return f'<div class="chart">{image_tag(file, "svg+xml", alt)}</div><ul class="legend">{legend}</ul>'
 
 
@@ -159,13 +158,13 @@ def histogram(series):
 
 def pairs(generated, training, nearest, ratio):
     """The most memorised pairs as figures."""
-    figures = []
+    shown = []
     for place, i in enumerate(ratio.argsort(stable=True)[:PAIRS].tolist()):
         j, percent = nearest[i].item(), f"{100 * ratio[i].item():.1f}"
         left = training[j], f"training image {j}"
         right = generated[i], f"generated image {i}, its ratio is {percent} percent"
-        figures.append(figure(f"{place + 1}. ratio {percent}&thinsp;%, training {j}, generated {i}", left, right))
-    return f'<div class="pictures">{"".join(figures)}</div>'
+        shown.append((f"{place + 1}. ratio {percent}&thinsp;%, training {j}, generated {i}", (left, right)))
+    return figures(shown)
 
 
 def copy_counts(nearest, ratio, size):
@@ -173,20 +172,14 @@ def copy_counts(nearest, ratio, size):
     return torch.bincount(nearest[100 * ratio < COPIED], minlength=size)
 
 
-def copied(training, copies, skips):
-    """The training images that are copied and skipped most, as figures; skips: int64 (M,) or None."""
-    html = ""
-    for counts, heading in ((copies, "copied most"), (skips, "skipped most in training")):
-        if counts is None:
-            continue
-        figures = []
-        for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
-            if counts[j] > 0:
-                skipped = "" if skips is None else f", skipped {skips[j]}×"
-                caption = f"training {j}: copied {copies[j]}×{skipped}"
-                figures.append(figure(caption, (training[j], f"training image {j}")))
-        html += f'<h3>Those {heading}</h3><div class="pictures">{"".join(figures) or "None."}</div>'
-    return html
+def most(counts, training, copies, skips):
+    """The training images with the largest counts (M,) above 0, as figures; copies, skips: (M,), skips may be None."""
+    shown = []
+    for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
+        if counts[j] > 0:
+            skipped = "" if skips is None else f", skipped {skips[j]}×"
+            shown.append((f"training {j}: copied {copies[j]}×{skipped}", [(training[j], f"training image {j}")]))
+    return figures(shown)
 
 
 def thresholds(result):
@@ -212,10 +205,10 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         holdout_ratio: (L,) of held-out real images, the floor; None without them.
         skips: (M,) int64, how often training left each image out; None if it did not count.
     """
-    all_thresholds, ratios = {"generated": [result["mq_curve"]]}, {"generated": ratio}
+    measured, ratios = {"generated": result}, {"generated": ratio}
     if "holdout" in result:
-        all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
-        ratios["held-out real images"] = holdout_ratio
+        measured["held-out real images"], ratios["held-out real images"] = result["holdout"], holdout_ratio
+    all_thresholds = curves({name: [numbers["mq_curve"]] for name, numbers in measured.items()})
     tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in summary(result).items())
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
@@ -225,19 +218,22 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     if result.get("warning"):
         note += f"</p><p class=note>{escape(result['warning'])}."
     copies = copy_counts(nearest, ratio, len(training))
-    about = (
+    of_training = (
         f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
+        f"<h3>Those copied most</h3>{most(copies, training, copies, skips)}"
     )
+    if skips is not None:
+        of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips)}"
     used = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"<div class=tiles>{tiles}</div><p class=note>{note}</p>"),
-        ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
+        ("Memorised quantity over all thresholds", all_thresholds + thresholds(result)),
         ("Distribution of the ratios", histogram(ratios)),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
-        ("Training images", about + copied(training, copies, skips)),
+        ("Training images", of_training),
         ("Settings", f"<details><summary>All flags</summary>{used}</details>"),
     ]
     write_text(path, page(title, sections))

@@ -25,10 +25,17 @@ def non_finite_images(x):
     return (~torch.isfinite(x)).flatten(1).any(dim=1)
 
 
-def save_pngs(folder, images):
-    """Writes uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into `folder`, over files of the same names.
+def evenly_spaced(total, number):
+    """The indices of at most `number` of `total` images, of all classes where these are in order: int64, ascending."""
+    number = min(number, total)
+    return torch.arange(number) * total // number
 
-    Raises DataError if the folder can't be written, or holds other images, which would be measured with these.
+
+def save_pngs(folder, images):
+    """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into `folder`, over files of the same names.
+
+    Raises:
+        DataError: the folder cannot be written, or holds other images, which would be measured with these.
     """
     names = png_names(folder, len(images))
     try:
@@ -41,13 +48,13 @@ def save_pngs(folder, images):
 
 
 def png_names(folder, number):
-    """The names of so many images in a folder. Raises DataError if it holds other .png files."""
+    """The names of so many images in a folder; raises a DataError if it holds other images."""
     names = [f"{i:0{max(5, len(str(number - 1)))}d}.png" for i in range(number)]
-    known = set(names)
-    found = scan(folder)[0] if Path(folder).is_dir() else []
-    for path in found:
-        if Path(path).name not in known:
-            raise DataError(f"{path}: an image of another run is in the folder; empty it or name another one")
+    found = {Path(path).name for path in scan(folder)[0]} if Path(folder).is_dir() else set()
+    if others := sorted(found.difference(names)):
+        raise DataError(
+            f"{Path(folder) / others[0]}: an image of another run is in the folder; empty it or name another one"
+        )
     return names
 
 
@@ -56,11 +63,15 @@ def load_samples(path, img_size=None):
 
     Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to uint8), NCHW or NHWC.
     An .npz holds one array, or the images are under `images` or `arr_0`. A folder's images are those of
-    `dataset.list_images`, in the order of their names. Grey images are repeated to three channels, as the data sets'
-    are. `img_size` is the height and width that the images must have; any if None.
+    `utils.images.list_images`, in the order of their names. Grey images are repeated to three channels.
 
-    Raises DataError, naming the file, for everything else: NaN, values out of range, object arrays, other shapes, an
-    ambiguous layout, more than fits in memory, an archive that unpacks to absurd size, images of several sizes.
+    Args:
+        path: of the file or folder.
+        img_size: height and width that the images must have; any if None.
+
+    Raises:
+        DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than fits in memory,
+            an archive that unpacks to absurd size, images of several sizes.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,8 +95,9 @@ def load_samples(path, img_size=None):
 def read_npz(path, names):
     """{name: array} of the arrays in an .npz that are among `names`, in that order, or of its only one.
 
-    Raises DataError if it has none of them, is damaged, holds pickles, or would unpack to more than the free memory or
-    to absurd size (a zip bomb).
+    Raises:
+        DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free memory or to
+            absurd size (a zip bomb).
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -106,7 +118,7 @@ def read_npz(path, names):
 
 
 def to_images(path, array):
-    """An array of grey or RGB images, NCHW or NHWC, as uint8 tensor (N, 3, H, W). Raises DataError naming `path`."""
+    """An array of grey or RGB images, NCHW or NHWC, as uint8 (N, 3, H, W); raises a DataError that names `path`."""
     shape, dtype = array.shape, array.dtype
     if dtype != np.uint8 and dtype.kind != "f":
         raise DataError(f"{path}: an array of {dtype}; images are uint8, or float in [0, 1]")

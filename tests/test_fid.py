@@ -5,20 +5,25 @@ import shutil
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import sklearn.datasets
+import sklearn.neighbors
 import torch
+from absl import flags as absl_flags
 
 from score import fid, stats
 from score.fid import (
-    Statistics,
     compute_statistics,
     frechet_distance,
     load_statistics,
+    mean_and_covariance,
     pixel_features,
+    precision_recall,
     reference_statistics,
     save_statistics,
 )
 from tests.commands import run_module
+from training import flags
 from utils.errors import DataError, UsageError
 
 
@@ -107,29 +112,11 @@ def test_agrees_with_pytorch_fid():
     assert frechet_distance(*one, *two) == pytest.approx(fid_score.calculate_frechet_distance(*one, *two), rel=1e-6)
 
 
-def test_refuses_what_does_not_fit():
-    mu, sigma = np.zeros(3), np.eye(3)
-    with pytest.raises(ValueError, match=r"\(D, D\)"):
-        frechet_distance(mu, sigma, np.zeros(4), np.eye(4))
-    with pytest.raises(ValueError, match="not finite"):
-        frechet_distance(mu, sigma * np.nan, mu, sigma)
-
-
 def test_statistics_equal_numpy_for_any_batches():
     features = np.maximum(np.random.default_rng(0).normal(1, 1, size=(500, 40)), 0).astype(np.float32)
-    statistics = Statistics(40)
-    for batch in torch.from_numpy(features).split(90):
-        statistics.update(batch)
-    mu, sigma = statistics.mean_and_covariance()
+    mu, sigma = mean_and_covariance(torch.from_numpy(features).split(90), 40)
     np.testing.assert_allclose(mu, features.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
-
-
-def test_covariance_of_one_image_is_refused():
-    statistics = Statistics(3)
-    statistics.update(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="at least 2"):
-        statistics.mean_and_covariance()
 
 
 def test_pixel_features_are_block_means():
@@ -237,7 +224,7 @@ def test_command_writes_the_statistics_of_a_data_set(tmp_path):
     output = tmp_path / "digits.npz"
     output.write_bytes(b"an older file")
     run_module(
-        "score.stats", "--dataset=digits", "--img_size=8", "--features=pixels", f"--output={output}", cwd=tmp_path
+        "score.stats", "--dataset=digits", "--img_size=8", "--fid_features=pixels", f"--output={output}", cwd=tmp_path
     )
     mu, sigma, provenance = load_statistics(output)
     digits = np.round(sklearn.datasets.load_digits().images / 16 * 255).reshape(-1, 64).repeat(3, axis=0)
@@ -252,18 +239,21 @@ def test_command_writes_the_statistics_of_a_data_set(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--dataset=digits"], UsageError, "--output"),
-        (["--dataset=nothing", "--output=x.npz"], UsageError, "--dataset"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--batch_size=0"], UsageError, "--batch_size"),
-        (["--dataset=digits", "--features=pixels", "--output=x.npz", "--device=abacus"], UsageError, "--device"),
-        (["--dataset=digits", "--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
-        (["--dataset=cifar10", "--features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
-        (["--dataset=cifar10", "--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
+        ([], UsageError, "--output"),
+        (["--output=x.txt"], UsageError, "--output=x.txt"),
+        (["--output=x.npz", "--fid_features=pixels", "--device=abacus"], UsageError, "--device"),
+        (["--output=x.npz", "--fid_features=pixels", "--fid_reference=heldout"], UsageError, "--fid_reference"),
+        (["--output=x.npz", "--fid_features=pixels", "--num_train=1"], UsageError, "no covariance"),
+        (["--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
+        (["--dataset=cifar10", "--fid_features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
+        (["--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
     ],
 )
 def test_command_reports_mistakes_in_one_line(arguments, error, message):
+    absl_flags.FLAGS.unparse_flags()
+    flags.parse(absl_flags.FLAGS, ["score.stats", "--dataset=digits", *arguments])
     with pytest.raises(error, match=message) as raised:
-        stats.main(arguments)
+        stats.main()
     assert "\n" not in str(raised.value)
 
 
@@ -273,3 +263,24 @@ def test_pixel_statistics_equal_numpy():
     mu, sigma = compute_statistics(images)
     np.testing.assert_allclose(mu, features.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(sigma, np.cov(features, rowvar=False), atol=1e-7)
+
+
+def test_precision_and_recall_against_scikit_learn():
+    """Two clouds that overlap, of which one is wider and has points that are repeated five times."""
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(130, 5)), 1.4 * rng.normal(size=(90, 5)) + 0.5
+    real[:10] = np.repeat(real[:2], 5, axis=0)
+    generated[:2] = real[:2]
+    found = precision_recall(*map(torch.from_numpy, (real, generated)), block=32)
+    for name, points, by in (("precision", generated, real), ("recall", real, generated)):
+        search = sklearn.neighbors.NearestNeighbors(n_neighbors=3, algorithm="brute").fit(by)
+        radius = search.kneighbors()[0][:, 2]  # of each point itself is left out
+        distance = scipy.spatial.distance.cdist(points, by)
+        assert found[name] == np.mean([np.any(row <= radius) for row in distance]) and 0.2 < found[name] < 1
+    far = {"precision": 0, "recall": 0}
+    assert precision_recall(torch.from_numpy(real[:20]), torch.from_numpy(generated + 99)) == far
+
+
+def test_precision_and_recall_of_few_images():
+    real, generated = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5], [3.0], [4.0]])
+    assert precision_recall(real, generated) == {"precision": 1 / 3, "recall": 1.0}

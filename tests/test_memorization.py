@@ -7,10 +7,13 @@ import torch
 from score import memorization
 from score.memorization import (
     authenticity,
+    closer_than_third,
+    data_copying,
+    extraction,
     memorization_ratio,
     memorized_quantity,
+    nearer_of_both,
     nearest_neighbors,
-    share_closer_than_third,
 )
 
 
@@ -67,7 +70,7 @@ def hard_cases():
 @pytest.fixture(params=[True, False])
 def integers(request, monkeypatch):
     """Both ways of multiplying; that of floats is also a GPU's."""
-    monkeypatch.setattr(memorization, "_integers_are_faster", lambda D, device: request.param)
+    monkeypatch.setattr(memorization, "integers_are_faster", lambda D, device: request.param)
     return request.param
 
 
@@ -123,8 +126,8 @@ def test_products_are_exact(D, integers):
     random = np.random.default_rng(9)
     a, b = (random.integers(-128, 128, (size, D), dtype=np.int8) for size in (7, 9))
     a[0] = b[0] = -128
-    slices = (memorization._slices(as_images(x.view(np.uint8) ^ 128), integers) for x in (a, b))
-    np.testing.assert_array_equal(memorization._multiply(*slices, integers), a.astype(int) @ b.astype(int).T)
+    slices = (memorization.slices_of(as_images(x.view(np.uint8) ^ 128), integers) for x in (a, b))
+    np.testing.assert_array_equal(memorization.multiply(*slices, integers), a.astype(int) @ b.astype(int).T)
 
 
 @pytest.mark.parametrize("size", [128, 256])
@@ -176,10 +179,69 @@ def test_ratio_and_mq():
     }  # fmt: skip
 
 
-def test_share_closer_than_third():
+def test_closer_than_a_third():
     """sqrt(1) / sqrt(9) is exactly a third and does not count; a copy does, also of a repeated image."""
-    assert share_closer_than_third(torch.tensor([[1.0, 9.0], [1.0, 9.1], [0.0, 0.0], [2.0, 3.0]])) == 0.5
-    assert share_closer_than_third(torch.tensor([[0.0], [0.1]])) == 0.5
+    found = closer_than_third(torch.tensor([[1.0, 9.0], [1.0, 9.1], [0.0, 0.0], [2.0, 3.0]]))
+    assert found.tolist() == [False, True, True, False]
+    assert closer_than_third(torch.tensor([[0.0], [0.1]])).tolist() == [True, False]
+
+
+def test_extracted_images_are_counted_once():
+    sq_distance = torch.tensor([[0.0, 5.0], [1.0, 90.0], [1.0, 90.0], [4.0, 5.0]])
+    index = torch.tensor([[3, 0], [3, 1], [7, 1], [2, 1]])
+    assert extraction(sq_distance, index) == {"share_sqrt_d1_d2_below_third": 0.75, "extracted": 2}
+    assert extraction(sq_distance[3:], index[3:])["extracted"] == 0
+
+
+@pytest.mark.parametrize("M", [1, 2, 40])
+def test_mirror_images_against_brute_force(M):
+    """An image and its mirror image are one training image; symmetric ones are as near both ways."""
+    random = np.random.default_rng(M)
+    training = uint8_images(random, M, 4)
+    training[::5] = np.maximum(training[::5], training[::5, :, :, ::-1])
+    generated = uint8_images(random, 50, 4)
+    for i in range(30):
+        generated[i] = training[i % M, :, :, :: 1 if i % 2 else -1] ^ random.integers(0, 2, (3, 4, 4), dtype=np.uint8)
+    a, b = (x.reshape(len(x), -1).astype("f8") for x in (generated, training))
+    c = training[..., ::-1].reshape(M, -1).astype("f8")
+    distance = np.minimum(((a[:, None] - b) ** 2).sum(-1), ((a[:, None] - c) ** 2).sum(-1)) / 255**2
+    found = nearest_neighbors(as_images(generated), as_images(training), 50)
+    mirrored = nearest_neighbors(as_images(generated[..., ::-1]), as_images(training), 2)
+    sq_distance, index = nearer_of_both(found, mirrored)
+    np.testing.assert_allclose(sq_distance, np.sort(distance, axis=1)[:, :2])
+    np.testing.assert_array_equal(index[:, 0], distance.argmin(axis=1))
+    if M > 1:
+        np.testing.assert_array_equal(index[:, 1], distance.argsort(axis=1)[:, 1])
+        near = np.sort(distance, axis=1)[:, 0] * 9 < np.sort(distance, axis=1)[:, 1]
+        expected = {"share_sqrt_d1_d2_below_third": near.mean(), "extracted": len(set(distance.argmin(axis=1)[near]))}
+        assert extraction(sq_distance, index) == expected and near.sum() >= 30
+
+
+def z_score(generated, real):
+    """Of pairs counted one by one."""
+    U = sum((g > r) + 0.5 * (g == r) for g in generated for r in real)
+    n, m = len(generated), len(real)
+    return (U - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12)
+
+
+def near(images, random, level):
+    return images ^ random.integers(0, level, images.shape, dtype=np.uint8)
+
+
+def test_data_copying_in_cells_that_are_plain_to_see():
+    """Dark, middle and bright images; the generated ones copy the dark, are far from the middle, and few are bright."""
+    random = np.random.default_rng(1)
+    draw = lambda number, low: random.integers(low, low + 30, (number, 3, 8, 8), dtype=np.uint8)  # noqa: E731
+    training = np.concatenate([draw(100, 0), draw(200, 100), draw(100, 200)])
+    heldout = np.concatenate([draw(120, 0), draw(130, 100), draw(100, 200)])
+    generated = np.concatenate([near(training[np.arange(110) % 100], random, 8), draw(200, 104), draw(5, 200)])
+    d, d_heldout = (brute_force(x, training, 1)[0] for x in (generated, heldout))
+    found = data_copying(*map(as_images, (generated, training, heldout, d, d_heldout)))
+    z = [z_score(d[:110, 0], d_heldout[:120, 0]), z_score(d[110:310, 0], d_heldout[120:250, 0])]
+    assert found == {"c_t": pytest.approx(np.average(z, weights=[120, 130])), "c_t_cells": 2}
+    assert z[0] < -10 and z[1] > 3
+    none = data_copying(*map(as_images, (generated[:9], training, heldout, d[:9], d_heldout)))
+    assert none == {}
 
 
 def test_authenticity_against_brute_force():
