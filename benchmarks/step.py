@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from benchmarks.timing import alternate, row
+from diffusion import GaussianDiffusionTrainer
 from model import UNet
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches
@@ -33,8 +34,8 @@ def make_net(architecture, device):
 
 def make_learner(net, **changes):
     """As main_fed.py does; changes: of the settings."""
-    settings = {"beta_1": 1e-4, "beta_T": 0.02, "T": T, "mean_type": "epsilon", "lr": 2e-4, "warmup": 0}
-    return Learner(net, **settings, grad_clip=1.0, ema_decay=0.9999, **changes)
+    objective = partial(GaussianDiffusionTrainer, beta_1=1e-4, beta_T=0.02, T=T)
+    return Learner(net, objective, lr=2e-4, warmup=0, grad_clip=1.0, ema_decay=0.9999, **changes)
 
 
 def make_step(learner, size, batch_size):
