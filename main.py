@@ -9,13 +9,14 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from absl import flags as absl_flags
 
 from dataset import load_dataset
-from diffusion import GaussianDiffusionSampler
+from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality
 from score.generate import draw_labels, generate
 from score.inception import find_weights
@@ -42,7 +43,8 @@ def train(data, quality, device, logdir):
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = flags.unet(FLAGS).to(device)
     warmup = WARMUP if FLAGS.warmup is None else FLAGS.warmup
-    learner = flags.call(FLAGS, Learner, net, warmup=warmup, share_batches=True)
+    objective = partial(flags.call, FLAGS, GaussianDiffusionTrainer)
+    learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, share_batches=True)
     x_T, x_T_labels = sample_noise(device)
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
@@ -70,7 +72,7 @@ def train(data, quality, device, logdir):
             milestone = due(step, FLAGS.save_step) or last
             if (milestone or stop) and writes:
                 logger.flush()
-                state = {**learner.state_dict(), "x_T": x_T, "seconds": logger.seconds}
+                state = {**learner.state_dict(), "norm_groups": net.groups, "x_T": x_T, "seconds": logger.seconds}
                 checkpoint.save_step(logdir, state, milestone, FLAGS.keep)
             if stop:
                 distributed.barrier()  # rank 0 has saved

@@ -13,13 +13,14 @@ if __name__ == "__main__":  # before the imports that take seconds
     startup.prepare()
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from absl import flags as absl_flags
 
 from dataset import load_dataset
-from diffusion import GaussianDiffusionSampler
+from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.generate import draw_labels
 from training import checkpoint, flags
 from training.agc import AntiGradientControl
@@ -48,7 +49,8 @@ class Shard:
 
     def state_dict(self, skip_counts):
         """What the shard needs to continue. skip_counts (N,): of all training images."""
-        return {**self.learner.state_dict(), "bank": self.agc.bank, "skip_counts": skip_counts[self.batches.index]}
+        own = {"norm_groups": self.learner.net.groups, "bank": self.agc.bank}
+        return {**self.learner.state_dict(), **own, "skip_counts": skip_counts[self.batches.index]}
 
 
 def train(data, device, logdir):
@@ -146,7 +148,8 @@ def make_shards_of_this_process(batches, device):
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
         net = flags.unet(FLAGS, start, FLAGS.check_dir).to(device)
         warmup = WARMUP * batches[number].steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
-        learner = flags.call(FLAGS, Learner, net, warmup=warmup, offload=FLAGS.shard_state == "cpu")
+        objective = partial(flags.call, FLAGS, GaussianDiffusionTrainer)
+        learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, offload=FLAGS.shard_state == "cpu")
         if start:
             for network, use_ema in ((learner.net, False), (learner.ema, True)):
                 weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)

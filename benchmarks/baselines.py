@@ -8,6 +8,7 @@ import faiss
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 
+from diffusion import GaussianDiffusionTrainer
 from model import UNet
 from score.fid import frechet_distance
 from score.memorization import nearest_neighbors
@@ -74,9 +75,9 @@ def make_net(architecture, device):
 
 def make_step(architecture, size, batch_size, device, **settings):
     """A learner, and a step of main_fed.py on random images, to be called."""
-    diffusion = {"beta_1": 1e-4, "beta_T": 0.02, "T": T, "mean_type": "epsilon"}
+    objective = partial(GaussianDiffusionTrainer, beta_1=1e-4, beta_T=0.02, T=T)
     optimisation = {"lr": 2e-4, "warmup": 0, "grad_clip": 1.0, "ema_decay": 0.9999}
-    learner = Learner(make_net(architecture, device), **diffusion, **optimisation, **settings)
+    learner = Learner(make_net(architecture, device), objective, **optimisation, **settings)
     images = noise(4 * batch_size, size, device)
     batches = ShardBatches(images, None, torch.arange(len(images)), batch_size=batch_size, T=T, seed=0, hflip=True)
     agc = AntiGradientControl(T).to(device)

@@ -1,7 +1,10 @@
 """Networks, learners and flags small enough for tests."""
 
+from functools import partial
+
 import torch
 
+from diffusion import GaussianDiffusionTrainer
 from model import UNet
 from training.learner import Learner
 
@@ -19,12 +22,10 @@ def tiny_unet(seed=0, **changes):
 
 
 def tiny_learner(seed=0, num_labels=None, dropout=0.1, net=None, **changes):
-    settings = {
-        "beta_1": 1e-4, "beta_T": 0.02, "T": 10, "mean_type": "epsilon",
-        "lr": 1e-3, "warmup": 0, "grad_clip": 1.0, "ema_decay": 0.9,
-    }  # fmt: skip
+    settings = {"lr": 1e-3, "warmup": 0, "grad_clip": 1.0, "ema_decay": 0.9}
     net = net or tiny_unet(seed, num_labels=num_labels, dropout=dropout)
-    return Learner(net, **{**settings, **changes})
+    objective = partial(GaussianDiffusionTrainer, beta_1=1e-4, beta_T=0.02, T=10)
+    return Learner(net, objective, **{**settings, **changes})
 
 
 def visible(net):

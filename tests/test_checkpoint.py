@@ -212,7 +212,7 @@ def test_old_milestones_keep_what_evaluation_needs(tmp_path):
     learner = tiny_learner()
     learner.update(learner.trainer(torch.zeros(2, 3, 8, 8)).mean())  # so that there are moments
     for learner.step in range(1, 7):
-        state = {**learner.state_dict(), "x_T": torch.zeros(2, 3, 8, 8), "seconds": 1.0}
+        state = {**learner.state_dict(), "norm_groups": 8, "x_T": torch.zeros(2, 3, 8, 8), "seconds": 1.0}
         checkpoint.save_step(tmp_path, state, milestone=learner.step != 3, keep=2)
     files = {path.name: checkpoint.load(path) for path in tmp_path.iterdir()}
     assert sorted(files) == ["ckpt1.pt", "ckpt2.pt", "ckpt4.pt", "ckpt5.pt", "ckpt6.pt"]

@@ -28,13 +28,16 @@ def train(learner, batches, steps):
         learner.update(learner.losses(batches(learner.step)).mean())
 
 
-def test_update_against_plain_torch():
-    """Five steps of Adam, clipping, warm-up and EMA, one tensor after the other."""
-    learner = tiny_learner(warmup=3, ema_decay=0.7, grad_clip=0.05, dropout=0.0)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_update_against_plain_torch(weight_decay):
+    """Five steps of Adam or AdamW, clipping, warm-up and EMA, one tensor after the other."""
+    learner = tiny_learner(warmup=3, ema_decay=0.7, weight_decay=weight_decay, grad_clip=0.05, dropout=0.0)
     batches = make_batches()
     net, ema = copy.deepcopy(learner.net), copy.deepcopy(learner.net)
     parameters = [p for p in net.parameters() if p.requires_grad]
     optim = torch.optim.Adam(parameters, lr=1e-3, foreach=False)
+    if weight_decay:
+        optim = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay, foreach=False)
     trainer = GaussianDiffusionTrainer(net, 1e-4, 0.02, 10)
     for step in range(5):
         batch = batches(step)
@@ -55,6 +58,18 @@ def test_update_against_plain_torch():
         for key, value in plain.state_dict().items():
             assert torch.allclose(ours.state_dict()[key], value, atol=2e-5), key
     assert learner.step == 5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_without_ema_the_ema_is_the_network(offload):
+    with_ema, without = tiny_learner(), tiny_learner(ema_decay=None, offload=offload)
+    for learner in (with_ema, without):
+        with learner.on_device():
+            train(learner, make_batches(), 3)
+    state = without.state_dict()
+    for key, value in with_ema.net.state_dict().items():
+        assert torch.equal(state["net_model"][key], value) and torch.equal(state["ema_model"][key], value), key
+    assert without.ema is without.net and without.ema_weights is without.weights
 
 
 def test_a_learner_that_waits_in_host_memory_trains_as_one_that_stays(monkeypatch):

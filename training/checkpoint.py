@@ -282,9 +282,11 @@ def nothing_to_continue(path):
 
 def restore(learner, state, path):
     """Continue a learner from its `state_dict` in a checkpoint; raises a DataError if it does not fit the network."""
-    load_weights(learner.net, state["net_model"], path)
-    # Adam goes on with the tensors that it is given, which must not be those of the file
-    learner.load_state_dict({**state, "optim": deepcopy(state["optim"])})
+    try:
+        # the optimiser goes on with the tensors that it is given, which must not be those of the file
+        learner.load_state_dict({**state, "optim": deepcopy(state["optim"])})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: does not fit the network of the flags: {one_line(error)[:300]}") from error
 
 
 # ---- main.py

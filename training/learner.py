@@ -1,4 +1,4 @@
-"""One network in training: its weights, their EMA, Adam, schedule and scaler, and the update that moves them."""
+"""One network in training: its weights, their EMA, optimiser, schedule and scaler, and the update that moves them."""
 
 import copy
 import inspect
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
-from diffusion import GaussianDiffusionTrainer
 from utils import distributed
 
 # the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
@@ -17,7 +16,10 @@ FP16_GROWTH = 2000
 
 # torch's, without the decorators that load torch's compiler, which takes more than a second at every start
 METHODS = ("add_param_group", "state_dict", "load_state_dict", "step")
-Adam = type("Adam", (torch.optim.Adam,), {name: inspect.unwrap(getattr(torch.optim.Adam, name)) for name in METHODS})
+Adam, AdamW = (
+    type(optim.__name__, (optim,), {name: inspect.unwrap(getattr(optim, name)) for name in METHODS})
+    for optim in (torch.optim.Adam, torch.optim.AdamW)
+)
 
 
 def to_host(value):
@@ -26,15 +28,16 @@ def to_host(value):
 
 
 class Learner:
-    """A UNet in training.
+    """A denoising network in training.
 
     Args:
-        net: the UNet, on its device.
-        beta_1, beta_T, T, mean_type: of the diffusion.
-        lr: Adam's learning rate after the warm-up.
+        net: the network, on its device.
+        objective: makes of a network a module whose call with (x_0, labels, t, eps) gives the squared error (B, ...).
+        lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
         grad_clip: largest norm of the gradient.
-        ema_decay: of the EMA weights.
+        ema_decay: of the EMA weights; None: there are none, and `ema` is `net`.
+        weight_decay: of AdamW; 0: Adam.
         precision: fp32, tf32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
         compile: run the network through torch.compile.
         share_batches: every process trains this network with its part of the same batches.
@@ -44,15 +47,13 @@ class Learner:
     def __init__(
         self,
         net,
+        objective,
         *,
-        beta_1,
-        beta_T,
-        T,
-        mean_type,
         lr,
         warmup,
         grad_clip,
         ema_decay,
+        weight_decay=0.0,
         precision="fp32",
         compile=False,
         share_batches=False,
@@ -60,9 +61,9 @@ class Learner:
     ):
         self.device = next(net.parameters()).device
         self.net = net
-        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.ema = net if ema_decay is None else copy.deepcopy(net).eval().requires_grad_(False)
         self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.optim = Adam(net.parameters(), lr, fused=True)
+        self.optim = (AdamW if weight_decay else Adam)(net.parameters(), lr, weight_decay=weight_decay, fused=True)
         self.base_lr, self.warmup, self.grad_clip, self.ema_decay = lr, warmup, grad_clip, ema_decay
         self.dtype = PRECISIONS[precision]
         self.is_fp16 = self.dtype == torch.float16
@@ -71,12 +72,12 @@ class Learner:
         self.share_batches, self.offload = share_batches, offload
         self.step = 0
         self.weights = parameters_to_vector(net.parameters()).detach()
-        self.ema_weights = parameters_to_vector(self.ema.parameters()).detach()
+        self.ema_weights = self.weights if self.ema is net else parameters_to_vector(self.ema.parameters()).detach()
         self._move(to_host if offload else lambda value: value)
         network = torch.compile(net) if compile else net
         if share_batches:
             network = distributed.average_gradients(network)
-        self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
+        self.trainer = objective(network).to(self.device)
 
     @property
     def lr(self):
@@ -84,7 +85,7 @@ class Learner:
         return self.base_lr * (min(self.step, self.warmup) / self.warmup if self.warmup else 1.0)
 
     def losses(self, batch):
-        """The loss of every sample, its squared error averaged over C, H and W: (B,) float32."""
+        """The loss of every sample of a `training.batches.Batch`, its mean squared error: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps)
         return squared_error.mean(dim=(1, 2, 3))
@@ -111,7 +112,8 @@ class Learner:
         self.optim.param_groups[0]["lr"] = lr = self.lr
         with torch.no_grad():
             self.optim.step()
-            self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
+            if self.ema is not self.net:
+                self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
         if self.is_fp16:
             self.scale_loss(applied)
         self.step += 1
@@ -134,12 +136,13 @@ class Learner:
             self._move(to_host)
 
     def _move(self, move):
-        """Replace weights, EMA and what Adam keeps by move(tensor).
+        """Replace weights, EMA and what the optimiser keeps by move(tensor).
 
         The weights of a network become views of one tensor, so that one operation, or one copy, is of all of them.
         """
         self.net.zero_grad()
-        self.weights, self.ema_weights = move(self.weights), move(self.ema_weights)
+        self.weights = move(self.weights)
+        self.ema_weights = self.weights if self.ema is self.net else move(self.ema_weights)
         vector_to_parameters(self.weights, self.net.parameters())
         vector_to_parameters(self.ema_weights, self.ema.parameters())
         for state in self.optim.state.values():
@@ -148,14 +151,13 @@ class Learner:
             torch.cuda.synchronize(self.device)  # the copies to the host go on behind its back
 
     def set_weights(self, net_state, ema_state):
-        """Replace the weights and the EMA weights, keeping Adam's state and the schedule."""
+        """Replace the weights and the EMA weights, keeping the optimiser's state and the schedule."""
         self.net.load_state_dict(net_state)
         self.ema.load_state_dict(ema_state)
 
     def state_dict(self):
         """Everything that a later `load_state_dict` needs to continue exactly."""
         return {
-            "norm_groups": self.net.groups,
             "net_model": self.net.state_dict(),
             "ema_model": self.ema.state_dict(),
             # as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint

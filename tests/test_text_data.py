@@ -1,0 +1,213 @@
+"""Captioned folders, captions of a step, duplication, and the batches of a shard."""
+
+import collections
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.text_files import CAPTIONS, NUMBER, SIDE, save_captions, save_images, tiny_pipeline
+from text_to_image import data
+from text_to_image.data import CaptionBatches, TextStates, captions_of_mode, duplicated, load_folder, match
+from text_to_image.pipeline import encode_captions, encode_images
+from utils.errors import DataError, UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("text") / "images")
+
+
+@pytest.fixture(scope="module")
+def captioned(folder):
+    return load_folder(folder, save_captions(folder.parent / "captions.json", CAPTIONS), SIDE)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    return TextStates(tiny_pipeline(), [texts[0] for texts in CAPTIONS.values()], tmp_path_factory.mktemp("cache"), "")
+
+
+@pytest.fixture(scope="module")
+def moments(captioned):
+    return encode_images(tiny_pipeline().vae, captioned.images)
+
+
+def test_folder(folder, captioned):
+    assert captioned.paths == list(CAPTIONS) and captioned.captions == list(CAPTIONS.values())
+    for image, name in zip(captioned.images, CAPTIONS, strict=True):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / name)))
+
+
+def test_the_shorter_side_is_resized_and_the_centre_cut_out(tmp_path):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200  # the centre
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    Image.fromarray(pixels.transpose(1, 0, 2)).save(tmp_path / "high.png")
+    images = load_folder(tmp_path, save_captions(tmp_path / "captions.json", {"wide.png": "a", "high.png": "b"}), 4)[0]
+    assert images.shape == (2, 3, 4, 4) and images[..., 1:3, 1:3].eq(200).all()
+
+
+def test_classes_are_sub_folders(tmp_path):
+    save_images(tmp_path / "images", ["dog/1.png", "cat/2.png"])
+    file = save_captions(tmp_path / "captions.json", {"1.png": ["one"], "2.png": ["two"]})
+    found = load_folder(tmp_path / "images", file, 16)
+    assert found.paths == ["cat/2.png", "dog/1.png"] and found.captions == [["two"], ["one"]]
+    assert captions_of_mode(found, "classlevel", None) == [["An image of cat"], ["An image of dog"]]
+    assert captions_of_mode(found, "nolevel", None) == [["An image"], ["An image"]]
+
+
+def test_metadata_jsonl_in_the_folder(tmp_path):
+    save_images(tmp_path, ["a.png", "b.png"])
+    lines = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert load_folder(tmp_path, None, 16).captions == [["ay"], ["bee"]]
+
+
+def test_keys_are_paths_of_another_machine_or_file_names():
+    published = {"/home/x/laion/train/images/1.jpg": ["one"], "/home/x/laion/train/other/1.jpg": ["two"]}
+    assert match(published, ["images/1.jpg", "other/1.jpg"], "c") == [["one"], ["two"]]
+    assert match({"/a/b/1.jpg": ["one"], "2.jpg": ["two"]}, ["x/2.jpg", "x/1.jpg"], "c") == [["two"], ["one"]]
+    assert match({"1.jpg": ["file"], "x/1.jpg": ["path"]}, ["x/1.jpg"], "c") == [["path"]]
+
+
+@pytest.mark.parametrize(
+    ("captions", "paths", "message"),
+    [
+        ({"a/1.jpg": ["x"]}, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], "no caption for 2 of 3 images, first b/2.jpg"),
+        ({"a/1.jpg": ["x"], "b/1.jpg": ["y"]}, ["1.jpg"], "a/1.jpg and b/1.jpg could both be of 1.jpg"),
+        ({"1.jpg": ["x"]}, ["a/1.jpg", "b/1.jpg"], "1.jpg could be of a/1.jpg and of b/1.jpg"),
+    ],
+)
+def test_captions_that_do_not_fit(captions, paths, message):
+    with pytest.raises(DataError, match=f"^--captions=c.json: {message}$"):
+        match(captions, paths, "c.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a.png": 3}', '{"a.png": []}', '{"a.png": [3]}', '{"a.png": "x"'])
+def test_captions_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "captions.json").write_text(text)
+    with pytest.raises(DataError, match=r"captions\.json: cannot be read"):
+        data.read_captions(tmp_path / "captions.json")
+    with pytest.raises(DataError, match=r"nothing\.json: cannot be read"):
+        data.read_captions(tmp_path / "nothing.json")
+
+
+def test_captions_of_token_numbers(captioned):
+    tokenizer = tiny_pipeline().tokenizer
+    ids = tokenizer("a photo of a cat").input_ids[1:-1]
+    numbers = captioned._replace(captions=[[str(ids)]] * NUMBER)
+    assert captions_of_mode(numbers, "random_tokens", tokenizer) == [["a photo of a cat"]] * NUMBER
+    with pytest.raises(DataError, match="--caption_mode=random_tokens: needs captions such as"):
+        captions_of_mode(captioned, "random_tokens", tokenizer)
+
+
+def test_kept_text_states_are_those_that_are_computed(states, monkeypatch):
+    monkeypatch.setattr(data, "encode_captions", lambda pipeline, texts: encode_captions(pipeline, texts) + 1)
+    kept, new = "picture number 3", "something else"
+    expected = encode_captions(tiny_pipeline(), [new, kept]).float()
+    expected[0] += 1
+    torch.testing.assert_close(states([new, kept]), expected, rtol=1e-2, atol=2e-3)
+
+
+def test_what_is_cached_is_read_again_unless_it_is_damaged(tmp_path):
+    array = torch.arange(6).half()
+    for _ in range(2):
+        assert torch.equal(data.cached(tmp_path / "a.npy", lambda: array), array)
+    assert torch.equal(data.cached(tmp_path / "a.npy", lambda: 1 / 0), array)
+    (tmp_path / "a.npy").write_bytes(b"damaged")
+    assert torch.equal(data.cached(tmp_path / "a.npy", lambda: array + 1), array + 1)
+
+
+def make(captioned, moments, states, index=None, **changes):
+    settings = {"scaling_factor": 0.5, "often": duplicated(NUMBER, 0.25, 3), "batch_size": 4, "T": 1000, "seed": 3}
+    index = torch.arange(NUMBER) if index is None else index
+    return CaptionBatches(moments, captioned.captions, states, index, torch.device("cpu"), **{**settings, **changes})
+
+
+def test_an_epoch_has_every_image_once_with_its_latents_and_caption(captioned, moments, states):
+    batches = make(captioned, moments, states, hflip=False)
+    seen = [batches(step) for step in range(4)]
+    assert sorted(i for batch in seen for i in batch.index.tolist()) == list(range(NUMBER))
+    for batch in seen:
+        mean, deviation = moments[batch.index, 0].float().unbind(1)
+        noise = (batch.x_0 / 0.5 - mean) / deviation
+        assert noise.std().item() == pytest.approx(1, abs=0.15) and abs(noise.mean()) < 0.15
+        firsts = [captioned.captions[i][0] for i in batch.index]
+        assert torch.equal(batch.labels, states(firsts))
+    assert all(
+        torch.equal(a, b) for a, b in zip(make(captioned, moments, states, hflip=False)(2), seen[2], strict=True)
+    )
+
+
+def test_half_of_the_latents_are_of_mirror_images(captioned, moments, states):
+    moments = torch.stack([moments[:, :, 0], torch.zeros_like(moments[:, :, 1])], dim=2)  # no noise
+    batches, mirrored = make(captioned, moments, states), 0
+    for step in range(100):
+        batch = batches(step)
+        both = 0.5 * moments[batch.index, :, 0].float()
+        is_view = (batch.x_0[:, None] == both).all(dim=(2, 3, 4))
+        assert is_view.any(dim=1).all()
+        mirrored += int(is_view[:, 1].sum())
+    assert 160 < mirrored < 240
+
+
+@pytest.mark.parametrize(("mode", "share"), [("all", 2 / 3), ("allcaps", 2 / 3 * 0.5), ("first", 0)])
+def test_captions_drawn_from_all(captioned, moments, states, mode, share):
+    batches, draw = make(captioned, moments, states, caption_mode=mode, caption_prob=0.5), random.Random(0)
+    drawn = [batches.caption(5, draw) for _ in range(1000)]
+    assert set(drawn) <= set(captioned.captions[5])
+    assert sum(caption != captioned.captions[5][0] for caption in drawn) / 1000 == pytest.approx(share, abs=0.05)
+
+
+def test_changed_captions(captioned, moments, states):
+    draw, first = random.Random(0), "picture number 5"
+    for mode in ("randrepl", "randwordadd", "wordrepeat"):
+        batches = make(captioned, moments, states, caption_mode=mode, caption_prob=0.2)
+        drawn = [batches.caption(5, draw) for _ in range(500)]
+        changed = [caption for caption in drawn if caption != first]
+        assert len(changed) / 500 == pytest.approx(0.2, abs=0.06)
+        if mode == "wordrepeat":
+            assert all(len(caption.split()) == 5 and set(caption.split()) <= set(first.split()) for caption in changed)
+        if mode == "randwordadd":
+            left = [collections.Counter(first.split()) - collections.Counter(caption.split()) for caption in changed]
+            assert not any(left) and len(set(changed)) > 0.9 * len(changed)
+        if mode == "randrepl":
+            assert len(set(changed)) > 0.9 * len(changed)
+
+
+@pytest.mark.parametrize("duplication", data.DUPLICATIONS)
+def test_duplication_within_shards(captioned, moments, states, duplication):
+    often = duplicated(NUMBER, 0.25, 3)
+    assert often.sum() == 4 and torch.equal(often, duplicated(NUMBER, 0.25, 3))
+    assert not torch.equal(often, duplicated(NUMBER, 0.25, 4))
+    chosen = often.nonzero().flatten()
+    index = torch.cat([chosen[:2], (~often).nonzero().flatten()[:6]])  # a shard with 2 of them and 6 others
+    batches = make(captioned, moments, states, index, duplication=duplication, dup_weight=5)
+    counts = torch.bincount(torch.cat([batches.epoch_order(epoch) for epoch in range(500)]), minlength=NUMBER)
+    assert counts.sum() == 500 * 8 and counts[index].sum() == counts.sum()
+    share = counts[chosen].sum() / counts.sum()
+    assert share.item() == pytest.approx(0.25 if duplication == "nodup" else 10 / 16, abs=0.03)
+    draw = random.Random(0)
+    for i, several in ((int(chosen[0]), duplication == "dup_image"), (int(index[-1]), False)):
+        assert (len({batches.caption(i, draw) for _ in range(50)}) > 1) == several
+
+
+def test_noise_on_text_states_and_mixtures_of_them(captioned, moments, states):
+    plain = make(captioned, moments, states)(1)
+    noisy = make(captioned, moments, states, text_noise=0.3)(1)
+    assert all(torch.equal(plain[i], noisy[i]) for i in (0, 2, 3, 4))
+    assert (noisy.labels - plain.labels).std().item() == pytest.approx(0.3, rel=0.05)
+    mixed = make(captioned, moments, states, text_mixup=0.5)(1)
+    pairs = plain.labels.flatten(1)
+    for row in mixed.labels.flatten(1):  # every one lies on the line between two of them
+        solved = torch.linalg.lstsq(pairs.T, row[:, None]).solution.flatten()
+        assert solved.sum().item() == pytest.approx(1, abs=1e-2) and (solved.abs() > 0.01).sum() <= 2
+
+
+def test_a_shard_smaller_than_a_batch(captioned, moments, states):
+    with pytest.raises(UsageError, match="--batch_size=4 is larger than the 3 images of shard 0"):
+        make(captioned, moments, states, torch.arange(3))

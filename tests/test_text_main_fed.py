@@ -1,0 +1,160 @@
+"""text_to_image.main_fed as users run it."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.commands import ROOT, check, environment, read_jsonl, run_module
+from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline, tiny_pipeline
+from text_to_image.data import CaptionBatches, TextStates, load_folder
+from text_to_image.pipeline import encode_images, libraries
+
+MODULE = "text_to_image.main_fed"
+FLAGS = [
+    "--train", "--pretrained=pipeline", "--data_root=images", "--captions=captions.json", "--resolution=16",
+    "--batch_size=4", "--lr=1e-3", "--warmup=2", "--sample_step=0", "--device=cpu", "--log_step=1",
+]  # fmt: skip
+THREE = ["--client_num=3", "--local_steps=3", "--total_round=2", "--mem_ratio=1.0", "--duplication=dup_both"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("main_fed")
+    saved_pipeline(directory)
+    save_images(directory / "images")
+    save_captions(directory / "captions.json", CAPTIONS)
+    return directory
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_one_shard_without_control_is_a_plain_training_loop_of_diffusers(directory):
+    run_module(
+        MODULE, *FLAGS, "--client_num=1", "--anti_grad=off", "--local_steps=5", "--total_round=1", "--logdir=plain",
+        cwd=directory,
+    )  # fmt: skip
+    diffusers, _ = libraries()
+    from diffusers.optimization import get_constant_schedule_with_warmup
+
+    data = load_folder(directory / "images", directory / "captions.json", 16)
+    pipeline = tiny_pipeline()
+    states = TextStates(pipeline, [texts[0] for texts in data.captions], directory / "cache", "")
+    batches = CaptionBatches(
+        encode_images(pipeline.vae, data.images), data.captions, states, torch.arange(16), torch.device("cpu"),
+        scaling_factor=0.18215, often=None, batch_size=4, T=1000, seed=12,
+    )  # fmt: skip
+    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config)
+    unet.load_state_dict(pipeline.unet.state_dict())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
+    schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=2)
+    for step in range(5):
+        latents, states, t, noise, _ = batches(step)
+        prediction = unet(scheduler.add_noise(latents, noise, t), t, states).sample
+        loss = torch.nn.functional.mse_loss(prediction, scheduler.get_velocity(latents, noise, t))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    trained = weights(directory / "plain" / "checkpoint_round1")
+    assert trained.keys() == unet.state_dict().keys()
+    for name, value in unet.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    start = pipeline.unet.state_dict()
+    assert max((trained[name] - start[name]).abs().max().item() for name in start) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def straight(directory):
+    run_module(MODULE, *FLAGS, *THREE, "--logdir=straight", cwd=directory)
+    return directory / "straight"
+
+
+def test_average_is_the_mean_of_the_shards(straight):
+    """Their files hold their weights before the last average: 6, 5 and 5 images."""
+    shards = [torch.load(straight / f"state/shard{k}_step6.pt", weights_only=True) for k in range(3)]
+    assert [len(shard["skip_counts"]) for shard in shards] == [6, 5, 5]
+    for name, value in weights(straight / "checkpoint_round2").items():
+        parts = [shard["net_model"][name].double().numpy() for shard in shards]
+        np.testing.assert_allclose(value.numpy(), np.average(parts, axis=0, weights=[6, 5, 5]), rtol=1e-5, atol=1e-7)
+        assert not np.array_equal(parts[0], parts[1]), name
+
+
+def test_skips_are_counted_per_image_and_the_banks_filled(straight):
+    average = torch.load(straight / "state/average_round2.pt", weights_only=True)
+    logged = sum(line["skipped"] * 4 for line in read_jsonl(straight / "metrics.jsonl"))
+    assert average["index_array"].shape == (16,) and average["index_array"].sum() == round(logged)
+    for k in range(3):
+        bank = torch.load(straight / f"state/shard{k}_step6.pt", weights_only=True)["bank"]
+        assert bank.shape == (1000,) and 12 <= (bank > 0).sum() <= 24
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, number):
+    flags = [*FLAGS, *THREE, "--save_step=1", f"--logdir=killed{number}"]
+    command = [sys.executable, "-m", MODULE, *flags]
+    env = environment(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not list((directory / f"killed{number}").glob("state/shard1_step*.pt")):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    done = run_module(MODULE, *flags, cwd=directory)
+    assert "continuing in" in done.stdout
+    ours, theirs = weights(directory / f"killed{number}" / "checkpoint_round2"), weights(straight / "checkpoint_round2")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_make_the_averages_of_one(directory, straight):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", MODULE, *FLAGS, *THREE, "--logdir=two", "--shard_state=cpu"]
+    check(command, directory, 0, {"PYTHONPATH": str(ROOT)})
+    ours, theirs = weights(directory / "two" / "checkpoint_round2"), weights(straight / "checkpoint_round2")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_everything_else_at_once(directory):
+    """EMA, bf16, gradient checkpointing, a batch in parts, random weights, changed captions, previews."""
+    flags = [
+        "--client_num=1", "--local_steps=2", "--total_round=1", "--ema_decay=0.5", "--precision=bf16", "--accumulate=2",
+        "--gradient_checkpointing", "--unet_from_scratch", "--caption_mode=randwordadd", "--caption_prob=1",
+        "--text_noise=0.1", "--text_mixup=1", "--sample_step=2", "--sample_steps=2", "--sample_size=3", "--logdir=all",
+    ]  # fmt: skip
+    run_module(MODULE, *FLAGS, *flags, cwd=directory)
+    state = torch.load(directory / "all/state/average_round1.pt", weights_only=True)
+    for name, value in weights(directory / "all" / "checkpoint_round1").items():
+        assert torch.equal(value, state["global_ema_model"][name])
+    assert not torch.equal(state["global_ema_model"]["conv_in.weight"], state["global_model"]["conv_in.weight"])
+    start = tiny_pipeline().unet.state_dict()["conv_in.weight"]
+    assert (state["global_model"]["conv_in.weight"] - start).abs().mean() > 0.01
+    assert sorted(path.name for path in (directory / "all/sample").iterdir()) == [
+        "average_round1.png",
+        "shard0_step2.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--resolution=17"], 2, "--resolution=17: pipeline has a VAE that makes images 2 times as small, so give"),
+        (["--local_epoch=3"], 2, "--local_epoch: has no meaning for text_to_image, leave it out"),
+        (["--client_num=17"], 2, "--client_num=17: more shards than the 16 images"),
+        (["--client_num=5"], 2, "--batch_size=4 is larger than the 3 images of shard 1"),
+        (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
+        (["--pretrained=images"], 1, "--pretrained=images: no model_index.json in it"),
+        (["--lr=1e-4", "--logdir=straight", *THREE], 2, "--lr=0.0001: the run in straight was started with 0.001"),
+    ],
+)
+def test_what_a_person_can_correct_is_one_line(directory, straight, flags, code, message):
+    result = run_module(MODULE, *FLAGS, "--logdir=bad", *flags, cwd=directory, code=code)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"{MODULE}: error: {message}") and "Traceback" not in result.stderr

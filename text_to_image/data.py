@@ -1,0 +1,308 @@
+"""Captioned images in, and what of them belongs to a training step: latents, text states, t and eps."""
+
+import ast
+import hashlib
+import json
+import random
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from text_to_image.pipeline import encode_captions
+from training.batches import Batch, to_device
+from utils import distributed
+from utils.errors import DataError, UsageError, warn
+from utils.files import atomic_write
+from utils.images import in_threads, list_images, read_image
+from utils.safe_files import check_memory, one_line
+from utils.seeding import derive_seed, generator
+
+CAPTION_MODES = (
+    "first", "all", "nolevel", "classlevel", "random_tokens", "allcaps", "randrepl", "randwordadd", "wordrepeat",
+)  # fmt: skip
+DUPLICATIONS = ("nodup", "dup_both", "dup_image")
+
+
+class CaptionedImages(NamedTuple):
+    """images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes: N names; paths: N, in the folder."""
+
+    images: torch.Tensor
+    captions: list
+    classes: list
+    paths: list
+
+
+def load_folder(folder, captions, resolution, num_workers=0):
+    """The images of a folder, or of its sub-folders, which are classes; the shorter side resized, the centre cut out.
+
+    Args:
+        captions: file of `read_captions`, or None for metadata.jsonl in the folder.
+
+    Raises:
+        DataError: no images, images that cannot be read, or images without a caption.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
+    groups = list_images(folder, classes=True)
+    files = [Path(path) for group in groups for path in group]
+    paths = [path.relative_to(folder).as_posix() for path in files]
+    captions = match(read_captions(captions or folder / "metadata.jsonl"), paths, captions or "metadata.jsonl")
+    check_memory(folder, len(files) * 3 * resolution**2)
+    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
+    with closing(in_threads(partial(square, side=resolution), files, num_workers)) as results:
+        for i, image in enumerate(distributed.bar(results, "decoding", total=len(files), unit="image", delay=1)):
+            images[i] = image
+    return CaptionedImages(torch.from_numpy(images), captions, [path.parent.name for path in files], paths)
+
+
+def square(path, side):
+    """An image file as uint8 (3, side, side): its shorter side resized to `side`, and the centre of the longer one."""
+    image = read_image(path)
+    scale = side / min(image.size)
+    width, height = (max(side, round(scale * length)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+
+
+def read_captions(path):
+    """{name of an image: its captions} of a JSON file of that form, or of a metadata.jsonl as diffusers reads it.
+
+    Raises:
+        DataError: missing, or of another form.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            content = {line["file_name"]: line["text"] for line in lines}
+        else:
+            content = json.loads(text)
+        content = {name: [value] if isinstance(value, str) else value for name, value in content.items()}
+        for name, texts in content.items():
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} has no list of texts")
+        return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        form = '{"image.png": ["caption", ...]}, or lines of {"file_name": ..., "text": ...} in a .jsonl'
+        raise DataError(f"--captions={path}: cannot be read ({one_line(error)}): needs {form}") from error
+
+
+def match(captions, paths, name):
+    """The captions of every path: those of the same path or of one that ends in it, else those of its file name.
+
+    Raises:
+        DataError: a path has no captions, or it is not clear which are its.
+    """
+    endings = defaultdict(set)  # the last parts of a key's path -> keys
+    for key in captions:
+        parts = key.replace("\\", "/").split("/")
+        for start in range(len(parts)):
+            endings["/".join(parts[start:])].add(key)
+    path_of, missing = {}, []
+    for path in paths:
+        keys = {path} if path in captions else endings.get(path) or endings.get(path.rsplit("/", 1)[-1], ())
+        if len(keys) > 1:
+            raise DataError(f"--captions={name}: {' and '.join(sorted(keys)[:2])} could both be of {path}")
+        for key in keys:
+            if path_of.setdefault(key, path) != path:
+                raise DataError(f"--captions={name}: {key} could be of {path_of[key]} and of {path}")
+        missing += [] if keys else [path]
+    if missing:
+        raise DataError(f"--captions={name}: no caption for {len(missing)} of {len(paths)} images, first {missing[0]}")
+    return [captions[key] for key in path_of]
+
+
+def captions_of_mode(data, mode, tokenizer):
+    """N lists of captions as `--caption_mode` has them before a step draws its own.
+
+    Raises:
+        DataError: captions that should be lists of token numbers are not.
+    """
+    if mode == "nolevel":
+        return [["An image"]] * len(data.captions)
+    if mode == "classlevel":
+        return [[f"An image of {name}"] for name in data.classes]
+    if mode != "random_tokens":
+        return data.captions
+    try:
+        return [[tokenizer.decode(ast.literal_eval(texts[0]))] for texts in data.captions]
+    except Exception as error:  # of texts that are no Python, or not of numbers
+        what = f"needs captions such as '[320, 1125]' ({one_line(error)})"
+        raise DataError(f"--caption_mode=random_tokens: {what}") from error
+
+
+def duplicated(number, weight_pc, seed):
+    """(number,) bool: the share of the images, drawn by the seed, that `--duplication` samples more often."""
+    chosen = torch.randperm(number, generator=generator("cpu", seed, "duplication"))[: int(weight_pc * number)]
+    return torch.zeros(number, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+def add_words(text, words, draw):
+    """The text with every word put in at a place drawn by a `random.Random`."""
+    parts = text.split(" ")
+    for word in words:
+        parts.insert(draw.randint(0, len(parts)), word)
+    return " ".join(parts)
+
+
+def random_tokens(tokenizer, number, draw):
+    """The text of so many random tokens, special ones aside."""
+    return tokenizer.decode([draw.randrange(min(tokenizer.all_special_ids)) for _ in range(number)])
+
+
+def cached(path, make):
+    """The array that make() gives, or gave in an earlier run, from the file at `path`: mapped, copy on write."""
+    try:
+        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+    except (OSError, ValueError):  # not there, or damaged
+        array = make().cpu()
+    try:
+        with atomic_write(path) as file:
+            np.save(file, array.numpy())
+    except DataError as error:
+        warn(f"{error}; the next run computes it again")
+    return array
+
+
+class TextStates:
+    """Hidden states of captions: of those given at the start kept, of others computed when they are asked for.
+
+    Args:
+        pipeline: its tokenizer and text encoder.
+        captions: texts.
+        directory: where those of the given captions are cached.
+        key: of the tokenizer and text encoder, for the cache.
+    """
+
+    def __init__(self, pipeline, captions, directory, key):
+        self.pipeline = pipeline
+        captions = list(dict.fromkeys(captions))
+        self.rows = {caption: row for row, caption in enumerate(captions)}
+        name = hashlib.sha256(repr((key, captions)).encode()).hexdigest()[:32]
+        self.kept = cached(Path(directory) / f"text_{name}.npy", lambda: encode_captions(pipeline, captions))
+
+    def __call__(self, captions):
+        """(B, L, D) float32, on the text encoder's device."""
+        device = self.pipeline.text_encoder.device
+        kept = torch.tensor([self.rows.get(caption, -1) for caption in captions])
+        states = to_device(self.kept[kept.clamp(min=0)], device).float()
+        if others := [caption for caption in captions if caption not in self.rows]:
+            states[(kept < 0).to(device)] = encode_captions(self.pipeline, others).float()
+        return states
+
+
+@dataclass(eq=False)
+class CaptionBatches:
+    """The batches of one shard, addressed by the shard's own step number, as `training.batches.ShardBatches`.
+
+    Args:
+        moments: of all N images, of `encode_images`, in host memory.
+        captions: N lists of texts, of `captions_of_mode`.
+        states: `TextStates`.
+        index: (M,) int64 numbers of the shard's images.
+        device: where the batches are wanted.
+        scaling_factor: of the VAE's latents.
+        often: (N,) bool of `duplicated`.
+        batch_size, T, seed, shard, hflip: as in `ShardBatches`.
+        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last four change a
+            caption with probability caption_prob: allcaps draws it from all, randrepl takes four random tokens,
+            randwordadd adds two random words, wordrepeat adds two of its own words (Somepalli et al. 2023).
+        text_noise: standard deviation of noise on the text states.
+        text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~ Beta(a, 1).
+        duplication: dup_both draws the images that are `often` dup_weight times as often as others, always with the
+            first caption; dup_image with one drawn from all of theirs.
+
+    Raises:
+        UsageError: the shard is smaller than one batch.
+    """
+
+    moments: torch.Tensor
+    captions: list
+    states: TextStates
+    index: torch.Tensor
+    device: torch.device
+    _: KW_ONLY
+    scaling_factor: float
+    often: torch.Tensor
+    batch_size: int
+    T: int
+    seed: int
+    shard: int = 0
+    hflip: bool = True
+    caption_mode: str = "first"
+    caption_prob: float = 0.1
+    text_noise: float = 0.0
+    text_mixup: float = 0.0
+    duplication: str = "nodup"
+    dup_weight: float = 5.0
+
+    def __post_init__(self):
+        if len(self.index) < self.batch_size:
+            raise UsageError(
+                f"--batch_size={self.batch_size} is larger than the {len(self.index)} images of shard {self.shard}: "
+                "lower --batch_size or --client_num, or use more images"
+            )
+        self.steps_per_epoch = len(self.index) // self.batch_size
+        self._epoch = self._order = None  # the last order made, since every step of an epoch needs it
+
+    def epoch_order(self, epoch):
+        """The shard's images in the order of an epoch, (M,) int64: each once, or with replacement if some are often."""
+        if epoch != self._epoch:
+            stream, M = generator("cpu", self.seed, "order", self.shard, epoch), len(self.index)
+            if self.duplication == "nodup":
+                order = torch.randperm(M, generator=stream)
+            else:
+                weights = torch.where(self.often[self.index], self.dup_weight, 1.0)
+                order = torch.multinomial(weights, M, replacement=True, generator=stream)
+            self._epoch, self._order = epoch, self.index[order]
+        return self._order
+
+    def caption(self, i, draw):
+        """A caption of image number i, drawn by a `random.Random`."""
+        texts, mode, tokenizer = self.captions[i], self.caption_mode, self.states.pipeline.tokenizer
+        if mode == "all" or (self.duplication == "dup_image" and self.often[i]):
+            return draw.choice(texts)
+        if draw.random() >= self.caption_prob:
+            return texts[0]
+        if mode == "allcaps":
+            return draw.choice(texts)
+        if mode == "randrepl":
+            return random_tokens(tokenizer, 4, draw)
+        if mode == "randwordadd":
+            return add_words(texts[0], [random_tokens(tokenizer, 1, draw) for _ in range(2)], draw)
+        if mode == "wordrepeat":
+            return add_words(texts[0], draw.choices(texts[0].split(" "), k=2), draw)
+        return texts[0]
+
+    def __call__(self, step):
+        """The `Batch` of a step: x_0 the scaled latents (B, C, h, w), `labels` the text states (B, L, D)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size]
+        draw = random.Random(derive_seed(self.seed, "captions", self.shard, step))
+        text = self.states([self.caption(i, draw) for i in index.tolist()]).to(self.device)
+        moments = to_device(self.moments[index], self.device).float()
+
+        B, device = self.batch_size, self.device
+        stream = generator(device, self.seed, "batch", self.shard, step)
+        t = torch.randint(self.T, (B,), generator=stream, device=device)
+        latent_noise, eps = torch.randn((2, B, *moments.shape[3:]), generator=stream, device=device)
+        mirrored = torch.rand(B, generator=stream, device=device) < (0.5 if self.hflip else 0.0)
+        mean, deviation = moments[torch.arange(B, device=device), mirrored.long()].unbind(1)
+        x_0 = self.scaling_factor * (mean + deviation * latent_noise)
+        if self.text_noise:
+            text = text + self.text_noise * torch.randn(text.shape, generator=stream, device=device)
+        if self.text_mixup:
+            weight = draw.betavariate(self.text_mixup, 1)
+            other = torch.randperm(B, generator=stream, device=device)
+            text = weight * text + (1 - weight) * text[other]
+        return Batch(x_0, text, t, eps, to_device(index, device))

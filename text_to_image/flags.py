@@ -1,0 +1,120 @@
+"""The flags of the text-conditioned half: its own, and those of training/flags.py that it shares, some with another
+default. --help, flagfile.txt and result files show these and no others.
+"""
+
+import torch
+from absl import flags
+
+from dataset import fingerprint
+from text_to_image.data import CAPTION_MODES, DUPLICATIONS
+from training import flags as shared
+from training.flags import DEFINE_path, as_flagfile, call  # noqa: F401 - call is for the scripts
+from utils import distributed
+from utils.errors import UsageError
+
+FLAGS = flags.FLAGS
+NOT_HERE = (
+    "eval", "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
+    "label_dropout", "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "eta", "dataset",
+    "img_size", "num_train", "subset_seed", "shift", "total_steps", "parallel", "data_device", "local_epoch",
+    "check_dir", "mid_T", "eval_step", "unet_dir", "Fed", "fid_use_torch", "holdout", "fid_reference",
+)  # fmt: skip
+DEFAULTS = {
+    "client_num": 4, "total_round": 25, "save_round": 5, "mem_ratio": 1.25, "lr": 2.5e-6, "warmup": 5000,
+    "batch_size": 8, "ema_decay": 0.0, "hflip": True, "split": "contiguous", "logdir": "logs/text", "num_images": 4000,
+    "guidance": 7.5, "sample_size": 4, "sample_step": 2000,
+    "use_labels": True, "num_labels": 1,  # what training.flags.check wants for --guidance
+}  # fmt: skip
+for _name, _value in DEFAULTS.items():
+    FLAGS.set_default(_name, _value)
+FLAGS["download"].help = "fetch --pretrained from the Hugging Face hub if it is not there"
+FLAGS["data_root"].help = "folder of the training images, or of its classes' sub-folders"
+FLAGS["hflip"].help = "mirror training images at random"
+FLAGS["sample_step"].help = "steps between two grids of images of the first captions; 0: none"
+FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
+
+# the pipeline
+DEFINE_path("pretrained", None, "folder of a Stable Diffusion 1.x or 2.x in diffusers' format, or its name in the hub")
+DEFINE_path("unet", None, "folder of a UNet that takes the pipeline's place, or log directory: its newest round")
+flags.DEFINE_bool("unet_from_scratch", False, "start from random weights of the UNet's configuration")
+
+# data
+DEFINE_path("captions", None, "JSON {image: [captions]}, or metadata.jsonl; default: metadata.jsonl in --data_root")
+flags.DEFINE_integer("resolution", 256, "side of the images: resized, then the centre cut out", lower_bound=8)
+DEFINE_path("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
+flags.DEFINE_enum("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob")
+flags.DEFINE_float("caption_prob", 0.1, "probability of a changed caption", 0.0, 1.0)
+flags.DEFINE_float("text_noise", 0.0, "standard deviation of noise on the text states, >= 0", lower_bound=0.0)
+flags.DEFINE_float("text_mixup", 0.0, "a >= 0: text states of two samples mixed by Beta(a, 1); 0: not", lower_bound=0.0)
+flags.DEFINE_enum("duplication", "nodup", DUPLICATIONS, "sample some images more often, with one caption or with all")
+flags.DEFINE_float("weight_pc", 0.05, "share of the images that --duplication is about", 0.0, 1.0)
+flags.DEFINE_float("dup_weight", 5.0, "how many times as often they are sampled, > 0", lower_bound=1e-3)
+
+# training
+flags.DEFINE_integer("local_steps", 2000, "steps on each shard per round", lower_bound=1)
+flags.DEFINE_float("weight_decay", 0.01, "of AdamW; 0: Adam", lower_bound=0.0)
+flags.DEFINE_integer("accumulate", 1, "compute a batch in so many parts, for less memory", lower_bound=1)
+flags.DEFINE_bool("gradient_checkpointing", False, "compute activations twice, for less memory")
+
+# what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
+FIXED = (
+    "client_num", "split", "local_steps", "batch_size", "seed", "resolution", "unet_from_scratch", "duplication",
+    "weight_pc", "dup_weight",
+)  # fmt: skip
+CHANGEABLE = (
+    "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "lr", "grad_clip", "warmup", "weight_decay",
+    "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise", "text_mixup",
+)  # fmt: skip
+
+# the functions of training/flags.py go over the flags of that module
+_module = FLAGS.flags_by_module_dict()[shared.__name__]
+_module[:] = [flag for flag in _module if flag.name not in NOT_HERE] + FLAGS.flags_by_module_dict()[__name__]
+
+
+def check(values):
+    """Raise a UsageError for a flag that is missing, or that only the other half has."""
+    for name in NOT_HERE:
+        if values[name].present:
+            raise UsageError(f"--{name}: has no meaning for text_to_image, leave it out; --help names all flags")
+    if not values.pretrained:
+        raise UsageError("give --pretrained, a Stable Diffusion folder in diffusers' format")
+    if values.unet_from_scratch and values.unet:
+        raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
+
+
+def check_data(values, data):
+    """Raise a UsageError where the flags do not fit the `CaptionedImages`."""
+    images, processes = len(data.images), distributed.world_size()
+    if values.client_num > images:
+        raise UsageError(f"--client_num={values.client_num}: more shards than the {images} images")
+    if values.client_num < processes:
+        raise UsageError(
+            f"--client_num={values.client_num} with {processes} processes: a shard is trained by one process, so start "
+            f"at most {values.client_num}, or make more shards"
+        )
+
+
+def check_pipeline(values, pipeline):
+    """Raise a UsageError where the resolution does not fit the VAE."""
+    factor = pipeline.vae_scale_factor
+    if values.resolution % factor:
+        what = f"{values.pretrained} has a VAE that makes images {factor} times as small"
+        raise UsageError(f"--resolution={values.resolution}: {what}, so give a multiple of {factor}")
+
+
+def logdir(values, data, pipeline_hash):
+    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside, for `CaptionedImages`."""
+    settings = {"script": "text_to_image.main_fed"} | {name: values[name].value for name in FIXED + CHANGEABLE}
+    content = {
+        "training images (sha256)": fingerprint(data.images),
+        "captions (sha256)": fingerprint(torch.frombuffer(bytearray(repr(data.captions).encode()), dtype=torch.uint8)),
+        "pipeline (sha256)": pipeline_hash,
+    }
+    once = {name: values[name].value for name in shared.ONCE}
+    return {
+        "settings": settings | content,
+        "fixed": {"script", *FIXED, *content},
+        "flagfile": as_flagfile(values),
+        "subset": torch.arange(len(data.images)),
+        **once,
+    }
