@@ -382,26 +382,17 @@ def newest_round(steps_per_round, logdir):
     return r, steps, averages.get(r), later
 
 
-def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
-    """Continue the shards of this process from what `newest_round` has found: learners, banks, their skip counts.
+def restore_shard(shard, step, logdir):
+    """Continue a shard from its file after `step` of its own steps; returns what the file holds.
 
-    Returns the seconds of training so far; raises a DataError if a file does not fit the run.
+    Raises:
+        DataError: it does not fit the run.
     """
-    average = load(average_path) if r else {"seconds": 0.0}
-    seconds = average["seconds"]
-    for shard in shards:
-        k = shard.number
-        if steps[k] == 0:
-            continue
-        path = shard_files(logdir, k)[steps[k]]
-        state = load(path)
-        restore(shard.learner, state, path)
-        shard.agc.bank.copy_(state["bank"])
-        skip_counts[shard.batches.index] = state["skip_counts"].to(skip_counts.device)
-        if steps[k] == r * steps_per_round[k]:
-            shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-        seconds = max(seconds, state["seconds"])
-    return seconds
+    path = shard_files(logdir, shard.number)[step]
+    state = load(path)
+    restore(shard.learner, state, path)
+    shard.load_state_dict(state)
+    return state
 
 
 def save_shard(logdir, number, state, end_of_round, keep):

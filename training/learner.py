@@ -30,7 +30,7 @@ class Learner:
 
     Args:
         net: the UNet, on its device.
-        beta_1, beta_T, T, mean_type: of the diffusion.
+        beta_1, beta_T, T, mean_type, ambient_t: of the diffusion.
         lr: Adam's learning rate after the warm-up.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
         grad_clip: largest norm of the gradient.
@@ -53,6 +53,7 @@ class Learner:
         warmup,
         grad_clip,
         ema_decay,
+        ambient_t=0,
         precision="fp32",
         compile=False,
         share_batches=False,
@@ -76,7 +77,7 @@ class Learner:
         network = torch.compile(net) if compile else net
         if share_batches:
             network = distributed.average_gradients(network)
-        self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type).to(self.device)
+        self.trainer = GaussianDiffusionTrainer(network, beta_1, beta_T, T, mean_type, ambient_t).to(self.device)
 
     @property
     def lr(self):
@@ -86,14 +87,18 @@ class Learner:
     def losses(self, batch):
         """The loss of every sample, its squared error averaged over C, H and W: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps)
+            squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps, batch.eps_n)
         return squared_error.mean(dim=(1, 2, 3))
 
-    def update(self, loss):
+    def update(self, loss, extra=False):
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
 
         A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
         is decided on the device, which is never waited for.
+
+        Args:
+            loss: scalar.
+            extra: the step is one beside those of the schedule, which does not count it.
 
         Returns:
             Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
@@ -114,7 +119,7 @@ class Learner:
             self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
         if self.is_fp16:
             self.scale_loss(applied)
-        self.step += 1
+        self.step += not extra
         return {"loss": loss, "applied": applied, "lr": lr}
 
     def scale_loss(self, applied):
