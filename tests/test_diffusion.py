@@ -246,3 +246,57 @@ def test_wrong_names_are_refused():
         sampler(var_type="learned")
     with pytest.raises(ValueError, match="sampler"):
         sampler(sampler="euler")
+
+
+class Gaussian(nn.Module):
+    """E[eps | x_t] where pixels of x_0 are normal with a mean and a deviation, times a factor."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.mean, self.deviation, self.factor = mean, deviation, nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, labels=None):
+        abar = torch.from_numpy(ABAR)[t][:, None, None, None]
+        variance = abar * self.deviation**2 + 1 - abar
+        return (self.factor * (1 - abar).sqrt() * (x - abar.sqrt() * self.mean) / variance).float()
+
+
+@pytest.mark.parametrize("t", [400, 450, 700, 999])
+def test_the_ambient_loss_is_least_at_the_true_mean(t):
+    """And sees no more of x_0 than x_n: with another x_0 of the same x_n nothing changes."""
+    n, mean, deviation = 400, 0.2, 0.5
+    x_0 = mean + deviation * noise(0, 20_000, 1, 2, 2)
+    eps, eps_n = noise(1, *x_0.shape), noise(2, *x_0.shape)
+    net = Gaussian(mean, deviation)
+    trainer = GaussianDiffusionTrainer(net, BETA_1, BETA_T, T, ambient_t=n)
+    steps = torch.full((len(x_0),), t)
+    loss = trainer(x_0, None, steps, eps, eps_n)
+    (slope,) = torch.autograd.grad(loss.mean(), net.factor)
+    size = trainer(x_0, None, steps, eps, eps_n).square().mean().sqrt().item()
+    assert abs(slope) < 0.02 * max(size, 1e-3)
+
+    a_n, s_n = np.sqrt(ABAR[n]), np.sqrt(1 - ABAR[n])
+    other = x_0 + 0.3
+    assert torch.allclose(trainer(other, None, steps, eps, eps_n - a_n / s_n * 0.3), loss, atol=1e-4)
+    if t == n:
+        assert torch.allclose(loss, eps.square(), atol=1e-4)  # nothing to learn
+        return
+    # the formula of the paper, in float64
+    a_t, s_t = np.sqrt(ABAR[t]), np.sqrt(1 - ABAR[t])
+    c = a_t / a_n
+    eta = np.sqrt(s_t**2 - c**2 * s_n**2)
+    x_n = a_n * x_0.double() + s_n * eps_n.double()
+    x_t = c * x_n + eta * eps.double()
+    predicted = mean + a_t * deviation**2 / (a_t**2 * deviation**2 + s_t**2) * (x_t - a_t * mean)
+    published = ((eta**2 / s_t**2 * (a_t * predicted - x_t) + x_t) / c - x_n) ** 2
+    np.testing.assert_allclose(loss.detach(), c**2 / eta**2 * published, rtol=2e-3, atol=2e-3)
+
+
+def test_the_ambient_loss_is_the_usual_one_below_its_t():
+    x_0, eps, eps_n = noise(0, 6, 3, 8, 8), noise(1, 6, 3, 8, 8), noise(2, 6, 3, 8, 8)
+    t = torch.tensor([0, 10, 100, 200, 299, 300])
+    for mean_type in ("epsilon", "xstart", "xprev"):
+        usual = GaussianDiffusionTrainer(Smooth(), BETA_1, BETA_T, T, mean_type)(x_0, None, t, eps)
+        ambient = GaussianDiffusionTrainer(Smooth(), BETA_1, BETA_T, T, mean_type, 300)(x_0, None, t, eps, eps_n)
+        assert torch.allclose(ambient[:5], usual[:5], atol=1e-6)
+        assert not torch.allclose(ambient[5], usual[5], atol=1e-2)

@@ -1,13 +1,17 @@
 """main_fed.py as users run it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from tests.commands import read_jsonl, run
+from dataset import load_dataset
+from tests.commands import read_jsonl, run, run_with
+from tests.faults import differences
 from tests.networks import TINY_FLAGS, tiny_unet
+from training.shards import exchange, make_shards
 
 SETTINGS = [*TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=2", "--log_step=4"]
 
@@ -129,3 +133,70 @@ def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
     ema_start = source.get("global_ema_model", source.get("ema_model"))
     assert all(torch.allclose(state["global_model"][key], start[key]) for key in start)
     assert torch.allclose(state["global_ema_model"]["head.weight"], ema_start["head.weight"], atol=1e-4)
+
+
+ARMS = {
+    "IET-AGC+": ["--exchange=ring", "--augment_near_threshold", "--bar=4", "--mem_ratio=0.9", "--bank_bins=2"],
+    "reshuffled": ["--reshard"],
+    "local SGD": ["--split=all"],
+    "ambient": ["--ambient_t=8"],
+    "duplicates": ["--num_train=36", "--duplicates=3", "--copies=5", "--duplicates_in=cluster"],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_continues_exactly(arm, tmp_path):
+    """From the middle of a round after an exchange, or a new partition, and with another number of processes."""
+    flags = [*SETTINGS, *ARMS[arm], "--total_round=4", "--save_step=2", "--keep=50", "--logdir=log"]
+    run("main_fed.py", "--train", *flags, cwd=tmp_path)
+    log = tmp_path / "log"
+    per_round = max(int(path.stem.split("step")[1]) for path in log.glob("state/shard0_step*.pt")) // 4
+    expected = {path.name: load(path) for path in log.glob("**/*.pt")}
+    for path in log.glob("**/*.pt"):
+        number = int(re.search(r"(\d+)\.pt", path.name)[1])
+        if number > (1 if "round" in path.name else per_round + 2 * ("shard1" in path.name)):
+            path.unlink()
+    result = run_with(2, "main_fed.py", "--train", *flags, cwd=tmp_path)
+    assert "1 rounds and" in result.stdout
+    for path in log.glob("**/*.pt"):
+        again = {name: value for name, value in load(path).items() if name != "seconds"}
+        assert differences({name: expected[path.name][name] for name in again}, again) == [], path.name
+
+
+def test_iet_agc_plus_exchanges_after_odd_rounds_and_averages_after_even_ones(tmp_path):
+    run(
+        "main_fed.py",
+        "--train",
+        *SETTINGS,
+        *ARMS["IET-AGC+"],
+        "--total_round=4",
+        "--keep=9",
+        "--logdir=log",
+        cwd=tmp_path,
+    )
+    rounds = [load(tmp_path / f"log/global_ckpt_round{r}.pt") for r in (1, 2, 3, 4)]
+    sizes = [len(shard) for shard in rounds[0]["shards"]]
+    before = make_shards(load_dataset("digits", "", 8, 48).train.labels, 3, "stratified", 12)
+    for r, state in enumerate(rounds, start=1):
+        assert sorted(torch.cat(state["shards"]).tolist()) == list(range(48))
+        assert [len(shard) for shard in state["shards"]] == sizes
+        counts = sum(load(tmp_path / f"log/state/shard{k}_step{4 * r}.pt")["round_counts"] for k in range(3))
+        after = exchange(before, counts, 0.25) if r in (1, 3) else before
+        assert all(map(torch.equal, state["shards"], after)), r
+        assert counts.sum() > 0
+        before = after
+    optim = [load(tmp_path / f"log/state/shard0_step{4 * r}.pt")["optim"]["state"][1]["step"] for r in (1, 4)]
+    assert optim[1] > 16, "Adam has made augmented steps beside those of the schedule"
+
+
+def test_impossible_arms_are_refused_in_a_line(tmp_path):
+    for flags, what in (
+        (["--exchange=ring", "--client_num=1"], "--exchange=ring needs several shards"),
+        (["--exchange=ring", "--reshard"], "--exchange=ring needs several shards"),
+        (["--reshard", "--split=stratified"], "--reshard makes random shards"),
+        (["--augment_near_threshold", "--anti_grad=off"], "--augment_near_threshold needs --anti_grad=skip"),
+        (["--bank_bins=21"], "--bank_bins=21: too large for --T=20"),
+        (["--ambient_t=20"], "--ambient_t=20: too large for --T=20"),
+    ):
+        result = run("main_fed.py", "--train", *SETTINGS, *flags, "--logdir=log", cwd=tmp_path, code=2)
+        assert what in result.stderr and not (tmp_path / "log").exists()

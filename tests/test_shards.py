@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from training.shards import SPLITS, default_split, make_shards, number_of_step
+from training.shards import SPLITS, default_split, exchange, make_shards, number_of_step
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [split for split in SPLITS if split != "all"])
 @pytest.mark.parametrize(("images", "classes", "K"), [(100, 10, 10), (97, 10, 4), (64, 3, 7), (10, 10, 10), (5, 1, 1)])
 def test_a_balanced_partition(images, classes, K, split):
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, classes, images))
@@ -69,3 +69,42 @@ def test_steps_are_numbered_as_in_shards_trained_one_after_the_other():
                 own[shard] += 1
                 count += 1
                 assert number_of_step(steps_per_round, shard, own[shard]) == count
+
+
+def test_all_gives_every_shard_all_images():
+    shards = make_shards(torch.zeros(5, dtype=torch.long), 3, "all", seed=0)
+    assert [shard.tolist() for shard in shards] == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("split", ["stratified", "random", "contiguous"])
+def test_copies_are_spread_over_the_shards_or_stay_together(split):
+    slot_image = torch.tensor([0, 1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 9])  # images 1 and 8 fill four slots each
+    labels = torch.zeros(len(slot_image), dtype=torch.long)
+    for place, copies in (("spread", [1, 1, 1, 1]), ("cluster", [0, 0, 0, 4])):
+        shards = make_shards(labels, 4, split, 0, slot_image, place)
+        assert sorted(torch.cat(shards).tolist()) == list(range(len(slot_image)))
+        for image in (1, 8):
+            assert sorted(int((slot_image[shard] == image).sum()) for shard in shards) == copies
+    sizes = [len(shard) for shard in make_shards(labels, 4, split, 0, slot_image, "spread")]
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_random_shards_of_another_round_are_others_of_the_same_sizes():
+    labels = torch.zeros(103, dtype=torch.long)
+    first, second = (make_shards(labels, 4, "random", 0, r=r) for r in (0, 1))
+    assert any(a.tolist() != b.tolist() for a, b in zip(first, second, strict=True))
+    assert [len(shard) for shard in first] == [len(shard) for shard in second]
+
+
+def test_exchange_against_loops():
+    random = np.random.default_rng(3)
+    shards = [torch.from_numpy(np.sort(part)) for part in np.array_split(random.permutation(41), 4)]
+    counts = torch.from_numpy(random.integers(0, 4, 41))  # with many ties
+    expected = [set(shard.tolist()) for shard in shards]
+    for k, shard in enumerate(shards):
+        ranked = sorted(shard.tolist(), key=lambda slot: (-int(counts[slot]), slot))
+        for slot in ranked[:2]:  # 0.25 of the smallest shard, of 10
+            expected[k].remove(slot)
+            expected[(k + 1) % 4].add(slot)
+    found = exchange(shards, counts, 0.25)
+    assert [shard.tolist() for shard in found] == [sorted(shard) for shard in expected]

@@ -12,26 +12,29 @@ class AntiGradientControl(nn.Module):
     A sample is taken for memorised where mem_ratio times its loss is below the bank's entry of its timestep.
 
     Args:
-        T: number of timesteps, the length of `bank`.
+        T: number of timesteps.
         mem_ratio: the larger, the fewer samples are taken for memorised.
         ema_decay: d in [0, 1] of the bank's running mean.
         anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
             weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded).
         ascend_weight: w >= 0 of `ascend`.
+        bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
+        bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.
 
     Raises:
         ValueError: no such anti_grad.
     """
 
-    def __init__(self, T, mem_ratio=2.0, ema_decay=0.8, anti_grad="skip", ascend_weight=0.0):
+    def __init__(self, T, mem_ratio=2.0, ema_decay=0.8, anti_grad="skip", ascend_weight=0.0, bins=None, bar=1.0):
         super().__init__()
         if anti_grad not in ANTI_GRADS:
             raise ValueError(f"anti_grad is {anti_grad!r}: must be one of {', '.join(ANTI_GRADS)}")
+        self.T, self.bar = T, bar
         self.mem_ratio = mem_ratio
         self.ema_decay = ema_decay
         self.anti_grad = anti_grad
         self.ascend_weight = ascend_weight
-        self.register_buffer("bank", torch.zeros(T))
+        self.register_buffer("bank", torch.zeros(bins or T))
 
     def forward(self, losses, t):
         """The scalar loss of a batch, judged by the bank as it was before; the bank then takes in every sample.
@@ -42,28 +45,74 @@ class AntiGradientControl(nn.Module):
 
         Returns:
             loss: scalar, (sum_i keep_i l_i - w sum_i (1 - keep_i) l_i) / max(1, sum_i keep_i), w = 0 unless
-                `ascend`; the plain mean if `off`.
+                `ascend`; the plain mean if `off`. Samples near the threshold count in no sum.
             keep: (B,) bool, False where the sample was taken for memorised.
         """
-        keep = ~(self.mem_ratio * losses.detach() < self.bank[t])  # so that NaN is kept, and seen in the loss
-        self.remember(losses.detach(), t)
+        # so that NaN is kept, and seen in the loss
+        keep = ~(self.mem_ratio * losses.detach() < self.bank[self.entry(t)])
+        trains = keep if self.bar == 1 else keep & (self.near_threshold(losses, t) == 0)
+        self.remember(losses.detach(), self.entry(t))
         if self.anti_grad == "off":
             return losses.mean(), keep
         memorised_weight = -self.ascend_weight if self.anti_grad == "ascend" else 0.0
-        total = torch.where(keep, losses, memorised_weight * losses).sum()
-        return total / keep.sum().clamp(min=1), keep
+        total = torch.where(trains, losses, memorised_weight * ~keep * losses).sum()
+        return total / trains.sum().clamp(min=1), keep
+
+    def entry(self, t):
+        """The bank's entry of each timestep (B,)."""
+        return t * len(self.bank) // self.T
+
+    def near_threshold(self, losses, t):
+        """How near samples just above the threshold are to it: threshold-aware augmentation (Guan et al. 2025).
+
+        Args:
+            losses, t: as for `forward`, before it.
+
+        Returns:
+            (B,) float32: exp(-5 (m l - b) / b) where b <= m l < bar b, for the entry b of the bank and m = mem_ratio;
+            0 elsewhere.
+        """
+        b, scaled = self.bank[self.entry(t)], self.mem_ratio * losses.detach()
+        return torch.where((b <= scaled) & (scaled < self.bar * b), torch.exp(-5 * (scaled - b) / b), 0.0)
 
     @torch.no_grad()
-    def remember(self, losses, t):
-        """bank[t_i] <- d bank[t_i] + (1 - d) l_i for i = 0..B-1 in order, in closed form.
+    def remember(self, losses, entry):
+        """bank[e_i] <- d bank[e_i] + (1 - d) l_i for i = 0..B-1 in order, in closed form.
 
-        A timestep that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j: a loss is
-        discounted once for every later occurrence of its timestep. Nothing is taken in where a loss is not finite.
+        An entry that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j: a loss is
+        discounted once for every later occurrence of its entry. Nothing is taken in where a loss is not finite.
         """
         d = self.ema_decay
-        same = t[:, None] == t[None, :]
+        same = entry[:, None] == entry[None, :]
         later = same.triu(diagonal=1).sum(dim=1)
         discounted = (1 - d) * d**later * losses
-        updated = d ** same.sum(dim=1) * self.bank[t] + torch.where(same, discounted, 0.0).sum(dim=1)
-        # every occurrence of a timestep computes the same sum, so it does not matter which one writes last
-        self.bank[t] = torch.where(losses.isfinite().all(), updated, self.bank[t])
+        updated = d ** same.sum(dim=1) * self.bank[entry] + torch.where(same, discounted, 0.0).sum(dim=1)
+        # every occurrence of an entry computes the same sum, so it does not matter which one writes last
+        self.bank[entry] = torch.where(losses.isfinite().all(), updated, self.bank[entry])
+
+
+class NearThreshold:
+    """The queue of threshold-aware augmentation: samples near the threshold, until there are enough for a batch."""
+
+    def __init__(self):
+        self.index, self.near = torch.empty(0, dtype=torch.int64), torch.empty(0)
+
+    def add(self, index, near, batch_size):
+        """Take in a step's samples near the threshold; returns a batch of them when it is full, and forgets the rest.
+
+        Args:
+            index: (B,) int64, the images of a step.
+            near: (B,) float32 of `AntiGradientControl.near_threshold`.
+            batch_size: of the batch.
+
+        Returns:
+            None, or the images (batch_size,) and the magnitude int(5 mean(near)) of their augmentation.
+        """
+        chosen = near.cpu() > 0
+        self.index = torch.cat([self.index, index.cpu()[chosen]])
+        self.near = torch.cat([self.near, near.cpu()[chosen]])
+        if len(self.index) < batch_size:
+            return None
+        full = self.index[:batch_size], int(5 * self.near[:batch_size].mean())
+        self.__init__()
+        return full

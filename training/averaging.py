@@ -30,7 +30,7 @@ def weighted_average(models, sizes):
     return average
 
 
-def average_learners(learners, sizes):
+def average_learners(learners, sizes, replace=True):
     """Replace the weights and EMA weights of all shards, in all processes, by their averages.
 
     Adam's state and the schedule of a learner are its own and go on.
@@ -38,6 +38,7 @@ def average_learners(learners, sizes):
     Args:
         learners: {k: `Learner`} of the shards of this process.
         sizes: |D_k| of all K shards.
+        replace: False to leave the learners as they are.
 
     Returns:
         The average weights and the average EMA weights, two state dicts.
@@ -55,6 +56,6 @@ def average_learners(learners, sizes):
         )
     average = weighted_average({k: learner.net.state_dict() for k, learner in learners.items()}, sizes)
     ema_average = weighted_average({k: learner.ema.state_dict() for k, learner in learners.items()}, sizes)
-    for learner in learners.values():
+    for learner in learners.values() if replace else ():
         learner.set_weights(average, ema_average)
     return average, ema_average

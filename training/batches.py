@@ -9,11 +9,12 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 
 from utils.errors import UsageError
-from utils.seeding import generator
+from utils.seeding import derive_seed, generator, sample_noise
 
 # What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or None;
-# t (B,) int64; eps (B, 3, H, W) float32; index (B,) int64, the images' numbers in the training set.
-Batch = namedtuple("Batch", "x_0 labels t eps index")
+# t (B,) int64; eps (B, 3, H, W) float32; index (B,) int64, the images' slots in the training set; eps_n as eps, always
+# the same for a slot, or None.
+Batch = namedtuple("Batch", "x_0 labels t eps index eps_n", defaults=[None])
 
 
 def normalize(images):
@@ -52,6 +53,7 @@ class ShardBatches:
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
         shift: move every image by up to so many pixels each way.
+        ambient_t: above 0, batches have `eps_n`.
         part: which samples of every batch are wanted.
 
     Raises:
@@ -70,6 +72,7 @@ class ShardBatches:
     hflip: bool = False
     label_dropout: float = 0.0
     shift: int = 0
+    ambient_t: int = 0
     part: slice | None = None
 
     def __post_init__(self):
@@ -80,9 +83,13 @@ class ShardBatches:
             )
         self.device = torch.device(self.device or self.images.device)
         self.labels = None if self.labels is None else self.labels.to(self.device)
-        self.index = self.index.to(self.images.device)
         self.part = self.part or slice(None)
         self.steps_per_epoch = len(self.index) // self.batch_size
+        self.use(self.index)
+
+    def use(self, index):
+        """Go on with other images, as many as before."""
+        self.index = index.to(self.images.device)
         self._epoch = self._order = None  # the last order made, since every step of an epoch needs it
 
     def epoch_order(self, epoch):
@@ -97,21 +104,52 @@ class ShardBatches:
         """The `Batch` of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size][self.part]
-        x_0 = normalize(to_device(self.images[index], self.device))
-        index = to_device(index, self.device)
-        labels = None if self.labels is None else self.labels[index]
-
+        x_0, labels, index = self.images_of(index)
         B, device = self.batch_size, self.device
         stream = generator(device, self.seed, "batch", self.shard, step)
         t = torch.randint(self.T, (B,), generator=stream, device=device)[self.part]
         eps = torch.randn((B, *x_0.shape[1:]), generator=stream, device=device)[self.part]
+        eps_n = self.fixed_noise(index, x_0.shape[1:])
         if self.hflip:
-            mirrored = (torch.rand(B, generator=stream, device=device) < 0.5)[self.part]
-            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+            mirrored = (torch.rand(B, generator=stream, device=device) < 0.5)[self.part, None, None, None]
+            x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
+            eps_n = None if eps_n is None else torch.where(mirrored, eps_n.flip(-1), eps_n)
         if labels is not None and self.label_dropout > 0:
             dropped = (torch.rand(B, generator=stream, device=device) < self.label_dropout)[self.part]
             labels = labels.masked_fill(dropped, -1)
         if self.shift:
             down, right = torch.randint(-self.shift, self.shift + 1, (2, B), generator=stream, device=device)
             x_0 = move(x_0, down[self.part], right[self.part])
-        return Batch(x_0, labels, t, eps, index)
+            eps_n = None if eps_n is None else move(eps_n, down[self.part], right[self.part])
+        return Batch(x_0, labels, t, eps, index, eps_n)
+
+    def augmented(self, index, magnitude):
+        """The `Batch` of threshold-aware augmentation (Guan et al. 2025): RandAugment, then a fresh t and eps.
+
+        Draws from torch's default generator.
+
+        Args:
+            index: (B,) int64 slots.
+            magnitude: of two operations on each image.
+        """
+        from torchvision.transforms import RandAugment  # takes a second, which only those wait who need it
+
+        augment = RandAugment(num_ops=2, magnitude=magnitude)
+        x_0, labels, index = self.images_of(index.to(self.images.device), augment)
+        t = torch.randint(self.T, (len(index),), device=self.device)
+        return Batch(x_0, labels, t, torch.randn_like(x_0), index, self.fixed_noise(index, x_0.shape[1:]))
+
+    def images_of(self, index, augment=None):
+        """x_0, labels and numbers of the images in slots (B,), on the device; augment: a function of an image."""
+        images = self.images[index]
+        if augment:
+            images = torch.stack([augment(image) for image in images])
+        index = to_device(index, self.device)
+        labels = None if self.labels is None else self.labels[index]
+        return normalize(to_device(images, self.device)), labels, index
+
+    def fixed_noise(self, index, shape):
+        """The noise eps_n that belongs to each slot (B,), or None without `ambient_t`."""
+        if not self.ambient_t:
+            return None
+        return sample_noise(derive_seed(self.seed, "ambient"), index.tolist(), shape, self.device)()

@@ -351,21 +351,17 @@ def newest_round(steps_per_round, logdir):
     return r, steps, averages.get(r), later
 
 
-def restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average_path):
-    """Continue this process's shards from what `newest_round` has found; returns the seconds of training so far."""
-    average = load(average_path, check=False) if r else {"seconds": 0.0}
-    seconds = average["seconds"]
-    for shard in (shard for shard in shards if steps[shard.number]):
-        k = shard.number
-        path = shard_files(logdir, k)[steps[k]]
-        state = load(path, check=False)
-        restore(shard.learner, state, path)
-        shard.agc.bank.copy_(state["bank"])
-        skip_counts[shard.batches.index] = state["skip_counts"].to(skip_counts.device)
-        if steps[k] == r * steps_per_round[k]:
-            shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-        seconds = max(seconds, state["seconds"])
-    return seconds
+def restore_shard(shard, step, logdir):
+    """Continue a shard from its file after `step` of its own steps; returns what the file holds.
+
+    Raises:
+        DataError: it does not fit the run.
+    """
+    path = shard_files(logdir, shard.number)[step]
+    state = load(path, check=False)
+    restore(shard.learner, state, path)
+    shard.load_state_dict(state)
+    return state
 
 
 def save_shard(logdir, number, state, end_of_round, keep):

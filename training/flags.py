@@ -19,7 +19,7 @@ from model import UNet
 from score.generate import generate_batches
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
-from training.shards import SPLITS, default_split
+from training.shards import PLACES, SPLITS, default_split
 from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
 
@@ -58,6 +58,7 @@ flags.DEFINE_float("beta_1", 1e-4, "first variance of the linear schedule, in (0
 flags.DEFINE_float("beta_T", 0.02, "last variance of the linear schedule, in (0, 1)")
 flags.DEFINE_integer("T", 1000, "number of timesteps, >= 2", lower_bound=2)
 flags.DEFINE_enum("mean_type", "epsilon", MEAN_TYPES, "what the network predicts")
+flags.DEFINE_integer("ambient_t", 0, "from this t on learn from noisy images only (ambient diffusion); 0: never", 0)
 flags.DEFINE_enum("var_type", "fixedlarge", VAR_TYPES, "variance of the ancestral step (--sampler=ddpm)")
 flags.DEFINE_enum("sampler", "ddim", SAMPLERS, "how images are generated")
 flags.DEFINE_integer("sample_steps", 50, "network calls per image: 1 to T of ddim, 1 to T - 1 of dpmpp (20 do)", 1)
@@ -65,12 +66,14 @@ flags.DEFINE_float("eta", 0.0, "noise of --sampler=ddim, 0 (none) to 1 (as DDPM)
 flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 0 for none", lower_bound=0.0)
 
 # data
-flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits needs no files")
+flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits and mnist5k need no files")
 DEFINE_path("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
 flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
-flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, digits and afhq never)")
+flags.DEFINE_integer("duplicates", 0, "so many training images, drawn at random, stand in the set --copies times", 0)
+flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
+flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, the others never)")
 flags.DEFINE_integer("shift", 0, "move training images at random by up to so many pixels, >= 0", lower_bound=0)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
@@ -93,10 +96,18 @@ flags.DEFINE_integer("seed", 12, "of everything random: shards, batches, weights
 # what main_fed adds: iterative ensemble training and anti-gradient control
 flags.DEFINE_integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", lower_bound=1)
 flags.DEFINE_enum("split", None, SPLITS, "main_fed: how images go to shards; default: the data set's in the paper")
+flags.DEFINE_enum("duplicates_in", "spread", PLACES, "main_fed: copies go to all shards in turn, or to one")
+flags.DEFINE_bool("reshard", False, "main_fed: make new random shards every round")
+flags.DEFINE_enum("exchange", "off", ("off", "ring"), "main_fed: ring: MSR of IET-AGC+, shards pass on images")
+flags.DEFINE_float("exchange_share", 0.25, "main_fed: share of a shard's images that it passes on", 0.0, 1.0)
+flags.DEFINE_integer("exchange_every", 2, "main_fed: every so many rounds an exchange takes the place of an average", 2)
 flags.DEFINE_integer("local_epoch", 100, "main_fed: epochs on each shard per round", lower_bound=1)
 flags.DEFINE_integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards", lower_bound=1)
 flags.DEFINE_enum("anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memorised samples; off is IET alone")
 flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
+flags.DEFINE_integer("bank_bins", 0, "main_fed: entries of the memory bank, at most --T; 0: one for every timestep", 0)
+flags.DEFINE_bool("augment_near_threshold", False, "main_fed: TAA of IET-AGC+: augment the nearly memorised")
+flags.DEFINE_float("bar", 1.5, "main_fed: nearly memorised is mem_ratio * loss < bar * running mean loss; > 1", 1.0)
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
 DEFINE_path("check_dir", None, "main_fed: checkpoint file that all shards start from")
@@ -149,15 +160,20 @@ NETWORK_FLAGS = (
 FIXED = {
     "main": ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size"),
     "main_fed": (
-        "client_num", "split", "local_epoch", "batch_size", "seed", "dataset", "num_train", "subset_seed", "check_dir",
+        "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_epoch", "batch_size",
+        "seed", "dataset", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "bank_bins",
+        "check_dir",
     ),
 }  # fmt: skip
 CHANGEABLE = {
     "main": (
-        "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed", "hflip",
-        "shift", "lr", "grad_clip", "warmup", "batch_size", "ema_decay", "precision", "seed",
+        "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
+        "duplicates", "copies", "hflip", "shift", "ambient_t", "lr", "grad_clip", "warmup", "batch_size", "ema_decay",
+        "precision", "seed",
     ),
-    "main_fed": ("anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay"),
+    "main_fed": (
+        "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar",
+    ),
 }  # fmt: skip
 
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
@@ -252,6 +268,15 @@ def check(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most_steps}")
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
+    for name in ("bank_bins", "ambient_t"):
+        if values[name].value >= values.T + (name == "bank_bins"):
+            raise UsageError(f"--{name}={values[name].value}: too large for --T={values.T}")
+    if values.augment_near_threshold and (values.anti_grad != "skip" or values.bar == 1):
+        raise UsageError("--augment_near_threshold needs --anti_grad=skip and a --bar above 1")
+    if values.exchange != "off" and (values.client_num == 1 or values.split == "all" or values.reshard):
+        raise UsageError(f"--exchange={values.exchange} needs several shards, and neither --split=all nor --reshard")
+    if values.reshard and (values.split not in (None, "random") or values.client_num == 1):
+        raise UsageError("--reshard makes random shards: give more than one --client_num, and no other --split")
     if values.overwrite and not values.fresh:
         raise UsageError("--overwrite does nothing without --fresh: add it, or leave both out to continue the run")
     for name in ("label_dropout", "guidance", "legacy_labels"):
@@ -354,6 +379,11 @@ def data_device(values, device):
     return "cpu" if values.data_device == "cpu" else device
 
 
+def split_of(values):
+    """How images go to shards: the flag, else as the paper's experiments do."""
+    return "random" if values.reshard else values.split or default_split(values.dataset)
+
+
 def labels_of(values):
     """Number of classes of a conditional network, else None."""
     return values.num_labels if values.use_labels else None
@@ -391,7 +421,7 @@ def logdir(values, script, data, groups):
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
     if script == "main_fed":
-        settings["split"] = values.split or default_split(values.dataset)
+        settings["split"] = split_of(values)
         fixed |= {"training images (sha256)", "classes (sha256)"}
     once = {name: values[name].value for name in ONCE}
     return {"settings": settings, "fixed": fixed, "flagfile": as_flagfile(values), "subset": data.subset, **once}

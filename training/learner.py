@@ -87,14 +87,19 @@ class Learner:
     def losses(self, batch):
         """The loss of every sample of a `training.batches.Batch`, its mean squared error: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps)
+            fixed = {} if batch.eps_n is None else {"eps_n": batch.eps_n}
+            squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps, **fixed)
         return squared_error.mean(dim=(1, 2, 3))
 
-    def update(self, loss):
+    def update(self, loss, extra=False):
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
 
         A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
         is decided on the device, which is never waited for.
+
+        Args:
+            loss: scalar.
+            extra: the step is one beside those of the schedule, which does not count it.
 
         Returns:
             Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
@@ -116,7 +121,7 @@ class Learner:
                 self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
         if self.is_fp16:
             self.scale_loss(applied)
-        self.step += 1
+        self.step += not extra
         return {"loss": loss, "applied": applied, "lr": lr}
 
     def scale_loss(self, applied):

@@ -1,11 +1,12 @@
-"""Partitions of the training images into shards, and how their steps are counted."""
+"""Partitions of the training images into shards, their exchange, and how their steps are counted."""
 
 import torch
 
 from utils.seeding import generator
 
-SPLITS = ("stratified", "random", "contiguous")
+SPLITS = ("stratified", "random", "contiguous", "all")
 DEFAULT_SPLIT = {"cifar10_rand": "random", "afhq": "contiguous"}  # all other data sets: stratified
+PLACES = ("spread", "cluster")
 
 
 def default_split(dataset):
@@ -13,34 +14,44 @@ def default_split(dataset):
     return DEFAULT_SPLIT.get(dataset, "stratified")
 
 
-def make_shards(labels, num_shards, split, seed):
-    """Partition images 0..N-1: no image is dropped, and shard sizes differ by at most one.
+def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0):
+    """Partition slots 0..N-1 of the training set: none is dropped, and shard sizes differ by at most one.
 
     Args:
-        labels: (N,) int64 class of every image.
+        labels: (N,) int64 class of every slot's image.
         num_shards: K, 1 <= K <= N.
         split: `stratified`: consecutive images of every class in file order, as many to each shard as the class
-            allows; `random`: a permutation drawn from `seed`; `contiguous`: consecutive images in file order.
+            allows; `random`: a permutation drawn from `seed`; `contiguous`: consecutive images in file order;
+            `all`: no partition, every shard has all slots.
         seed: of the random split.
+        slot_image: (N,) int64, the number of the image in each slot; None if no image fills several.
+        duplicates_in: the slots of a repeated image go `spread` over all shards in turn, or as a `cluster` into one:
+            the repeated images in turn. As clusters are large, sizes may differ by the slots of an image then.
+        r: the round that a random split is of, for new shards every round.
 
     Returns:
-        K int64 tensors of ascending image indices.
+        K int64 tensors of ascending slots.
 
     Raises:
-        ValueError: K is not in 1..N, or no such split.
+        ValueError: a shard would be empty, or an unknown split.
     """
     if not 1 <= num_shards <= len(labels):
         raise ValueError(f"num_shards is {num_shards}: must be between 1 and the number of images, {len(labels)}")
+    if split == "all":
+        return [torch.arange(len(labels)) for _ in range(num_shards)]
+    if slot_image is None:
+        slot_image = torch.arange(len(labels))
+    repeated = slot_image.bincount()[slot_image] > 1
+    single, parts = (~repeated).nonzero().flatten(), [[] for _ in range(num_shards)]
     if split == "stratified":
-        groups = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+        groups = [single[labels[single] == label] for label in labels[single].unique()]
     elif split == "random":
-        groups = [torch.randperm(len(labels), generator=generator("cpu", seed, "shards"))]
+        groups = [single[torch.randperm(len(single), generator=generator("cpu", seed, "shards", *([r] if r else [])))]]
     elif split == "contiguous":
-        groups = [torch.arange(len(labels))]
+        groups = [single]
     else:
         raise ValueError(f"split is {split!r}: must be one of {', '.join(SPLITS)}")
 
-    parts = [[] for _ in range(num_shards)]
     first = 0  # the shard that the next spare image goes to: it moves on from class to class
     for group in groups:
         size, spare = divmod(len(group), num_shards)
@@ -48,7 +59,31 @@ def make_shards(labels, num_shards, split, seed):
         first = (first + spare) % num_shards
         for part, chunk in zip(parts, group.split(sizes), strict=True):
             part.append(chunk)
+    slots = repeated.nonzero().flatten()
+    turn = torch.arange(len(slots)) if duplicates_in == "spread" else slot_image[slots].unique(return_inverse=True)[1]
+    for shard, part in enumerate(parts):
+        part.append(slots[(turn + first + r) % num_shards == shard])
     return [torch.cat(part).sort().values for part in parts]
+
+
+def exchange(shards, counts, share):
+    """Memory samples redistribution of IET-AGC+ (Guan et al. 2025): the most skipped images go to the next shard.
+
+    Shard k gives `share` of its images, those with the highest counts and of equal ones the lower slots, to shard
+    (k + 1) mod K. All give as many, a share of the smallest shard, so that no size changes.
+
+    Args:
+        shards: K int64 tensors of slots, ascending.
+        counts: (N,) int64, how often each slot's image was skipped in its shard.
+        share: in [0, 1].
+
+    Returns:
+        K int64 tensors of slots, ascending.
+    """
+    number = int(share * min(len(shard) for shard in shards))
+    orders = [shard[counts[shard].argsort(descending=True, stable=True)] for shard in shards]
+    given = [order[:number] for order in orders]
+    return [torch.cat([order[number:], given[k - 1]]).sort().values for k, order in enumerate(orders)]
 
 
 def number_of_step(steps_per_round, shard, step):
