@@ -1,99 +1,61 @@
-"""What is compared, as flags of main_fed.py: data sets, the arms of the ablation, the settings that tuning tries."""
+"""What is compared: one data set, and every arm as flags of main_fed.py."""
 
-import os
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from utils.files import read_json
-
 ROOT = Path(__file__).parent.parent
-BATCH = 16
-ENSEMBLE_STEPS = 2  # times those of default training, over all shards: a sub-model makes a part of them only
+K = 4
+STEPS = 18_000  # of default training: three times the step at which it begins to copy
+POINT = 1500  # about so many steps between two measurements
+IMAGES = 4096  # of a measurement
+
+# 2,000 single images of 8x8 pixels and 20 that stand there 100 times. A bank of T / 4 entries is as fresh with batches
+# of 32 as the paper's is with 128.
+DATA = {"dataset": "mnist5k", "img_size": 8, "num_train": 2020, "duplicates": 20, "copies": 100}
+NETWORK = {"ch": 16, "ch_mult": [1, 2], "attn": 1, "num_res_blocks": 1, "dropout": 0.0}
+TRAINING = {"batch_size": 32, "lr": 2e-3, "warmup": 500, "ema_decay": 0.999, "bank_bins": 250}
 SAMPLER = {"sampler": "dpmpp", "sample_steps": 20}
-COPIES = 10  # of a repeated patch
 
-# steps: of default training; round_steps: of a round, over all shards; points: about so many checkpoints are measured,
-# each by so many images
-DATA = {
-    "digits64": {"num_train": 64, "steps": 5600, "round_steps": 400, "points": 12, "images": 512},
-    "patches128": {"num_train": 128, "steps": 1600, "round_steps": 400, "points": 4, "images": 256},
-    "digits256": {"num_train": 256, "steps": 6000, "round_steps": 500, "points": 6, "images": 384},
+# local_epoch: of one model 12 epochs make a point; of a shard 15 are 465 steps. steps: over all shards
+ONE = {"client_num": 1, "local_epoch": 12, "steps": STEPS}
+PLAIN = {**ONE, "anti_grad": "off"}
+ENSEMBLE = {"client_num": K, "local_epoch": 15, "steps": 2 * STEPS, "duplicates_in": "cluster"}
+AVERAGED = {**ENSEMBLE, "anti_grad": "off"}
+PLUS = {"exchange": "ring", "augment_near_threshold": True}
+
+MAIN = {
+    "default": PLAIN,
+    "AGC": ONE,
+    "IET": AVERAGED,
+    "IET-AGC": ENSEMBLE,
+    "IET-AGC+": {**ENSEMBLE, **PLUS},
+    "ambient": {**PLAIN, "ambient_t": 300},
 }
-DATA["digits64"]["flags"] = {"flagfile": "config/DIGITS.txt", "num_train": 64}
-DATA["patches128"]["flags"] = {"flagfile": "config/PATCHES.txt", "data_root": "data/patches128/train"}
-DATA["digits256"]["flags"] = {"flagfile": "config/DIGITS.txt", "num_train": 256}
-ARMS = {
-    "default": {"client_num": 1, "anti_grad": "off"},
-    "IET": {"client_num": 4, "anti_grad": "off"},
-    "AGC": {"client_num": 1},
-    "IET-AGC": {"client_num": 4},
+OTHERS = {
+    "dropout 0.1": {**PLAIN, "dropout": 0.1},
+    "dropout 0.3": {**PLAIN, "dropout": 0.3},
+    "ambient at 500": {**PLAIN, "ambient_t": 500},
+    "large batch": {**PLAIN, "batch_size": 32 * K, "local_epoch": 24, "steps": STEPS // 2},
+    "local SGD": {**AVERAGED, "split": "all", "local_epoch": 4},
+    "reshuffled": {**AVERAGED, "reshard": True},
+    "IET (62 steps a round)": {**AVERAGED, "local_epoch": 2},
+    "IET (2976 steps a round)": {**AVERAGED, "local_epoch": 96},
+    "IET (spread)": {**AVERAGED, "duplicates_in": "spread"},
+    "IET-AGC (spread)": {**ENSEMBLE, "duplicates_in": "spread"},
+    "IET-AGC+ (spread)": {**ENSEMBLE, **PLUS, "duplicates_in": "spread"},
+    "score ensemble": {**AVERAGED, "local_epoch": 288, "one_round": True},
 }
-BASELINES = {"IET": "default", "AGC": "default", "IET-AGC": "default", "tuned IET-AGC": "tuned default"}
-# flags besides the arm's own. Equal effort: as many trials for both, every knob of each at least once; every checkpoint
-# of a trial is measured, with raw and EMA weights, which is early stopping
-TRIALS = {
-    "default": {
-        "default": {},
-        **{f"dropout {p}": {"dropout": p} for p in (0.3, 0.5, 0.7, 0.8, 0.9)},
-        "shift 1": {"shift": 1},
-        "shift 1, dropout 0.3": {"shift": 1, "dropout": 0.3},
-        "EMA decay 0.999": {"ema_decay": 0.999},
-        "EMA decay 0.999, dropout 0.5": {"ema_decay": 0.999, "dropout": 0.5},
-        "EMA decay 0.999, dropout 0.7": {"ema_decay": 0.999, "dropout": 0.7},
-    },
-    "IET-AGC": {
-        "IET-AGC": {},
-        "2 shards": {"client_num": 2},
-        "5 times as many rounds": {"local_epoch": 20},
-        "mem_ratio 1.25": {"mem_ratio": 1.25},
-        "arr_ema_decay 0.95": {"arr_ema_decay": 0.95},
-        "ascend 0.1": {"anti_grad": "ascend", "anti_grad_weight": 0.1},
-        **{f"1 shard, dropout {p}": {"client_num": 1, "dropout": p} for p in (0.5, 0.7, 0.8)},
-        "1 shard, dropout 0.5, mem_ratio 1.25": {"client_num": 1, "dropout": 0.5, "mem_ratio": 1.25},
-        "2 shards, dropout 0.7": {"client_num": 2, "dropout": 0.7},
-    },
+# from default training at twice the step at which it begins to copy, for as many steps in all
+START = 2 / 3  # of the rounds of default training
+FINE_TUNED = {
+    f"{arm} (fine-tuned)": {**MAIN[arm], "from": "default", "steps": STEPS // 3, "local_epoch": epochs}
+    for arm, epochs in {"default": 12, "AGC": 12, "IET-AGC": 6, "IET-AGC+": 6}.items()
 }
+LEARNING_RATES = {f"lr {lr:g}": {**PLAIN, "lr": lr, "steps": STEPS // 3} for lr in (1e-3, 2e-3, 4e-3)}
 
-
-def tuned_arms(out):
-    """The arms "tuned default" and "tuned IET-AGC" as tuning.json has chosen them, or {} if there is none yet."""
-    path = out / "tuning.json"
-    best = read_json(path)["best"] if path.exists() else {}
-    return {f"tuned {method}": ARMS[method] | TRIALS[method][row["setting"]] for method, row in best.items()}
-
-
-def patches(side):
-    """Patches of scikit-learn's two photographs without a pixel in common: uint8 (N, side, side, 3).
-
-    Only the third with most contrast: smooth ones, of sky or out of focus, are so near to each other and so far from
-    the rest that half of those that were not trained on would count as copies at MQ@15.
-    """
-    import sklearn.datasets  # takes a second, which only those need who make patches
-
-    windows, shape = np.lib.stride_tricks.sliding_window_view, (side, side, 3)
-    photographs = sklearn.datasets.load_sample_images().images
-    found = np.concatenate([windows(p, shape)[::side, ::side].reshape(-1, *shape) for p in photographs])
-    contrast = found.std(axis=(1, 2)).mean(axis=1)
-    return found[contrast >= np.quantile(contrast, 2 / 3)]
-
-
-def write_patches(root, size, side):
-    """Write `root`/train, `size` files, and `root`/heldout as PNG, unless they are there.
-
-    One in 16 of the distinct patches of train, rounded, is there COPIES times. Shards are
-    consecutive files, and the order is random, so copies are spread over the shards.
-    """
-    if root.exists():
-        return
-    images, random = patches(side), np.random.default_rng(0)
-    order, repeated = random.permutation(len(images)), round(size / (COPIES + 15))
-    distinct = size - (COPIES - 1) * repeated
-    train = random.permutation(np.concatenate([order[:repeated].repeat(COPIES), order[repeated:distinct]]))
-    unfinished = root.with_name(f".{root.name}.{os.getpid()}")
-    for name, chosen in {"train": train, "heldout": np.sort(order[distinct:])}.items():
-        (unfinished / name).mkdir(parents=True)
-        for place, patch in enumerate(chosen):
-            Image.fromarray(images[patch]).save(unfinished / name / f"{place:05d}_patch{patch:05d}.png")
-    unfinished.rename(root)
+ARMS = MAIN | OTHERS | FINE_TUNED | LEARNING_RATES
+SEEDS = {
+    **dict.fromkeys(MAIN, range(1, 6)),
+    **dict.fromkeys(OTHERS, range(1, 4)),
+    **dict.fromkeys(FINE_TUNED, range(1, 9)),
+    **dict.fromkeys(LEARNING_RATES, range(11, 12)),
+}

@@ -1,10 +1,9 @@
-"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
+"""The trainings of the experiment and what is measured of their checkpoints, each made once, on all cores.
 
-A run is in <out>/runs/<data set>/<flags of the arm>/seed<seed>/: log/ is the log directory of main_fed.py, and
-measured<images>.json what was measured with so many images. The same call goes on where it stopped.
+A run is in <out>/runs/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json what was measured. The
+same call goes on where it stopped.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import ctypes
@@ -17,102 +16,69 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
+from collections import namedtuple
 
-import numpy as np
 import torch
 from absl.flags import FLAGS
 
 from dataset import load_dataset
-from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from experiments.arms import BATCH, DATA, ENSEMBLE_STEPS, ROOT, SAMPLER, write_patches
-from experiments.matched import WEIGHTS
+from diffusion import GaussianDiffusionSampler
+from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING
 from score.evaluate import evaluate
 from score.fid import compute_statistics, frechet_distance
-from score.generate import generate
-from score.memorization import memorization_ratio
+from score.generate import MeanPrediction, generate
+from score.memorization import closer_than_third
 from training import checkpoint, flags
-from training.batches import normalize
-from utils import distributed, startup
+from utils import distributed
 from utils.errors import DataError
-from utils.files import lock_directory, make_directory, read_json, write_json
-from utils.seeding import generator
+from utils.files import read_json, write_json
 
-TIMESTEPS = 32  # at which the loss of an image is averaged
+POINTS = 6  # of a training of one round
 
-
-class Run(NamedTuple):
-    """One training: names of its data set and arm, and what follows from them."""
-
-    data: str
-    arm: str
-    seed: int
-    images: int  # generated for every point
-    directory: Path
-    flags: list[str]
-    steps_per_round: int  # over all shards
+# One training: the names of its arm and directory, its seed, the command line of main_fed.py, its rounds and the steps
+# of one over all shards, and how many images a measurement generates.
+Run = namedtuple("Run", "arm seed directory flags rounds steps_per_round images")
 
 
-def positive(text):
-    """A whole number above 0, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+def plan(out, scale=1.0, arms=None):
+    """All trainings, seed by seed and of each the main arms first: an experiment that is stopped has all arms.
 
-
-@contextlib.contextmanager
-def begin(module, doc, arguments, own_flags, **defaults):
-    """The options of a command line of experiments.<module>; in the repository's root, where config/ and data/ are.
-
-    own_flags: {flag: settings of argparse}. Raises a DataError if --out cannot be written or another experiment does.
+    Args:
+        out: the directory of all that is written.
+        scale: below 1: fewer steps, rounds and images, for a trial.
+        arms: names of some of the `ARMS`; None for all.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = startup.Parser(f"python -m experiments.{module}", description=doc, formatter_class=raw)
-    shared = {
-        "steps": {"type": positive, "help": "of default training, in place of the data set's own"},
-        "points": {"type": positive, "help": "about so many measurements along a training, in place of its own"},
-        "images": {"type": positive, "help": "images generated for every point, in place of its own"},
-        "minutes": {"type": float, "default": 240, "help": "stop after so long; the same command goes on"},
-        "out": {"type": os.path.expanduser, "default": "results", "help": "directory of all that is written"},
-    }
-    for flag, settings in (own_flags | shared).items():
-        parser.add_argument(f"--{flag}", **settings)
-    parser.set_defaults(**defaults)
-    options = parser.parse_args(arguments)
-    options.command = sys.argv[1:] if arguments is None else arguments
-    options.start, options.out = time.time(), Path(options.out).resolve()
-    options.deadline = options.start + 60 * options.minutes
-    make_directory(options.out, "out")
-    with lock_directory(options.out, "out"), contextlib.chdir(ROOT):
-        yield options
+    order = itertools.product(range(1, max(map(max, SEEDS.values())) + 1), arms or ARMS)
+    return [make_run(out, arm, seed, scale) for seed, arm in order if seed in SEEDS[arm]]
 
 
-def plan(name, arms, seeds, options):
-    """All trainings of a data set, seed by seed, so that an experiment that is stopped has all arms.
-
-    arms: {name: {flag: value}}; options: out, and steps, points and images, None for the data set's own.
-    """
-    data = DATA[name] | {key: getattr(options, key) for key in ("steps", "points", "images") if getattr(options, key)}
-    runs = []
-    for seed, (arm, own) in itertools.product(seeds, arms.items()):
-        place = ",".join(f"{flag}={value}" for flag, value in own.items())
-        directory = options.out / "runs" / name / place / f"seed{seed}"
-        shards, per_shard = own["client_num"], data["num_train"] // own["client_num"]
-        batch = min(BATCH, per_shard)
-        per_epoch = shards * (per_shard // batch)
-        total = data["steps"] * (1 if shards == 1 else ENSEMBLE_STEPS)
-        longest = total // data["points"] // per_epoch  # a checkpoint is kept for each measurement
-        epochs = max(1, min(own.get("local_epoch", data["round_steps"] // per_epoch), longest))
-        rounds = max(1, total // (epochs * per_epoch))
-        values = {
-            **data["flags"], "train": True, "device": "cpu", "save_step": 0, "sample_step": 0, "log_step": 500,
-            "batch_size": batch, **own, "local_epoch": epochs, "total_round": rounds,
-            "save_round": max(1, round(rounds / data["points"])), **SAMPLER, "seed": seed, "logdir": directory / "log",
-        }  # fmt: skip
-        line = [f"--{flag}={value}" for flag, value in values.items()]
-        runs.append(Run(name, arm, seed, data["images"], directory, line, epochs * per_epoch))
-    return runs
+def make_run(out, arm, seed, scale):
+    """The `Run` of an arm of `ARMS` with a seed; the other arguments as for `plan`."""
+    own = dict(ARMS[arm])
+    batch = own.get("batch_size", TRAINING["batch_size"])
+    slots = DATA["num_train"] + DATA["duplicates"] * (DATA["copies"] - 1)
+    per_shard = slots if own.get("split") == "all" else slots // own["client_num"]
+    per_epoch = own["client_num"] * (per_shard // batch)
+    steps, start = round(own.pop("steps") * scale), own.pop("from", None)
+    epochs, one_round = max(1, round(own.pop("local_epoch") * scale)), own.pop("one_round", False)
+    if one_round:
+        epochs = POINTS * max(1, round(epochs / POINTS))
+    rounds = 1 if one_round else max(2, round(steps / (epochs * per_epoch)))
+    directory = out / "runs" / arm / f"seed{seed}"
+    values = {
+        **DATA, **NETWORK, **TRAINING, **SAMPLER, "train": True, "device": "cpu", "sample_step": 0, "log_step": 500,
+        "save_step": 0, **own, "local_epoch": epochs, "total_round": rounds, "seed": seed, "logdir": directory / "log",
+    }  # fmt: skip
+    if one_round:  # the shards' own networks are measured
+        values |= {"save_step": epochs // POINTS * (per_shard // batch), "keep": POINTS}
+    else:
+        values["save_round"] = max(1, round(POINT * scale / (epochs * per_epoch)))
+    if start:
+        before = make_run(out, start, seed, scale)
+        values["check_dir"] = before.directory / "log" / checkpoint.round_name(max(1, round(START * before.rounds)))
+    lists = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
+    line = [f"--{flag}={value}" for flag, given in lists.items() for value in given]
+    return Run(arm, seed, directory, line, rounds, epochs * per_epoch, max(100, round(IMAGES * scale)))
 
 
 def values_of(command):
@@ -123,37 +89,30 @@ def values_of(command):
 
 
 @functools.cache
-def real_images(name):
-    """(training images, which distinct image each is (M,), distinct training images, held-out images) of a data set.
+def real_images():
+    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
+    data = flags.call(values_of([f"--{flag}={value}" for flag, value in DATA.items()]), load_dataset, DATA["dataset"])
+    return data.distinct, data.slot_image.bincount() > 1, data.heldout.images
 
-    Images are uint8 (N, 3, H, W). Neighbours are searched for among the distinct ones: a repeated one would be its own
-    second neighbour, and every ratio of its copies would come out higher.
+
+def measure(images):
+    """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
+
+    fpd is that to the held-out images; f_mem (Gu et al. 2023) also of the repeated images alone, which are the nearest
+    to a share `near copies` of the images; `extracted` counts the repeated images of which there is a copy.
     """
-    values = values_of([f"--{flag}={value}" for flag, value in DATA[name]["flags"].items()])
-    root = Path(values.data_root)
-    if values.dataset == "folder":
-        write_patches(root.parent, DATA[name]["num_train"], values.img_size)
-    data = flags.call(values, load_dataset, values.dataset)
-    training, heldout = data.train.images, data.heldout
-    if heldout is None:
-        heldout = flags.call(values, load_dataset, values.dataset, data_root=root.with_name("heldout")).train
-    distinct, group = training.flatten(1).unique(dim=0, return_inverse=True)
-    return training, group.numpy(), distinct.view(-1, *training.shape[1:]), heldout.images
-
-
-def measure(images, training, heldout):
-    """({measure: number}, ratio (N,), nearest training image (N,)) of images; all are uint8 (N, 3, H, W).
-
-    Shares are in [0, 1]: MQ@p, f_mem (sqrt(d_1 / d_2) < 1/3), and AuthPct. fpd is that to the held-out images.
-    """
-    found, (sq_distance, index) = evaluate(images, training, scores=lambda images: {"fpd": fpd(images, heldout)})
-    numbers = {
+    distinct, repeated, heldout = real_images()
+    found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
+    copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
+    return {
         "fpd": found["fpd"],
-        **{f"MQ@{p}": share for p, share in found["mq_fraction"].items()},
         "f_mem": found["share_sqrt_d1_d2_below_third"],
-        "AuthPct": found["auth_pct"] / 100,
+        "f_mem of copies": (copies & of_repeated).double().mean().item(),
+        "extracted": len(index[copies & of_repeated, 0].unique()),
+        "near copies": of_repeated.double().mean().item(),
+        **{f"MQ@{p}": found["mq_fraction"][p] for p in ("15", "30")},
+        "images": len(images),
     }
-    return numbers, memorization_ratio(sq_distance).numpy(), index[:, 0].numpy()
 
 
 def fpd(images, reference):
@@ -161,52 +120,21 @@ def fpd(images, reference):
     return frechet_distance(*compute_statistics(images), *compute_statistics(reference))
 
 
-def fpd_spread(images, reference):
-    """Standard deviation of the Frechet distance over images drawn again with replacement, ten times."""
-    random = torch.Generator().manual_seed(0)
-    draws = (images[torch.randint(len(images), (len(images),), generator=random)] for _ in range(10))
-    return float(np.std([fpd(drawn, reference) for drawn in draws], ddof=1))
-
-
-def floor_of(name, images):
-    """What held-out real images, and the training images themselves, reach in the place of `images` generated ones."""
-    _, _, distinct, heldout = real_images(name)
+def floor():
+    """What held-out real images reach in the place of generated ones, and the fpd of the training images."""
+    distinct, repeated, heldout = real_images()
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
-    size = min(images, len(shuffled) // 2)
-    numbers = measure(heldout, distinct, heldout)[0]
-    of_fpd = {"fpd of training images": fpd(distinct, heldout), "fpd": fpd(shuffled[:size], shuffled[size:])}
-    return {**numbers, "images": len(heldout), "images of fpd": size, **of_fpd}
-
-
-@torch.no_grad()
-def per_image_loss(trainer, images, seed):
-    """The training loss of every image, averaged over TIMESTEPS timesteps from 0 to T with the same noise for all.
-
-    images: uint8 (N, 3, H, W). Returns (N,) float64.
-    """
-    x_0, total = normalize(images), torch.zeros(len(images), dtype=torch.float64)
-    stream = generator("cpu", seed, "per-image loss")
-    for i in range(TIMESTEPS):
-        t = torch.full((len(x_0),), round((i + 0.5) * trainer.T / TIMESTEPS), dtype=torch.int64)
-        eps = torch.randn(x_0.shape[1:], generator=stream).expand_as(x_0)
-        total += trainer(x_0, None, t, eps).mean(dim=(1, 2, 3)).double()
-    return (total / TIMESTEPS).numpy()
+    half = len(heldout) // 2
+    fpds = {"fpd": fpd(shuffled[:half], shuffled[half:]), "fpd of distinct training images": fpd(distinct, heldout)}
+    training = distinct.repeat_interleave(torch.where(repeated, DATA["copies"], 1), dim=0)
+    return {**measure(heldout), **fpds, "fpd of the training set": fpd(training, heldout)}
 
 
 def measured(run):
-    """What was measured of a training so far: {"points": [{"fpd": x, ...}]}, of its checkpoints' EMA and raw weights.
-
-    And in the end of the last raw weights "nearest", the training image next to each generated one, "ratio", and
-    "losses" and "skips" of all training images; the latter counts how often AGC has left each out.
-    """
-    path = run.directory / f"measured{run.images}.json"
+    """What was measured of a training so far: {"flags", "points": [{"steps": n, "fpd": x, ...}], "complete": bool}."""
+    path = run.directory / "measured.json"
     found = read_json(path) if path.exists() else {}
-    return found if found.get("flags") == run.flags else {"flags": run.flags, "points": []}
-
-
-def points_of(runs):
-    """All points of several runs, with their arms and seeds."""
-    return [{"arm": run.arm, "seed": run.seed, **point} for run in runs for point in measured(run)["points"]]
+    return found if found.get("flags") == run.flags else {"flags": run.flags, "points": [], "complete": False}
 
 
 def end_with_parent(parent):
@@ -229,39 +157,55 @@ def train(run):
         raise DataError(f"{log}: training failed: {said}")
 
 
+def networks(run, values):
+    """(about, files of the networks whose mean prediction is measured) of every point of a training, in order.
+
+    about: the steps made until there over all shards, and the steps one after the other.
+    """
+    log, K = run.directory / "log", values.client_num
+    if values.total_round > 1:
+        for r, path in sorted(checkpoint.numbered(log, checkpoint.ROUNDS).items()):
+            steps = r * run.steps_per_round
+            yield {"steps": steps, "sequential": steps // K}, [path]
+        return
+    shards = [checkpoint.shard_files(log, k) for k in range(K)]
+    for step in sorted(shards[0]):
+        paths = [files[step] for files in shards]
+        yield {"steps": K * step, "sequential": step}, paths
+        yield {"steps": step, "sequential": step, "network": "sub-model"}, paths[:1]
+
+
 def work(run):
-    """Train one run and measure its checkpoints, on one thread."""
+    """Train one run and measure the EMA weights of its checkpoints, on one thread."""
     torch.set_num_threads(1)
+    real_images()  # before the flags of the run, since absl has one set of values
+    values = values_of(run.flags)
+    if values.check_dir and not os.path.exists(values.check_dir):  # noqa: PTH110
+        return  # the training that it starts from comes first, another time
     train(run)
-    training, _, distinct, heldout = real_images(run.data)
-    values, result = values_of(run.flags), measured(run)
-    averages = sorted(checkpoint.numbered(run.directory / "log", checkpoint.ROUNDS).items())
-    for (r, path), weights in list(itertools.product(averages, reversed(WEIGHTS)))[len(result["points"]) :]:
-        state = checkpoint.load(path)
-        net = flags.unet(values, state, path).eval()
-        checkpoint.load_weights(net, checkpoint.weights(state, weights == "ema", path), path)
-        sampler = GaussianDiffusionSampler(net, **flags.sampler(values))
+    result = measured(run)
+    for about, paths in list(networks(run, values))[len(result["points"]) :]:
+        nets = []
+        for path in paths:
+            state = checkpoint.load(path)
+            nets.append(flags.unet(values, state, path).eval())
+            checkpoint.load_weights(nets[-1], checkpoint.weights(state, True, path), path)
+        sampler = GaussianDiffusionSampler(MeanPrediction(nets), **flags.sampler(values))
         with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
-            images = generate(sampler, run.images, run.images, run.seed)
-        numbers, ratio, nearest = measure(images, distinct, heldout)
-        point = {"round": r, "steps": r * run.steps_per_round, "weights": weights, **numbers}
-        result["points"].append(point | {"fpd_std": fpd_spread(images, heldout), "images": run.images})
-        if (r, weights) == (values.total_round, "raw"):
-            losses = per_image_loss(flags.call(values, GaussianDiffusionTrainer, net), training, run.seed)
-            arrays = {"ratio": ratio, "nearest": nearest, "losses": losses, "skips": state["index_array"]}
-            result |= {name: array.tolist() for name, array in arrays.items()}
-        write_json(run.directory / f"measured{run.images}.json", result)
+            images = generate(sampler, run.images, 512, run.seed)
+        result["points"].append({**about, **measure(images)})
+        write_json(run.directory / "measured.json", result)
+    write_json(run.directory / "measured.json", result | {"complete": True})
 
 
 def work_all(runs, deadline):
     """`work` of all runs that are not complete, until the deadline, one process per core; returns those that are."""
-    missing = {run.directory: run for run in runs if "skips" not in measured(run)}.values()  # once for equal arms
+    missing = [run for run in runs if not measured(run)["complete"]]
     if missing and time.time() < deadline:
-        real_images(runs[0].data)  # writes them, if need be, before several processes want them
         context = multiprocessing.get_context("spawn")
         with (
             concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),)) as pool,
-            distributed.bar(total=len(missing), desc=f"runs of {runs[0].data}", unit="run") as bar,
+            distributed.bar(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(TimeoutError),
         ):
             try:
@@ -276,4 +220,4 @@ def work_all(runs, deadline):
                 for process in multiprocessing.active_children():
                     process.terminate()
                 raise
-    return [run for run in runs if "skips" in measured(run)]
+    return [run for run in runs if measured(run)["complete"]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from score.samples import non_finite_images
 from utils import distributed
@@ -17,6 +18,18 @@ from utils.safe_files import check_memory, one_line
 from utils.seeding import derive_seed, sample_noise
 
 FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json"
+
+
+class MeanPrediction(nn.Module):
+    """Several networks as one that predicts the mean of their predictions: an ensemble of scores, not of weights."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x, t, labels=None):
+        """The mean of what the networks predict, as `model.UNet.forward`."""
+        return sum(net(x, t, labels) for net in self.nets) / len(self.nets)
 
 
 def draw_labels(seed, indices, num_labels):

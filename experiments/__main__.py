@@ -1,0 +1,67 @@
+"""The experiment of docs/RESULTS.md: train and measure every arm, then write results/experiment.json and the figures.
+
+bash com/results.sh --minutes=60
+
+What is there already is not made again: the same command goes on where it was stopped.
+"""
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from utils import startup
+
+    startup.prepare()
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.__main__ import machine
+from experiments import runs, tables
+from experiments.arms import ARMS, ROOT
+from utils import startup
+from utils.errors import UsageError
+from utils.files import lock_directory, make_directory, read_json, write_json
+
+
+def options_of(arguments):
+    """The options of a command line. Raises a UsageError."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = startup.Parser("python -m experiments", description=__doc__, formatter_class=raw)
+    parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
+    parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer steps and images, for a trial")
+    parser.add_argument("--arms", help=f"with commas, some of {','.join(ARMS)}; default: all")
+    parser.add_argument("--out", type=os.path.expanduser, default="results", help="directory of all that is written")
+    options = parser.parse_args(arguments)
+    options.arms = options.arms.split(",") if options.arms else None
+    if options.arms and not set(options.arms) <= set(ARMS):
+        raise UsageError(f"--arms={','.join(options.arms)}: choose some of {','.join(ARMS)}")
+    return options
+
+
+def main(arguments=None):
+    options, start = options_of(arguments), time.time()
+    out = Path(options.out).resolve()
+    make_directory(out, "out")
+    with lock_directory(out, "out"), contextlib.chdir(ROOT):
+        planned = runs.plan(out, options.scale, options.arms)
+        complete = runs.work_all(planned, start + 60 * options.minutes)
+        path = out / "experiment.json"
+        own, labelled = ("--logdir", "--seed"), [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]
+        before = read_json(path)["seconds"] if path.exists() else 0
+        result = {
+            "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
+            "machine": machine(),
+            "seconds": round(before + time.time() - start),
+            "floor": runs.floor(),
+            "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
+            "points": [about | point for run, about in labelled for point in runs.measured(run)["points"]],
+        }
+        write_json(path, result)
+        tables.plot(out, result)
+        print(f"{len(complete)} of {len(planned)} trainings are complete: {path}")
+
+
+if __name__ == "__main__":
+    startup.run(main)
