@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.__main__ import machine
 from experiments import runs, tables
-from experiments.arms import ARMS, ROOT
+from experiments.arms import ARMS, DATA, ROOT
 from utils import startup
 from utils.errors import UsageError
 from utils.files import lock_directory, make_directory, read_json, write_json
@@ -54,12 +54,14 @@ def main(arguments=None):
             "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
             "machine": machine(),
             "seconds": round(before + time.time() - start),
+            "repeated": DATA["duplicates"],
             "floor": runs.floor(),
             "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
             "points": [about | point for run, about in labelled for point in runs.measured(run)["points"]],
         }
         write_json(path, result)
-        tables.plot(out, result)
+        if complete:
+            tables.plot(path.with_suffix(".png"), result)
         print(f"{len(complete)} of {len(planned)} trainings are complete: {path}")
 
 

@@ -1,88 +1,99 @@
 """Memorisation at matched quality: a method that has merely learned less also memorises less.
 
 A training is a path of (quality, memorisation) over its checkpoints: a list of points in the order of its steps, each
-{"fpd", "fpd_std", "images", measure: share}. Quality is fpd, a Frechet distance: less is better. A measure is the share
-of so many generated images that some criterion takes for copies.
+{"fpd", "images", measure: number}. Quality is fpd, a Frechet distance: less is better.
 """
-
-import itertools
 
 import numpy as np
 
-COMPARED = ("MQ@15", "MQ@30")  # in which arms are compared with default training
-WEIGHTS = ("raw", "ema")
-FACTORS = (1.0, 1.15, 1.4, 1.8)  # of the best quality that those compared reach with all seeds
+BASELINE = "default"
+MEMORISES = 0.01  # f_mem of the baseline, below which nothing can be compared
+NEAR_BEST = 1.5  # times the baseline's best fpd, above which nothing is compared
+DRAWS = 2000
 
 
-def paths_of(points, arm, weights):
+def paths_of(points, arm, network=None):
     """[[point]] per seed of an arm, in the order of the steps."""
-    chosen = [p for p in points if (p["arm"], p["weights"]) == (arm, weights)]
+    chosen = [point for point in points if (point["arm"], point.get("network")) == (arm, network)]
     return [[p for p in chosen if p["seed"] == seed] for seed in dict.fromkeys(p["seed"] for p in chosen)]
 
 
-def at_quality(distances, shares, quality):
-    """The share of each training when it first reaches a quality: (draws,), NaN where it never does.
+def at_quality(path, quality, measure):
+    """The measure of a training when it first reaches a quality; NaN if it never does.
 
-    distances, shares: (draws, S), of S checkpoints in the order of their steps. Between the first one at or below
-    `quality` and the one before it both change linearly; a training that begins there is given its first share.
+    Between the first checkpoint at or below `quality` and the one before it both change linearly; a training that
+    begins there is given its first number.
     """
-    reached = distances <= quality
-    first = reached.argmax(axis=1)
-    row, before = np.arange(len(first)), np.maximum(first - 1, 0)
-    gap = distances[row, before] - distances[row, first]
-    weight = np.where(first > 0, (distances[row, before] - quality) / np.where(gap > 0, gap, 1), 0)
-    found = shares[row, before] + weight * (shares[row, first] - shares[row, before])
-    return np.where(reached.any(axis=1), found, np.nan)
+    first = next((i for i, point in enumerate(path) if point["fpd"] <= quality), None)
+    if first is None:
+        return float("nan")
+    if first == 0:
+        return float(path[0][measure])
+    ends = path[first], path[first - 1]
+    return float(np.interp(quality, [end["fpd"] for end in ends], [end[measure] for end in ends]))
 
 
-def columns(path, *names):
-    return [np.array([[point[name] for point in path]]) for name in names]
+def best_common(*sides):
+    """The lowest fpd that every training of all sides reaches; a side is a path per seed."""
+    return max(min(point["fpd"] for point in path) for paths in sides for path in paths)
 
 
-def mean_at_quality(paths, quality, measure):
-    """Mean share of trainings at a quality; NaN if one of them does not reach it."""
-    return float(np.mean([at_quality(*columns(path, "fpd", measure), quality) for path in paths]))
+def difference(paths, others, quality, measure, seed=0):
+    """Mean measure of `paths` less that of `others` at a quality, with a 95 % bootstrap interval.
 
+    Seeds are drawn again with replacement and, for measures that are shares of images, the images too (binomial).
 
-def bootstrap(paths, quality, measure, draws, seed):
-    """`mean_at_quality` of seeds and images drawn again with replacement, of those that reach it: (draws,).
+    Args:
+        paths, others: a path per seed, all of which reach the quality.
+        quality: an fpd.
+        measure: a name; "extracted" is a count.
+        seed: of the draws.
 
-    Of images drawn again the share is binomial, and their Frechet distance is taken to be normal and independent of it.
+    Returns:
+        (mean, low, high); low and high are None where a side has one seed only.
     """
-    random = np.random.default_rng(seed)
-    chosen = random.integers(len(paths), size=(draws, len(paths)))
-    found = np.full(chosen.shape, np.nan)
-    for place, k in np.ndindex(len(paths), len(paths)):
-        distance, spread, share, images = columns(paths[k], "fpd", "fpd_std", measure, "images")
-        distances = distance + random.standard_normal((draws, share.size)) * spread
-        shares = random.binomial(images, share, size=distances.shape) / images
-        again = at_quality(distances, shares, quality)
-        found[:, place] = np.where(chosen[:, place] == k, again, found[:, place])
-    number = (~np.isnan(found)).sum(axis=1)
-    return np.where(number > 0, np.nansum(found, axis=1) / np.maximum(number, 1), np.nan)
+    sides = [np.array([at_quality(path, quality, measure) for path in side]) for side in (paths, others)]
+    mean = float(sides[0].mean() - sides[1].mean())
+    if min(map(len, sides)) < 2:
+        return mean, None, None
+    random, means = np.random.default_rng(seed), []
+    for side, values in zip((paths, others), sides, strict=True):
+        drawn = random.choice(values, (DRAWS, len(values)))
+        if measure != "extracted":
+            images = side[0][0]["images"]
+            drawn = random.binomial(images, drawn.clip(0, 1)) / images
+        means.append(drawn.mean(axis=1))
+    return mean, *np.quantile(means[0] - means[1], [0.025, 0.975]).tolist()
 
 
-def difference(paths, others, quality, measure, draws=1000, seed=0):
-    """Mean share of `paths` less that of `others` at a quality, with a 95 % bootstrap interval over seeds and images.
+def comparison(points, arm, baseline=BASELINE):
+    """An arm against a baseline at the best fpd that both reach: a row of JSON values.
 
-    Both hold a path per seed. Returns [mean, low, high], or None where one of them does not reach the quality. Draws in
-    which none of a side reaches it are left out.
+    `untested` says why it is no test, or is None: the baseline does not memorise there, or neither side is near the
+    baseline's best quality.
     """
-    mean = mean_at_quality(paths, quality, measure) - mean_at_quality(others, quality, measure)
-    if np.isnan(mean):
-        return None
-    drawn, again = (bootstrap(side, quality, measure, draws, (seed, i)) for i, side in enumerate((paths, others)))
-    return [mean, *np.nanquantile(drawn - again, [0.025, 0.975]).tolist()]
+    paths, others = paths_of(points, arm), paths_of(points, baseline)
+    quality = best_common(paths, others)
+    best = best_common(others)
+    row = {"arm": arm, "baseline": baseline, "seeds": [len(paths), len(others)], "fpd": quality}
+    for measure in ("f_mem", "extracted"):
+        row[measure], row[f"{baseline} {measure}"] = (
+            float(np.mean([at_quality(path, quality, measure) for path in side])) for side in (paths, others)
+        )
+        row[f"{measure} difference"] = difference(paths, others, quality, measure)
+    row["untested"] = None
+    if quality > NEAR_BEST * best:
+        row["untested"] = f"fpd above {NEAR_BEST:g} times the best of {baseline}"
+    elif row[f"{baseline} f_mem"] < MEMORISES:
+        row["untested"] = f"{baseline} does not copy at that fpd"
+    elif None in row["f_mem difference"]:
+        row["untested"] = "one seed"
+    return row
 
 
-def differences(pairs, measures, **about):
-    """Rows {**about, "fpd", "arm", measure: `difference`} at FACTORS times the best fpd that every training reaches.
-
-    pairs: {arm: (paths, others)}.
-    """
-    best = max(min(point["fpd"] for point in path) for sides in pairs.values() for side in sides for path in side)
-    return [
-        {**about, "fpd": round(best * factor, 3), "arm": arm}
-        | {name: difference(*sides, best * factor, name) for name in measures}
-        for factor, (arm, sides) in itertools.product(FACTORS, pairs.items())
-    ]
+def verdict(row, measure):
+    """What a comparison says of a measure, in a word or two."""
+    if row["untested"]:
+        return f"not tested: {row['untested']}"
+    _, low, high = row[f"{measure} difference"]
+    return "less" if high < 0 else "more" if low > 0 else "no difference"

@@ -23,8 +23,7 @@ COMMANDS = {
     "all_in.py": [str(ROOT / "all_in.py")],
     "score.compare": ["-m", "score.compare", "x"],
     "score.stats": ["-m", "score.stats"],
-    "experiments.tuning": ["-m", "experiments.tuning"],
-    "experiments.frontier": ["-m", "experiments.frontier"],
+    "experiments": ["-m", "experiments"],
     "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
 }
