@@ -22,15 +22,35 @@ SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3
 COLUMNS = {
     **{f"MQ@{p}": (lambda r, p=p: r.get("mq_fraction", {}).get(p), "{:.1%}") for p in ("15", "30", "50")},
     **{f"@{p} above floor": (lambda r, p=p: r.get("mq_above_floor", {}).get(p), "{:+.1%}") for p in ("15", "30", "50")},
-    "sqrt(d1/d2)<1/3": (lambda r: r.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "f_mem": (lambda r: r.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "extracted": (lambda r: r.get("extracted"), "{:.0f}"),
     "AuthPct": (lambda r: r.get("auth_pct"), "{:.1f}"),
+    "C_T": (lambda r: r.get("c_t"), "{:.1f}"),
+    "AUC": (lambda r: r.get("gap", {}).get("auc"), "{:.3f}"),
     "FID": (lambda r: r.get("fid"), "{:.3f}"),
     "IS": (lambda r: r.get("is"), "{:.3f}"),
     "fpd": (lambda r: r.get("fpd"), "{:.3f}"),
+    "precision": (lambda r: r.get("precision"), "{:.1%}"),
+    "recall": (lambda r: r.get("recall"), "{:.1%}"),
     "images": (lambda r: r["N"], "{:.0f}"),
     "train s": (lambda r: training_seconds(r["checkpoint"]), "{:.0f}"),
     "eval s": (lambda r: sum(r["seconds"].values()), "{:.0f}"),
 }
+
+# what the report says besides: (name, format, where it is in a result.json)
+MEASURES = (
+    ("f_mem: images with sqrt(d1 / d2) < 1/3", "{:.2%}", ("share_sqrt_d1_d2_below_third",)),
+    ("training images that they are of (extracted)", "{}", ("extracted",)),
+    ("f_mem, mirror images too", "{:.2%}", ("mirrored", "share_sqrt_d1_d2_below_third")),
+    ("extracted, mirror images too", "{}", ("mirrored", "extracted")),
+    ("AuthPct", "{:.1f}", ("auth_pct",)),
+    ("C_T, far below 0 where images are copied", "{:.1f}", ("c_t",)),
+    ("precision", "{:.1%}", ("precision",)),
+    ("recall", "{:.1%}", ("recall",)),
+    ("AUC of telling training images by their loss", "{:.3f}", ("gap", "auc")),
+    ("true positives of that at 1 % false ones", "{:.1%}", ("gap", "tpr")),
+    ("AUC at the best t alone", "{:.3f}", ("gap", "best_auc")),
+)
 
 PAGE = """
 :root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas); }
@@ -104,7 +124,7 @@ def figures(shown):
 
 
 def chart(draw, names, x_label, y_label, alt):
-    """What draw(axes) draws with matplotlib, and a legend of its series; the y axis is a share, written in percent."""
+    """What draw(axes) draws with matplotlib, and a legend of its series; y is a share in percent, x up to 100."""
     # a second that evaluations without a page need not wait
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -115,9 +135,9 @@ def chart(draw, names, x_label, y_label, alt):
     with rc_context({"axes.prop_cycle": cycler(color=SERIES), "font.size": 13, "axes.axisbelow": True}):
         drawn, file = Figure(figsize=(6.4, 3.2), layout="constrained"), io.BytesIO()
         axes = drawn.subplots()
-        draw(axes)
         axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, 100))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+        draw(axes)
         axes.yaxis.grid(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
         drawn.savefig(file, format="svg", transparent=True)
@@ -154,6 +174,36 @@ def histogram(series):
     medians = "; ".join(f"{name}: median {100 * ratio.median().item():.0f}" for name, ratio in series.items())
     alt = f"Histogram of 100 d1 / mean(d1 .. d50). {medians}."
     return chart(draw, series, "ratio, percent", "share of images", alt)
+
+
+def losses(gap):
+    """The mean losses of training and of held-out images over t as a chart."""
+
+    def draw(axes):
+        axes.plot(gap["t"], gap["training"])
+        axes.plot(gap["t"], gap["heldout"])
+        axes.set(xlim=(0, gap["t"][-1]), yscale="log")
+
+    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: AUC {gap['best_auc']:.3f}"
+    numbers = "Of {:,} training and {:,} held-out images, with the same noise for all.".format(*gap["images"])
+    drawn = chart(draw, ("training", "held-out"), "t", "mean loss", f"Mean loss over t. {apart}.")
+    return f"{drawn}<p class=note>{numbers} {apart}.</p>"
+
+
+def measured(result):
+    """The table of `MEASURES` that a result has, beside what held-out images reach in the place of generated ones."""
+
+    def value(numbers, keys):
+        for key in keys:
+            numbers = numbers.get(key, {})
+        return numbers
+
+    rows = []
+    for name, form, keys in MEASURES:
+        cells = [value(numbers, keys) for numbers in (result, result.get("holdout", {}))]
+        if cells[0] != {}:
+            rows.append([name, *("" if cell == {} else form.format(cell) for cell in cells)])
+    return table(["measure", "generated", "held-out"], rows)
 
 
 def pairs(generated, training, nearest, ratio):
@@ -205,10 +255,10 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
         holdout_ratio: (L,) of held-out real images, the floor; None without them.
         skips: (M,) int64, how often training left each image out; None if it did not count.
     """
-    measured, ratios = {"generated": result}, {"generated": ratio}
+    all_thresholds, ratios = {"generated": [result["mq_curve"]]}, {"generated": ratio}
     if "holdout" in result:
-        measured["held-out real images"], ratios["held-out real images"] = result["holdout"], holdout_ratio
-    all_thresholds = curves({name: [numbers["mq_curve"]] for name, numbers in measured.items()})
+        all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
+        ratios["held-out real images"] = holdout_ratio
     tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in summary(result).items())
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
@@ -230,8 +280,10 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"<div class=tiles>{tiles}</div><p class=note>{note}</p>"),
-        ("Memorised quantity over all thresholds", all_thresholds + thresholds(result)),
+        ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         ("Distribution of the ratios", histogram(ratios)),
+        ("Other measures", measured(result)),
+        *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", of_training),
         ("Settings", f"<details><summary>All flags</summary>{used}</details>"),
