@@ -443,11 +443,8 @@ def test_images_that_are_not_finite_are_counted_and_said(tmp_path, capsys):
 
 def test_mirror_images_of_training_images_are_copies_where_training_flips(tmp_path):
     images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
-    for name, some in (
-        ("training", images[:20]),
-        ("samples", torch.cat([images[:8].flip(-1), images[5:7], images[20:]])),
-    ):
-        save_pngs(tmp_path / name, some)
+    save_pngs(tmp_path / "training", images[:20])
+    save_pngs(tmp_path / "samples", torch.cat([images[:8].flip(-1), images[5:7], images[20:]]))
     own = ["--dataset=folder", f"--data_root={tmp_path}/training", "--num_train=0", f"--samples={tmp_path}/samples"]
     for flip, expected in (("--hflip", {"share_sqrt_d1_d2_below_third": 0.5, "extracted": 8}), ("--nohflip", None)):
         call(*PIXELS, *own, flip, *eval_flags(tmp_path))

@@ -65,6 +65,9 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     result, generated, training, nearest, ratio, holdout = evaluation(60, 40, 8)
     skips = torch.arange(40)
+    of_gap = {"auc": 0.75, "tpr": 0.125, "best_auc": 0.875, "best_tpr": 0.25}
+    losses = {"training": [0.9, 0.1, 0.01], "heldout": [1.0, 0.3, 0.012]}
+    result["gap"] = {"t": [100, 500, 900], **losses, "images": [4000, 50], "best_t": 500, **of_gap}
     write_report(path, result, generated, training, nearest, ratio, holdout, skips)
     return path, result, ratio
 
@@ -76,7 +79,12 @@ def test_the_page_needs_nothing_else_and_describes_its_pictures(report):
     assert all(link.startswith("data:image/") for link in tags.links), "no network"
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert len(tags.images) > 80 and all(image["alt"] for image in tags.images)
-    assert len(charts_of(tags)) == 2
+    assert len(charts_of(tags)) == 3
+    assert "Of 4,000 training and 50 held-out images" in page and "At t = 500" in page
+    for name, value in (("AUC of telling", "0.750"), ("true positives", "12.5%"), ("C_T", f"{result['c_t']:.1f}")):
+        assert re.search(f"<td>{name}[^<]*</td><td>{value}</td><td></td>", page)
+    f_mem = [f"{found['share_sqrt_d1_d2_below_third']:.2%}" for found in (result, result["holdout"])]
+    assert re.search(f"<td>f_mem[^<]*&lt; 1/3</td><td>{f_mem[0]}</td><td>{f_mem[1]}</td>", page)
     assert "<td>lr</td><td>0.001</td>" in page and "hflip" not in page
     assert "logs/&lt;a&gt;/ckpt1.pt" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
     assert f"{result['mq_fraction']['15']:.1%}" in page and f"{result['mq_above_floor']['30']:+.1%}" in page
@@ -110,7 +118,7 @@ def test_the_curve_and_the_counts_against_numpy():
 @needs_chromium
 def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
     seen = assert_readable(report[0], tmp_path)
-    assert seen["images"] > 80 and seen["charts"] == 2
+    assert seen["images"] > 80 and seen["charts"] == 3
 
 
 def test_compare_puts_runs_on_one_page(tmp_path):
