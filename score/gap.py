@@ -1,7 +1,6 @@
 """The gap of the denoising loss between training and held-out images, and the membership inference that it allows."""
 
 import torch
-from scipy.stats import mannwhitneyu
 
 from utils import distributed
 from utils.seeding import generator
@@ -78,6 +77,8 @@ def membership(of_training, of_heldout):
     AUC: of pairs of both, the share in which the training image has the lower loss, ties counting half.
     TPR: the share of training images below the threshold that at most `FALSE_POSITIVES` of the held-out ones are below.
     """
+    from scipy.stats import mannwhitneyu  # a second that others need not wait
+
     pairs = mannwhitneyu(of_heldout, of_training, method="asymptotic").statistic
     threshold = of_heldout.sort().values[int(FALSE_POSITIVES * len(of_heldout))]
     tpr = (of_training < threshold).double().mean().item()

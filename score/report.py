@@ -66,7 +66,7 @@ p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
 .tiles b { display: block; font-size: 1.3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--card); }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 2px solid var(--card); }
 th:first-child, td:first-child { text-align: left; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
 figure img { width: 48%; image-rendering: pixelated; }
