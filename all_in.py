@@ -125,14 +125,13 @@ def existing_images(needed):
     images = None
     if distributed.is_main():
         path = Path(FLAGS.generate_dir) / "generate.npy"
-        if FLAGS.samples or path.exists():
-            images = load_samples(FLAGS.samples or path, FLAGS.img_size)
-        elif needed:
+        is_there = FLAGS.samples or path.exists()
+        if needed and not is_there:
             raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
-        else:
-            images = torch.empty(0, 3, FLAGS.img_size, FLAGS.img_size, dtype=torch.uint8)
-        record = {} if FLAGS.samples or not len(images) else read_json(path.with_name("generate.json"))
-        if record and record.get("file_sha256") != file_hash(path):
+        size = FLAGS.img_size
+        images = load_samples(FLAGS.samples or path, size) if is_there else torch.empty(0, 3, size, size).byte()
+        is_ours = is_there and not FLAGS.samples
+        if is_ours and read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
             raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
     shape = distributed.from_main(None if images is None else images.shape)
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)

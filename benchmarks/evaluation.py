@@ -12,7 +12,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 
 from benchmarks.step import noise
 from benchmarks.timing import alternate, row
-from score.fid import frechet_distance, mean_and_covariance
+from score.fid import Statistics, frechet_distance
 from score.memorization import nearest_neighbors
 
 GENERATED, TRAINING, K = 4096, 50_000, 50
@@ -78,8 +78,9 @@ def distance(scale):
     weight = torch.randn(inputs, features, generator=stream)
     arguments, found = [], {}
     for spread in (1.0, 1.2):
-        drawn = (spread * torch.randn(3 * features, inputs, generator=stream) @ weight).relu()
-        arguments += mean_and_covariance([drawn], features)
+        statistics = Statistics(features)
+        statistics.update((spread * torch.randn(3 * features, inputs, generator=stream) @ weight).relu())
+        arguments += statistics.mean_and_covariance()
 
     def ours():
         found["ours"] = float(frechet_distance(*arguments))

@@ -1,6 +1,7 @@
 """An evaluation as one HTML page that needs nothing else: no network, no script, light or dark, phone or desk."""
 
 import base64
+import functools
 import io
 import itertools
 import logging
@@ -18,39 +19,33 @@ LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 
+
+def under(*keys):
+    """A function that finds what is under these keys of nested dicts, or None."""
+    return lambda result: functools.reduce(lambda found, key: (found or {}).get(key), keys, result)
+
+
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
 COLUMNS = {
-    **{f"MQ@{p}": (lambda r, p=p: r.get("mq_fraction", {}).get(p), "{:.1%}") for p in ("15", "30", "50")},
-    **{f"@{p} above floor": (lambda r, p=p: r.get("mq_above_floor", {}).get(p), "{:+.1%}") for p in ("15", "30", "50")},
-    "f_mem": (lambda r: r.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "extracted": (lambda r: r.get("extracted"), "{:.0f}"),
-    "AuthPct": (lambda r: r.get("auth_pct"), "{:.1f}"),
-    "C_T": (lambda r: r.get("c_t"), "{:.1f}"),
-    "AUC": (lambda r: r.get("gap", {}).get("auc"), "{:.3f}"),
-    "FID": (lambda r: r.get("fid"), "{:.3f}"),
-    "IS": (lambda r: r.get("is"), "{:.3f}"),
-    "fpd": (lambda r: r.get("fpd"), "{:.3f}"),
-    "precision": (lambda r: r.get("precision"), "{:.1%}"),
-    "recall": (lambda r: r.get("recall"), "{:.1%}"),
-    "images": (lambda r: r["N"], "{:.0f}"),
-    "train s": (lambda r: training_seconds(r["checkpoint"]), "{:.0f}"),
-    "eval s": (lambda r: sum(r["seconds"].values()), "{:.0f}"),
+    **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
+    **{f"@{p} above floor": (under("mq_above_floor", p), "{:+.1%}") for p in ("15", "30", "50")},
+    "f_mem": (under("share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "extracted": (under("extracted"), "{:g}"),
+    "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "extracted, mirrored too": (under("mirrored", "extracted"), "{:g}"),
+    "AuthPct": (under("auth_pct"), "{:.1f}"),
+    "C_T": (under("c_t"), "{:.1f}"),
+    "AUC of losses": (under("gap", "auc"), "{:.3f}"),
+    "TPR at 1% FPR": (under("gap", "tpr"), "{:.1%}"),
+    "FID": (under("fid"), "{:.3f}"),
+    "IS": (under("is"), "{:.3f}"),
+    "fpd": (under("fpd"), "{:.3f}"),
+    "precision": (under("precision"), "{:.1%}"),
+    "recall": (under("recall"), "{:.1%}"),
+    "images": (under("N"), "{:.0f}"),
+    "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
+    "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
 }
-
-# what the report says besides: (name, format, where it is in a result.json)
-MEASURES = (
-    ("f_mem: images with sqrt(d1 / d2) < 1/3", "{:.2%}", ("share_sqrt_d1_d2_below_third",)),
-    ("training images that they are of (extracted)", "{}", ("extracted",)),
-    ("f_mem, mirror images too", "{:.2%}", ("mirrored", "share_sqrt_d1_d2_below_third")),
-    ("extracted, mirror images too", "{}", ("mirrored", "extracted")),
-    ("AuthPct", "{:.1f}", ("auth_pct",)),
-    ("C_T, far below 0 where images are copied", "{:.1f}", ("c_t",)),
-    ("precision", "{:.1%}", ("precision",)),
-    ("recall", "{:.1%}", ("recall",)),
-    ("AUC of telling training images by their loss", "{:.3f}", ("gap", "auc")),
-    ("true positives of that at 1 % false ones", "{:.1%}", ("gap", "tpr")),
-    ("AUC at the best t alone", "{:.3f}", ("gap", "best_auc")),
-)
 
 PAGE = """
 :root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas); }
@@ -61,9 +56,7 @@ PAGE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .6rem; }
-.tiles div, figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
-.tiles b { display: block; font-size: 1.3rem; }
+figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 2px solid var(--card); }
@@ -190,19 +183,13 @@ def losses(gap):
     return f"{drawn}<p class=note>{numbers} {apart}.</p>"
 
 
-def measured(result):
-    """The table of `MEASURES` that a result has, beside what held-out images reach in the place of generated ones."""
-
-    def value(numbers, keys):
-        for key in keys:
-            numbers = numbers.get(key, {})
-        return numbers
-
+def all_columns(result):
+    """A table of the `COLUMNS` that a result has, beside what held-out images reach in their place."""
     rows = []
-    for name, form, keys in MEASURES:
-        cells = [value(numbers, keys) for numbers in (result, result.get("holdout", {}))]
-        if cells[0] != {}:
-            rows.append([name, *("" if cell == {} else form.format(cell) for cell in cells)])
+    for name, (value_of, form) in COLUMNS.items():
+        values = [value_of(numbers) for numbers in (result, result.get("holdout", {}))]
+        if values[0] is not None:
+            rows.append([name, *("" if value is None else form.format(value) for value in values)])
     return table(["measure", "generated", "held-out"], rows)
 
 
@@ -259,7 +246,6 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     if "holdout" in result:
         all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
         ratios["held-out real images"] = holdout_ratio
-    tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in summary(result).items())
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
@@ -279,10 +265,9 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
-        ("Summary", f"<div class=tiles>{tiles}</div><p class=note>{note}</p>"),
+        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         ("Distribution of the ratios", histogram(ratios)),
-        ("Other measures", measured(result)),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", of_training),

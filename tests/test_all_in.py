@@ -451,7 +451,7 @@ def test_mirror_images_of_training_images_are_copies_where_training_flips(tmp_pa
         result = result_of(tmp_path)
         assert (result["share_sqrt_d1_d2_below_third"], result["extracted"]) == (0.1, 2)
         assert result.get("mirrored") == expected
-        assert ("mirror images too" in (tmp_path / "grid/report.html").read_text()) == (flip == "--hflip")
+        assert ("mirrored too" in (tmp_path / "grid/report.html").read_text()) == (flip == "--hflip")
     assert len(np.load(tmp_path / "similar/memorization_mirrored.npz")["index"]) == 20
 
 
@@ -461,7 +461,7 @@ def test_the_gap_of_a_network_with_and_without_images(evaluated, checkpoint, tmp
     alone = result_of(tmp_path / "none")
     assert alone["N"] == 0 and alone["checkpoint"] == str(checkpoint) and "gap" in alone["seconds"]
     assert alone["gap"]["images"] == [24, 24] and alone["gap"]["t"] == list(range(20))
-    assert f"AUC {alone['gap']['auc']:.3f}" in capsys.readouterr().out
+    assert f"AUC of losses {alone['gap']['auc']:.3f}" in capsys.readouterr().out
 
     shutil.copytree(evaluated, tmp_path / "eval")
     call(*flags, "--stages=gap,report", *eval_flags(tmp_path / "eval"))
