@@ -160,9 +160,9 @@ def find_gap(net, path, data, device):
     return {"gap": {"checkpoint": str(path), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
-def neighbors_to_show(result, name, sets):
+def neighbors_to_show(result, sets):
     """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
-    path = Path(FLAGS.similar_dir) / f"{name}.npz"
+    path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets)
     if known is None or "mq" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
@@ -261,17 +261,13 @@ def main():
         add(result, "gap", lambda: find_gap(net, path, data, device))
     if distributed.is_main():
         if stages & {"grid", "report"}:
-            shown = images, training, *neighbors_to_show(result, "memorization", sets)
+            shown = images, training, *neighbors_to_show(result, sets)
         if "grid" in stages:
             add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
         if "report" in stages:
-            of_holdout = None
-            if "holdout" in result:
-                of_these = sets | {"images_sha256": result["holdout"]["images_sha256"]}
-                of_holdout = neighbors_to_show(result, "holdout", of_these)[1]
             page = Path(FLAGS.grid_dir) / "report.html"
             skips = skip_counts(result["checkpoint"], len(training))
-            add(result, "report", lambda: {"report": write_report(page, result, *shown, of_holdout, skips)})
+            add(result, "report", lambda: {"report": write_report(page, result, *shown, skips)})
         if is_new:
             append_published_format(result)
         print_summary(result)

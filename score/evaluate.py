@@ -12,7 +12,7 @@ from score import fid, memorization
 from score.inception import FEATURES, Inception
 from score.samples import evenly_spaced, read_npz
 from utils import distributed
-from utils.errors import UsageError, warn
+from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
 
 SPLITS = 10  # of the Inception score
@@ -84,7 +84,11 @@ def known_neighbors(path, sets):
     """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
     if not Path(path).exists():
         return None
-    saved = read_npz(path, ("sq_distance", "index", *sets))
+    try:
+        saved = read_npz(path, ("sq_distance", "index", *sets))
+    except DataError as error:
+        warn(f"warning: {error}: searching again")
+        return None
     is_theirs = all(str(saved.get(key)) == value for key, value in sets.items())
     return tuple(torch.from_numpy(saved[key]) for key in ("sq_distance", "index")) if is_theirs else None
 

@@ -30,9 +30,9 @@ COLUMNS = {
     **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
     **{f"@{p} above floor": (under("mq_above_floor", p), "{:+.1%}") for p in ("15", "30", "50")},
     "f_mem": (under("share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "extracted": (under("extracted"), "{:g}"),
+    "extracted": (under("extracted"), "{:.0f}"),
     "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "extracted, mirrored too": (under("mirrored", "extracted"), "{:g}"),
+    "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
     "AuthPct": (under("auth_pct"), "{:.1f}"),
     "C_T": (under("c_t"), "{:.1f}"),
     "AUC of losses": (under("gap", "auc"), "{:.3f}"),
@@ -156,19 +156,6 @@ def curves(series):
     return chart(draw, series, "threshold p, percent", "share with ratio below p", alt)
 
 
-def histogram(series):
-    """The distribution of the ratios as a chart; series: {name: ratio (N,)}."""
-
-    def draw(axes):
-        for ratio in series.values():
-            count = torch.histc(100 * ratio.double(), 50, 0, 100) / len(ratio)
-            axes.stairs(count.numpy(), range(0, 102, 2), fill=True, alpha=0.55)
-
-    medians = "; ".join(f"{name}: median {100 * ratio.median().item():.0f}" for name, ratio in series.items())
-    alt = f"Histogram of 100 d1 / mean(d1 .. d50). {medians}."
-    return chart(draw, series, "ratio, percent", "share of images", alt)
-
-
 def losses(gap):
     """The mean losses of training and of held-out images over t as a chart."""
 
@@ -231,21 +218,19 @@ def thresholds(result):
     return table(header, rows)
 
 
-def write_report(path, result, generated, training, nearest, ratio, holdout_ratio=None, skips=None):
+def write_report(path, result, generated, training, nearest, ratio, skips=None):
     """Write the page of one evaluation; returns its path as text.
 
     Args:
         path: of the .html.
         result: the dict of result.json.
-        generated: uint8 (N, 3, H, W); training: uint8 (M, 3, H, W).
+        generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
-        holdout_ratio: (L,) of held-out real images, the floor; None without them.
         skips: (M,) int64, how often training left each image out; None if it did not count.
     """
-    all_thresholds, ratios = {"generated": [result["mq_curve"]]}, {"generated": ratio}
+    all_thresholds = {"generated": [result["mq_curve"]]}
     if "holdout" in result:
         all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
-        ratios["held-out real images"] = holdout_ratio
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
@@ -267,7 +252,6 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     sections = [
         ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
-        ("Distribution of the ratios", histogram(ratios)),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", of_training),

@@ -400,11 +400,23 @@ def test_images_of_another_origin_are_not_reused(checkpoint, tmp_path, capsys):
     assert len(set(seen)) == 5 and seen[3] == seen[5], "the other file has the raw weights in the place of the EMA's"
 
 
-def test_a_report_without_the_neighbours_of_the_floor_says_so(evaluated, checkpoint, tmp_path):
+def test_a_report_without_the_neighbours_of_its_images_says_so(evaluated, checkpoint, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
-    (tmp_path / "eval/similar/holdout.npz").unlink()
-    with pytest.raises(DataError, match=r"holdout.npz: no neighbours of these images: run the memorise stage"):
-        call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval"))
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval")]
+    with pytest.raises(DataError, match=r"memorization.npz: no neighbours of these images: run the memorise stage"):
+        call(*flags, "--num_train=40")
+    (tmp_path / "eval/similar/memorization.npz").unlink()
+    with pytest.raises(DataError, match=r"no memorization.npz in it: run the memorise stage"):
+        call(*flags)
+
+
+def test_damaged_neighbours_are_searched_again(evaluated, checkpoint, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    path = tmp_path / "eval/similar/memorization.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise,report", *eval_flags(tmp_path / "eval"))
+    assert "memorization.npz: not a readable .npz" in capsys.readouterr().err
+    assert result_of(tmp_path / "eval")["mq"] == result_of(evaluated)["mq"] and len(np.load(path)["ratio"]) == 24
 
 
 def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
