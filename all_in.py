@@ -17,14 +17,15 @@ import torch
 from absl import flags as absl_flags
 
 from dataset import load_dataset
-from diffusion import GaussianDiffusionSampler
+from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality, evaluate, identity, known_neighbors
+from score.gap import denoising_gap
 from score.generate import generate_batches, generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
-from score.samples import load_samples, png_names, save_pngs
+from score.samples import evenly_spaced, load_samples, png_names, save_pngs
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
@@ -33,7 +34,10 @@ from utils.files import atomic_write, file_hash, lock_directory, make_directory,
 
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
-OPTIONAL = {"score": ("fid", "is", "is_std", "fpd"), "memorise": ("holdout", "mq_above_floor")}
+OPTIONAL = {
+    "score": ("fid", "is", "is_std", "fpd"),
+    "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells"),
+}
 
 
 def earlier_result():
@@ -54,7 +58,7 @@ def add(result, stage, find):
     is_new = numbers != earlier or stage not in result["seconds"]
     if is_new:
         result["seconds"][stage] = round(time.perf_counter() - start, 3)
-        if stage in ("score", "memorise"):  # those of the last call that made numbers
+        if stage in ("score", "memorise", "gap"):  # those of the last call that made numbers
             result["flags"] = flags.as_dict(FLAGS)
     if distributed.is_main():
         write_json(Path(FLAGS.grid_dir) / "result.json", result)
@@ -92,13 +96,17 @@ def training_settings(path):
     return run["settings"] | ({"changed": changes} if changes else {})
 
 
+def weights_of(path):
+    """What says which weights are evaluated."""
+    return {"checkpoint_sha256": file_hash(path), "weights": "ema" if FLAGS.use_ema else "raw"}
+
+
 def generate_images(net, path, device):
     """Images of a network, kept in --generate_dir with what they were made from.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
-    origin = {"checkpoint_sha256": file_hash(path), "weights": "ema" if FLAGS.use_ema else "raw"}
-    origin |= {**flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
+    origin = {**weights_of(path), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
     origin |= {"num_labels": flags.labels_of(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     sampler = GaussianDiffusionSampler(torch.compile(net) if FLAGS.compile else net, **flags.sampler(FLAGS)).to(device)
 
@@ -112,33 +120,49 @@ def generate_images(net, path, device):
     return images
 
 
-def existing_images():
-    """The images of --samples, or of an earlier generate stage."""
+def existing_images(needed):
+    """The images of --samples, or of an earlier generate stage; where there are none, and they are not needed, none."""
     images = None
     if distributed.is_main():
         path = Path(FLAGS.generate_dir) / "generate.npy"
-        if not (FLAGS.samples or path.exists()):
+        is_there = FLAGS.samples or path.exists()
+        if needed and not is_there:
             raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
-        images = load_samples(FLAGS.samples or path, FLAGS.img_size)
-        if not FLAGS.samples and read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
+        size = FLAGS.img_size
+        images = load_samples(FLAGS.samples or path, size) if is_there else torch.empty(0, 3, size, size).byte()
+        is_ours = is_there and not FLAGS.samples
+        if is_ours and read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
             raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
     shape = distributed.from_main(None if images is None else images.shape)
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images():
-    """What result.json says of the images besides what is measured."""
+def about_images(images, path):
+    """What result.json says of the images, or of the network in `path` if there are none, besides what is measured."""
     if FLAGS.samples:
         return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
+    if not len(images):
+        return {"checkpoint": str(path), **weights_of(path), "training": training_settings(path), "origin": None}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
     return {name: record[name] for name in names} | weights
 
 
-def neighbors_to_show(result, name, sets):
+def find_gap(net, path, data, device):
+    """The `denoising_gap` of the network on --num_images training and as many held-out images, evenly spaced."""
+    sets = []
+    for part in (data.train, data.heldout):
+        rows = evenly_spaced(len(part.images), FLAGS.num_images)
+        labels = part.labels[rows] - int(FLAGS.legacy_labels) if FLAGS.use_labels else None
+        sets.append((part.images[rows], labels))
+    trainer = flags.call(FLAGS, GaussianDiffusionTrainer, net).to(device)
+    return {"gap": {"checkpoint": str(path), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
+
+
+def neighbors_to_show(result, sets):
     """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
-    path = Path(FLAGS.similar_dir) / f"{name}.npz"
+    path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets)
     if known is None or "mq" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
@@ -185,21 +209,23 @@ def main():
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
     if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
         raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = weights = None
+    net = path = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
-    if "generate" in stages:
+    if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
-            raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples")
+            raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
         net, path = load_network(device)
-        if FLAGS.save_png:
-            png_names(FLAGS.generate_dir, FLAGS.num_images)
-    else:
-        images = existing_images()
+    if "generate" not in stages:
+        images = existing_images(needed=stages != {"gap"})
+    elif FLAGS.save_png:
+        png_names(FLAGS.generate_dir, FLAGS.num_images)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
+    if "gap" in stages:
+        flags.heldout_images(FLAGS, data, "stages=gap")
     locks = take_directories(stages) if distributed.is_main() else []
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
@@ -209,7 +235,12 @@ def main():
 
     if "generate" in stages:
         images = generate_images(net, path, device)
-    about = distributed.from_main(about_images() if distributed.is_main() else None)
+    about = distributed.from_main(about_images(images, path) if distributed.is_main() else None)
+    if "gap" in stages and not FLAGS.samples and not weights_of(path).items() <= about.items():
+        raise UsageError(
+            f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "
+            "name those, or other directories"
+        )
     sets = identity(images, training)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
@@ -224,21 +255,19 @@ def main():
     if "memorise" in stages:
         on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
-        search |= {"folder": FLAGS.similar_dir, "sets": sets}
+        search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip}
         is_new |= add(result, "memorise", lambda: evaluate(images, on_device, heldout, **search)[0])
+    if "gap" in stages:
+        add(result, "gap", lambda: find_gap(net, path, data, device))
     if distributed.is_main():
         if stages & {"grid", "report"}:
-            shown = images, training, *neighbors_to_show(result, "memorization", sets)
+            shown = images, training, *neighbors_to_show(result, sets)
         if "grid" in stages:
             add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
         if "report" in stages:
-            of_holdout = None
-            if "holdout" in result:
-                of_these = sets | {"images_sha256": result["holdout"]["images_sha256"]}
-                of_holdout = neighbors_to_show(result, "holdout", of_these)[1]
             page = Path(FLAGS.grid_dir) / "report.html"
             skips = skip_counts(result["checkpoint"], len(training))
-            add(result, "report", lambda: {"report": write_report(page, result, *shown, of_holdout, skips)})
+            add(result, "report", lambda: {"report": write_report(page, result, *shown, skips)})
         if is_new:
             append_published_format(result)
         print_summary(result)

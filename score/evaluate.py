@@ -8,28 +8,11 @@ import numpy as np
 import torch
 
 from dataset import fingerprint
-from score.fid import (
-    feature_batches,
-    frechet_distance,
-    inception_score,
-    mean_and_covariance,
-    precision_recall,
-    provenance_of,
-    reference_statistics,
-    space_of,
-)
+from score import fid, memorization
 from score.inception import FEATURES, Inception
-from score.memorization import (
-    data_copying,
-    extraction,
-    measures,
-    memorization_ratio,
-    nearer_of_both,
-    neighbors_by_all,
-)
 from score.samples import evenly_spaced, read_npz
 from utils import distributed
-from utils.errors import UsageError, warn
+from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
 
 SPLITS = 10  # of the Inception score
@@ -62,11 +45,11 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
     def measured(images, name, sets):
         path = folder and Path(folder) / f"{name}.npz"
         found = neighbors(images, training, path, sets, **search)
-        numbers = measures(*found, training)
+        numbers = memorization.measures(*found, training)
         if hflip:
             path = path and path.with_stem(f"{name}_mirrored")
             mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
-            numbers["mirrored"] = extraction(*nearer_of_both(found, mirrored))
+            numbers["mirrored"] = memorization.extraction(*memorization.nearer_of_both(found, mirrored))
         return numbers, found
 
     numbers, found = measured(images, "memorization", sets)
@@ -77,7 +60,7 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
         above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
         numbers |= {"holdout": {"N": len(heldout), **of_these, **floor}, "mq_above_floor": above}
         if distributed.is_main():
-            numbers |= data_copying(images, training, heldout, found[0], found_heldout[0])
+            numbers |= memorization.data_copying(images, training, heldout, found[0], found_heldout[0])
     return distributed.from_main(numbers), found
 
 
@@ -89,9 +72,9 @@ def identity(images, training):
 def neighbors(images, training, path=None, sets=None, device=None, **search):
     """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there."""
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
-    found = known or neighbors_by_all(images, training, device=device, **search)
+    found = known or memorization.neighbors_by_all(images, training, device=device, **search)
     if path and not known and distributed.is_main():
-        arrays = {"ratio": memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
+        arrays = {"ratio": memorization.memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
         with atomic_write(path) as file:
             np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets)
     return tuple(array.to(device or training.device) for array in found)
@@ -101,7 +84,11 @@ def known_neighbors(path, sets):
     """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
     if not Path(path).exists():
         return None
-    saved = read_npz(path, ("sq_distance", "index", *sets))
+    try:
+        saved = read_npz(path, ("sq_distance", "index", *sets))
+    except DataError as error:
+        warn(f"warning: {error}: searching again")
+        return None
     is_theirs = all(str(saved.get(key)) == value for key, value in sets.items())
     return tuple(torch.from_numpy(saved[key]) for key in ("sq_distance", "index")) if is_theirs else None
 
@@ -139,8 +126,8 @@ class Quality:
                 warn(f"warning: {self.warning}")
         self.batch_size = batch_size
         self.inception = Inception(weights, device) if weights else None
-        self.scored_with = provenance_of(reference, self.inception)
-        self.reference = reference_statistics(reference, self.inception, fid_cache, batch_size)
+        self.scored_with = fid.provenance_of(reference, self.inception)
+        self.reference = fid.reference_statistics(reference, self.inception, fid_cache, batch_size)
         self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
 
     @functools.cached_property
@@ -155,21 +142,21 @@ class Quality:
         `COVER_IMAGES`, and of as many reference images.
         """
         real, batches, scores = self.real_features, self.batches(images), None
-        dimension, device = space_of(self.inception)
-        statistics = mean_and_covariance((features for features, _ in batches), dimension, device)
+        dimension, device = fid.space_of(self.inception)
+        statistics = fid.mean_and_covariance((features for features, _ in batches), dimension, device)
         features, probs = in_order(batches)
         if distributed.is_main():
-            distance = frechet_distance(*statistics, *self.reference)
+            distance = fid.frechet_distance(*statistics, *self.reference)
             scores = {"fpd": distance}
             if self.inception:
-                score, spread = inception_score(probs, SPLITS)
+                score, spread = fid.inception_score(probs, SPLITS)
                 scores = {"fid": distance, "is": score, "is_std": spread}
-            scores |= precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
+            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
         return distributed.from_main(scores)
 
     def batches(self, images):
         """The `feature_batches` of images, on the CPU."""
-        batches = feature_batches(images, self.inception, self.batch_size)
+        batches = fid.feature_batches(images, self.inception, self.batch_size)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
 
 

@@ -201,24 +201,20 @@ def extraction(sq_distance, index):
 
 
 def nearer_of_both(found, mirrored):
-    """The two nearest training images where each is as near as itself or its mirror image, whichever is nearer.
+    """The two nearest training images, each as near as itself or its mirror image, as sq_distance and index (N, 2).
+
+    Where there is one training image only, it is both.
 
     Args:
-        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2 (or all) of generated images.
+        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
         mirrored: the same of the mirrored generated images, which are as far from a training image as the generated
             ones from its mirror image.
-
-    Returns:
-        sq_distance and index (N, 2), or (N, 1) where there is one training image.
     """
     sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in zip(found, mirrored, strict=True))
     order = sq_distance.argsort(dim=1, stable=True)
     sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
-    others = index != index[:, :1]
-    if not others.any():
-        return sq_distance[:, :1], index[:, :1]
-    # of the four, two are of each search, so another image than the first is among them
-    second = others.int().argmax(dim=1, keepdim=True)
+    # of these four, two are of each search, so another image than the first is among them
+    second = (index != index[:, :1]).int().argmax(dim=1, keepdim=True)
     columns = torch.cat([torch.zeros_like(second), second], dim=1)
     return sq_distance.gather(1, columns), index.gather(1, columns)
 

@@ -1,6 +1,7 @@
 """An evaluation as one HTML page that needs nothing else: no network, no script, light or dark, phone or desk."""
 
 import base64
+import functools
 import io
 import itertools
 import logging
@@ -18,18 +19,32 @@ LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 
+
+def under(*keys):
+    """A function that finds what is under these keys of nested dicts, or None."""
+    return lambda result: functools.reduce(lambda found, key: (found or {}).get(key), keys, result)
+
+
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
 COLUMNS = {
-    **{f"MQ@{p}": (lambda r, p=p: r.get("mq_fraction", {}).get(p), "{:.1%}") for p in ("15", "30", "50")},
-    **{f"@{p} above floor": (lambda r, p=p: r.get("mq_above_floor", {}).get(p), "{:+.1%}") for p in ("15", "30", "50")},
-    "sqrt(d1/d2)<1/3": (lambda r: r.get("share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "AuthPct": (lambda r: r.get("auth_pct"), "{:.1f}"),
-    "FID": (lambda r: r.get("fid"), "{:.3f}"),
-    "IS": (lambda r: r.get("is"), "{:.3f}"),
-    "fpd": (lambda r: r.get("fpd"), "{:.3f}"),
-    "images": (lambda r: r["N"], "{:.0f}"),
-    "train s": (lambda r: training_seconds(r["checkpoint"]), "{:.0f}"),
-    "eval s": (lambda r: sum(r["seconds"].values()), "{:.0f}"),
+    **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
+    **{f"@{p} above floor": (under("mq_above_floor", p), "{:+.1%}") for p in ("15", "30", "50")},
+    "f_mem": (under("share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "extracted": (under("extracted"), "{:.0f}"),
+    "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
+    "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
+    "AuthPct": (under("auth_pct"), "{:.1f}"),
+    "C_T": (under("c_t"), "{:.1f}"),
+    "AUC of losses": (under("gap", "auc"), "{:.3f}"),
+    "TPR at 1% FPR": (under("gap", "tpr"), "{:.1%}"),
+    "FID": (under("fid"), "{:.3f}"),
+    "IS": (under("is"), "{:.3f}"),
+    "fpd": (under("fpd"), "{:.3f}"),
+    "precision": (under("precision"), "{:.1%}"),
+    "recall": (under("recall"), "{:.1%}"),
+    "images": (under("N"), "{:.0f}"),
+    "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
+    "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
 }
 
 PAGE = """
@@ -41,12 +56,10 @@ PAGE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .6rem; }
-.tiles div, figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
-.tiles b { display: block; font-size: 1.3rem; }
+figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--card); }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 2px solid var(--card); }
 th:first-child, td:first-child { text-align: left; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
 figure img { width: 48%; image-rendering: pixelated; }
@@ -104,7 +117,7 @@ def figures(shown):
 
 
 def chart(draw, names, x_label, y_label, alt):
-    """What draw(axes) draws with matplotlib, and a legend of its series; the y axis is a share, written in percent."""
+    """What draw(axes) draws with matplotlib, and a legend of its series; y is a share in percent, x up to 100."""
     # a second that evaluations without a page need not wait
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -115,9 +128,9 @@ def chart(draw, names, x_label, y_label, alt):
     with rc_context({"axes.prop_cycle": cycler(color=SERIES), "font.size": 13, "axes.axisbelow": True}):
         drawn, file = Figure(figsize=(6.4, 3.2), layout="constrained"), io.BytesIO()
         axes = drawn.subplots()
-        draw(axes)
         axes.set(xlabel=x_label, ylabel=y_label, xlim=(0, 100))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+        draw(axes)
         axes.yaxis.grid(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
         drawn.savefig(file, format="svg", transparent=True)
@@ -143,17 +156,28 @@ def curves(series):
     return chart(draw, series, "threshold p, percent", "share with ratio below p", alt)
 
 
-def histogram(series):
-    """The distribution of the ratios as a chart; series: {name: ratio (N,)}."""
+def losses(gap):
+    """The mean losses of training and of held-out images over t as a chart."""
 
     def draw(axes):
-        for ratio in series.values():
-            count = torch.histc(100 * ratio.double(), 50, 0, 100) / len(ratio)
-            axes.stairs(count.numpy(), range(0, 102, 2), fill=True, alpha=0.55)
+        axes.plot(gap["t"], gap["training"])
+        axes.plot(gap["t"], gap["heldout"])
+        axes.set(xlim=(0, gap["t"][-1]), yscale="log")
 
-    medians = "; ".join(f"{name}: median {100 * ratio.median().item():.0f}" for name, ratio in series.items())
-    alt = f"Histogram of 100 d1 / mean(d1 .. d50). {medians}."
-    return chart(draw, series, "ratio, percent", "share of images", alt)
+    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: AUC {gap['best_auc']:.3f}"
+    numbers = "Of {:,} training and {:,} held-out images, with the same noise for all.".format(*gap["images"])
+    drawn = chart(draw, ("training", "held-out"), "t", "mean loss", f"Mean loss over t. {apart}.")
+    return f"{drawn}<p class=note>{numbers} {apart}.</p>"
+
+
+def all_columns(result):
+    """A table of the `COLUMNS` that a result has, beside what held-out images reach in their place."""
+    rows = []
+    for name, (value_of, form) in COLUMNS.items():
+        values = [value_of(numbers) for numbers in (result, result.get("holdout", {}))]
+        if values[0] is not None:
+            rows.append([name, *("" if value is None else form.format(value) for value in values)])
+    return table(["measure", "generated", "held-out"], rows)
 
 
 def pairs(generated, training, nearest, ratio):
@@ -194,22 +218,19 @@ def thresholds(result):
     return table(header, rows)
 
 
-def write_report(path, result, generated, training, nearest, ratio, holdout_ratio=None, skips=None):
+def write_report(path, result, generated, training, nearest, ratio, skips=None):
     """Write the page of one evaluation; returns its path as text.
 
     Args:
         path: of the .html.
         result: the dict of result.json.
-        generated: uint8 (N, 3, H, W); training: uint8 (M, 3, H, W).
+        generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
-        holdout_ratio: (L,) of held-out real images, the floor; None without them.
         skips: (M,) int64, how often training left each image out; None if it did not count.
     """
-    measured, ratios = {"generated": result}, {"generated": ratio}
+    all_thresholds = {"generated": [result["mq_curve"]]}
     if "holdout" in result:
-        measured["held-out real images"], ratios["held-out real images"] = result["holdout"], holdout_ratio
-    all_thresholds = curves({name: [numbers["mq_curve"]] for name, numbers in measured.items()})
-    tiles = "".join(f"<div>{escape(name)}<b>{text}</b></div>" for name, text in summary(result).items())
+        all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
     note = (
         "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
@@ -229,9 +250,9 @@ def write_report(path, result, generated, training, nearest, ratio, holdout_rati
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
-        ("Summary", f"<div class=tiles>{tiles}</div><p class=note>{note}</p>"),
-        ("Memorised quantity over all thresholds", all_thresholds + thresholds(result)),
-        ("Distribution of the ratios", histogram(ratios)),
+        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
+        ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
+        *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", of_training),
         ("Settings", f"<details><summary>All flags</summary>{used}</details>"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from absl import flags as absl_flags
 from PIL import Image
@@ -16,11 +17,12 @@ from PIL import Image
 import all_in
 from dataset import load_dataset
 from score.generate import generate_into
+from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import flags as training_flags
-from utils.errors import DataError
+from utils.errors import DataError, UsageError
 from utils.files import lock_directory
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
@@ -86,6 +88,9 @@ def test_memorisation_against_brute_force(evaluated):
     assert result["mq"] == {str(p): int((100 * ratio < p).sum()) for p in (15, 20, 30, 40, 50, 60, 70, 80, 90)}
     assert result["mq_fraction"]["90"] == result["mq"]["90"] / 24
     assert result["share_sqrt_d1_d2_below_third"] == np.mean(9 * ordered[:, 0] < ordered[:, 1])
+    nearest = distances.argmin(axis=1)
+    assert result["extracted"] == len(set(nearest[9 * ordered[:, 0] < ordered[:, 1]]))
+    assert "mirrored" not in result, "digits are trained without flips"
     own = brute_force(training, training)
     np.fill_diagonal(own, np.inf)
     authentic = ordered[:, 0] > own.min(axis=1)[distances.argmin(axis=1)]
@@ -105,6 +110,24 @@ def test_the_floor_against_brute_force(evaluated):
     for p, difference in result["mq_above_floor"].items():
         assert difference == pytest.approx(result["mq"][p] / 24 - np.mean(100 * ratio < int(p)))
     np.testing.assert_allclose(np.load(evaluated / "similar/holdout.npz")["ratio"], ratio, rtol=1e-6)
+    # the 24 images make one cell of all
+    of_images = brute_force(np.load(evaluated / "generate/generate.npy"), training).min(axis=1)
+    U = scipy.stats.mannwhitneyu(of_images, ordered[:, 0]).statistic
+    N, L = 24, len(heldout)
+    expected = {"c_t": pytest.approx((U - N * L / 2) / np.sqrt(N * L * (N + L + 1) / 12)), "c_t_cells": 1}
+    assert {key: result[key] for key in expected} == expected
+
+
+def test_precision_and_recall_of_pooled_pixels(evaluated):
+    """Of 8x8 images pooled pixels are pixels."""
+    data = load_dataset("digits", ".", 8, num_train=48)
+    generated, heldout = np.load(evaluated / "generate/generate.npy"), data.heldout.images.numpy()
+    between = np.concatenate([brute_force(part, generated) for part in np.array_split(heldout, 9)])
+    of_generated = np.sort(brute_force(generated, generated), axis=1)[:, 3]
+    of_heldout = [np.sort(brute_force(image[None], heldout)[0])[3] for image in heldout]
+    result = result_of(evaluated)
+    assert result["recall"] == pytest.approx((between <= of_generated).any(axis=1).mean())
+    assert result["precision"] == pytest.approx((of_heldout >= between.T).any(axis=1).mean())
 
 
 def test_result_says_everything(evaluated, checkpoint):
@@ -377,11 +400,23 @@ def test_images_of_another_origin_are_not_reused(checkpoint, tmp_path, capsys):
     assert len(set(seen)) == 5 and seen[3] == seen[5], "the other file has the raw weights in the place of the EMA's"
 
 
-def test_a_report_without_the_neighbours_of_the_floor_says_so(evaluated, checkpoint, tmp_path):
+def test_a_report_without_the_neighbours_of_its_images_says_so(evaluated, checkpoint, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
-    (tmp_path / "eval/similar/holdout.npz").unlink()
-    with pytest.raises(DataError, match=r"holdout.npz: no neighbours of these images: run the memorise stage"):
-        call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval"))
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=report", *eval_flags(tmp_path / "eval")]
+    with pytest.raises(DataError, match=r"memorization.npz: no neighbours of these images: run the memorise stage"):
+        call(*flags, "--num_train=40")
+    (tmp_path / "eval/similar/memorization.npz").unlink()
+    with pytest.raises(DataError, match=r"no memorization.npz in it: run the memorise stage"):
+        call(*flags)
+
+
+def test_damaged_neighbours_are_searched_again(evaluated, checkpoint, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    path = tmp_path / "eval/similar/memorization.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise,report", *eval_flags(tmp_path / "eval"))
+    assert "memorization.npz: not a readable .npz" in capsys.readouterr().err
+    assert result_of(tmp_path / "eval")["mq"] == result_of(evaluated)["mq"] and len(np.load(path)["ratio"]) == 24
 
 
 def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
@@ -416,3 +451,38 @@ def test_images_that_are_not_finite_are_counted_and_said(tmp_path, capsys):
     call(*PIXELS, f"--unet_dir={tmp_path}/ckpt1.pt", *eval_flags(tmp_path))
     assert "24 images held NaN or infinity" in capsys.readouterr().out
     assert result_of(tmp_path)["non_finite_images"] == 24 == result_of(tmp_path)["N"]
+
+
+def test_mirror_images_of_training_images_are_copies_where_training_flips(tmp_path):
+    images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    save_pngs(tmp_path / "training", images[:20])
+    save_pngs(tmp_path / "samples", torch.cat([images[:8].flip(-1), images[5:7], images[20:]]))
+    own = ["--dataset=folder", f"--data_root={tmp_path}/training", "--num_train=0", f"--samples={tmp_path}/samples"]
+    for flip, expected in (("--hflip", {"share_sqrt_d1_d2_below_third": 0.5, "extracted": 8}), ("--nohflip", None)):
+        call(*PIXELS, *own, flip, *eval_flags(tmp_path))
+        result = result_of(tmp_path)
+        assert (result["share_sqrt_d1_d2_below_third"], result["extracted"]) == (0.1, 2)
+        assert result.get("mirrored") == expected
+        assert ("mirrored too" in (tmp_path / "grid/report.html").read_text()) == (flip == "--hflip")
+    assert len(np.load(tmp_path / "similar/memorization_mirrored.npz")["index"]) == 20
+
+
+def test_the_gap_of_a_network_with_and_without_images(evaluated, checkpoint, tmp_path, capsys):
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout"]
+    call(*flags, "--stages=gap", *eval_flags(tmp_path / "none"))
+    alone = result_of(tmp_path / "none")
+    assert alone["N"] == 0 and alone["checkpoint"] == str(checkpoint) and "gap" in alone["seconds"]
+    assert alone["gap"]["images"] == [24, 24] and alone["gap"]["t"] == list(range(20))
+    assert f"AUC of losses {alone['gap']['auc']:.3f}" in capsys.readouterr().out
+
+    shutil.copytree(evaluated, tmp_path / "eval")
+    call(*flags, "--stages=gap,report", *eval_flags(tmp_path / "eval"))
+    result = result_of(tmp_path / "eval")
+    assert result["gap"] == alone["gap"] and result["mq"] == result_of(evaluated)["mq"]
+    assert f"At t = {alone['gap']['best_t']} they tell" in (tmp_path / "eval/grid/report.html").read_text()
+    with pytest.raises(UsageError, match=r"--unet_dir=.*: not the weights of the images in --generate_dir"):
+        call(*flags, "--stages=gap", "--use_ema=False", *eval_flags(tmp_path / "eval"))
+    with pytest.raises(UsageError, match=r"--stages=gap: no image of digits is held out"):
+        call(*flags, "--stages=gap", "--num_train=0", "--fid_reference=train", *eval_flags(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"--unet_dir: name a checkpoint"):
+        call(*PIXELS, "--stages=gap", *eval_flags(tmp_path / "none"))

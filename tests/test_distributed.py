@@ -207,6 +207,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
     for processes in (1, 3):
         flags = [*TINY_FLAGS, "--batch_size=4", "--num_images=19", "--unet_dir=log/global_ckpt_round3.pt"]
         flags += ["--inception_weights=inception.pth", "--num_train=13", *eval_flags(tmp_path / str(processes))]
+        flags += ["--stages=generate,score,memorise,gap,grid,report"]
         result = run_with(processes, "all_in.py", *flags, f"--fid_cache={processes}.npz", cwd=tmp_path)
         assert result.stdout.count("19 images against 13 training images") == 1
     one, three = tmp_path / "1", tmp_path / "3"
@@ -214,8 +215,11 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
     difference = np.abs(images[0] - images[1])
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
     results = [json.loads((path / "grid/result.json").read_text()) for path in (one, three)]
-    for name in ("fid", "is", "is_std", "auth_pct", "share_sqrt_d1_d2_below_third"):
+    names = ("fid", "is", "is_std", "auth_pct", "share_sqrt_d1_d2_below_third", "extracted", "precision", "recall")
+    for name in names:
         assert results[1][name] == pytest.approx(results[0][name], rel=1e-4), name
+    for name in ("training", "heldout", "auc"):
+        assert results[1]["gap"][name] == pytest.approx(results[0]["gap"][name], rel=1e-3), name
     assert results[0]["mq"] == results[1]["mq"] and results[1]["N"] == 19
     neighbors = [np.load(path / "similar/memorization.npz") for path in (one, three)]
     if difference.max() == 0:

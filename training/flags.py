@@ -23,7 +23,7 @@ from training.shards import PLACES, SPLITS, default_split
 from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
 
-STAGES = ("generate", "score", "memorise", "grid", "report")
+STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
 
 
 PATHS = []  # names of the flags that name files and directories: `parse` expands ~ in them
@@ -37,7 +37,11 @@ def DEFINE_path(name, default, help):  # noqa: N802 - as absl's
 # what to do
 flags.DEFINE_bool("train", False, "train (main, main_fed)")
 flags.DEFINE_bool("eval", False, "main: FID and IS of the raw and the EMA weights of a checkpoint")
-flags.DEFINE_list("stages", list(STAGES), f"all_in: what to do, in this order, of {','.join(STAGES)}")
+flags.DEFINE_list(
+    "stages",
+    [stage for stage in STAGES if stage != "gap"],
+    f"all_in: what to do, in this order, of {','.join(STAGES)}; gap compares losses of training and held-out images",
+)
 
 # UNet
 flags.DEFINE_integer("ch", 128, "base width of the UNet, a multiple of the groups", lower_bound=4)
