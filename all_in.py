@@ -20,7 +20,7 @@ from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality, evaluate, identity, known_neighbors
 from score.gap import denoising_gap
-from score.generate import generate_batches, generate_into
+from score.generate import MeanPrediction, generate_batches, generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
@@ -75,20 +75,23 @@ def take_directories(stages):
 
 
 def load_network(device):
-    """The network of the checkpoint that the flags name, and its file."""
-    path = checkpoint.find(FLAGS.unet_dir)
-    state = checkpoint.load(path, device)
-    if "flags" in state:
-        flags.take(FLAGS, state["flags"], path)
-        flags.check(FLAGS)
-    net = flags.unet(FLAGS, state, path).to(device)
-    checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
-    return net, path
+    """The network that the flags name and its files: of several checkpoints the mean of their predictions."""
+    names = FLAGS.unet_dir.split(",")
+    paths = [checkpoint.find(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
+    nets = []
+    for path in paths:
+        state = checkpoint.load(path, device)
+        if "flags" in state:
+            flags.take(FLAGS, state["flags"], path)
+            flags.check(FLAGS)
+        nets.append(flags.unet(FLAGS, state, path).to(device))
+        checkpoint.load_weights(nets[-1], checkpoint.weights(state, FLAGS.use_ema, path), path)
+    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths
 
 
 def training_settings(path):
-    """What run.json beside a checkpoint says of its training, or None; JSON values."""
-    path = path.with_name("run.json")
+    """What run.json of a checkpoint's log directory says of its training, or None; JSON values."""
+    path = (path.parent.parent if path.parent.name == "state" else path.parent) / "run.json"
     run = read_json(path) if path.exists() else None
     if not isinstance(run, dict) or "settings" not in run:
         return None
@@ -96,24 +99,29 @@ def training_settings(path):
     return run["settings"] | ({"changed": changes} if changes else {})
 
 
-def weights_of(path):
+def weights_of(paths):
     """What says which weights are evaluated."""
-    return {"checkpoint_sha256": file_hash(path), "weights": "ema" if FLAGS.use_ema else "raw"}
+    return {"checkpoint_sha256": " ".join(map(file_hash, paths)), "weights": "ema" if FLAGS.use_ema else "raw"}
 
 
-def generate_images(net, path, device):
+def names_of(paths):
+    """Checkpoint files as --unet_dir takes them."""
+    return ",".join(map(str, paths))
+
+
+def generate_images(net, paths, device):
     """Images of a network, kept in --generate_dir with what they were made from.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
-    origin = {**weights_of(path), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
+    origin = {**weights_of(paths), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
     origin |= {"num_labels": flags.labels_of(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     sampler = GaussianDiffusionSampler(torch.compile(net) if FLAGS.compile else net, **flags.sampler(FLAGS)).to(device)
 
     def batches(first):
         return generate_batches(sampler, **flags.generation(FLAGS), first=first)
 
-    about = {"checkpoint": str(path), "training": training_settings(path), "flags": flags.as_dict(FLAGS)}
+    about = {"checkpoint": names_of(paths), "training": training_settings(paths[0]), "flags": flags.as_dict(FLAGS)}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -137,19 +145,20 @@ def existing_images(needed):
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images(images, path):
-    """What result.json says of the images, or of the network in `path` if there are none, besides what is measured."""
+def about_images(images, paths):
+    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured."""
     if FLAGS.samples:
         return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
     if not len(images):
-        return {"checkpoint": str(path), **weights_of(path), "training": training_settings(path), "origin": None}
+        training = training_settings(paths[0])
+        return {"checkpoint": names_of(paths), **weights_of(paths), "training": training, "origin": None}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
     return {name: record[name] for name in names} | weights
 
 
-def find_gap(net, path, data, device):
+def find_gap(net, paths, data, device):
     """The `denoising_gap` of the network on --num_images training and as many held-out images, evenly spaced."""
     sets = []
     for part in (data.train, data.heldout):
@@ -157,7 +166,7 @@ def find_gap(net, path, data, device):
         labels = part.labels[rows] - int(FLAGS.legacy_labels) if FLAGS.use_labels else None
         sets.append((part.images[rows], labels))
     trainer = flags.call(FLAGS, GaussianDiffusionTrainer, net).to(device)
-    return {"gap": {"checkpoint": str(path), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
+    return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
 def neighbors_to_show(result, sets):
@@ -169,10 +178,15 @@ def neighbors_to_show(result, sets):
     return known[1][:, 0], memorization_ratio(known[0])
 
 
-def skip_counts(path, size):
-    """How often training left out each of `size` images, (size,) int64, or None where the checkpoint does not say."""
+def skip_counts(path, slot_image):
+    """How often training left out each of M images, (M,) int64, or None where the checkpoint does not say.
+
+    slot_image: (N,) int64, the image in each slot of the training set.
+    """
     counts = checkpoint.load(path).get("index_array") if path and Path(path).exists() else None
-    return counts if isinstance(counts, torch.Tensor) and counts.shape == (size,) else None
+    if not isinstance(counts, torch.Tensor) or counts.shape != slot_image.shape:
+        return None
+    return torch.zeros(int(slot_image.max()) + 1, dtype=torch.int64).index_add(0, slot_image, counts)
 
 
 def append_published_format(result):
@@ -209,19 +223,20 @@ def main():
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
     if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
         raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = path = weights = None
+    net = paths = weights = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
-        net, path = load_network(device)
+        net, paths = load_network(device)
     if "generate" not in stages:
         images = existing_images(needed=stages != {"gap"})
     elif FLAGS.save_png:
         png_names(FLAGS.generate_dir, FLAGS.num_images)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
+    slot_image, data = data.slot_image, data.without_copies()
     flags.check_data(FLAGS, data)
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
     if "gap" in stages:
@@ -234,9 +249,9 @@ def main():
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, path, device)
-    about = distributed.from_main(about_images(images, path) if distributed.is_main() else None)
-    if "gap" in stages and not FLAGS.samples and not weights_of(path).items() <= about.items():
+        images = generate_images(net, paths, device)
+    about = distributed.from_main(about_images(images, paths) if distributed.is_main() else None)
+    if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(
             f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "
             "name those, or other directories"
@@ -258,7 +273,7 @@ def main():
         search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip}
         is_new |= add(result, "memorise", lambda: evaluate(images, on_device, heldout, **search)[0])
     if "gap" in stages:
-        add(result, "gap", lambda: find_gap(net, path, data, device))
+        add(result, "gap", lambda: find_gap(net, paths, data, device))
     if distributed.is_main():
         if stages & {"grid", "report"}:
             shown = images, training, *neighbors_to_show(result, sets)
@@ -266,7 +281,7 @@ def main():
             add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
         if "report" in stages:
             page = Path(FLAGS.grid_dir) / "report.html"
-            skips = skip_counts(result["checkpoint"], len(training))
+            skips = skip_counts(result["checkpoint"], slot_image)
             add(result, "report", lambda: {"report": write_report(page, result, *shown, skips)})
         if is_new:
             append_published_format(result)

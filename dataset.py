@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections import namedtuple
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -55,11 +55,13 @@ class Dataset:
         """The number of each slot's image among the distinct ones: int64 (N,)."""
         return self.subset.unique(return_inverse=True)[1]
 
-    @property
-    def distinct(self):
-        """The training images, each once: uint8 (M, 3, H, W), in the order of `slot_image`."""
-        first = torch.cat([torch.ones(1, dtype=torch.bool), self.subset[1:] != self.subset[:-1]])
-        return self.train.images if bool(first.all()) else self.train.images[first]
+    def without_copies(self):
+        """The same with every training image once, in the order of `slot_image`: what measures are taken of."""
+        first = torch.ones(len(self.subset), dtype=torch.bool)
+        first[1:] = self.subset[1:] != self.subset[:-1]
+        if first.all():
+            return self
+        return replace(self, train=ImageSet(*(part[first] for part in self.train)), subset=self.subset[first])
 
 
 def load_dataset(

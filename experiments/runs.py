@@ -92,7 +92,7 @@ def values_of(command):
 def real_images():
     """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
     data = flags.call(values_of([f"--{flag}={value}" for flag, value in DATA.items()]), load_dataset, DATA["dataset"])
-    return data.distinct, data.slot_image.bincount() > 1, data.heldout.images
+    return data.without_copies().train.images, data.slot_image.bincount() > 1, data.heldout.images
 
 
 def measure(images):

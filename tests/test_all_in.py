@@ -16,6 +16,7 @@ from PIL import Image
 
 import all_in
 from dataset import load_dataset
+from diffusion import GaussianDiffusionSampler
 from score.generate import generate_into
 from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
@@ -24,6 +25,7 @@ from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import flags as training_flags
 from utils.errors import DataError, UsageError
 from utils.files import lock_directory
+from utils.seeding import sample_noise
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
 
@@ -486,3 +488,37 @@ def test_the_gap_of_a_network_with_and_without_images(evaluated, checkpoint, tmp
         call(*flags, "--stages=gap", "--num_train=0", "--fid_reference=train", *eval_flags(tmp_path / "none"))
     with pytest.raises(UsageError, match=r"--unet_dir: name a checkpoint"):
         call(*PIXELS, "--stages=gap", *eval_flags(tmp_path / "none"))
+
+
+def test_several_checkpoints_and_repeated_images(tmp_path):
+    """An ensemble of scores of shards that were never averaged; measures and skips are of distinct images."""
+    data = ["--num_train=30", "--duplicates=3", "--copies=7"]
+    training = ["--client_num=2", "--local_epoch=1", "--total_round=1", "--arr_ema_decay=0.2", "--mem_ratio=0.9"]
+    run("main_fed.py", "--train", *TINY_FLAGS, *data, *training, "--logdir=log", cwd=tmp_path)
+    shards = sorted(str(path) for path in (tmp_path / "log/state").glob("shard*.pt"))
+    flags = [*TINY_FLAGS, *data, "--num_images=6", "--fid_features=pixels", *eval_flags(tmp_path)]
+    run("all_in.py", *flags, f"--unet_dir={','.join(shards)}", cwd=tmp_path)
+    result = json.loads((tmp_path / "grid/result.json").read_text())
+    assert result["training_set_size"] == 30 and result["checkpoint"] == ",".join(shards)
+    assert result["training"]["copies"] == 7
+    index = np.load(tmp_path / "similar/memorization.npz")["index"]
+    assert index.shape == (6, 30) and all(sorted(row) == list(range(30)) for row in index)
+
+    nets = [tiny_unet(T=20, groups=8).eval() for _ in shards]
+    for net, path in zip(nets, shards, strict=True):
+        net.load_state_dict(torch.load(path, weights_only=True)["ema_model"])
+
+    def mean(x, t, labels):
+        return (nets[0](x, t, labels) + nets[1](x, t, labels)) / 2
+
+    sampler = GaussianDiffusionSampler(mean, 1e-4, 0.02, 20, 8, steps=4)
+    with torch.no_grad():
+        x_0 = sampler(sample_noise(12, range(6), (3, 8, 8), "cpu")())
+    expected = x_0.add(1).mul(127.5).clamp(0, 255).round()
+    generated = torch.from_numpy(np.load(tmp_path / "generate/generate.npy"))
+    assert (generated.float() - expected).abs().max() <= 1
+
+    run("all_in.py", *flags, "--unet_dir=log", cwd=tmp_path)
+    counts = torch.load(tmp_path / "log/global_ckpt_round1.pt", weights_only=True)["index_array"]
+    assert counts.shape == (48,) and counts.sum() > 0
+    assert "skipped most in training" in (tmp_path / "grid/report.html").read_text()
