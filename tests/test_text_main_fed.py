@@ -142,6 +142,13 @@ def test_everything_else_at_once(directory):
     ]
 
 
+def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
+    flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--logdir=fresh"]
+    run_module(MODULE, *flags, "--total_round=2", "--save_round=1", cwd=directory)
+    run_module(MODULE, *flags, "--total_round=1", "--fresh", "--overwrite", cwd=directory)
+    assert [path.name for path in (directory / "fresh").glob("checkpoint_round*")] == ["checkpoint_round1"]
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

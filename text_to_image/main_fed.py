@@ -31,6 +31,7 @@ from text_to_image.pipeline import (
     generate,
     libraries,
     load_pipeline,
+    remove_unets,
     save_unet,
 )
 from training import checkpoint
@@ -70,6 +71,8 @@ def train(data, pipeline, pipeline_hash, batches, device, logdir):
     skip_counts = torch.zeros(len(data.images), dtype=torch.int64, device=device)
     announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, shards=len(batches))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, pipeline_hash))
+    if FLAGS.fresh and distributed.is_main():
+        remove_unets(logdir)
     rounds_done, seconds = resume(shards, steps_per_round, skip_counts, directory)
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)

@@ -127,6 +127,14 @@ def save_unet(unet, folder):
         temporary.rename(folder)
 
 
+def remove_unets(logdir):
+    """Remove what `save_unet` has written in a log directory."""
+    for path in Path(logdir).glob("checkpoint_round*/unet"):
+        with writable(path, "it was to be removed, check the directory"):
+            shutil.rmtree(path)
+            path.parent.rmdir()
+
+
 def content_hash(folder, *parts):
     """SHA-256 of the names and contents of the files in a folder, or in those of its sub-folders, in hex."""
     digest = hashlib.sha256()
