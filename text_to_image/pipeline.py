@@ -132,7 +132,8 @@ def remove_unets(logdir):
     for path in Path(logdir).glob("checkpoint_round*/unet"):
         with writable(path, "it was to be removed, check the directory"):
             shutil.rmtree(path)
-            path.parent.rmdir()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def content_hash(folder, *parts):
