@@ -13,6 +13,7 @@ from tests.commands import ROOT, check, environment, read_jsonl, run_module
 from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline, tiny_pipeline
 from text_to_image.data import CaptionBatches, TextStates, load_folder
 from text_to_image.pipeline import encode_images, libraries
+from training.shards import make_shards
 
 MODULE = "text_to_image.main_fed"
 FLAGS = [
@@ -20,6 +21,10 @@ FLAGS = [
     "--batch_size=4", "--lr=1e-3", "--warmup=2", "--sample_step=0", "--device=cpu", "--log_step=1",
 ]  # fmt: skip
 THREE = ["--client_num=3", "--local_steps=3", "--total_round=2", "--mem_ratio=1.0", "--duplication=dup_both"]
+PLUS = [
+    "--client_num=3", "--local_steps=3", "--total_round=2", "--mem_ratio=1.0", "--exchange=ring", "--bank_bins=4",
+    "--augment_near_threshold", "--bar=50",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,8 @@ def test_one_shard_without_control_is_a_plain_training_loop_of_diffusers(directo
     pipeline = tiny_pipeline()
     states = TextStates(pipeline, [texts[0] for texts in data.captions], directory / "cache", "")
     batches = CaptionBatches(
-        encode_images(pipeline.vae, data.images), data.captions, states, torch.arange(16), torch.device("cpu"),
-        scaling_factor=0.18215, often=None, batch_size=4, T=1000, seed=12,
+        data.images, encode_images(pipeline.vae, data.images), data.captions, states, torch.arange(16),
+        torch.device("cpu"), scaling_factor=0.18215, often=None, batch_size=4, T=1000, seed=12,
     )  # fmt: skip
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config)
@@ -56,7 +61,7 @@ def test_one_shard_without_control_is_a_plain_training_loop_of_diffusers(directo
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8)
     schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=2)
     for step in range(5):
-        latents, states, t, noise, _ = batches(step)
+        latents, states, t, noise, *_ = batches(step)
         prediction = unet(scheduler.add_noise(latents, noise, t), t, states).sample
         loss = torch.nn.functional.mse_loss(prediction, scheduler.get_velocity(latents, noise, t))
         loss.backward()
@@ -81,7 +86,7 @@ def straight(directory):
 def test_average_is_the_mean_of_the_shards(straight):
     """Their files hold their weights before the last average: 6, 5 and 5 images."""
     shards = [torch.load(straight / f"state/shard{k}_step6.pt", weights_only=True) for k in range(3)]
-    assert [len(shard["skip_counts"]) for shard in shards] == [6, 5, 5]
+    assert [int((shard["skip_counts"] >= 0).sum()) for shard in shards] == [16] * 3
     for name, value in weights(straight / "checkpoint_round2").items():
         parts = [shard["net_model"][name].double().numpy() for shard in shards]
         np.testing.assert_allclose(value.numpy(), np.average(parts, axis=0, weights=[6, 5, 5]), rtol=1e-5, atol=1e-7)
@@ -97,9 +102,32 @@ def test_skips_are_counted_per_image_and_the_banks_filled(straight):
         assert bank.shape == (1000,) and 12 <= (bank > 0).sum() <= 24
 
 
+@pytest.fixture(scope="module")
+def plus(directory):
+    run_module(MODULE, *FLAGS, *PLUS, "--logdir=plus", cwd=directory)
+    return directory / "plus"
+
+
+def test_iet_agc_plus(plus):
+    """After round 1 shards exchange an image each in place of an average; samples near the threshold make steps."""
+    first, second = (torch.load(plus / f"state/average_round{r}.pt", weights_only=True) for r in (1, 2))
+    assert not first["averaged"] and second["averaged"]
+    before, after = make_shards(torch.zeros(16), 3, "contiguous", 12), second["shards"]
+    assert sorted(torch.cat(after).tolist()) == list(range(16))
+    for k in range(3):
+        assert len(set(before[k].tolist()) - set(after[k].tolist())) == 1
+        assert set(after[k].tolist()) - set(before[k].tolist()) <= set(before[k - 1].tolist())
+    shards = [torch.load(plus / f"state/shard{k}_step6.pt", weights_only=True) for k in range(3)]
+    assert all(shard["bank"].shape == (4,) for shard in shards)
+    adam = [state["step"].item() for shard in shards for state in shard["optim"]["state"].values()]
+    assert max(adam) > 6  # steps on augmented images are besides those of the schedule
+    assert all(shard["step"] == 6 for shard in shards)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, number):
-    flags = [*FLAGS, *THREE, "--save_step=1", f"--logdir=killed{number}"]
+def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, plus, number):
+    settings, expected = {signal.SIGKILL: (THREE, straight), signal.SIGTERM: (PLUS, plus)}[number]
+    flags = [*FLAGS, *settings, "--save_step=1", f"--logdir=killed{number}"]
     command = [sys.executable, "-m", MODULE, *flags]
     env = environment(PYTHONPATH=str(ROOT))
     process = subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -110,7 +138,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, num
     assert process.returncode == (143 if number == signal.SIGTERM else -9)
     done = run_module(MODULE, *flags, cwd=directory)
     assert "continuing in" in done.stdout
-    ours, theirs = weights(directory / f"killed{number}" / "checkpoint_round2"), weights(straight / "checkpoint_round2")
+    ours, theirs = (weights(folder / "checkpoint_round2") for folder in (directory / f"killed{number}", expected))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -140,6 +168,13 @@ def test_everything_else_at_once(directory):
         "average_round1.png",
         "shard0_step2.png",
     ]
+
+
+def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
+    flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--logdir=fresh"]
+    run_module(MODULE, *flags, "--total_round=2", "--save_round=1", cwd=directory)
+    run_module(MODULE, *flags, "--total_round=1", "--fresh", "--overwrite", cwd=directory)
+    assert [path.name for path in (directory / "fresh").glob("checkpoint_round*")] == ["checkpoint_round1"]
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,8 @@ def test_an_image_depends_on_its_own_noise_and_prompt_alone():
 def test_the_newest_unet_of_a_log_directory(tmp_path):
     unet = tiny_pipeline().unet
     for r in (5, 10):
-        save_unet(unet, tmp_path / f"checkpoint_round{r}")
-    save_unet(unet, tmp_path / "checkpoint_round10")  # again, as a continued run does
+        save_unet(unet, unet.state_dict(), tmp_path / f"checkpoint_round{r}")
+    save_unet(unet, unet.state_dict(), tmp_path / "checkpoint_round10")  # again, as a continued run does
     assert find_unet(tmp_path) == tmp_path / "checkpoint_round10" / "unet" == find_unet(tmp_path / "checkpoint_round10")
     assert equal(diffusers.UNet2DConditionModel.from_pretrained(find_unet(tmp_path), low_cpu_mem_usage=False), unet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_round10", "checkpoint_round5"]

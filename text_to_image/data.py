@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from text_to_image.pipeline import encode_captions
+from text_to_image.pipeline import encode_captions, latent_moments
 from training.batches import Batch, to_device
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
@@ -206,7 +206,8 @@ class CaptionBatches:
     """The batches of one shard, addressed by the shard's own step number, as `training.batches.ShardBatches`.
 
     Args:
-        moments: of all N images, of `encode_images`, in host memory.
+        images: (N, 3, H, W) uint8.
+        moments: of `encode_images`, in host memory.
         captions: N lists of texts, of `captions_of_mode`.
         states: `TextStates`.
         index: (M,) int64 numbers of the shard's images.
@@ -226,6 +227,7 @@ class CaptionBatches:
         UsageError: the shard is smaller than one batch.
     """
 
+    images: torch.Tensor
     moments: torch.Tensor
     captions: list
     states: TextStates
@@ -253,6 +255,11 @@ class CaptionBatches:
                 "lower --batch_size or --client_num, or use more images"
             )
         self.steps_per_epoch = len(self.index) // self.batch_size
+        self.use(self.index)
+
+    def use(self, index):
+        """Go on with other images, as many as before."""
+        self.index = index
         self._epoch = self._order = None  # the last order made, since every step of an epoch needs it
 
     def epoch_order(self, epoch):
@@ -306,3 +313,22 @@ class CaptionBatches:
             other = torch.randperm(B, generator=stream, device=device)
             text = weight * text + (1 - weight) * text[other]
         return Batch(x_0, text, t, eps, to_device(index, device))
+
+    def augmented(self, index, magnitude):
+        """The `Batch` of threshold-aware augmentation (Guan et al. 2025): RandAugment, then a fresh t and eps.
+
+        Draws from torch's default generator.
+
+        Args:
+            index: (B,) int64 numbers of images.
+            magnitude: of two operations on each image.
+        """
+        from torchvision.transforms import RandAugment  # takes a second, which only those wait who need it
+
+        augment = RandAugment(num_ops=2, magnitude=magnitude)
+        images = torch.stack([augment(image) for image in self.images[index]])
+        mean, deviation = latent_moments(self.states.pipeline.vae, images).to(self.device).unbind(1)
+        x_0 = self.scaling_factor * (mean + deviation * torch.randn_like(mean))
+        text = self.states([self.captions[i][0] for i in index.tolist()]).to(self.device)
+        t = torch.randint(self.T, (len(index),), device=self.device)
+        return Batch(x_0, text, t, torch.randn_like(x_0), to_device(index, self.device))

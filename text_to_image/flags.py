@@ -7,6 +7,7 @@ from absl import flags
 
 from dataset import fingerprint
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS
+from text_to_image.pipeline import content_hash
 from training import flags as shared
 from training.flags import DEFINE_path, as_flagfile, call  # noqa: F401 - call is for the scripts
 from utils import distributed
@@ -16,12 +17,13 @@ FLAGS = flags.FLAGS
 NOT_HERE = (
     "eval", "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
     "label_dropout", "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "eta", "dataset",
-    "img_size", "num_train", "subset_seed", "shift", "total_steps", "parallel", "data_device", "local_epoch",
-    "check_dir", "mid_T", "eval_step", "unet_dir", "Fed", "fid_use_torch", "holdout", "fid_reference",
+    "img_size", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "shift", "ambient_t",
+    "total_steps", "parallel", "data_device", "local_epoch", "check_dir", "mid_T", "eval_step", "unet_dir", "Fed",
+    "fid_use_torch", "holdout", "fid_reference",
 )  # fmt: skip
 DEFAULTS = {
     "client_num": 4, "total_round": 25, "save_round": 5, "mem_ratio": 1.25, "lr": 2.5e-6, "warmup": 5000,
-    "batch_size": 8, "ema_decay": 0.0, "hflip": True, "split": "contiguous", "logdir": "logs/text", "num_images": 4000,
+    "batch_size": 8, "ema_decay": 0.0, "hflip": True, "logdir": "logs/text", "num_images": 4000,
     "guidance": 7.5, "sample_size": 4, "sample_step": 2000,
     "use_labels": True, "num_labels": 1,  # what training.flags.check wants for --guidance
 }  # fmt: skip
@@ -30,6 +32,7 @@ for _name, _value in DEFAULTS.items():
 FLAGS["download"].help = "fetch --pretrained from the Hugging Face hub if it is not there"
 FLAGS["data_root"].help = "folder of the training images, or of its classes' sub-folders"
 FLAGS["hflip"].help = "mirror training images at random"
+FLAGS["split"].help = "how images go to shards; default: contiguous"
 FLAGS["sample_step"].help = "steps between two grids of images of the first captions; 0: none"
 FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
 
@@ -58,12 +61,13 @@ flags.DEFINE_bool("gradient_checkpointing", False, "compute activations twice, f
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (
-    "client_num", "split", "local_steps", "batch_size", "seed", "resolution", "unet_from_scratch", "duplication",
-    "weight_pc", "dup_weight",
+    "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_steps", "batch_size",
+    "seed", "bank_bins", "resolution", "unet_from_scratch", "duplication", "weight_pc", "dup_weight",
 )  # fmt: skip
 CHANGEABLE = (
-    "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "lr", "grad_clip", "warmup", "weight_decay",
-    "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise", "text_mixup",
+    "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar", "lr", "grad_clip",
+    "warmup", "weight_decay", "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise",
+    "text_mixup",
 )  # fmt: skip
 
 # the functions of training/flags.py go over the flags of that module
@@ -102,13 +106,25 @@ def check_pipeline(values, pipeline):
         raise UsageError(f"--resolution={values.resolution}: {what}, so give a multiple of {factor}")
 
 
-def logdir(values, data, pipeline_hash):
-    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside, for `CaptionedImages`."""
+def split_of(values):
+    """How images go to shards: the flag, else as in the paper."""
+    return "random" if values.reshard else values.split or "contiguous"
+
+
+def logdir(values, data, folder, unet_folder):
+    """Keyword arguments of `training.checkpoint.LogDirectory`, the path aside.
+
+    Args:
+        data: `CaptionedImages`.
+        folder, unet_folder: what the run starts from.
+    """
     settings = {"script": "text_to_image.main_fed"} | {name: values[name].value for name in FIXED + CHANGEABLE}
+    settings["split"] = split_of(values)
     content = {
         "training images (sha256)": fingerprint(data.images),
         "captions (sha256)": fingerprint(torch.frombuffer(bytearray(repr(data.captions).encode()), dtype=torch.uint8)),
-        "pipeline (sha256)": pipeline_hash,
+        "pipeline (sha256)": content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler"),
+        "unet (sha256)": content_hash(unet_folder),
     }
     once = {name: values[name].value for name in shared.ONCE}
     return {

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     startup.prepare()
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +31,16 @@ from text_to_image.pipeline import (
     generate,
     libraries,
     load_pipeline,
+    remove_unets,
     save_unet,
 )
 from training import checkpoint
-from training.agc import AntiGradientControl
+from training.agc import AntiGradientControl, NearThreshold
 from training.averaging import average_learners
 from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
-from training.shards import make_shards, number_of_step
+from training.shards import exchange, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
 from utils.seeding import derive_seed, sample_noise
@@ -47,30 +48,52 @@ from utils.seeding import derive_seed, sample_noise
 FLAGS = absl_flags.FLAGS
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shard:
-    """A part of the training images and the sub-model that trains on it."""
+    """A part of the training images and the sub-model that trains on it.
+
+    skip_counts: (N,) int64, how often the shard has skipped each image; round_counts: in this round, and for IET-AGC+
+    those near the threshold too.
+    """
 
     number: int
     batches: CaptionBatches
     learner: Learner
     agc: AntiGradientControl
+    skip_counts: torch.Tensor
+    round_counts: torch.Tensor
+    near_threshold: NearThreshold = field(default_factory=NearThreshold)
 
-    def state_dict(self, skip_counts):
-        """What the shard needs to continue. skip_counts (N,): of all training images."""
-        own = {"bank": self.agc.bank, "skip_counts": skip_counts[self.batches.index]}
-        return {**self.learner.state_dict(), **own}
+    def count(self, index, keep, near):
+        """Take in which images (B,) of a step were skipped and which were near the threshold."""
+        self.skip_counts.index_add_(0, index, (~keep).long())  # an image may be there more than once
+        self.round_counts.index_add_(0, index, (~keep | (near > 0)).long())
+
+    def state_dict(self):
+        """What the shard needs to continue."""
+        queue = {"near_index": self.near_threshold.index, "near": self.near_threshold.near}
+        counts = {"skip_counts": self.skip_counts, "round_counts": self.round_counts, "bank": self.agc.bank}
+        return {**self.learner.state_dict(), **counts, **queue}
+
+    def load_state_dict(self, state):
+        """Continue from a `state_dict`, the learner aside."""
+        self.agc.bank.copy_(state["bank"])
+        self.skip_counts.copy_(state["skip_counts"])
+        self.round_counts.copy_(state["round_counts"])
+        self.near_threshold.index, self.near_threshold.near = state["near_index"], state["near"]
 
 
-def train(data, pipeline, pipeline_hash, batches, device, logdir):
+def train(data, pipeline, folder, unet_folder, device, logdir):
     # what the run is made of
-    shards = make_shards_of_this_process(pipeline, batches, device)
-    shard_sizes = [len(shard.index) for shard in batches]
-    steps_per_round = [FLAGS.local_steps] * len(batches)
-    skip_counts = torch.zeros(len(data.images), dtype=torch.int64, device=device)
-    announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, shards=len(batches))
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, pipeline_hash))
-    rounds_done, seconds = resume(shards, steps_per_round, skip_counts, directory)
+    slots = slots_of_round(len(data.images), 1)
+    shards = make_shards_of_this_process(data, pipeline, folder, slots, device)
+    sizes = [len(index) for index in slots]
+    steps_per_round = [FLAGS.local_steps] * len(slots)
+    announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, shards=len(slots))
+    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
+    if FLAGS.fresh and distributed.is_main():
+        remove_unets(logdir)
+    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory)
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)
     sample = partial(preview, pipeline, data.captions)
@@ -78,16 +101,22 @@ def train(data, pipeline, pipeline_hash, batches, device, logdir):
 
     with Interruption() as interruption, logger:
         for r in range(rounds_done + 1, FLAGS.total_round + 1):
+            if FLAGS.reshard:
+                slots = slots_of_round(len(data.images), r)
             for shard in shards:
                 k, learner, last = shard.number, shard.learner, r * steps_per_round[shard.number]
+                shard.batches.use(slots[k])
                 with learner.on_device():
                     while learner.step < last:
                         torch.manual_seed(derive_seed(FLAGS.seed, "dropout", k, learner.step))
                         batch = shard.batches(learner.step)
                         losses = learner.losses(batch)
+                        near = shard.agc.near_threshold(losses, batch.t)
                         loss, keep = shard.agc(losses, batch.t)
                         numbers = learner.update(loss)
-                        skip_counts.index_add_(0, batch.index, (~keep).long())
+                        shard.count(batch.index, keep, near)
+                        if FLAGS.augment_near_threshold:
+                            augment(shard, batch, near)
 
                         step, stop = number_of_step(steps_per_round, k, learner.step), bool(interruption)
                         round_ends = learner.step == last
@@ -96,35 +125,75 @@ def train(data, pipeline, pipeline_hash, batches, device, logdir):
                             logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
-                            state = {**shard.state_dict(skip_counts), "seconds": logger.seconds}
+                            state = {**shard.state_dict(), "seconds": logger.seconds}
                             checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
             wait_for_all_shards(interruption, logdir)
-            average, ema_average = average_learners({shard.number: shard.learner for shard in shards}, shard_sizes)
-            all_counts = distributed.total(skip_counts.clone())
+            exchanges = exchange_is_due(r)
+            learners = {shard.number: shard.learner for shard in shards}
+            average, ema_average = average_learners(learners, sizes, replace=not exchanges)
+            if exchanges:
+                slots = exchange(slots, total_of(shards, "round_counts"), FLAGS.exchange_share)
+            all_counts = total_of(shards, "skip_counts")
+            for shard in shards:
+                shard.round_counts.zero_()
             logger.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
-                ema = shards[0].learner.ema
-                if FLAGS.sample_step:
+                if FLAGS.sample_step and not exchanges:
                     with shards[0].learner.on_device():
-                        logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(ema))
+                        logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema))
                 logger.flush()
+                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts}
+                state |= {"round": r, "averaged": not exchanges, "seconds": logger.seconds}
+                state |= {"shards": slots} if FLAGS.exchange != "off" else {}
                 if due(r, FLAGS.save_round) or r == FLAGS.total_round:
-                    save_unet(ema, logdir / f"checkpoint_round{r}")
-                state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts.cpu()}
-                state |= {"round": r, "seconds": logger.seconds}
+                    save_unet(shards[0].learner.net, ema_average, logdir / f"checkpoint_round{r}")
                 checkpoint.save_average(logdir, state, publish=False, keep=FLAGS.keep)
         logger.finish(sum(steps_per_round) * FLAGS.total_round)
 
 
-def resume(shards, steps_per_round, skip_counts, directory):
-    """Continue from the newest good files; returns the rounds done, and the seconds of training until then."""
+def slots_of_round(number, r):
+    """The numbers of the images, of so many, that each of the K shards has in round r, before any exchange."""
+    r = r - 1 if FLAGS.reshard else 0
+    return make_shards(torch.zeros(number), FLAGS.client_num, flags.split_of(FLAGS), FLAGS.seed, r=r)
+
+
+def exchange_is_due(r):
+    """Whether an exchange of images takes the place of the average after round r; the last round ends in an average."""
+    return FLAGS.exchange != "off" and (r + 1) % FLAGS.exchange_every == 0 and r < FLAGS.total_round
+
+
+def augment(shard, batch, near):
+    """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch of them if it is full."""
+    k, learner = shard.number, shard.learner
+    if full := shard.near_threshold.add(batch.index, near, FLAGS.batch_size):
+        torch.manual_seed(derive_seed(FLAGS.seed, "augment", k, learner.step))
+        learner.update(learner.losses(shard.batches.augmented(*full)).mean(), extra=True)
+
+
+def total_of(shards, name):
+    """Counts of all shards, of all processes: (N,) int64 on the CPU."""
+    return distributed.total(sum(getattr(shard, name) for shard in shards)).cpu()
+
+
+def resume(shards, steps_per_round, slots, directory):
+    """Continue from the newest good files; returns the rounds done, the seconds of training until then, the slots."""
     logdir = directory.path
     found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average, later = distributed.from_main(found)
-    seconds = checkpoint.restore_shards(shards, steps_per_round, skip_counts, logdir, r, steps, average)
+    r, steps, average_path, later = distributed.from_main(found)
+    average = checkpoint.load(average_path, check=False) if r else {"seconds": 0.0}
+    seconds = average["seconds"]
+    for shard in shards:
+        k = shard.number
+        if steps[k]:
+            state = checkpoint.restore_shard(shard, steps[k], logdir)
+            seconds = max(seconds, state["seconds"])
+        if r and steps[k] == r * steps_per_round[k]:
+            shard.round_counts.zero_()
+            if average["averaged"]:
+                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
     if r > FLAGS.total_round:
         raise UsageError(
             f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
@@ -135,45 +204,49 @@ def resume(shards, steps_per_round, skip_counts, directory):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
     elif later:
         print(f"{logdir}: nothing in it can be continued, starting anew")
-    return r, seconds
+    return r, seconds, average.get("shards", slots)
 
 
-def make_batches(data, pipeline, folder, device):
-    """The batches of all K shards: latents and text states are computed here, once."""
-    directory = Path(FLAGS.cache_dir or Path(FLAGS.data_root) / ".cache")
-    images_key = f"{content_hash(folder, 'vae')[:16]}_{fingerprint(data.images)[:16]}"
-    moments = cached(directory / f"latents_{images_key}.npy", lambda: encode_images(pipeline.vae, data.images))
-    captions = captions_of_mode(data, FLAGS.caption_mode, pipeline.tokenizer)
-    text_key = content_hash(folder, "text_encoder", "tokenizer")
-    states = TextStates(pipeline, [texts[0] for texts in captions], directory, text_key)
-    often = duplicated(len(data.images), FLAGS.weight_pc, FLAGS.seed)
-    settings = {"scaling_factor": pipeline.vae.config.scaling_factor, "often": often, "T": timesteps(pipeline)}
-    indices = make_shards(torch.zeros(len(data.images)), FLAGS.client_num, FLAGS.split, FLAGS.seed)
-    return [
-        flags.call(FLAGS, CaptionBatches, moments, captions, states, index, device, shard=k, **settings)
-        for k, index in enumerate(indices)
-    ]
-
-
-def timesteps(pipeline):
-    return pipeline.scheduler.config.num_train_timesteps
-
-
-def make_shards_of_this_process(pipeline, batches, device):
+def make_shards_of_this_process(data, pipeline, folder, slots, device):
     """Shard k is trained by process k mod P; all K sub-models start from the pipeline's UNet."""
     diffusers, _ = libraries()
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     objective = partial(LatentTrainer, scheduler=scheduler, parts=FLAGS.accumulate)
+    T = scheduler.config.num_train_timesteps
+    with distributed.main_first():
+        encoded = encode(data, pipeline, folder)
+    often = duplicated(len(data.images), FLAGS.weight_pc, FLAGS.seed)
+    own = {"scaling_factor": pipeline.vae.config.scaling_factor, "often": often, "T": T}
     shards = []
-    for number in range(distributed.rank(), len(batches), distributed.world_size()):
-        unet = copy.deepcopy(pipeline.unet).to(device)
-        own = {"ema_decay": FLAGS.ema_decay or None, "offload": FLAGS.shard_state == "cpu"}
-        learner = flags.call(FLAGS, Learner, unet, objective, **own)
+    for k, index in enumerate(slots):
+        batches = flags.call(FLAGS, CaptionBatches, data.images, *encoded, index, device, shard=k, **own)
+        if k % distributed.world_size() != distributed.rank():
+            continue
+        unet, ema_decay = copy.deepcopy(pipeline.unet).to(device), FLAGS.ema_decay or None
+        offload = FLAGS.shard_state == "cpu"
+        learner = flags.call(FLAGS, Learner, unet, objective, ema_decay=ema_decay, offload=offload)
         agc = AntiGradientControl(
-            timesteps(pipeline), FLAGS.mem_ratio, FLAGS.arr_ema_decay, FLAGS.anti_grad, FLAGS.anti_grad_weight
+            T,
+            FLAGS.mem_ratio,
+            FLAGS.arr_ema_decay,
+            FLAGS.anti_grad,
+            FLAGS.anti_grad_weight,
+            FLAGS.bank_bins,
+            FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
         ).to(device)
-        shards.append(Shard(number, batches[number], learner, agc))
+        counts = torch.zeros(2, len(data.images), dtype=torch.int64, device=device)
+        shards.append(Shard(k, batches, learner, agc, *counts))
     return shards
+
+
+def encode(data, pipeline, folder):
+    """Latents, captions and text states of all images, computed once and cached: see `CaptionBatches`."""
+    directory = Path(FLAGS.cache_dir or Path(FLAGS.data_root) / ".cache")
+    key = f"{content_hash(folder, 'vae')[:16]}_{fingerprint(data.images)[:16]}"
+    moments = cached(directory / f"latents_{key}.npy", lambda: encode_images(pipeline.vae, data.images))
+    captions = captions_of_mode(data, FLAGS.caption_mode, pipeline.tokenizer)
+    key = content_hash(folder, "text_encoder", "tokenizer")
+    return moments, captions, TextStates(pipeline, [texts[0] for texts in captions], directory, key)
 
 
 def wait_for_all_shards(interruption, logdir):
@@ -202,21 +275,19 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
-        data = flags.call(FLAGS, load_folder, FLAGS.data_root)
-        flags.check_data(FLAGS, data)
-        unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
-        pipeline = load_pipeline(folder, unet_folder)
-        if FLAGS.unet_from_scratch:
-            torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-            pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
-        if FLAGS.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        flags.check_pipeline(FLAGS, pipeline)
-        pipeline.vae.to(device)
-        pipeline.text_encoder.to(device)
-        batches = make_batches(data, pipeline, folder, device)
-    pipeline_hash = content_hash(folder, "vae", "text_encoder", "tokenizer") + content_hash(unet_folder)
-    train(data, pipeline, pipeline_hash, batches, device, Path(FLAGS.logdir))
+    data = flags.call(FLAGS, load_folder, FLAGS.data_root)
+    flags.check_data(FLAGS, data)
+    unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
+    pipeline = load_pipeline(folder, unet_folder)
+    flags.check_pipeline(FLAGS, pipeline)
+    if FLAGS.unet_from_scratch:
+        torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
+        pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
+    if FLAGS.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.vae.to(device)
+    pipeline.text_encoder.to(device)
+    train(data, pipeline, folder, unet_folder, device, Path(FLAGS.logdir))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -115,16 +116,27 @@ def find_unet(name):
     raise DataError(f"--unet={name}: no UNet in diffusers' format in it: name a folder with checkpoint_round*/unet")
 
 
-def save_unet(unet, folder):
-    """Write a UNet to `folder`/unet as diffusers does, so that the folder is there as a whole or not at all."""
+def save_unet(unet, weights, folder):
+    """Write `folder`/unet as diffusers does, with weights for this UNet; it is there as a whole or not at all."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with writable(folder, "check the directory and its space"):
         shutil.rmtree(temporary, ignore_errors=True)
-        unet.save_pretrained(temporary / "unet")
+        unet.save_config(temporary / "unet")
+        weights = {name: value.cpu().contiguous() for name, value in weights.items()}
+        save_file(weights, temporary / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         if folder.exists():  # of a start that has been killed since: the same weights
             shutil.rmtree(folder)
         temporary.rename(folder)
+
+
+def remove_unets(logdir):
+    """Remove what `save_unet` has written in a log directory."""
+    for path in Path(logdir).glob("checkpoint_round*/unet"):
+        with writable(path, "it was to be removed, check the directory"):
+            shutil.rmtree(path)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def content_hash(folder, *parts):
@@ -136,18 +148,17 @@ def content_hash(folder, *parts):
 
 
 @torch.no_grad()
-def encode_images(vae, images, batch_size=16):
-    """Mean and standard deviation of the latents of every image and of its mirror image.
+def latent_moments(vae, images):
+    """Mean and standard deviation of the latents of images (B, 3, H, W) uint8: (B, 2, C, h, w) float32."""
+    latents = vae.encode(normalize(images.to(vae.device))).latent_dist
+    return torch.stack([latents.mean, latents.std], dim=1)
 
-    images: (N, 3, H, W) uint8. Returns (N, 2, 2, C, h, w) float16: image or mirror image, mean or deviation.
-    """
-    blocks = []
-    for block in distributed.bar(images.split(batch_size), "encoding images", unit="batch", delay=1):
-        x = normalize(block.to(vae.device))
-        both = [vae.encode(view).latent_dist for view in (x, x.flip(-1))]
-        moments = [torch.stack([latents.mean, latents.std], dim=1) for latents in both]
-        blocks.append(torch.stack(moments, dim=1).half().cpu())
-    return torch.cat(blocks)
+
+def encode_images(vae, images, batch_size=16):
+    """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
+    blocks = distributed.bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
+    both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
+    return torch.cat(both)
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def make_pipeline():
     )
 
 
-def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-5):
+def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-7):
     """Squared error of the reconstruction and a little KL divergence; then the scaling factor of the latents."""
     x = normalize(images)
     optim = torch.optim.Adam(vae.parameters(), lr)
@@ -162,6 +162,7 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
         pipeline.unet, partial(LatentTrainer, scheduler=scheduler), lr=lr, warmup=100, grad_clip=1.0, ema_decay=0.99
     )
     batches = CaptionBatches(
+        data.images,
         encode_images(pipeline.vae, data.images),
         data.captions,
         TextStates(pipeline, [texts[0] for texts in data.captions], directory, "tiny"),

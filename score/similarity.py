@@ -1,0 +1,216 @@
+"""Copies in feature space: embeddings, an exact search by cosine similarity, and the published statistics of it.
+
+For SSCD (Pizzi et al. 2022, arXiv:2202.10261), CLIP, Inception, and the correlation of pixels. Somepalli et al. 2023
+(DCR, arXiv:2305.20086) call a generated image a copy where its largest similarity to a training image is above 0.5.
+"""
+
+import zipfile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from score.inception import Inception
+from score.memorization import memorization_ratio, memorized_quantity
+from utils import distributed
+from utils.errors import DataError, UsageError
+from utils.safe_files import one_line
+
+FEATURES = ("sscd", "inception", "clip", "pixels")
+COPY = 0.5  # similarity above which an image counts as a copy
+NEIGHBORS = 50
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# (shorter side, side of the centre, mean, standard deviation): as in the published scripts, and as SSCD's authors say
+PREPROCESS = {
+    "published": (256, 224, (0.5,) * 3, (0.5,) * 3),
+    "recommended": (288, 288, *IMAGENET),
+}
+CLIP_PREPROCESS = 224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class GeM(nn.Module):
+    """Generalised mean over the positions of an image: (B, C, H, W) to (B, C, 1, 1)."""
+
+    def __init__(self, p=3.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x.clamp(min=1e-6).pow(self.p).mean(dim=(2, 3), keepdim=True).pow(1 / self.p)
+
+
+def load_sscd(path, allow_torchscript=False):
+    """SSCD's network, which embeds preprocessed images: ResNet-50, GeM pooling and a linear layer.
+
+    Args:
+        path: sscd_disc_mixup.torchvision.pt or another with weights of that form, or a TorchScript file.
+        allow_torchscript: TorchScript files hold code, which is run.
+
+    Raises:
+        DataError: no such file, or it holds something else.
+        UsageError: it is TorchScript, and that is not allowed.
+    """
+    from torchvision.models import resnet50  # takes a second
+
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        if not allow_torchscript:
+            what = "is TorchScript, which runs code: take the .torchvision.pt file, or trust it by --allow_torchscript"
+            raise UsageError(f"--sscd={path}: {what}")
+        return torch.jit.load(path, map_location="cpu").eval()
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
+        network = resnet50(num_classes=len(weights["fc.weight"]))
+        network.avgpool = GeM()
+        network.load_state_dict(weights)
+        return network.eval().requires_grad_(False)
+    except Exception as error:  # a damaged or hostile file can make the unpickler raise anything
+        what = f"cannot be read as SSCD's weights for torchvision ({one_line(error)[:200]})"
+        raise DataError(f"--sscd={path}: {what}") from error
+
+
+def preprocess(images, shorter, side, mean, std):
+    """uint8 (B, 3, H, W): the shorter side resized, the centre cut out, normalised: float32 (B, 3, side, side)."""
+    H, W = images.shape[-2:]
+    size = [max(side, round(shorter * length / min(H, W))) for length in (H, W)]
+    x = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (mean, std))
+    return (x[:, :, top : top + side, left : left + side].clamp(0, 1) - mean) / std
+
+
+def load_clip(folder):
+    """transformers' CLIPModel and its tokenizer in a folder, from safetensors only; raises a DataError."""
+    from transformers import CLIPModel, CLIPTokenizer  # takes seconds
+
+    try:
+        model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        return model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of files that are missing or damaged
+        raise DataError(f"--clip={folder}: cannot be read as CLIP ({one_line(error)[:200]})") from error
+
+
+def make_embedding(features, device, *, sscd=None, how="published", allow_torchscript=False, inception=None, clip=None):
+    """A function of uint8 images (B, 3, H, W) that returns their features (B, D) float32, not yet normalised.
+
+    Args:
+        features: one of FEATURES; pixels: values less the image's mean, so that the similarity is their correlation.
+        sscd, how, allow_torchscript: SSCD's file, which of PREPROCESS, and of `load_sscd`.
+        inception: file of Inception weights.
+        clip: folder of `load_clip`.
+    """
+    if features == "pixels":
+        return lambda images: centred(images.to(device).flatten(1).float())
+    if features == "inception":
+        network = Inception(inception, device)
+        return lambda images: network(images)[0]
+    if features == "clip":
+        model = load_clip(clip)[0].to(device)
+        return lambda images: image_features(model, images)
+    network = load_sscd(sscd, allow_torchscript).to(device)
+    return lambda images: network(preprocess(images.to(device), *PREPROCESS[how]))
+
+
+def centred(rows):
+    return rows - rows.mean(dim=1, keepdim=True)
+
+
+def image_features(model, images):
+    """CLIP's features of uint8 images (B, 3, H, W): (B, D)."""
+    pixels = preprocess(images.to(model.device), *CLIP_PREPROCESS)
+    return model.visual_projection(model.vision_model(pixels).pooler_output)
+
+
+@torch.no_grad()
+def clip_scores(clip, images, captions, batch_size=64):
+    """100 times the cosine similarity of CLIP's features of every image and its caption: (N,) float32.
+
+    clip: of `load_clip`; images: (N, 3, H, W) uint8; captions: N texts.
+    """
+    (model, tokenizer), scores = clip, []
+    for start in range(0, len(images), batch_size):
+        texts = list(captions[start : start + batch_size])
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(model.device)
+        text = model.text_projection(model.text_model(**tokens).pooler_output)
+        image = image_features(model, images[start : start + batch_size])
+        scores.append(100 * F.cosine_similarity(image, text).cpu())
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def embed(embedding, images, batch_size=64):
+    """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32. The processes share the work."""
+    part = images[distributed.share(len(images))]
+    blocks = distributed.bar((part if len(part) else images[:1]).split(batch_size), "embedding", unit="batch", delay=1)
+    rows = torch.cat([F.normalize(embedding(block).float()) for block in blocks])
+    return distributed.join_rows(rows[: len(part)])
+
+
+@torch.no_grad()
+def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
+    """The k largest cosine similarities of every query to the keys, and whose they are.
+
+    Every pair is compared, in float32 without TF32: a similarity is exact to some 1e-6.
+
+    Args:
+        queries, keys: (N, D) and (M, D), of length 1, on one device.
+        k: all M if there are fewer.
+        batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
+
+    Returns:
+        similarity (N, k) float32, descending, and index (N, k) int64.
+    """
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    rows = []
+    for block in queries.split(batch_queries):
+        best, index = block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64, device=block.device)
+        for start in range(0, len(keys), batch_keys):
+            product = block @ keys[start : start + batch_keys].T
+            numbers = torch.arange(start, start + product.shape[1], device=block.device).expand_as(product)
+            both = torch.cat([best, product], dim=1).topk(min(k, start + product.shape[1]), dim=1)
+            best, index = both.values, torch.cat([index, numbers], dim=1).gather(1, both.indices)
+        rows.append((best, index))
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+
+
+def statistics(similarity, prefix):
+    """Mean, standard deviation, percentiles and the share of copies of (N,) similarities, by their published names."""
+    values = similarity.double().cpu().numpy()
+    percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
+    return {
+        f"{prefix}_mean": float(values.mean()),
+        f"{prefix}_std": float(values.std()),
+        **percentiles,
+        f"{prefix}_gt_05pc": float((values > COPY).mean()),
+    }
+
+
+def measures(queries, training, own=None):
+    """Criteria of one set of images in feature space, as JSON values, and their nearest training images.
+
+    Args:
+        queries, training: features (N, D) and (M, D), of length 1.
+        own: (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
+
+    Returns:
+        numbers: `statistics` of the largest similarities, own_image: the share whose nearest training image is the
+            prompt's own, and f_mem and mq_fraction as in `score.memorization`, of squared distances of features.
+        found: (similarity, index), (N, k), as `most_similar` returns them.
+    """
+    similarity, index = most_similar(queries, training, NEIGHBORS)
+    numbers = statistics(similarity[:, 0], "sim")
+    sq_distance = (2 - 2 * similarity.double()).clamp(min=0)
+    ratio = memorization_ratio(sq_distance)
+    numbers["mq_fraction"] = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio).items()}
+    first, second = sq_distance[:, 0], sq_distance[:, min(1, sq_distance.shape[1] - 1)]
+    numbers["f_mem"] = ((first == 0) | (9 * first < second)).double().mean().item()
+    if own is not None:
+        numbers["own_image"] = (index[:, 0] == own.to(index.device)).double().mean().item()
+    return numbers, (similarity, index)
+
+
+def background(training):
+    """`statistics` of the second largest similarity of every training image to all of them: the largest is itself."""
+    return statistics(most_similar(training, training, 2)[0][:, -1], "bg")
