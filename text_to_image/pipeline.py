@@ -118,16 +118,14 @@ def find_unet(name):
 
 def save_unet(unet, weights, folder):
     """Write `folder`/unet as diffusers does, with weights for this UNet; it is there as a whole or not at all."""
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    place, temporary = Path(folder) / "unet", Path(folder) / ".unet.tmp"
     with writable(folder, "check the directory and its space"):
         shutil.rmtree(temporary, ignore_errors=True)
-        unet.save_config(temporary / "unet")
+        unet.save_config(temporary)
         weights = {name: value.cpu().contiguous() for name, value in weights.items()}
-        save_file(weights, temporary / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        if folder.exists():  # of a start that has been killed since: the same weights
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        save_file(weights, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(place, ignore_errors=True)  # of a start that has been killed since: the same weights
+        temporary.rename(place)
 
 
 def remove_unets(logdir):
