@@ -126,8 +126,9 @@ def test_metadata_turns_a_picture_or_is_ignored(tmp_path, metadata, turned, form
     )
 
 
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png_chunk(kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +137,26 @@ def png_chunk(kind, data):
         png_chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2 * 10**6))),
         png_chunk(b"tEXt", b"key\0" + b"a" * 10**6),
         png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(np.random.default_rng(0).bytes(2 * 10**6))),
+        png_chunk(b"iCCP", b"profile"),
+        png_chunk(b"zTXt", b"key\0\7"),
+        png_chunk(b"tEXt", b"key\0text", crc=0),
+        png_chunk(b"eXIf", exif((0x0112, 3, b"\0\3\0\0"))[6:], crc=0),
+        png_chunk(b"gAMA", b""),
+        png_chunk(b"acTL", b""),
     ],
-    ids=["long text, compressed", "long text", "large profile"],
+    ids=[
+        "long text, compressed",
+        "long text",
+        "large profile",
+        "broken profile",
+        "unknown compression",
+        "checksum of a text",
+        "checksum of EXIF data",
+        "gamma",
+        "animation",
+    ],
 )
-def test_a_png_is_read_however_much_stands_beside_its_pixels(tmp_path, chunk):
+def test_a_png_is_read_whatever_stands_beside_its_pixels(tmp_path, chunk):
     pixels = random_images(1, 24, 16, seed=0)[0]
     Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif(ON_ITS_SIDE))
     whole = (tmp_path / "image.png").read_bytes()

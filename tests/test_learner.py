@@ -216,22 +216,6 @@ def test_conditional_training_moves_the_class_table():
     assert not table[0].any(), "the null class stays zero"
 
 
-def test_the_scale_of_the_loss_is_that_of_torch(monkeypatch):
-    """torch's GradScaler halves it after an overflow and doubles it after so many good steps in a row."""
-    monkeypatch.setattr("training.learner.FP16_GROWTH", 3)
-    ours, theirs = tiny_learner(precision="fp16"), torch.amp.GradScaler("cpu", growth_interval=3)
-    weight = torch.nn.Parameter(torch.ones(1))
-    optim = torch.optim.SGD([weight], lr=0.0)
-    for bad in (False, True, False, False, False, False, False, False, True, True, False):
-        ours.scale_loss(torch.tensor(not bad))
-        theirs.scale(weight.sum() * (torch.inf if bad else 1.0)).backward()
-        theirs.step(optim)
-        theirs.update()
-        optim.zero_grad()
-        state = theirs.state_dict()
-        assert ours.loss_scale == state["scale"] and ours.good_since_growth == state["_growth_tracker"]
-
-
 @pytest.mark.parametrize("fused", [False, True])
 def test_adam_goes_on_in_torch(fused):
     """What a checkpoint holds of it is what torch.optim.Adam saves."""

@@ -3,9 +3,7 @@
 All scripts accept all flags, so that they share flagfiles; a help text says so where a flag belongs to one script.
 """
 
-import codecs
 import inspect
-import itertools
 import json
 import os
 from pathlib import Path
@@ -157,29 +155,23 @@ DEFINE_path("inception_weights", None, "Inception weights file; default: torch h
 
 # what the weights of a network need to make images: a file of exported weights says it
 NETWORK_FLAGS = (
-    "ch", "ch_mult", "attn", "num_res_blocks", "num_labels", "use_labels", "legacy_labels", "beta_1", "beta_T", "T",
-    "mean_type", "img_size", "use_ema",
-)  # fmt: skip
+    "ch ch_mult attn num_res_blocks num_labels use_labels legacy_labels beta_1 beta_T T mean_type img_size use_ema"
+).split()
 # what a run's result depends on; FIXED: what it has saved depends on it too, so that --allow_change does not allow it
 FIXED = {
-    "main": ("ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "num_labels", "use_labels", "T", "img_size"),
+    "main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split(),
     "main_fed": (
-        "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_epoch", "batch_size",
-        "seed", "dataset", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "bank_bins",
-        "check_dir",
-    ),
-}  # fmt: skip
+        "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed dataset num_train "
+        "subset_seed duplicates copies duplicates_in bank_bins check_dir"
+    ).split(),
+}
 CHANGEABLE = {
     "main": (
-        "dropout", "label_dropout", "beta_1", "beta_T", "mean_type", "dataset", "num_train", "subset_seed",
-        "duplicates", "copies", "hflip", "shift", "ambient_t", "lr", "grad_clip", "warmup", "batch_size", "ema_decay",
-        "precision", "seed",
-    ),
-    "main_fed": (
-        "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar",
-    ),
-}  # fmt: skip
-
+        "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip shift "
+        "ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
+    ).split(),
+    "main_fed": "anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar".split(),
+}
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
 
 for _names, _test, _range in (
@@ -195,58 +187,50 @@ for _names, _test, _range in (
 def parse(values, argv):
     """Parse a command line, its program first, into absl's `values`; returns what is no flag.
 
-    --flagfile is read here. What comes later wins, as a whole where a flag is given several times: its values in one
-    flagfile, or on the command line, replace those of an earlier one.
+    --flagfile is read here. What comes later wins, of flags that repeat as a whole: those in a flagfile, or after it,
+    replace those before it.
 
     Raises:
         UsageError, flags.Error: what cannot be parsed.
     """
-    found = list(split(argv[1:], values))
-    last = {name: source for source, name, _ in found}
-    kept = [words for source, name, words in found if not is_list(values, name) or source == last[name]]
-    positional = values([argv[0], *itertools.chain(*kept)])[1:]
+    positional, lists = [], {name for name in values if isinstance(values[name], flags.MultiFlag)}
+    for words in parts(argv[1:]):
+        for name in lists & {word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")}:
+            values[name].present = 0  # absl adds to a list that is present
+        positional += values([argv[0], *words])[1:]
     for name in PATHS:
         if values[name].value:  # an unknown user's ~ stays, as in a shell
             values[name].value = os.path.expanduser(values[name].value)  # noqa: PTH111
     return positional
 
 
-def is_list(values, name):
-    return name in values and isinstance(values[name], flags.MultiFlag)
-
-
-def split(words, values, opened=()):
-    """(source, name of the flag, its words) of every flag in words, those of flagfiles in their place.
-
-    source: the flagfiles that the words come from, the innermost last, and a number for every one.
-    """
-    source, words = object(), iter(words)
+def parts(words, opened=()):
+    """The words of a command line up to a flagfile, those of the flagfile, and so on; `opened`: flagfiles around it."""
+    part, words = [], iter(words)
     for word in words:
-        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
-        if word == "--" or not word.startswith("-"):
-            yield source, "", [word, *(words if word == "--" else ())]
-        elif name == "flagfile":
+        name, equals, value = word.partition("=")
+        if name in ("-flagfile", "--flagfile"):
             path = Path(os.path.expanduser(value if equals else next(words, "")))  # noqa: PTH111
             if path.resolve() in opened:
                 raise UsageError(f"--flagfile={path}: it includes itself: remove that line from {opened[-1]}")
-            yield from split(read_flagfile(path), values, (*opened, path.resolve()))
+            yield part
+            yield from parts(read_flagfile(path), (*opened, path.resolve()))
+            part = []
         else:
-            takes_next = not equals and name in values and not values[name].boolean
-            yield source, name, [word, *itertools.islice(words, int(takes_next))]
+            part.append(word)
+    yield part
 
 
 def read_flagfile(path):
-    """The lines of a flagfile without blank ones and comments. UTF-8, or UTF-16 with a byte order mark.
+    """The lines of a flagfile in UTF-8, without blank ones and comments.
 
     Bytes that are no UTF-8 are kept, for names of files. A line in double quotes is JSON: see `as_flagfile`.
     """
     try:
-        data = path.read_bytes()
-        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode("utf-16") if is_utf16 else data.decode("utf-8-sig", "surrogateescape")
+        text = path.read_text("utf-8-sig", "surrogateescape")
         if "\0" in text:
-            raise ValueError("it holds zero bytes")
-        lines = [line.strip(" \t\f\v") for line in text.replace("\r", "\n").split("\n")]
+            raise ValueError("it holds zero bytes, as UTF-16 does")
+        lines = [line.strip() for line in text.split("\n")]
         lines = [line for line in lines if line and not line.startswith(("#", "//"))]
         return [json.loads(line) if line.startswith('"') else line for line in lines]
     except (OSError, ValueError) as error:
@@ -444,5 +428,5 @@ def as_flagfile(values):
     lines = []
     for flag in values.get_key_flags_for_module(__name__):
         if flag.name not in ONCE and (text := flag.serialize()):
-            lines += text.split("\n") if is_list(values, flag.name) else [text]
+            lines += text.split("\n") if isinstance(flag, flags.MultiFlag) else [text]
     return "".join(f"{line if line.isprintable() and line == line.strip() else json.dumps(line)}\n" for line in lines)

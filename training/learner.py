@@ -11,8 +11,6 @@ from utils import distributed
 
 # the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP16_SCALE = 2.0**16  # of the loss at the start: halved when a gradient overflows, doubled after FP16_GROWTH good steps
-FP16_GROWTH = 2000
 
 # torch's, without the decorators that load torch's compiler, which takes more than a second at every start
 METHODS = ("add_param_group", "state_dict", "load_state_dict", "step")
@@ -66,9 +64,7 @@ class Learner:
         self.optim = (AdamW if weight_decay else Adam)(net.parameters(), lr, weight_decay=weight_decay, fused=True)
         self.base_lr, self.warmup, self.grad_clip, self.ema_decay = lr, warmup, grad_clip, ema_decay
         self.dtype = PRECISIONS[precision]
-        self.is_fp16 = self.dtype == torch.float16
-        self.loss_scale = torch.tensor(FP16_SCALE if self.is_fp16 else 1.0, device=self.device)
-        self.good_since_growth = torch.zeros((), dtype=torch.int32, device=self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.share_batches, self.offload = share_batches, offload
         self.step = 0
         self.weights = parameters_to_vector(net.parameters()).detach()
@@ -105,31 +101,24 @@ class Learner:
             Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
         """
         self.net.zero_grad()
-        (self.loss_scale * loss).backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optim)
         loss = loss.detach()
         if self.share_batches:
             loss = distributed.total(loss.clone()) / distributed.world_size()
-        norm = get_total_norm([parameter.grad for parameter in self.parameters]) / self.loss_scale
+        norm = get_total_norm([parameter.grad for parameter in self.parameters])
         applied = norm.isfinite() & loss.isfinite()
         # fused Adam reads these, as torch's GradScaler sets them: a divisor of the gradient, and whether to do nothing
-        self.optim.grad_scale = self.loss_scale * ((norm + 1e-6) / self.grad_clip).clamp(min=1)
+        self.optim.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
         with torch.no_grad():
             self.optim.step()
             if self.ema is not self.net:
                 self.ema_weights.lerp_(self.weights, (1 - self.ema_decay) * applied)
-        if self.is_fp16:
-            self.scale_loss(applied)
+        self.scaler.update()
         self.step += not extra
         return {"loss": loss, "applied": applied, "lr": lr}
-
-    def scale_loss(self, applied):
-        """Set the factor of the next loss, as torch's GradScaler does."""
-        self.good_since_growth.add_(1).mul_(applied)
-        grown = self.good_since_growth == FP16_GROWTH
-        self.good_since_growth.mul_(~grown)
-        self.loss_scale.mul_(torch.where(applied, 1 + grown.float(), 0.5))
 
     @contextmanager
     def on_device(self):
@@ -174,7 +163,7 @@ class Learner:
                 "lr_lambdas": [None],
             },
             "optim": self.optim.state_dict(),
-            "scaler": {"scale": self.loss_scale, "_growth_tracker": self.good_since_growth} if self.is_fp16 else {},
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
         }
 
@@ -182,7 +171,6 @@ class Learner:
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         self.optim.load_state_dict(state["optim"])
-        if self.is_fp16 and state["scaler"]:
-            self.loss_scale.fill_(state["scaler"]["scale"])
-            self.good_since_growth.fill_(state["scaler"]["_growth_tracker"])
+        if state["scaler"]:  # of a run in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

@@ -15,6 +15,10 @@ from utils.errors import DataError
 MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpacked archives 178 MiB
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
 
+# of cgroups of version 1 and 2: where they are, names of files, and what memory.stat calls a group with those below it
+CGROUPS_1 = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+CGROUPS_2 = "sys/fs/cgroup", "memory.max", "memory.current", ""
+
 
 def one_line(error):
     """What an exception says, on one line and without the path that an `OSError` repeats; its type if it is silent."""
@@ -22,7 +26,7 @@ def one_line(error):
 
 
 def available_memory(root=Path("/")):
-    """Bytes that this process can have: what the kernel calls available, or what cgroups (version 2) leave of it.
+    """Bytes that this process can have: what the kernel calls available, or what its cgroups leave of it.
 
     The pages of files that the kernel keeps do not count as used. `root`: where proc and sys are.
     """
@@ -31,14 +35,17 @@ def available_memory(root=Path("/")):
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except FileNotFoundError:  # not Linux
         return math.inf
-    # in a container the name can be the host's: its own group is the top then, and all there is
-    for group in (root / "sys/fs/cgroup" / line[4:] for line in groups if line.startswith("0::/")):
+    for _, controllers, name in (line.split(":", 2) for line in groups):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, limit, usage, whole = CGROUPS_1 if controllers else CGROUPS_2
+        group = root / top / name.lstrip("/")
+        # in a container the name can be the host's: its own group is the top then, and all there is
         for directory in (group, *group.parents):
-            limit = directory / "memory.max"
-            if limit.exists() and (text := limit.read_text().strip()) != "max":
+            if (directory / limit).exists() and (text := (directory / limit).read_text().strip()) != "max":
                 stat = read_numbers(directory / "memory.stat")
-                files = stat["active_file"] + stat["inactive_file"]
-                available = min(available, int(text) - int((directory / "memory.current").read_text()) + files)
+                files = stat[f"{whole}active_file"] + stat[f"{whole}inactive_file"]
+                available = min(available, int(text) - int((directory / usage).read_text()) + files)
     return max(0, available)
 
 
