@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
     startup.prepare()
 
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,54 +22,19 @@ from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.generate import draw_labels
 from training import checkpoint, flags
-from training.agc import AntiGradientControl, NearThreshold
 from training.averaging import average_learners
 from training.batches import ShardBatches
+from training.ensemble import Shard, resume, total_of, wait_for_all_shards
 from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
-from training.shards import exchange, make_shards, number_of_step
+from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
 from utils.seeding import derive_seed, generator
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard
-
-
-@dataclass
-class Shard:
-    """A part of the training images and the sub-model that trains on it.
-
-    skip_counts: (N,) int64, how often the shard has skipped each image; round_counts: in this round, and for IET-AGC+
-    those near the threshold too.
-    """
-
-    number: int
-    batches: ShardBatches
-    learner: Learner
-    agc: AntiGradientControl
-    skip_counts: torch.Tensor
-    round_counts: torch.Tensor
-    near_threshold: NearThreshold = field(default_factory=NearThreshold)
-
-    def count(self, index, keep, near):
-        """Take in which images (B,) of a step were skipped and which were near the threshold."""
-        self.skip_counts[index] += ~keep
-        self.round_counts[index] += ~keep | (near > 0)
-
-    def state_dict(self):
-        """What the shard needs to continue."""
-        queue = {"near_index": self.near_threshold.index, "near": self.near_threshold.near}
-        counts = {"skip_counts": self.skip_counts, "round_counts": self.round_counts, "bank": self.agc.bank}
-        return {**self.learner.state_dict(), "norm_groups": self.learner.net.groups, **counts, **queue}
-
-    def load_state_dict(self, state):
-        """Continue from a `state_dict`, the learner aside."""
-        self.agc.bank.copy_(state["bank"])
-        self.skip_counts.copy_(state["skip_counts"])
-        self.round_counts.copy_(state["round_counts"])
-        self.near_threshold.index, self.near_threshold.near = state["near_index"], state["near"]
 
 
 def train(data, device, logdir):
@@ -84,7 +48,7 @@ def train(data, device, logdir):
     steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
     announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory)
+    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory, FLAGS.total_round)
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
     logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
@@ -106,7 +70,7 @@ def train(data, device, logdir):
                         numbers = learner.update(loss)
                         shard.count(batch.index, keep, near)
                         if FLAGS.augment_near_threshold:
-                            augment(shard, batch, near)
+                            shard.augment(batch.index, near, FLAGS.seed)
 
                         step, stop = number_of_step(steps_per_round, k, learner.step), bool(interruption)
                         round_ends = learner.step == last
@@ -115,13 +79,13 @@ def train(data, device, logdir):
                             logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
-                            state = {**shard.state_dict(), "seconds": logger.seconds}
+                            state = {**shard.state_dict(), "norm_groups": net.groups, "seconds": logger.seconds}
                             checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
             wait_for_all_shards(interruption, logdir)
-            exchanges = exchange_is_due(r)
+            exchanges = flags.call(FLAGS, exchange_is_due, r)
             learners = {shard.number: shard.learner for shard in shards}
             average, ema_average = average_learners(learners, sizes, replace=not exchanges)
             if exchanges:
@@ -150,53 +114,6 @@ def slots_of_round(data, r):
     return make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed, slot_image, FLAGS.duplicates_in, r)
 
 
-def exchange_is_due(r):
-    """Whether an exchange of images takes the place of the average after round r; the last round ends in an average."""
-    return FLAGS.exchange != "off" and (r + 1) % FLAGS.exchange_every == 0 and r < FLAGS.total_round
-
-
-def augment(shard, batch, near):
-    """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch of them if it is full."""
-    k, learner = shard.number, shard.learner
-    if full := shard.near_threshold.add(batch.index, near, FLAGS.batch_size):
-        torch.manual_seed(derive_seed(FLAGS.seed, "augment", k, learner.step))
-        learner.update(learner.losses(shard.batches.augmented(*full)).mean(), extra=True)
-
-
-def total_of(shards, name):
-    """Counts of all shards, of all processes: (N,) int64 on the CPU."""
-    return distributed.total(sum(getattr(shard, name) for shard in shards)).cpu()
-
-
-def resume(shards, steps_per_round, slots, directory):
-    """Continue from the newest good files; returns the rounds done, the seconds of training until then, the slots."""
-    logdir = directory.path
-    found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average_path, later = distributed.from_main(found)
-    average = checkpoint.load(average_path, check=False) if r else {"seconds": 0.0}
-    seconds = average["seconds"]
-    for shard in shards:
-        k = shard.number
-        if steps[k]:
-            state = checkpoint.restore_shard(shard, steps[k], logdir)
-            seconds = max(seconds, state["seconds"])
-        if r and steps[k] == r * steps_per_round[k]:
-            shard.round_counts.zero_()
-            if average["averaged"]:
-                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-    if r > FLAGS.total_round:
-        raise UsageError(
-            f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
-            "another --logdir"
-        )
-    directory.begin(sum(steps), later)
-    if any(steps):
-        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    elif later:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
-    return r, seconds, average.get("shards", slots)
-
-
 def make_shards_of_this_process(data, images, slots, device):
     """Shard k is trained by process k mod P; all K sub-models start from the same weights."""
     start = checkpoint.load(FLAGS.check_dir) if FLAGS.check_dir else None
@@ -215,28 +132,10 @@ def make_shards_of_this_process(data, images, slots, device):
             for network, use_ema in ((learner.net, False), (learner.ema, True)):
                 weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
                 checkpoint.load_weights(network, weights, FLAGS.check_dir)
-        agc = AntiGradientControl(
-            FLAGS.T,
-            FLAGS.mem_ratio,
-            FLAGS.arr_ema_decay,
-            FLAGS.anti_grad,
-            FLAGS.anti_grad_weight,
-            FLAGS.bank_bins,
-            FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
-        ).to(device)
+        agc = flags.agc(FLAGS, FLAGS.T).to(device)
         counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, agc, *counts))
     return shards
-
-
-def wait_for_all_shards(interruption, logdir):
-    """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
-    try:
-        distributed.barrier()
-    except RuntimeError:  # another process has gone
-        if interruption:
-            interruption.exit(logdir)
-        raise
 
 
 def sample(net):

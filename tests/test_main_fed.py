@@ -137,20 +137,21 @@ def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
 
 ARMS = {
     "IET-AGC+": ["--exchange=ring", "--augment_near_threshold", "--bar=4", "--mem_ratio=0.9", "--bank_bins=2"],
-    "reshuffled": ["--reshard"],
-    "local SGD": ["--split=all"],
-    "ambient": ["--ambient_t=8"],
-    "duplicates": ["--num_train=36", "--duplicates=3", "--copies=5", "--duplicates_in=cluster"],
-}
+    "reshuffled copies, ambient": [
+        "--reshard", "--ambient_t=8", "--num_train=36", "--duplicates=3", "--copies=5", "--duplicates_in=cluster",
+    ],
+    "local SGD": ["--split=all", "--total_round=3", "--local_epoch=1"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_continues_exactly(arm, tmp_path):
     """From the middle of a round after an exchange, or a new partition, and with another number of processes."""
-    flags = [*SETTINGS, *ARMS[arm], "--total_round=4", "--save_step=2", "--keep=50", "--logdir=log"]
+    flags = [*SETTINGS, "--total_round=4", *ARMS[arm], "--save_step=2", "--keep=50", "--logdir=log"]
     run("main_fed.py", "--train", *flags, cwd=tmp_path)
     log = tmp_path / "log"
-    per_round = max(int(path.stem.split("step")[1]) for path in log.glob("state/shard0_step*.pt")) // 4
+    rounds = len(list(log.glob("global_ckpt_round*.pt")))
+    per_round = max(int(path.stem.split("step")[1]) for path in log.glob("state/shard0_step*.pt")) // rounds
     expected = {path.name: load(path) for path in log.glob("**/*.pt")}
     for path in log.glob("**/*.pt"):
         number = int(re.search(r"(\d+)\.pt", path.name)[1])

@@ -17,7 +17,7 @@ from model import UNet
 from score.generate import generate_batches
 from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
-from training.agc import ANTI_GRADS
+from training.agc import ANTI_GRADS, AntiGradientControl
 from training.learner import PRECISIONS
 from training.shards import PLACES, SPLITS, default_split
 from utils.errors import DataError, UsageError
@@ -388,6 +388,13 @@ def unet(values, checkpoint=None, path=None):
     """The `UNet` of the flags, with the groups that `norm_groups` finds."""
     groups = norm_groups(values, checkpoint, path)
     return call(values, UNet, groups=groups, num_labels=labels_of(values))
+
+
+def agc(values, T):
+    """The `AntiGradientControl` of the flags, for T timesteps."""
+    bar = values.bar if values.augment_near_threshold else 1.0
+    control = (values.mem_ratio, values.arr_ema_decay, values.anti_grad, values.anti_grad_weight)
+    return AntiGradientControl(T, *control, values.bank_bins, bar)
 
 
 def sampler(values):

@@ -86,6 +86,15 @@ def exchange(shards, counts, share):
     return [torch.cat([order[number:], given[k - 1]]).sort().values for k, order in enumerate(orders)]
 
 
+def exchange_is_due(r, total_round, exchange, exchange_every):
+    """Whether an exchange of images takes the place of the average after round r, from 1.
+
+    It does after every round before a multiple of exchange_every, if `exchange` is not "off"; the last round of
+    total_round ends in an average.
+    """
+    return exchange != "off" and (r + 1) % exchange_every == 0 and r < total_round
+
+
 def number_of_step(steps_per_round, shard, step):
     """The number in the whole run, from 1, of a shard's own step number `step`, from 1.
 
