@@ -21,7 +21,7 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.generate import draw_labels
+from score.generate import grid_noise
 from training import checkpoint, flags
 from training.agc import AntiGradientControl, NearThreshold
 from training.averaging import average_learners
@@ -32,7 +32,7 @@ from training.logger import Logger, due
 from training.shards import exchange, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
-from utils.seeding import derive_seed, generator
+from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard
@@ -84,7 +84,8 @@ def train(data, device, logdir):
     steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
     announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory)
+    rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    slots = exchanged or slots
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
     logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
@@ -120,13 +121,14 @@ def train(data, device, logdir):
                         if stop:
                             interruption.exit(logdir)
 
-            wait_for_all_shards(interruption, logdir)
-            exchanges = exchange_is_due(r)
+            interruption.wait_for_all(logdir)
+            exchanges = FLAGS.exchange != "off" and (r + 1) % FLAGS.exchange_every == 0 and r < FLAGS.total_round
             learners = {shard.number: shard.learner for shard in shards}
             average, ema_average = average_learners(learners, sizes, replace=not exchanges)
             if exchanges:
-                slots = exchange(slots, total_of(shards, "round_counts"), FLAGS.exchange_share)
-            all_counts = total_of(shards, "skip_counts")
+                round_counts = distributed.total(sum(shard.round_counts for shard in shards)).cpu()
+                slots = exchange(slots, round_counts, FLAGS.exchange_share)
+            all_counts = distributed.total(sum(shard.skip_counts for shard in shards)).cpu()
             for shard in shards:
                 shard.round_counts.zero_()
             logger.memorization(all_counts, {shard.number: shard.agc.bank for shard in shards}, r)
@@ -150,51 +152,12 @@ def slots_of_round(data, r):
     return make_shards(data.train.labels, FLAGS.client_num, split, FLAGS.seed, slot_image, FLAGS.duplicates_in, r)
 
 
-def exchange_is_due(r):
-    """Whether an exchange of images takes the place of the average after round r; the last round ends in an average."""
-    return FLAGS.exchange != "off" and (r + 1) % FLAGS.exchange_every == 0 and r < FLAGS.total_round
-
-
 def augment(shard, batch, near):
     """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch of them if it is full."""
     k, learner = shard.number, shard.learner
     if full := shard.near_threshold.add(batch.index, near, FLAGS.batch_size):
         torch.manual_seed(derive_seed(FLAGS.seed, "augment", k, learner.step))
         learner.update(learner.losses(shard.batches.augmented(*full)).mean(), extra=True)
-
-
-def total_of(shards, name):
-    """Counts of all shards, of all processes: (N,) int64 on the CPU."""
-    return distributed.total(sum(getattr(shard, name) for shard in shards)).cpu()
-
-
-def resume(shards, steps_per_round, slots, directory):
-    """Continue from the newest good files; returns the rounds done, the seconds of training until then, the slots."""
-    logdir = directory.path
-    found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average_path, later = distributed.from_main(found)
-    average = checkpoint.load(average_path, check=False) if r else {"seconds": 0.0}
-    seconds = average["seconds"]
-    for shard in shards:
-        k = shard.number
-        if steps[k]:
-            state = checkpoint.restore_shard(shard, steps[k], logdir)
-            seconds = max(seconds, state["seconds"])
-        if r and steps[k] == r * steps_per_round[k]:
-            shard.round_counts.zero_()
-            if average["averaged"]:
-                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-    if r > FLAGS.total_round:
-        raise UsageError(
-            f"--total_round={FLAGS.total_round}: the run in {logdir} has done {r}: give at least that, or choose "
-            "another --logdir"
-        )
-    directory.begin(sum(steps), later)
-    if any(steps):
-        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    elif later:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
-    return r, seconds, average.get("shards", slots)
 
 
 def make_shards_of_this_process(data, images, slots, device):
@@ -215,37 +178,18 @@ def make_shards_of_this_process(data, images, slots, device):
             for network, use_ema in ((learner.net, False), (learner.ema, True)):
                 weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
                 checkpoint.load_weights(network, weights, FLAGS.check_dir)
-        agc = AntiGradientControl(
-            FLAGS.T,
-            FLAGS.mem_ratio,
-            FLAGS.arr_ema_decay,
-            FLAGS.anti_grad,
-            FLAGS.anti_grad_weight,
-            FLAGS.bank_bins,
-            FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
-        ).to(device)
+        bar = FLAGS.bar if FLAGS.augment_near_threshold else 1.0
+        agc = flags.call(FLAGS, AntiGradientControl, FLAGS.T, bar=bar).to(device)
         counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, agc, *counts))
     return shards
 
 
-def wait_for_all_shards(interruption, logdir):
-    """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
-    try:
-        distributed.barrier()
-    except RuntimeError:  # another process has gone
-        if interruption:
-            interruption.exit(logdir)
-        raise
-
-
 def sample(net):
     """A grid of images of a network, from the same noise at all times of the run."""
     device = next(net.parameters()).device
-    shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
-    x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    return GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)(x_T, labels)
+    sampler = GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)
+    return sampler(*flags.call(FLAGS, grid_noise, device, num_labels=flags.labels_of(FLAGS)))
 
 
 def main():

@@ -72,7 +72,7 @@ def test_skip_drops_the_gradient():
 
 
 def test_ascend_turns_it_round():
-    agc, losses, t = primed(anti_grad="ascend", ascend_weight=0.5)
+    agc, losses, t = primed(anti_grad="ascend", anti_grad_weight=0.5)
     loss, _ = agc(losses, t)
     loss.backward()
     assert loss.item() == pytest.approx((4.8 - 0.5 * 0.1) / 3)
@@ -114,7 +114,7 @@ def test_unknown_mode_is_refused():
 
 def test_a_bank_of_few_entries_is_that_of_their_timesteps():
     random = np.random.default_rng(2)
-    coarse, fine = AntiGradientControl(1000, bins=10), AntiGradientControl(10)
+    coarse, fine = AntiGradientControl(1000, bank_bins=10), AntiGradientControl(10)
     for _ in range(20):
         losses = torch.from_numpy(random.lognormal(-2, 1, 64).astype(np.float32))
         t = torch.from_numpy(random.integers(0, 1000, 64))

@@ -16,7 +16,7 @@ from utils.errors import DataError
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("anti_grad", ["skip", "ascend", "off"])
 def test_a_loss_that_is_not_finite_is_seen_and_not_remembered(bad, anti_grad):
-    agc = AntiGradientControl(4, anti_grad=anti_grad, ascend_weight=0.5)
+    agc = AntiGradientControl(4, anti_grad=anti_grad, anti_grad_weight=0.5)
     agc.bank[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     loss, keep = agc(torch.tensor([0.1, bad, 9.0]), torch.tensor([0, 1, 2]))
     assert not loss.isfinite()

@@ -14,27 +14,27 @@ class AntiGradientControl(nn.Module):
     Args:
         T: number of timesteps.
         mem_ratio: the larger, the fewer samples are taken for memorised.
-        ema_decay: d in [0, 1] of the bank's running mean.
+        arr_ema_decay: d in [0, 1] of the bank's running mean.
         anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
-            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded).
-        ascend_weight: w >= 0 of `ascend`.
-        bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
+            weight `anti_grad_weight`, `off` keeps it (the bank and the verdicts are still recorded).
+        anti_grad_weight: w >= 0 of `ascend`.
+        bank_bins: entries of the bank, for T / bank_bins timesteps each: small batches keep few entries fresher than
+            many; 0 for T.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.
 
     Raises:
         ValueError: no such anti_grad.
     """
 
-    def __init__(self, T, mem_ratio=2.0, ema_decay=0.8, anti_grad="skip", ascend_weight=0.0, bins=None, bar=1.0):
+    def __init__(
+        self, T, mem_ratio=2.0, arr_ema_decay=0.8, anti_grad="skip", anti_grad_weight=0.0, bank_bins=0, bar=1.0
+    ):
         super().__init__()
         if anti_grad not in ANTI_GRADS:
             raise ValueError(f"anti_grad is {anti_grad!r}: must be one of {', '.join(ANTI_GRADS)}")
-        self.T, self.bar = T, bar
-        self.mem_ratio = mem_ratio
-        self.ema_decay = ema_decay
-        self.anti_grad = anti_grad
-        self.ascend_weight = ascend_weight
-        self.register_buffer("bank", torch.zeros(bins or T))
+        self.T, self.mem_ratio, self.arr_ema_decay, self.bar = T, mem_ratio, arr_ema_decay, bar
+        self.anti_grad, self.anti_grad_weight = anti_grad, anti_grad_weight
+        self.register_buffer("bank", torch.zeros(bank_bins or T))
 
     def forward(self, losses, t):
         """The scalar loss of a batch, judged by the bank as it was before; the bank then takes in every sample.
@@ -54,7 +54,7 @@ class AntiGradientControl(nn.Module):
         self.remember(losses.detach(), self.entry(t))
         if self.anti_grad == "off":
             return losses.mean(), keep
-        memorised_weight = -self.ascend_weight if self.anti_grad == "ascend" else 0.0
+        memorised_weight = -self.anti_grad_weight if self.anti_grad == "ascend" else 0.0
         total = torch.where(trains, losses, memorised_weight * ~keep * losses).sum()
         return total / trains.sum().clamp(min=1), keep
 
@@ -82,7 +82,7 @@ class AntiGradientControl(nn.Module):
         An entry that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j: a loss is
         discounted once for every later occurrence of its entry. Nothing is taken in where a loss is not finite.
         """
-        d = self.ema_decay
+        d = self.arr_ema_decay
         same = entry[:, None] == entry[None, :]
         later = same.triu(diagonal=1).sum(dim=1)
         discounted = (1 - d) * d**later * losses
