@@ -166,7 +166,8 @@ def weights(state, use_ema, path):
 def load_weights(net, state_dict, path):
     """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
 
-    Raises a DataError that names the first key that is missing, left over or of another shape.
+    Raises:
+        DataError: names the first key that is missing, left over or of another shape.
     """
     try:
         heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
@@ -246,8 +247,12 @@ class LogDirectory:
     def begin(self, steps, later):
         """Write what the run is made of, now that all processes have what they continue from.
 
-        steps: that are done, over all shards. later: files of later steps, which the run will make again; a UsageError
-        if they were made with other settings, so that they would not come out the same.
+        Args:
+            steps: that are done, over all shards.
+            later: files of later steps, which the run will make again.
+
+        Raises:
+            UsageError: those were made with other settings, so that they would not come out the same.
         """
         distributed.barrier()
         if distributed.is_main():
@@ -354,8 +359,10 @@ def shard_files(logdir, shard):
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1. Raises a DataError if nothing can be
-    continued, but there are whole files, which a new start would replace.
+    A shard at step 0 has no file, and there is no average before round 1.
+
+    Raises:
+        DataError: nothing can be continued, but there are whole files, which a new start would replace.
     """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
@@ -379,11 +386,10 @@ def resume_shards(shards, steps_per_round, directory, total_round):
     """Continue shards from the newest good files.
 
     Args:
-        shards: those of this process, each with its number, its learner, `load_state_dict`, and round_counts, which are
-            of one round.
+        shards: those of this process.
         steps_per_round: of all K shards.
         directory: the `LogDirectory`.
-        total_round: that are wanted.
+        total_round: rounds that are wanted.
 
     Returns:
         The rounds done, the seconds of training until then, and the slots of all shards if they have been exchanged.
