@@ -93,17 +93,12 @@ def load_dataset(
         A `Dataset`.
 
     Raises:
-        UsageError: an argument is out of range.
+        UsageError: two arguments contradict each other, or one the data set.
         DataError: files are missing or not what they should be.
     """
     data_root, is_cifar, test = Path(data_root), name.startswith("cifar"), None
     if name not in DATASETS:
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
-    least = {"img_size": (img_size, 1), "num_train": (num_train, 0), "subset_seed": (subset_seed, 0)}
-    least |= {"duplicates": (duplicates, 0), "copies": (copies, 1)}
-    for flag, (value, lowest) in least.items():
-        if value < lowest:
-            raise UsageError(f"--{flag}={value}: must be at least {lowest}")
     if (duplicates > 0) != (copies > 1):
         raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
     if is_cifar and img_size != 32:

@@ -231,13 +231,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
     def p_mean_variance(self, x_t, t, labels=None):
         """Mean and log-variance of p(x_{t-1} | x_t) (DDPM eq. 11), with x_0 recovered from the prediction, not clipped.
 
-        Args:
-            x_t: (B, 3, H, W).
-            t: (B,) int64.
-            labels: (B,) int64, or None.
-
-        Returns:
-            Mean (B, 3, H, W) and log-variance (B, 1, 1, 1).
+        (B, 3, H, W) and (B, 1, 1, 1), of x_t (B, 3, H, W), t (B,) and labels (B,) or None.
         """
         x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
         return self.q_posterior_mean(x_0, x_t, t), extract(self.log_var, t)

@@ -18,7 +18,7 @@ from absl import flags as absl_flags
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality
-from score.generate import draw_labels, generate
+from score.generate import generate, grid_noise
 from score.inception import find_weights
 from training import checkpoint, flags
 from training.batches import ShardBatches
@@ -28,7 +28,7 @@ from training.logger import Logger, due
 from utils import distributed
 from utils.errors import UsageError
 from utils.files import make_directory, write_json
-from utils.seeding import derive_seed, generator
+from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 5000  # steps
@@ -45,14 +45,13 @@ def train(data, quality, device, logdir):
     warmup = WARMUP if FLAGS.warmup is None else FLAGS.warmup
     objective = partial(flags.call, FLAGS, GaussianDiffusionTrainer)
     learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, share_batches=True)
-    x_T, x_T_labels = sample_noise(device)
+    x_T, x_T_labels = flags.call(FLAGS, grid_noise, device, num_labels=flags.labels_of(FLAGS))
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
-    seconds = resume(learner, directory)
+    seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
     writes = distributed.is_main()
-    steps = FLAGS.total_steps, learner.step
-    logger = flags.call(FLAGS, Logger, logdir, *steps, seconds=seconds, writes=writes)
+    logger = flags.call(FLAGS, Logger, logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes)
 
     with Interruption() as interruption, logger:
         while learner.step < FLAGS.total_steps:
@@ -78,35 +77,6 @@ def train(data, quality, device, logdir):
                 distributed.barrier()  # rank 0 has saved
                 interruption.exit(logdir)
         logger.finish(learner.step)
-
-
-def resume(learner, directory):
-    """Continue from the newest good checkpoint, if there is one; returns the seconds of training until then."""
-    logdir, seconds = directory.path, 0.0
-    path, later = distributed.from_main(checkpoint.newest_step(logdir) if distributed.is_main() else None)
-    if path:
-        state = checkpoint.load(path, check=False)  # rank 0 has checked it
-        checkpoint.restore(learner, state, path)
-        seconds = state["seconds"]
-    if learner.step > FLAGS.total_steps:
-        raise UsageError(
-            f"--total_steps={FLAGS.total_steps}: the run in {logdir} has done {learner.step}: give at least that, or "
-            "choose another --logdir"
-        )
-    directory.begin(learner.step, later)
-    if path:
-        print(f"continuing from {path}: {learner.step} of {FLAGS.total_steps} steps done")
-    elif later:
-        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
-    return seconds
-
-
-def sample_noise(device):
-    """x_T and classes (None without) of the sample grids, the same at all times of the run."""
-    shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
-    x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    return x_T, labels
 
 
 def score(net, quality):

@@ -20,18 +20,18 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.generate import draw_labels
+from score.generate import grid_noise
 from training import checkpoint, flags
 from training.averaging import average_learners
 from training.batches import ShardBatches
-from training.ensemble import Shard, resume, total_of, wait_for_all_shards
+from training.ensemble import Shard, total_of
 from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
-from utils.seeding import derive_seed, generator
+from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
 WARMUP = 15  # epochs of the shard
@@ -48,7 +48,8 @@ def train(data, device, logdir):
     steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
     announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory, FLAGS.total_round)
+    rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    slots = exchanged or slots
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
     logger = flags.call(FLAGS, Logger, logdir, total, done, seconds=seconds)
@@ -84,7 +85,7 @@ def train(data, device, logdir):
                         if stop:
                             interruption.exit(logdir)
 
-            wait_for_all_shards(interruption, logdir)
+            interruption.wait_for_all(logdir)
             exchanges = flags.call(FLAGS, exchange_is_due, r)
             learners = {shard.number: shard.learner for shard in shards}
             average, ema_average = average_learners(learners, sizes, replace=not exchanges)
@@ -141,10 +142,8 @@ def make_shards_of_this_process(data, images, slots, device):
 def sample(net):
     """A grid of images of a network, from the same noise at all times of the run."""
     device = next(net.parameters()).device
-    shape = (FLAGS.sample_size, 3, FLAGS.img_size, FLAGS.img_size)
-    x_T = torch.randn(shape, generator=generator("cpu", FLAGS.seed, "x_T")).to(device)
-    labels = draw_labels(FLAGS.seed, range(len(x_T)), FLAGS.num_labels).to(device) if FLAGS.use_labels else None
-    return GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)(x_T, labels)
+    sampler = GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)
+    return sampler(*flags.call(FLAGS, grid_noise, device, num_labels=flags.labels_of(FLAGS)))
 
 
 def main():

@@ -15,7 +15,7 @@ from utils.errors import DataError, warn
 from utils.files import atomic_write, file_hash, read_json, sync, write_json
 from utils.images import to_uint8
 from utils.safe_files import check_memory, one_line
-from utils.seeding import derive_seed, sample_noise
+from utils.seeding import derive_seed, generator, sample_noise
 
 FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json"
 
@@ -35,6 +35,13 @@ class MeanPrediction(nn.Module):
 def draw_labels(seed, indices, num_labels):
     """The classes of images `indices`, uniform over 0..num_labels-1: int64 (B,)."""
     return torch.tensor([derive_seed(seed, "label", i) % num_labels for i in indices])
+
+
+def grid_noise(device, sample_size, img_size, seed, num_labels=None):
+    """x_T (B, 3, H, W) and classes (B,), or None, of the sample grids of a training: the same at all times of it."""
+    x_T = torch.randn((sample_size, 3, img_size, img_size), generator=generator("cpu", seed, "x_T"))
+    labels = None if num_labels is None else draw_labels(seed, range(sample_size), num_labels).to(device)
+    return x_T.to(device), labels
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from text_to_image.pipeline import (
 )
 from training import checkpoint
 from training.averaging import average_learners
-from training.ensemble import Shard, resume, total_of, wait_for_all_shards
+from training.ensemble import Shard, total_of
 from training.launch import Interruption, announce, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
@@ -57,7 +57,8 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)
-    rounds_done, seconds, slots = resume(shards, steps_per_round, slots, directory, FLAGS.total_round)
+    rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    slots = exchanged or slots
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)
     sample = partial(preview, pipeline, data.captions)
@@ -94,7 +95,7 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
                         if stop:
                             interruption.exit(logdir)
 
-            wait_for_all_shards(interruption, logdir)
+            interruption.wait_for_all(logdir)
             exchanges = flags.call(FLAGS, exchange_is_due, r)
             learners = {shard.number: shard.learner for shard in shards}
             average, ema_average = average_learners(learners, sizes, replace=not exchanges)

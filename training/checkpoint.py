@@ -166,7 +166,8 @@ def weights(state, use_ema, path):
 def load_weights(net, state_dict, path):
     """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
 
-    Raises a DataError that names the first key that is missing, left over or of another shape.
+    Raises:
+        DataError: names the first key that is missing, left over or of another shape.
     """
     try:
         heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
@@ -246,8 +247,12 @@ class LogDirectory:
     def begin(self, steps, later):
         """Write what the run is made of, now that all processes have what they continue from.
 
-        steps: that are done, over all shards. later: files of later steps, which the run will make again; a UsageError
-        if they were made with other settings, so that they would not come out the same.
+        Args:
+            steps: that are done, over all shards.
+            later: files of later steps, which the run will make again.
+
+        Raises:
+            UsageError: those were made with other settings, so that they would not come out the same.
         """
         distributed.barrier()
         if distributed.is_main():
@@ -289,7 +294,31 @@ def restore(learner, state, path):
         raise DataError(f"{path}: does not fit the network of the flags: {one_line(error)[:300]}") from error
 
 
+def check_length(flag, wanted, done, logdir):
+    """Raise a UsageError if the flag, which is how long a run is, asks for less than the run has done."""
+    if done > wanted:
+        advice = "give at least that, or choose another --logdir"
+        raise UsageError(f"--{flag}={wanted}: the run in {logdir} has done {done}: {advice}")
+
+
 # ---- main.py
+
+
+def resume(learner, directory, total_steps):
+    """Continue from the newest good checkpoint, if there is one; returns the seconds of training until then."""
+    logdir, seconds = directory.path, 0.0
+    path, later = distributed.from_main(newest_step(logdir) if distributed.is_main() else None)
+    if path:
+        state = load(path, check=False)  # rank 0 has checked it
+        restore(learner, state, path)
+        seconds = state["seconds"]
+    check_length("total_steps", total_steps, learner.step, logdir)
+    directory.begin(learner.step, later)
+    if path:
+        print(f"continuing from {path}: {learner.step} of {total_steps} steps done")
+    elif later:
+        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
+    return seconds
 
 
 def newest_step(logdir):
@@ -330,8 +359,10 @@ def shard_files(logdir, shard):
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1. Raises a DataError if nothing can be
-    continued, but there are whole files, which a new start would replace.
+    A shard at step 0 has no file, and there is no average before round 1.
+
+    Raises:
+        DataError: nothing can be continued, but there are whole files, which a new start would replace.
     """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
@@ -351,17 +382,46 @@ def newest_round(steps_per_round, logdir):
     return r, steps, averages.get(r), later
 
 
-def restore_shard(shard, step, logdir):
-    """Continue a shard from its file after `step` of its own steps; returns what the file holds.
+def resume_shards(shards, steps_per_round, directory, total_round):
+    """Continue shards from the newest good files.
+
+    Args:
+        shards: those of this process.
+        steps_per_round: of all K shards.
+        directory: the `LogDirectory`.
+        total_round: rounds that are wanted.
+
+    Returns:
+        The rounds done, the seconds of training until then, and the slots of all shards if they have been exchanged.
 
     Raises:
-        DataError: it does not fit the run.
+        DataError: the files do not fit the run.
+        UsageError: more rounds are done than are wanted.
     """
-    path = shard_files(logdir, shard.number)[step]
-    state = load(path, check=False)
-    restore(shard.learner, state, path)
-    shard.load_state_dict(state)
-    return state
+    logdir = directory.path
+    found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
+    r, steps, average_path, later = distributed.from_main(found)
+    average = load(average_path, check=False) if r else {"seconds": 0.0}
+    seconds = average["seconds"]
+    for shard in shards:
+        step = steps[shard.number]
+        if step:
+            path = shard_files(logdir, shard.number)[step]
+            state = load(path, check=False)
+            restore(shard.learner, state, path)
+            shard.load_state_dict(state)
+            seconds = max(seconds, state["seconds"])
+        if r and step == r * steps_per_round[shard.number]:
+            shard.round_counts.zero_()
+            if average["averaged"]:
+                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
+    check_length("total_round", total_round, r, logdir)
+    directory.begin(sum(steps), later)
+    if any(steps):
+        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
+    elif later:
+        print(f"{logdir}: nothing in it can be continued, starting anew")
+    return r, seconds, average.get("shards")
 
 
 def save_shard(logdir, number, state, end_of_round, keep):

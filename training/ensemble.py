@@ -1,14 +1,12 @@
-"""One shard of iterative ensemble training, and how an ensemble that was interrupted goes on."""
+"""One shard of iterative ensemble training."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from training import checkpoint
 from training.agc import AntiGradientControl, NearThreshold
 from training.learner import Learner
 from utils import distributed
-from utils.errors import UsageError
 from utils.seeding import derive_seed
 
 
@@ -68,55 +66,3 @@ class Shard:
 def total_of(shards, name):
     """Counts of all shards, of all processes: (N,) int64 on the CPU."""
     return distributed.total(sum(getattr(shard, name) for shard in shards)).cpu()
-
-
-def wait_for_all_shards(interruption, logdir):
-    """Wait for the other processes' shards; if one was stopped meanwhile, so is this one."""
-    try:
-        distributed.barrier()
-    except RuntimeError:  # another process has gone
-        if interruption:
-            interruption.exit(logdir)
-        raise
-
-
-def resume(shards, steps_per_round, slots, directory, total_round):
-    """Continue from the newest good files of a log directory.
-
-    Args:
-        shards: `Shard`s of this process.
-        steps_per_round: of each of the K shards.
-        slots: K int64 tensors, the images of the shards at the beginning.
-        directory: a `training.checkpoint.LogDirectory`.
-        total_round: how many rounds are wanted.
-
-    Returns:
-        The rounds done, the seconds of training until then, the images of the shards now.
-
-    Raises:
-        UsageError: more rounds are done than wanted.
-        DataError: what is there cannot be continued.
-    """
-    logdir = directory.path
-    found = checkpoint.newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average_path, later = distributed.from_main(found)
-    average = checkpoint.load(average_path, check=False) if r else {"seconds": 0.0}
-    seconds = average["seconds"]
-    for shard in shards:
-        k = shard.number
-        if steps[k]:
-            state = checkpoint.restore_shard(shard, steps[k], logdir)
-            seconds = max(seconds, state["seconds"])
-        if r and steps[k] == r * steps_per_round[k]:
-            shard.round_counts.zero_()
-            if average["averaged"]:
-                shard.learner.set_weights(average["global_model"], average["global_ema_model"])
-    if r > total_round:
-        what = f"the run in {logdir} has done {r}: give at least that, or choose another --logdir"
-        raise UsageError(f"--total_round={total_round}: {what}")
-    directory.begin(sum(steps), later)
-    if any(steps):
-        print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    elif later:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
-    return r, seconds, average.get("shards", slots)

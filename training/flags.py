@@ -165,20 +165,24 @@ NETWORK_FLAGS = (
     "ch ch_mult attn num_res_blocks num_labels use_labels legacy_labels beta_1 beta_T T mean_type img_size use_ema"
 ).split()
 # what a run's result depends on; FIXED: what it has saved depends on it too, so that --allow_change does not allow it
-FIXED = {
-    "main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split(),
-    "main_fed": (
+FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
+FIXED["main_fed"] = [
+    *FIXED["main"],
+    *(
         "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed dataset num_train "
         "subset_seed duplicates copies duplicates_in bank_bins check_dir"
     ).split(),
-}
+]
 CHANGEABLE = {
     "main": (
         "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip shift "
         "ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
-    ).split(),
-    "main_fed": "anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar".split(),
+    ).split()
 }
+CHANGEABLE["main_fed"] = [
+    *CHANGEABLE["main"],
+    *"anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar".split(),
+]
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
 
 for _names, _test, _range in (
@@ -423,10 +427,8 @@ def logdir(values, script, data, groups):
         data: the `dataset.Dataset` trained on.
         groups: of the UNet's GroupNorms.
     """
-    scripts = ("main",) if script == "main" else ("main", "main_fed")
-    fixed = {"script"}.union(*(FIXED[name] for name in scripts))
-    names = [name for part in scripts for name in FIXED[part] + CHANGEABLE[part]]
-    settings = {"script": script} | {name: values[name].value for name in names}
+    fixed = {"script", *FIXED[script]}
+    settings = {"script": script} | {name: values[name].value for name in FIXED[script] + CHANGEABLE[script]}
     settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))

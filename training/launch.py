@@ -12,9 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from training import flags as shared_flags
 from utils import distributed, startup
-from utils.errors import UsageError, UserError, printable
+from utils.errors import UsageError, printable
 
-MAIN_SPEAKS_FIRST = 3.0  # seconds
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
 
@@ -23,25 +22,18 @@ def run(main, arguments=()):
     app.define_help_flags()
     for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
-    startup.run(partial(launch, main, arguments))
+    # torchrun names the rank that failed first, with its traceback
+    record(startup.run)(partial(launch, main, arguments))
 
 
-@record  # torchrun names the rank that failed first, with its traceback
 def launch(main, arguments):
     if not distributed.is_main():
         distributed.be_silent()
-    try:
-        positional = parse(flags.FLAGS, arguments)
-        if flags.FLAGS.parallel and distributed.is_main():
-            print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
-        distributed.initialize()
-        main(*positional)
-    except UserError as error:
-        if not distributed.is_main():
-            # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
-            time.sleep(MAIN_SPEAKS_FIRST)
-        startup.say(f"error: {error}")
-        sys.exit(error.exit_code)  # as an exception, torchrun would print its traceback
+    positional = parse(flags.FLAGS, arguments)
+    if flags.FLAGS.parallel and distributed.is_main():
+        print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
+    distributed.initialize()
+    main(*positional)
     distributed.finish()
 
 
@@ -104,7 +96,7 @@ class Interruption:
     """
 
     def __init__(self):
-        self.number = self.pending = None
+        self.number = None
 
     def __enter__(self):
         startup.handle(self._receive)
@@ -123,11 +115,17 @@ class Interruption:
         return self.number is not None
 
     def of_any(self):
-        """Whether any of the processes that train one network was signalled by the step before: nobody waits."""
-        if distributed.world_size() == 1:
-            return bool(self)
-        before, self.pending = self.pending, distributed.total_later(torch.tensor(int(bool(self))))
-        return before is not None and bool(before())
+        """Whether any of the processes that train one network was signalled: all of them know at the same step."""
+        return bool(distributed.total(torch.tensor(int(bool(self)))))
+
+    def wait_for_all(self, logdir):
+        """Wait for the other processes; where one was stopped meanwhile, and has gone, so is this one."""
+        try:
+            distributed.barrier()
+        except RuntimeError:
+            if self:
+                self.exit(logdir)
+            raise
 
     def exit(self, logdir):
         """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""

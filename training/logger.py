@@ -49,7 +49,8 @@ class Logger:
         seconds: of training in earlier starts.
         writes: whether this process has files; those of a rank above 0 have the rank in their names.
 
-    All methods raise a DataError if a log cannot be written.
+    Raises:
+        DataError: in all methods, if a log cannot be written.
     """
 
     def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
@@ -86,8 +87,7 @@ class Logger:
     def step(self, step, numbers, keep=None, *, now=False, **where):
         """Take in a step; every `log_step` steps write a line about those since the last one to the bar and the logs.
 
-        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others, and too
-        many of them in a row raise a DataError.
+        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
 
         Args:
             step: the step's number in the whole run.
@@ -95,6 +95,9 @@ class Logger:
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
             now: write the line of the steps until this one, since a round ends, or the run.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
+
+        Raises:
+            DataError: too many steps in a row were not applied.
         """
         applied = numbers["applied"]
         self.steps += 1

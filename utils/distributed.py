@@ -134,12 +134,6 @@ def total(tensor):
     return tensor
 
 
-def total_later(tensor):
-    """As `total`, without waiting: returns a function that does and gives the sum."""
-    work = dist.all_reduce(tensor, async_op=True, group=group_of(tensor.device))
-    return lambda: (work.wait(), tensor)[1]
-
-
 def broadcast(tensor, source):
     """The tensor of the process `source`, in all of them, in the place of their own and returned."""
     if world_size() > 1:

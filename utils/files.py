@@ -23,7 +23,7 @@ def writable(what, advice):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears at `path` complete or, with a DataError, not at all: temporary until then, and synced.
+    """A binary file that appears at `path` complete or not at all: temporary until then, and synced.
 
     Makes the parent directories.
     """
@@ -81,7 +81,7 @@ def make_directory(path, flag):
 def lock_directory(path, flag):
     """Take the directory that `flag` names for this process, until it ends or closes the file that is returned.
 
-    Raises a DataError if another process has it. A file system without locks is warned of, and the work goes on.
+    One that another process has is refused. A file system without locks is warned of, and the work goes on.
     """
     with writable(f"--{flag}={path}/.lock", "choose another directory"):
         file = (Path(path) / ".lock").open("a+")

@@ -61,8 +61,9 @@ def list_images(folder, classes=False):
 def scan(folder, deep=False):
     """The images, the sub-folders and the other files in a folder, sorted by path; with `deep` at any depth below it.
 
-    A DataError if it cannot be read, or holds an image that is no file (opening a pipe would wait for ever) or a
-    symbolic link to a directory (links can form a loop).
+    Raises:
+        DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for ever) or a
+            symbolic link to a directory (links can form a loop).
     """
     images, folders, others, pending = [], [], [], [folder]
     try:
@@ -90,7 +91,8 @@ def scan(folder, deep=False):
 def read_images(paths, img_size=None, num_workers=0):
     """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
 
-    A DataError if they do not fit into memory, and once all have been tried for those that are bad or of another size.
+    Raises:
+        DataError: they do not fit into memory; once all have been tried, for those that are bad or of another size.
     """
     images, first, bad = None, None, []
     with contextlib.closing(in_threads(partial(try_image, img_size=img_size), paths, num_workers)) as results:
@@ -177,7 +179,8 @@ def without_metadata(path):
 def to_rgb(image):
     """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
 
-    A ValueError if the range of the values is unknown (32-bit integers, floats).
+    Raises:
+        ValueError: the range of the values is unknown (32-bit integers, floats).
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})

@@ -77,7 +77,8 @@ def read_file(path, uncompress=False):
 def read_archive(path, names):
     """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
-    A DataError if the archive is damaged, lacks one of them, or unpacks to more than `MAX_FILE_BYTES`.
+    Raises:
+        DataError: the archive is damaged, lacks one of them, or unpacks to more than `MAX_FILE_BYTES`.
     """
     data = read_file(path, uncompress=True)
     try:
@@ -112,8 +113,10 @@ class ArrayUnpickler(pickle.Unpickler):
 def unpickle_dict(data, path):
     """The dict of arrays of bytes, lists, strings and numbers in a pickle, of Python 2 too. Nothing in it can run.
 
-    Memory is bounded by a multiple of len(data) and of `MAX_PICKLE_OPCODES`. A DataError, which names `path`, the file
-    that the data came from, for any other pickle.
+    Memory is bounded by a multiple of len(data) and of `MAX_PICKLE_OPCODES`. `path`: where the data came from.
+
+    Raises:
+        DataError: any other pickle.
     """
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):

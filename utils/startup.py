@@ -6,9 +6,12 @@ import io
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from utils.errors import UsageError, UserError, warn
+
+MAIN_SPEAKS_FIRST = 3.0  # seconds
 
 
 class Stream(io.FileIO):
@@ -58,6 +61,10 @@ def run(main):
         code = end.code
     except UserError as error:
         code = error.exit_code
+        if os.environ.get("RANK", "0") != "0":
+            # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
+            handle(stop_at_once)
+            time.sleep(MAIN_SPEAKS_FIRST)
         say(f"error: {error}")
     handle(stop_at_once)
     sys.stdout.flush()
