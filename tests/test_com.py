@@ -104,7 +104,7 @@ def test_settings_with_a_tilde(written, meant, tmp_path):
 
 def test_an_equals_sign_in_the_log_directory(tmp_path):
     """Labels are told from paths; streams may be closed."""
-    script = f"source '{ROOT}/com/common.sh'; LOG_DIR=$1; SEEDS=1; LAUNCH=(true); evaluate 'ckpt1.pt' >&-"
+    script = f"source '{ROOT}/com/common.sh'; LOG_DIR=$1; SEEDS=1; LAUNCH=(true); evaluate 'ckpt1.pt' --unet_dir >&-"
     grid = tmp_path / "lr=1e-3 é/eval/ckpt1/seed1/grid"
     grid.mkdir(parents=True)
     (grid / "result.json").write_text(json.dumps({"N": 4, "checkpoint": None, "seconds": {}}))
