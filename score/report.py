@@ -25,6 +25,16 @@ def under(*keys):
     return lambda result: functools.reduce(lambda found, key: (found or {}).get(key), keys, result)
 
 
+def either(*finders):
+    """A function that returns what the first of these functions finds, or None."""
+    return lambda result: next((value for find in finders if (value := find(result)) is not None), None)
+
+
+def similarity(name):
+    """A function that finds a number of the search in feature space, in a result of all_in.py of either half."""
+    return either(under("feature_space", name), under(name))
+
+
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
 COLUMNS = {
     **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
@@ -33,6 +43,11 @@ COLUMNS = {
     "extracted": (under("extracted"), "{:.0f}"),
     "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
     "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
+    "similarity": (similarity("sim_mean"), "{:.3f}"),
+    "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
+    "own image": (similarity("own_image"), "{:.1%}"),
+    "f_mem of features": (similarity("f_mem"), "{:.1%}"),
+    "CLIP score": (under("clip_score"), "{:.1f}"),
     "AuthPct": (under("auth_pct"), "{:.1f}"),
     "C_T": (under("c_t"), "{:.1f}"),
     "AUC of losses": (under("gap", "auc"), "{:.3f}"),
@@ -40,6 +55,8 @@ COLUMNS = {
     "FID": (under("fid"), "{:.3f}"),
     "IS": (under("is"), "{:.3f}"),
     "fpd": (under("fpd"), "{:.3f}"),
+    "FID to held-out": (under("heldout_fid"), "{:.3f}"),
+    "fpd to held-out": (under("heldout_fpd"), "{:.3f}"),
     "precision": (under("precision"), "{:.1%}"),
     "recall": (under("recall"), "{:.1%}"),
     "images": (under("N"), "{:.0f}"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from score.inception import Inception
-from score.memorization import memorization_ratio, memorized_quantity
+from score.memorization import THRESHOLDS, closer_than_third, memorization_ratio, memorized_quantity
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
@@ -187,6 +187,16 @@ def statistics(similarity, prefix):
     }
 
 
+def squared_distance(similarity):
+    """Of features of length 1, from their cosine similarity."""
+    return (2 - 2 * similarity.double()).clamp(min=0)
+
+
+def memorized(similarity):
+    """`closer_than_third` of features of length 1, from their similarities (N, k): bool (N,)."""
+    return closer_than_third(squared_distance(similarity))
+
+
 def measures(queries, training, own=None):
     """Criteria of one set of images in feature space, as JSON values, and their nearest training images.
 
@@ -195,19 +205,20 @@ def measures(queries, training, own=None):
         own: (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
 
     Returns:
-        numbers: `statistics` of the largest similarities, own_image: the share whose nearest training image is the
-            prompt's own, and f_mem and mq_fraction as in `score.memorization`, of squared distances of features.
+        numbers: `statistics` of the largest similarities; f_mem, mq_fraction and mq_curve as in `score.memorization`,
+            of squared distances of features; own_image: of the images with an own training image, the share whose
+            nearest it is.
         found: (similarity, index), (N, k), as `most_similar` returns them.
     """
     similarity, index = most_similar(queries, training, NEIGHBORS)
     numbers = statistics(similarity[:, 0], "sim")
-    sq_distance = (2 - 2 * similarity.double()).clamp(min=0)
-    ratio = memorization_ratio(sq_distance)
-    numbers["mq_fraction"] = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio).items()}
-    first, second = sq_distance[:, 0], sq_distance[:, min(1, sq_distance.shape[1] - 1)]
-    numbers["f_mem"] = ((first == 0) | (9 * first < second)).double().mean().item()
-    if own is not None:
-        numbers["own_image"] = (index[:, 0] == own.to(index.device)).double().mean().item()
+    ratio = memorization_ratio(squared_distance(similarity))
+    for name, thresholds in (("mq_fraction", THRESHOLDS), ("mq_curve", range(101))):
+        numbers[name] = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio, thresholds).items()}
+    numbers["mq_curve"] = list(numbers["mq_curve"].values())
+    numbers["f_mem"] = memorized(similarity).double().mean().item()
+    if own is not None and (own >= 0).any():
+        numbers["own_image"] = (index[:, 0].cpu() == own)[own >= 0].double().mean().item()
     return numbers, (similarity, index)
 
 

@@ -28,6 +28,7 @@ CAPTION_MODES = (
     "first", "all", "nolevel", "classlevel", "random_tokens", "allcaps", "randrepl", "randwordadd", "wordrepeat",
 )  # fmt: skip
 DUPLICATIONS = ("nodup", "dup_both", "dup_image")
+RAND_AUGS = ("none", "rand_numb_add", "rand_word_add", "rand_word_repeat")
 
 
 class CaptionedImages(NamedTuple):
@@ -55,12 +56,18 @@ def load_folder(folder, captions, resolution, num_workers=0):
     files = [Path(path) for group in groups for path in group]
     paths = [path.relative_to(folder).as_posix() for path in files]
     captions = match(read_captions(captions or folder / "metadata.jsonl"), paths, captions or "metadata.jsonl")
-    check_memory(folder, len(files) * 3 * resolution**2)
+    images = load_images(files, resolution, num_workers)
+    return CaptionedImages(images, captions, [path.parent.name for path in files], paths)
+
+
+def load_images(files, resolution, num_workers=0):
+    """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it; raises a DataError."""
+    check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images = np.empty((len(files), 3, resolution, resolution), np.uint8)
     with closing(in_threads(partial(square, side=resolution), files, num_workers)) as results:
         for i, image in enumerate(distributed.bar(results, "decoding", total=len(files), unit="image", delay=1)):
             images[i] = image
-    return CaptionedImages(torch.from_numpy(images), captions, [path.parent.name for path in files], paths)
+    return torch.from_numpy(images)
 
 
 def square(path, side):

@@ -6,10 +6,11 @@ import torch
 from absl import flags
 
 from dataset import fingerprint
-from text_to_image.data import CAPTION_MODES, DUPLICATIONS
+from score.similarity import FEATURES
+from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import content_hash
 from training import flags as shared
-from training.flags import DEFINE_path, as_flagfile, call  # noqa: F401 - call is for the scripts
+from training.flags import DEFINE_path, as_dict, as_flagfile, call  # noqa: F401 - some are for the scripts
 from utils import distributed
 from utils.errors import UsageError
 
@@ -19,7 +20,7 @@ NOT_HERE = (
     "label_dropout", "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "eta", "dataset",
     "img_size", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "shift", "ambient_t",
     "total_steps", "parallel", "data_device", "local_epoch", "check_dir", "mid_T", "eval_step", "unet_dir", "Fed",
-    "fid_use_torch", "holdout", "fid_reference",
+    "fid_use_torch", "holdout", "fid_reference", "stages", "use_ema", "batch_A", "batch_B", "memorise_features",
 )  # fmt: skip
 DEFAULTS = {
     "client_num": 4, "total_round": 25, "save_round": 5, "mem_ratio": 1.25, "lr": 2.5e-6, "warmup": 5000,
@@ -34,6 +35,11 @@ FLAGS["data_root"].help = "folder of the training images, or of its classes' sub
 FLAGS["hflip"].help = "mirror training images at random"
 FLAGS["split"].help = "how images go to shards; default: contiguous"
 FLAGS["sample_step"].help = "steps between two grids of images of the first captions; 0: none"
+FLAGS["num_images"].help = "images to generate; with --prompts=all or a file: default: one of each"
+FLAGS["fid_features"].help += "; default: pixels with --features=pixels, else inception"
+FLAGS["samples"].help = "all_in: measure these images (.npy, .npz or folder), image i of prompt i; do not generate"
+FLAGS["similar_dir"].help = "all_in: directory of similarity.npz"
+FLAGS["grid_dir"].help = "all_in: directory of the grids, result.json and report.html"
 FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
 
 # the pipeline
@@ -47,7 +53,7 @@ flags.DEFINE_integer("resolution", 256, "side of the images: resized, then the c
 DEFINE_path("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
 flags.DEFINE_enum("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob")
 flags.DEFINE_float("caption_prob", 0.1, "probability of a changed caption", 0.0, 1.0)
-flags.DEFINE_float("text_noise", 0.0, "standard deviation of noise on the text states, >= 0", lower_bound=0.0)
+flags.DEFINE_float("text_noise", 0.0, "standard deviation >= 0 of noise on the text states, also in all_in", 0.0)
 flags.DEFINE_float("text_mixup", 0.0, "a >= 0: text states of two samples mixed by Beta(a, 1); 0: not", lower_bound=0.0)
 flags.DEFINE_enum("duplication", "nodup", DUPLICATIONS, "sample some images more often, with one caption or with all")
 flags.DEFINE_float("weight_pc", 0.05, "share of the images that --duplication is about", 0.0, 1.0)
@@ -58,6 +64,15 @@ flags.DEFINE_integer("local_steps", 2000, "steps on each shard per round", lower
 flags.DEFINE_float("weight_decay", 0.01, "of AdamW; 0: Adam", lower_bound=0.0)
 flags.DEFINE_integer("accumulate", 1, "compute a batch in so many parts, for less memory", lower_bound=1)
 flags.DEFINE_bool("gradient_checkpointing", False, "compute activations twice, for less memory")
+
+# evaluation
+DEFINE_path("prompts", None, "all_in: random: drawn captions; all: each in turn; or a file; default: random")
+flags.DEFINE_enum("scheduler", "pipeline", ("pipeline", "dpm"), "all_in: the pipeline's own, or DPM-Solver++")
+flags.DEFINE_enum("rand_augs", "none", RAND_AUGS, "all_in: what is put into every prompt at random places")
+flags.DEFINE_integer("rand_aug_repeats", 4, "all_in: how many of them", lower_bound=1)
+DEFINE_path("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir")
+DEFINE_path("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID")
+flags.DEFINE_enum("features", None, FEATURES, "all_in: what similarity is that of; default: sscd")
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (
@@ -80,10 +95,20 @@ def check(values):
     for name in NOT_HERE:
         if values[name].present:
             raise UsageError(f"--{name}: has no meaning for text_to_image, leave it out; --help names all flags")
-    if not values.pretrained:
+    if not values.pretrained and not values.samples:
         raise UsageError("give --pretrained, a Stable Diffusion folder in diffusers' format")
     if values.unet_from_scratch and values.unet:
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
+
+
+def take_data_flags(values, logdir):
+    """Give the flags of the training images the values that a log directory's training had, unless they were given."""
+    path = logdir / "flagfile.txt"
+    lines = shared.read_flagfile(path) if path.is_file() else []
+    recorded = dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
+    for name in ("data_root", "captions", "resolution", "cache_dir", "caption_mode"):
+        if not values[name].present and name in recorded:
+            values[name].parse(recorded[name])
 
 
 def check_data(values, data):

@@ -70,7 +70,7 @@ def load_pipeline(folder, unet_folder):
         DataError: a part is missing, damaged, or only there as a pickle; the scheduler's prediction is unknown.
     """
     diffusers, transformers = libraries()
-    unet = read_part(diffusers.UNet2DConditionModel, unet_folder, low_cpu_mem_usage=False)
+    unet = load_unet(unet_folder)
     vae = read_part(diffusers.AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     text_encoder = read_part(transformers.CLIPTextModel, folder / "text_encoder").eval().requires_grad_(False)
     settings = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -88,6 +88,11 @@ def load_pipeline(folder, unet_folder):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_unet(folder):
+    """diffusers' UNet2DConditionModel in a folder, on the CPU in float32; raises a DataError."""
+    return read_part(libraries()[0].UNet2DConditionModel, folder, low_cpu_mem_usage=False)
 
 
 def read_part(kind, folder, **settings):
@@ -206,8 +211,26 @@ class LatentTrainer(nn.Module):
 
 
 @torch.no_grad()
-def generate(pipeline, prompts, latents, steps, guidance):
-    """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w)."""
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noise=0.0):
+    """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
+
+    Args:
+        steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and with it.
+        streams: B generators on the CPU, for the noise of the scheduler and of the text.
+        text_noise: standard deviation of noise on the text states, with and without the prompt.
+    """
+    text = pipeline.encode_prompt(prompts, pipeline.device, 1, guidance > 1)
+    if text_noise:
+        text = [
+            None if states is None else states + text_noise * torch.stack([noise_like(states[0], s) for s in streams])
+            for states in text
+        ]
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": streams, "output_type": "pt"}
+    settings |= {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
     height, width = (pipeline.vae_scale_factor * side for side in latents.shape[-2:])
-    return pipeline(prompts, height, width, latents=latents.to(pipeline.device), **settings).images.float()
+    return pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images.float()
+
+
+def noise_like(states, stream):
+    """Standard normal noise of a tensor's shape, drawn on the CPU."""
+    return torch.randn(states.shape, generator=stream).to(states)

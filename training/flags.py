@@ -17,6 +17,8 @@ from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
 from model import UNet
 from score.generate import generate_batches
+from score.inception import find_weights
+from score.similarity import FEATURES, PREPROCESS, make_embedding
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import PLACES, SPLITS, default_split
@@ -151,6 +153,11 @@ flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images t
 flags.DEFINE_bool(
     "holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if there are any"
 )
+flags.DEFINE_enum("memorise_features", None, FEATURES, "all_in: search for copies in this feature space too")
+DEFINE_path("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt")
+flags.DEFINE_enum("preprocess", "published", tuple(PREPROCESS), "for SSCD: as published, or as its authors recommend")
+flags.DEFINE_bool("allow_torchscript", False, "trust an --sscd that is TorchScript: what it holds is run")
+DEFINE_path("clip", None, "folder of CLIP in transformers' format, for the features and CLIP scores")
 DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats, by content")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
 DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
@@ -407,6 +414,14 @@ def sampler(values):
 def generation(values):
     """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
     return arguments(values, generate_batches, num_labels=labels_of(values), dtype=PRECISIONS[values.precision])
+
+
+def embedding(values, features, device):
+    """The `make_embedding` of one of FEATURES; raises a UsageError if the flag of its file is not given."""
+    if features in ("sscd", "clip") and not values[features].value:
+        raise UsageError(f"give --{features}, or other features: pixels needs no file")
+    inception = find_weights(values.inception_weights) if features == "inception" else None
+    return call(values, make_embedding, features, device, how=values.preprocess, inception=inception)
 
 
 def logdir(values, script, data, groups):

@@ -1,0 +1,387 @@
+"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, and how good they are.
+
+    python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt --clip=clip
+    python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --prompts=all --features=pixels
+    python -m text_to_image.all_in --samples=their/images --prompts=their/prompts.txt --data_root=images --sscd=sscd.pt
+
+Images and captions of the training are those of --unet's log directory, unless flags name others.
+"""
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from utils import startup
+
+    startup.prepare()
+
+import hashlib
+import random
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from absl import flags as absl_flags
+
+from score.evaluate import Quality, identity
+from score.generate import generate_into
+from score.grids import save_grids
+from score.inception import find_weights
+from score.report import summary
+from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs
+from score.similarity import COPY, background, clip_scores, embed, load_clip, measures, memorized
+from text_to_image import flags
+from text_to_image.data import CaptionedImages, add_words, captions_of_mode, load_folder, load_images, random_tokens
+from text_to_image.pipeline import (
+    content_hash,
+    find_folder,
+    find_unet,
+    generate,
+    latent_moments,
+    libraries,
+    load_pipeline,
+    load_unet,
+)
+from training.flags import embedding
+from training.launch import announce, pick_device, run
+from training.learner import PRECISIONS
+from utils import distributed
+from utils.errors import DataError, UsageError
+from utils.files import atomic_write, lock_directory, make_directory, read_json, write_json
+from utils.images import list_images, to_uint8
+from utils.safe_files import one_line
+from utils.seeding import derive_seed, generator
+
+FLAGS = absl_flags.FLAGS
+DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
+
+
+class Prompts(NamedTuple):
+    """texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1."""
+
+    texts: list
+    captions: list
+    own: torch.Tensor
+
+
+def distinct(data):
+    """The `CaptionedImages` with images that occur several times there once, with all of their captions.
+
+    A repeated image would be its own second neighbour.
+    """
+    found = {}
+    for i, image in enumerate(data.images):
+        found.setdefault(hashlib.blake2b(image.numpy().tobytes()).digest(), []).append(i)
+    captions = [[text for i in copies for text in data.captions[i]] for copies in found.values()]
+    rows = [copies[0] for copies in found.values()]
+    classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
+    return CaptionedImages(data.images[rows], captions, classes, paths)
+
+
+def read_prompts(path):
+    """Texts of a file: a line each, or JSON, a list of texts or of {"prompt": text} as in prompts.json. DataError."""
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            lines = [line["prompt"] if isinstance(line, dict) else line for line in read_json(path)]
+        else:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines or not all(isinstance(line, str) for line in lines):
+            raise ValueError("no list of texts")
+        return lines
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
+        raise DataError(f"--prompts={path}: {what}") from error
+
+
+def make_prompts(data, tokenizer, number=None):
+    """The `Prompts` that the flags ask for, and the list that they are taken from.
+
+    number: of the images that are there already, one for each; None: as many as --num_images says.
+    """
+    captions = [texts[0] for texts in captions_of_mode(data, FLAGS.caption_mode, tokenizer)]
+    source, images = captions, list(range(len(captions)))
+    if FLAGS.prompts not in (None, "random", "all"):
+        source, owners = read_prompts(FLAGS.prompts), {}
+        for i, texts in enumerate(data.captions):
+            for text in texts:
+                owners.setdefault(text, set()).add(i)
+        images = [owners[text].pop() if len(owners.get(text, ())) == 1 else -1 for text in dict.fromkeys(source)]
+        images = [dict(zip(dict.fromkeys(source), images, strict=True))[text] for text in source]
+        if number not in (None, len(source)):
+            raise DataError(f"--prompts={FLAGS.prompts}: {len(source)} prompts for {number} images: one each is needed")
+    is_drawn = FLAGS.prompts in (None, "random")
+    number = number or (FLAGS.num_images if is_drawn or FLAGS["num_images"].present else len(source))
+    rows = [derive_seed(FLAGS.seed, "prompt", i) % len(source) if is_drawn else i % len(source) for i in range(number)]
+    chosen = [source[row] for row in rows]
+    texts = [
+        augmented(text, tokenizer, random.Random(derive_seed(FLAGS.seed, "rand_augs", i)))
+        for i, text in enumerate(chosen)
+    ]
+    return Prompts(texts, chosen, torch.tensor([images[row] for row in rows])), source
+
+
+def augmented(text, tokenizer, draw):
+    """A prompt with what --rand_augs adds at random places (Somepalli et al. 2023)."""
+    repeats = range(FLAGS.rand_aug_repeats)
+    if FLAGS.rand_augs == "none":
+        return text
+    if FLAGS.rand_augs == "rand_numb_add":
+        words = [str(draw.randrange(100_000)) for _ in repeats]
+    elif FLAGS.rand_augs == "rand_word_add":
+        words = [random_tokens(tokenizer, 1, draw) for _ in repeats]
+    else:
+        words = draw.choices(text.split(" "), k=len(repeats))
+    return add_words(text, words, draw)
+
+
+def settings_of_images():
+    """What an image depends on besides the networks and its prompt."""
+    names = (
+        "prompts",
+        "caption_mode",
+        "rand_augs",
+        "rand_aug_repeats",
+        "seed",
+        "guidance",
+        "sample_steps",
+        "scheduler",
+        "text_noise",
+        "precision",
+        "resolution",
+    )
+    return {name: FLAGS[name].value for name in names}
+
+
+def generate_images(pipeline, prompts, directory, origin, about):
+    """Images of all prompts, and the detector's norms (N,) or None: kept in a directory, a killed generation goes on.
+
+    Image i depends on its prompt, the settings, the seed and i, and not on the batch or the number of processes.
+    """
+    kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
+    batches = partial(generate_batches, pipeline, prompts, kept)
+    images = generate_into(directory, origin, batches, len(prompts.texts), FLAGS.resolution, about)
+    if FLAGS.save_png and distributed.is_main():
+        save_pngs(directory, images)
+    norms = distributed.from_main(read_json(kept)[: len(images)] if distributed.is_main() else None)
+    return images, torch.tensor(norms) if FLAGS.guidance > 1 else None
+
+
+def generate_batches(pipeline, prompts, kept, first):
+    """As `score.generate.generate_batches`; writes the detector's norms of all images so far into the file `kept`."""
+    side, number, device = FLAGS.resolution // pipeline.vae_scale_factor, len(prompts.texts), pipeline.device
+    norms = read_json(kept)[:first] if first and distributed.is_main() else []
+    dtype, block = PRECISIONS[FLAGS.precision], FLAGS.batch_size * distributed.world_size()
+    watched = []
+
+    def watch(unet, inputs, output):
+        if FLAGS.guidance > 1 and len(watched) < DETECTOR_STEPS:
+            without, given = output[0].float().chunk(2)
+            watched.append((given - without).flatten(1).norm(dim=1))
+
+    hook = pipeline.unet.register_forward_hook(watch)
+    with distributed.bar(total=number, initial=first, desc="generate", unit="image") as bar:
+        for start in range(first, number, block):
+            batch = range(start, min(start + block, number))
+            indices = batch[distributed.share(len(batch))]
+            x, found = torch.empty(0, 3, FLAGS.resolution, FLAGS.resolution), torch.zeros(len(indices))
+            if indices:
+                watched.clear()
+                streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
+                shape = (pipeline.unet.config.in_channels, side, side)
+                latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+                texts = prompts.texts[indices.start : indices.stop]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    x = generate(
+                        pipeline, texts, latents, FLAGS.sample_steps, FLAGS.guidance, streams, FLAGS.text_noise
+                    )
+                found = torch.stack(watched).mean(dim=0).cpu() if watched else found
+            made = distributed.gather((to_uint8(2 * x - 1).cpu(), non_finite_images(x).cpu(), found))
+            if distributed.is_main():
+                images, not_finite, found = map(torch.cat, zip(*made, strict=True))
+                norms += found.tolist()
+                write_json(kept, norms)
+                yield images, not_finite
+            bar.update(len(batch))
+    hook.remove()
+
+
+@torch.no_grad()
+def round_trip(pipeline, images, batch_size=16):
+    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks like."""
+    decoded = []
+    for block in distributed.bar(images.split(batch_size), "VAE", unit="batch", delay=1):
+        latents = latent_moments(pipeline.vae, block)[:, 0]
+        decoded.append(to_uint8(pipeline.vae.decode(latents, return_dict=False)[0]).cpu())
+    return torch.cat(decoded)
+
+
+def read_samples(path):
+    """The images of --samples, a folder's in the order of their numbers if names are numbers. UsageError for others."""
+    if Path(path).is_dir():
+        files = [Path(file) for group in list_images(path) for file in group]
+        if all(file.stem.isdigit() for file in files):
+            files.sort(key=lambda file: int(file.stem))
+        return load_images(files, FLAGS.resolution, FLAGS.num_workers)
+    images, side = load_samples(path), FLAGS.resolution
+    if images.shape[2:] != (side, side):
+        size = "x".join(map(str, images.shape[2:]))
+        raise UsageError(f"--samples={path}: holds {size} images, not {side}x{side}: give their --resolution")
+    return images
+
+
+def detection(norms, copies):
+    """How well the detector's norms (N,) tell which images are copies (N,) bool: mean norms of both kinds, AUC."""
+    numbers = {"copies": int(copies.sum())}
+    for name, part in (("mean_of_copies", norms[copies]), ("mean_of_others", norms[~copies])):
+        numbers[name] = part.mean().item() if len(part) else None
+    numbers["auc"] = None
+    if 0 < numbers["copies"] < len(copies):
+        from sklearn.metrics import roc_auc_score  # takes a second
+
+        numbers["auc"] = float(roc_auc_score(copies.numpy(), norms.numpy()))
+    return numbers
+
+
+def write_prompts(path, prompts, paths):
+    """prompts.json: what each image was asked for, and the training image whose caption that is."""
+    images = [paths[i] if i >= 0 else None for i in prompts.own.tolist()]
+    rows = zip(prompts.texts, prompts.captions, images, strict=True)
+    write_json(path, [{"prompt": text, "caption": caption, "image": image} for text, caption, image in rows])
+
+
+def about_training(unet_folder):
+    """What result.json says of the training that the UNet comes from."""
+    logdir = unet_folder.parent.parent
+    path = logdir / "run.json"
+    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    return {"checkpoint": str(checkpoint), "training": read_json(path)["settings"] if path.is_file() else None}
+
+
+def measure(images, prompts, space, scorers, clip):
+    """All numbers of one set of images, and its nearest training images, as `measures` returns them.
+
+    Args:
+        prompts: `Prompts`, or None.
+        space: (features of the training images, the function that makes such).
+        scorers: {prefix of their names: function of images that returns {name: score}}.
+        clip: of `load_clip`, or None.
+    """
+    numbers, found = measures(embed(space[1], images), space[0], prompts and prompts.own)
+    for prefix, scorer in scorers.items():
+        numbers |= {prefix + name: value for name, value in scorer(images).items()}
+    if clip and prompts:
+        numbers["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
+    return numbers, found
+
+
+def take_directories(base_dir):
+    """Make the directories that are written, and take them until the files that are returned are closed."""
+    written = {"similar_dir": FLAGS.similar_dir, "grid_dir": FLAGS.grid_dir}
+    written |= {} if FLAGS.samples else {"generate_dir": FLAGS.generate_dir, "base_dir": base_dir}
+    paths = {Path(path).resolve(): flag for flag, path in written.items() if path}  # some may be the same
+    for path, flag in paths.items():
+        make_directory(path, flag)
+    return [lock_directory(path, flag) for path, flag in paths.items()]
+
+
+def main():
+    flags.check(FLAGS)
+    device = pick_device(FLAGS.device, FLAGS.precision)
+    features = FLAGS.features or "sscd"
+    fid_features = FLAGS.fid_features
+    if not FLAGS["fid_features"].present:
+        fid_features = "pixels" if features == "pixels" else "inception"
+
+    # whatever can be wrong shows here
+    pipeline = folder = unet_folder = base_dir = None
+    if FLAGS.pretrained:
+        with distributed.main_first():
+            folder = find_folder(FLAGS.pretrained, FLAGS.download)
+        unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
+        flags.take_data_flags(FLAGS, unet_folder.parent.parent)
+    embedding_of = embedding(FLAGS, features, device)
+    weights = find_weights(FLAGS.inception_weights) if fid_features == "inception" else None
+    clip = load_clip(FLAGS.clip) if FLAGS.clip else None
+    data = distinct(flags.call(FLAGS, load_folder, FLAGS.data_root))
+    training, heldout = data.images, None
+    if FLAGS.heldout:
+        files = [Path(path) for group in list_images(FLAGS.heldout) for path in group]
+        heldout = load_images(files, FLAGS.resolution, FLAGS.num_workers)
+    if folder:
+        pipeline = load_pipeline(folder, unet_folder)
+        flags.check_pipeline(FLAGS, pipeline)
+        if FLAGS.scheduler == "dpm":
+            pipeline.scheduler = libraries()[0].DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+        pipeline.to(device)
+    if FLAGS.unet and not FLAGS.samples:
+        base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
+    images = read_samples(FLAGS.samples) if FLAGS.samples else None
+    prompts = None
+    if images is None or FLAGS.prompts:
+        number = None if images is None else len(images)
+        prompts, source = make_prompts(data, pipeline and pipeline.tokenizer, number)
+    number = len(prompts.texts) if images is None else len(images)
+    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
+    if heldout is not None:
+        scorers["heldout_"] = Quality(heldout, number, weights, device)
+    locks = take_directories(base_dir) if distributed.is_main() else []
+    announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
+
+    result = {"samples": FLAGS.samples, "checkpoint": None, "training": None, "origin": None, "seconds": {}}
+    norms = None
+    if images is None:
+        about = about_training(unet_folder)
+        origin = settings_of_images() | {"captions": hashlib.sha256(repr(source).encode()).hexdigest()}
+        origin["pipeline"] = content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler")
+        of_unet = {"unet": content_hash(unet_folder)}
+        images, norms = generate_images(pipeline, prompts, FLAGS.generate_dir, origin | of_unet, about)
+        result |= about | {"origin": origin | of_unet}
+        if distributed.is_main():
+            write_prompts(Path(FLAGS.generate_dir) / "prompts.json", prompts, data.paths)
+            record = read_json(Path(FLAGS.generate_dir) / "generate.json")
+            result |= {"non_finite_images": record["non_finite_images"], "seconds": record["seconds"]}
+
+    floors = {}
+    if base_dir:
+        pipeline.unet = load_unet(folder / "unet").to(device)
+        origin["unet"] = content_hash(folder / "unet")
+        floors["base"] = (
+            generate_images(pipeline, prompts, base_dir, origin, about_training(folder / "unet"))[0],
+            prompts,
+        )
+    if heldout is not None:
+        floors["holdout"] = heldout, None
+    if pipeline:
+        rows = evenly_spaced(len(training), len(images))
+        captions = [data.captions[row][0] for row in rows]
+        floors["round_trip"] = round_trip(pipeline, training[rows]), Prompts(captions, captions, rows)
+
+    begin = time.perf_counter()
+    space = embed(embedding_of, training), embedding_of
+    numbers, (similarity, index) = measure(images, prompts, space, scorers, clip)
+    result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
+    result |= {"features": features} | ({"preprocess": FLAGS.preprocess} if features == "sscd" else {})
+    result |= {"warning": scorers[""].warning, **numbers, **background(space[0])}
+    result |= {name: {"N": len(x), **measure(x, of, space, scorers, clip)[0]} for name, (x, of) in floors.items()}
+    if norms is not None:
+        copies = {"above_05": (similarity[:, 0] > COPY).cpu(), "f_mem": memorized(similarity).cpu()}
+        result["detector"] = {name: detection(norms, rows) for name, rows in copies.items()}
+    result["seconds"] |= {"measure": round(time.perf_counter() - begin, 3)}
+    result["flags"] = flags.as_dict(FLAGS)
+    if distributed.is_main():
+        similarity, index = similarity.cpu(), index.cpu()
+        with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
+            np.savez(file, similarity=similarity.numpy(), index=index.numpy(), **identity(images, training))
+        grid_dir = Path(FLAGS.grid_dir)
+        result["grids"] = list(map(str, save_grids(grid_dir, images, training, index[:, 0], 1 - similarity[:, 0])))
+        write_json(grid_dir / "result.json", result)
+        print(f"{len(images)} images against {len(training)} training images")
+        print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
+        print(f"  written to {grid_dir}")
+    for lock in locks:
+        lock.close()
+
+
+if __name__ == "__main__":
+    run(main)
