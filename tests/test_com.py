@@ -170,8 +170,7 @@ def test_published_text_experiment(tmp_path):
     save_captions(folder.with_name("captions.json"), CAPTIONS)
     flags = ["--resolution=16", "--client_num=2", "--local_steps=2", "--total_round=1", "--batch_size=2", "--lr=1e-4",
              "--num_images=6", "--sample_steps=1", "--sample_step=0", "--features=pixels", "--device=cpu"]  # fmt: skip
-    env = {"LOG_DIR": str(tmp_path / "log"), "CHECKPOINTS": "checkpoint_round1", "PROCESSES": "2"}
-    env |= {"SSCD": "", "CLIP": ""}
+    env = {"LOG_DIR": str(tmp_path / "log"), "CHECKPOINTS": "checkpoint_round1", "SSCD": "", "CLIP": ""}
     first = run_bash("com/com_laion_v.sh", *flags, cwd=tmp_path, **env)
     assert "| checkpoint_round1 |" in first.stdout
     result = json.loads((tmp_path / "log/eval/checkpoint_round1/seed1/grid/result.json").read_text())
