@@ -26,6 +26,7 @@ from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
 from score.samples import evenly_spaced, load_samples, png_names, save_pngs
+from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
@@ -36,7 +37,7 @@ FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
     "score": ("fid", "is", "is_std", "fpd"),
-    "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells"),
+    "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells", "feature_space"),
 }
 
 
@@ -169,6 +170,23 @@ def find_gap(net, paths, data, device):
     return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
+def find_copies(images, training, heldout, embedding):
+    """What the search in the feature space of --memorise_features finds, and for held-out images or None the floor."""
+    features = embed(embedding, training)
+    numbers = {"features": FLAGS.memorise_features}
+    numbers["preprocess"] = FLAGS.preprocess if FLAGS.memorise_features == "sscd" else None
+    numbers |= measures(embed(embedding, images), features)[0] | background(features)
+    if heldout is not None:
+        numbers["holdout"] = {"N": len(heldout), **measures(embed(embedding, heldout), features)[0]}
+    return {"feature_space": numbers}
+
+
+def memorise(images, training, heldout, embedding, **search):
+    """What the memorise stage finds, in pixels and, with an embedding, in its features."""
+    numbers, _ = evaluate(images, training, heldout, **search)
+    return numbers | (find_copies(images, training, heldout, embedding) if embedding else {})
+
+
 def neighbors_to_show(result, sets):
     """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
     path = Path(FLAGS.similar_dir) / "memorization.npz"
@@ -223,9 +241,11 @@ def main():
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
     if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
         raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = paths = weights = None
+    net = paths = weights = embedding = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
+    if "memorise" in stages and FLAGS.memorise_features:
+        embedding = flags.embedding(FLAGS, FLAGS.memorise_features, device)
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
@@ -271,7 +291,7 @@ def main():
         on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
         search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip}
-        is_new |= add(result, "memorise", lambda: evaluate(images, on_device, heldout, **search)[0])
+        is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, embedding, **search))
     if "gap" in stages:
         add(result, "gap", lambda: find_gap(net, paths, data, device))
     if distributed.is_main():

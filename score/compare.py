@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from score.grids import save_comparison
-from score.report import COLUMNS, curves, page, table
+from score.report import COLUMNS, curves, histograms, page, similarity, table
 from utils import startup
 from utils.errors import DataError, printable
 from utils.files import read_json, write_json, write_text
@@ -81,12 +81,21 @@ def compare_page(results, summaries):
     measured = {label: [r["mq_curve"] for r in repeats if "mq_curve" in r] for label, repeats in results.items()}
     floors = [r["holdout"]["mq_curve"] for repeats in results.values() for r in repeats if "holdout" in r]
     measured["held-out real images"] = floors[:1]
+    similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
+    similar = {label: shares for label, shares in similar.items() if shares}
     sections = [
         ("Scores", table(*rows_of(summaries)) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
         ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
+        *([("Similarity to training images", histograms(similar))] if similar else []),
         ("Settings that differ", differing_settings(results)),
     ]
     return page("Runs compared", sections)
+
+
+def mean_histogram(repeats):
+    """The mean of the histograms of similarity of the repeats that have one, or None."""
+    found = [shares for result in repeats if (shares := similarity("sim_histogram")(result))]
+    return [statistics.fmean(bin) for bin in zip(*found, strict=True)] if found else None
 
 
 def settings_of(result):

@@ -47,6 +47,7 @@ COLUMNS = {
     "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
     "own image": (similarity("own_image"), "{:.1%}"),
     "f_mem of features": (similarity("f_mem"), "{:.1%}"),
+    "detector's AUC": (under("detector", "above_05", "auc"), "{:.3f}"),
     "CLIP score": (under("clip_score"), "{:.1f}"),
     "AuthPct": (under("auth_pct"), "{:.1f}"),
     "C_T": (under("c_t"), "{:.1f}"),
@@ -63,6 +64,10 @@ COLUMNS = {
     "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
     "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
 }
+
+# what is measured in the place of generated images: {name: key in a result.json}
+FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
+SIMILARITIES = ("mean", "std", "75pc", "90pc", "95pc", "gt_05pc")  # of sim_ and bg_, as published
 
 PAGE = """
 :root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas); }
@@ -187,14 +192,48 @@ def losses(gap):
     return f"{drawn}<p class=note>{numbers} {apart}.</p>"
 
 
+def sets_of(result):
+    """{name: the numbers} of the generated images and of what is measured in their place."""
+    return {"generated": result} | {name: result[key] for name, key in FLOORS.items() if key in result}
+
+
 def all_columns(result):
-    """A table of the `COLUMNS` that a result has, beside what held-out images reach in their place."""
-    rows = []
+    """A table of the `COLUMNS` that a result has, beside what other images reach in their place."""
+    rows, sets = [], sets_of(result)
     for name, (value_of, form) in COLUMNS.items():
-        values = [value_of(numbers) for numbers in (result, result.get("holdout", {}))]
+        values = [value_of(numbers) for numbers in sets.values()]
         if values[0] is not None:
             rows.append([name, *("" if value is None else form.format(value) for value in values)])
-    return table(["measure", "generated", "held-out"], rows)
+    return table(["measure", *sets], rows)
+
+
+def similarities(result):
+    """The statistics of similarity to training images by their published names, and their histograms."""
+    sets = sets_of(result)
+    rows = []
+    for name in SIMILARITIES:
+        values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    series = {name: numbers["sim_histogram"] for name, numbers in sets.items()} | {"training": result["bg_histogram"]}
+    how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
+    note = (
+        f"The largest cosine similarity of each image to the training images, by {result['features']}{how}; of a "
+        "training image to the others. Those above 0.5 count as copies (Somepalli et al. 2023)."
+    )
+    return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
+
+
+def histograms(series):
+    """Histograms of similarities as a chart; series: {name: share in each of equal intervals between 0 and 1}."""
+
+    def draw(axes):
+        for i, shares in enumerate(series.values()):
+            edges = [k / len(shares) for k in range(len(shares) + 1)]
+            axes.stairs(shares, edges, color=SERIES[i % len(SERIES)], linewidth=1.5)
+        axes.set(xlim=(0, 1))
+
+    above = [f"{name}: {sum(shares[len(shares) // 2 :]):.1%} above 0.5" for name, shares in series.items()]
+    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(above)}.")
 
 
 def pairs(generated, training, nearest, ratio):
@@ -205,6 +244,19 @@ def pairs(generated, training, nearest, ratio):
         left = training[j], f"training image {j}"
         right = generated[i], f"generated image {i}, its ratio is {percent} percent"
         shown.append((f"{place + 1}. ratio {percent}&thinsp;%, training {j}, generated {i}", (left, right)))
+    return figures(shown)
+
+
+def similar_pairs(generated, training, nearest, similarity, prompts, captions):
+    """The most similar pairs as figures, with prompts of the generated and captions of the training images if known."""
+    shown = []
+    for place, i in enumerate(similarity.argsort(descending=True, stable=True)[:PAIRS].tolist()):
+        j = nearest[i].item()
+        left, right = (training[j], f"training image {j}"), (generated[i], f"generated image {i}")
+        caption = f"{place + 1}. similarity {similarity[i].item():.3f}"
+        if prompts:
+            caption += f"<br>{escape(captions[j])}<br>{escape(prompts[i])}"
+        shown.append((caption, (left, right)))
     return figures(shown)
 
 
@@ -263,16 +315,61 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     )
     if skips is not None:
         of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips)}"
-    used = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
+    of_features = result.get("feature_space")
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
+        *([("Similarity of features", similarities(of_features))] if of_features else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
         ("Training images", of_training),
-        ("Settings", f"<details><summary>All flags</summary>{used}</details>"),
+        ("Settings", settings(result)),
     ]
     write_text(path, page(title, sections))
     return str(path)
+
+
+def settings(result):
+    """All flags of an evaluation, folded up."""
+    used = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
+    return f"<details><summary>All flags</summary>{used}</details>"
+
+
+def write_similarity_report(path, result, generated, training, nearest, similarity, prompts, captions):
+    """Write the page of one evaluation of text_to_image.all_in; returns its path as text.
+
+    Args:
+        path, result, generated, training: as for `write_report`.
+        nearest: (N,) int64, the most similar training image of every generated one; similarity: (N,).
+        prompts: N texts, or None; captions: of the training images.
+    """
+    source = result["checkpoint"] or result["samples"]
+    warning = f"<p class=note>{escape(result['warning'])}.</p>" if result["warning"] else ""
+    shares = {name: [numbers["mq_curve"]] for name, numbers in sets_of(result).items()}
+    shown = similar_pairs(generated, training, nearest, similarity, prompts, captions)
+    sections = [
+        ("Summary", all_columns(result) + warning),
+        ("Similarity to training images", similarities(result)),
+        ("Memorised quantity over all thresholds, in feature space", curves(shares)),
+        *([("Detector of copies", detector(result["detector"]))] if "detector" in result else []),
+        ("The most similar pairs: training image, generated image", shown),
+        ("Settings", settings(result)),
+    ]
+    write_text(path, page(f"{result['N']:,} images of {source} against {len(training):,} training images", sections))
+    return str(path)
+
+
+def detector(found):
+    """What Wen et al.'s detector makes of the generated images, as HTML."""
+    names = {"above_05": "similarity above 0.5", "f_mem": "f_mem"}
+    rows = []
+    for name, numbers in found.items():
+        values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])
+        rows.append([names[name], numbers["copies"], *("" if value is None else f"{value:.3f}" for value in values)])
+    note = (
+        "The norm of the prediction with the prompt less that without, averaged over the first steps, is to be larger "
+        "for copies (Wen et al. 2024)."
+    )
+    return table(["copies by", "number", "norm", "norm of others", "AUC"], rows) + f"<p class=note>{note}</p>"

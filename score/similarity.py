@@ -20,6 +20,7 @@ from utils.safe_files import one_line
 FEATURES = ("sscd", "inception", "clip", "pixels")
 COPY = 0.5  # similarity above which an image counts as a copy
 NEIGHBORS = 50
+BINS = 40  # of a histogram
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (shorter side, side of the centre, mean, standard deviation): as in the published scripts, and as SSCD's authors say
 PREPROCESS = {
@@ -80,12 +81,19 @@ def preprocess(images, shorter, side, mean, std):
     return (x[:, :, top : top + side, left : left + side].clamp(0, 1) - mean) / std
 
 
-def load_clip(folder):
-    """transformers' CLIPModel and its tokenizer in a folder, from safetensors only; raises a DataError."""
-    from transformers import CLIPModel, CLIPTokenizer  # takes seconds
+def load_clip(folder, device="cpu"):
+    """transformers' CLIPModel and its tokenizer in a folder, from safetensors only.
 
+    Raises:
+        DataError: missing or damaged files.
+        UsageError: transformers is not installed.
+    """
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        from transformers import CLIPModel, CLIPTokenizer  # takes seconds
+    except ImportError as error:
+        raise UsageError(f"--clip needs {error.name}: pip install -r requirements-text.txt") from error
+    try:
+        model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device)
         return model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of files that are missing or damaged
         raise DataError(f"--clip={folder}: cannot be read as CLIP ({one_line(error)[:200]})") from error
@@ -106,7 +114,7 @@ def make_embedding(features, device, *, sscd=None, how="published", allow_torchs
         network = Inception(inception, device)
         return lambda images: network(images)[0]
     if features == "clip":
-        model = load_clip(clip)[0].to(device)
+        model = load_clip(clip, device)[0]
         return lambda images: image_features(model, images)
     network = load_sscd(sscd, allow_torchscript).to(device)
     return lambda images: network(preprocess(images.to(device), *PREPROCESS[how]))
@@ -197,6 +205,11 @@ def memorized(similarity):
     return closer_than_third(squared_distance(similarity))
 
 
+def histogram(similarity):
+    """The share of (N,) similarities in each of BINS intervals from 0 to 1, a list; the first has those below 0 too."""
+    return (torch.histc(similarity.float().clamp(0, 1).cpu(), BINS, 0, 1) / len(similarity)).tolist()
+
+
 def measures(queries, training, own=None):
     """Criteria of one set of images in feature space, as JSON values, and their nearest training images.
 
@@ -205,13 +218,13 @@ def measures(queries, training, own=None):
         own: (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
 
     Returns:
-        numbers: `statistics` of the largest similarities; f_mem, mq_fraction and mq_curve as in `score.memorization`,
-            of squared distances of features; own_image: of the images with an own training image, the share whose
-            nearest it is.
+        numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and mq_curve as in
+            `score.memorization`, of squared distances of features; own_image: of the images with an own training image,
+            the share whose nearest it is.
         found: (similarity, index), (N, k), as `most_similar` returns them.
     """
     similarity, index = most_similar(queries, training, NEIGHBORS)
-    numbers = statistics(similarity[:, 0], "sim")
+    numbers = statistics(similarity[:, 0], "sim") | {"sim_histogram": histogram(similarity[:, 0])}
     ratio = memorization_ratio(squared_distance(similarity))
     for name, thresholds in (("mq_fraction", THRESHOLDS), ("mq_curve", range(101))):
         numbers[name] = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio, thresholds).items()}
@@ -224,4 +237,5 @@ def measures(queries, training, own=None):
 
 def background(training):
     """`statistics` of the second largest similarity of every training image to all of them: the largest is itself."""
-    return statistics(most_similar(training, training, 2)[0][:, -1], "bg")
+    similarity = most_similar(training, training, 2)[0][:, -1]
+    return statistics(similarity, "bg") | {"bg_histogram": histogram(similarity)}

@@ -27,7 +27,7 @@ from score.evaluate import Quality, identity
 from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
-from score.report import summary
+from score.report import summary, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs
 from score.similarity import COPY, background, clip_scores, embed, load_clip, measures, memorized
 from text_to_image import flags
@@ -42,7 +42,6 @@ from text_to_image.pipeline import (
     load_pipeline,
     load_unet,
 )
-from training.flags import embedding
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
@@ -94,77 +93,84 @@ def read_prompts(path):
         raise DataError(f"--prompts={path}: {what}") from error
 
 
+def owners(texts, captions):
+    """The number of the image whose caption each text is, -1 where there is none or are several.
+
+    captions: of every image, as of `CaptionedImages`.
+    """
+    images = {}
+    for i, of_image in enumerate(captions):
+        for text in of_image:
+            images.setdefault(text, set()).add(i)
+    return [min(found) if len(found := images.get(text, ())) == 1 else -1 for text in texts]
+
+
 def make_prompts(data, tokenizer, number=None):
-    """The `Prompts` that the flags ask for, and the list that they are taken from.
+    """The `Prompts` that the flags ask for, and the list of texts that they are taken from.
 
     number: of the images that are there already, one for each; None: as many as --num_images says.
     """
     captions = [texts[0] for texts in captions_of_mode(data, FLAGS.caption_mode, tokenizer)]
-    source, images = captions, list(range(len(captions)))
-    if FLAGS.prompts not in (None, "random", "all"):
-        source, owners = read_prompts(FLAGS.prompts), {}
-        for i, texts in enumerate(data.captions):
-            for text in texts:
-                owners.setdefault(text, set()).add(i)
-        images = [owners[text].pop() if len(owners.get(text, ())) == 1 else -1 for text in dict.fromkeys(source)]
-        images = [dict(zip(dict.fromkeys(source), images, strict=True))[text] for text in source]
+    if FLAGS.prompts in (None, "random", "all"):
+        source, own = captions, range(len(captions))
+    else:
+        source = read_prompts(FLAGS.prompts)
+        own = owners(source, data.captions)
         if number not in (None, len(source)):
-            raise DataError(f"--prompts={FLAGS.prompts}: {len(source)} prompts for {number} images: one each is needed")
+            raise DataError(f"--prompts={FLAGS.prompts}: {len(source)} prompts for {number} images: give one for each")
     is_drawn = FLAGS.prompts in (None, "random")
     number = number or (FLAGS.num_images if is_drawn or FLAGS["num_images"].present else len(source))
     rows = [derive_seed(FLAGS.seed, "prompt", i) % len(source) if is_drawn else i % len(source) for i in range(number)]
     chosen = [source[row] for row in rows]
-    texts = [
-        augmented(text, tokenizer, random.Random(derive_seed(FLAGS.seed, "rand_augs", i)))
-        for i, text in enumerate(chosen)
-    ]
-    return Prompts(texts, chosen, torch.tensor([images[row] for row in rows])), source
+    texts = [augmented(text, tokenizer, derive_seed(FLAGS.seed, "rand_augs", i)) for i, text in enumerate(chosen)]
+    return Prompts(texts, chosen, torch.tensor([own[row] for row in rows])), source
 
 
-def augmented(text, tokenizer, draw):
+def augmented(text, tokenizer, seed):
     """A prompt with what --rand_augs adds at random places (Somepalli et al. 2023)."""
-    repeats = range(FLAGS.rand_aug_repeats)
+    draw, number = random.Random(seed), FLAGS.rand_aug_repeats
     if FLAGS.rand_augs == "none":
         return text
     if FLAGS.rand_augs == "rand_numb_add":
-        words = [str(draw.randrange(100_000)) for _ in repeats]
+        words = [str(draw.randrange(100_000)) for _ in range(number)]
     elif FLAGS.rand_augs == "rand_word_add":
-        words = [random_tokens(tokenizer, 1, draw) for _ in repeats]
+        words = [random_tokens(tokenizer, 1, draw) for _ in range(number)]
     else:
-        words = draw.choices(text.split(" "), k=len(repeats))
+        words = draw.choices(text.split(" "), k=number)
     return add_words(text, words, draw)
 
 
-def settings_of_images():
-    """What an image depends on besides the networks and its prompt."""
-    names = (
-        "prompts",
-        "caption_mode",
-        "rand_augs",
-        "rand_aug_repeats",
-        "seed",
-        "guidance",
-        "sample_steps",
-        "scheduler",
-        "text_noise",
-        "precision",
-        "resolution",
-    )
-    return {name: FLAGS[name].value for name in names}
+def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
+    """Images of all prompts, and the detector's norms (N,), None without guidance.
 
+    They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the networks, the
+    settings, the seed and i, and not on the batch or the number of processes.
 
-def generate_images(pipeline, prompts, directory, origin, about):
-    """Images of all prompts, and the detector's norms (N,) or None: kept in a directory, a killed generation goes on.
-
-    Image i depends on its prompt, the settings, the seed and i, and not on the batch or the number of processes.
+    Args:
+        folder, unet_folder: of the pipeline and of its UNet.
+        source: the texts that the prompts are taken from.
     """
+    names = ("prompts", "rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
+    origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
+    origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
+    origin |= {"pipeline_sha256": content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler")}
+    origin |= {"checkpoint_sha256": content_hash(unet_folder)}
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept)
-    images = generate_into(directory, origin, batches, len(prompts.texts), FLAGS.resolution, about)
-    if FLAGS.save_png and distributed.is_main():
-        save_pngs(directory, images)
-    norms = distributed.from_main(read_json(kept)[: len(images)] if distributed.is_main() else None)
-    return images, torch.tensor(norms) if FLAGS.guidance > 1 else None
+    number = len(prompts.texts)
+    images = generate_into(directory, origin, batches, number, FLAGS.resolution, about_training(unet_folder))
+    norms = read_json(kept)[:number] if distributed.is_main() else None
+    if distributed.is_main():
+        write_prompts(Path(directory) / "prompts.json", prompts)
+        if FLAGS.save_png:
+            save_pngs(directory, images)
+    return images, torch.tensor(distributed.from_main(norms)) if FLAGS.guidance > 1 else None
+
+
+def write_prompts(path, prompts):
+    """A list of what every image was asked for: prompt, caption, and the number of the caption's training image."""
+    rows = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
+    write_json(path, [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in rows])
 
 
 def generate_batches(pipeline, prompts, kept, first):
@@ -216,17 +222,22 @@ def round_trip(pipeline, images, batch_size=16):
     return torch.cat(decoded)
 
 
-def read_samples(path):
-    """The images of --samples, a folder's in the order of their numbers if names are numbers. UsageError for others."""
+def read_images(flag):
+    """The images that a flag names, uint8; those of a folder resized, in the order of their numbers if they have some.
+
+    Raises:
+        DataError, UsageError: no images, or an array of images of another size.
+    """
+    path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
         if all(file.stem.isdigit() for file in files):
             files.sort(key=lambda file: int(file.stem))
-        return load_images(files, FLAGS.resolution, FLAGS.num_workers)
-    images, side = load_samples(path), FLAGS.resolution
+        return load_images(files, side, FLAGS.num_workers)
+    images = load_samples(path)
     if images.shape[2:] != (side, side):
         size = "x".join(map(str, images.shape[2:]))
-        raise UsageError(f"--samples={path}: holds {size} images, not {side}x{side}: give their --resolution")
+        raise UsageError(f"--{flag}={path}: holds {size} images, not {side}x{side}: give their --resolution")
     return images
 
 
@@ -243,19 +254,12 @@ def detection(norms, copies):
     return numbers
 
 
-def write_prompts(path, prompts, paths):
-    """prompts.json: what each image was asked for, and the training image whose caption that is."""
-    images = [paths[i] if i >= 0 else None for i in prompts.own.tolist()]
-    rows = zip(prompts.texts, prompts.captions, images, strict=True)
-    write_json(path, [{"prompt": text, "caption": caption, "image": image} for text, caption, image in rows])
-
-
 def about_training(unet_folder):
-    """What result.json says of the training that the UNet comes from."""
-    logdir = unet_folder.parent.parent
-    path = logdir / "run.json"
+    """What result.json says of the training that a UNet comes from."""
+    path = unet_folder.parent.parent / "run.json"
     checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
-    return {"checkpoint": str(checkpoint), "training": read_json(path)["settings"] if path.is_file() else None}
+    training = read_json(path)["settings"] if FLAGS.unet and path.is_file() else None
+    return {"checkpoint": str(checkpoint), "training": training}
 
 
 def measure(images, prompts, space, scorers, clip):
@@ -278,107 +282,109 @@ def measure(images, prompts, space, scorers, clip):
 def take_directories(base_dir):
     """Make the directories that are written, and take them until the files that are returned are closed."""
     written = {"similar_dir": FLAGS.similar_dir, "grid_dir": FLAGS.grid_dir}
-    written |= {} if FLAGS.samples else {"generate_dir": FLAGS.generate_dir, "base_dir": base_dir}
-    paths = {Path(path).resolve(): flag for flag, path in written.items() if path}  # some may be the same
+    if not FLAGS.samples:
+        written |= {"generate_dir": FLAGS.generate_dir} | ({"base_dir": base_dir} if base_dir else {})
+    paths = {Path(path).resolve(): flag for flag, path in written.items()}  # some may be the same
     for path, flag in paths.items():
         make_directory(path, flag)
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
+def write_results(result, images, data, found, prompts):
+    """Write all files but the images, and print what a person wants to know first.
+
+    Args:
+        data: the `CaptionedImages` that the numbers of training images count in.
+        found: of `measures`.
+        prompts: texts, or None.
+    """
+    grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in found)
+    sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
+    with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
+        np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
+    shown, captions = (images, data.images, index[:, 0]), [texts[0] for texts in data.captions]
+    paths = save_grids(grid_dir, *shown, 1 - similarity[:, 0])
+    page = write_similarity_report(grid_dir / "report.html", result, *shown, similarity[:, 0], prompts, captions)
+    write_json(grid_dir / "result.json", result | {"grids": [str(path) for path in paths], "report": page})
+    print(f"{len(images)} images against {len(data.images)} training images")
+    print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
+    print(f"  written to {grid_dir}")
+
+
 def main():
     flags.check(FLAGS)
     device = pick_device(FLAGS.device, FLAGS.precision)
-    features = FLAGS.features or "sscd"
-    fid_features = FLAGS.fid_features
-    if not FLAGS["fid_features"].present:
-        fid_features = "pixels" if features == "pixels" else "inception"
 
-    # whatever can be wrong shows here
-    pipeline = folder = unet_folder = base_dir = None
+    # whatever can be wrong shows here, before the long work
+    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
         unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
-        flags.take_data_flags(FLAGS, unet_folder.parent.parent)
-    embedding_of = embedding(FLAGS, features, device)
-    weights = find_weights(FLAGS.inception_weights) if fid_features == "inception" else None
-    clip = load_clip(FLAGS.clip) if FLAGS.clip else None
+        if FLAGS.unet:
+            flags.take_data_flags(FLAGS, unet_folder.parent.parent)
+    features = FLAGS.features or "sscd"
+    embedding = flags.embedding(FLAGS, features, device)
+    weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
+    clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     data = distinct(flags.call(FLAGS, load_folder, FLAGS.data_root))
-    training, heldout = data.images, None
+    training = data.images
     if FLAGS.heldout:
-        files = [Path(path) for group in list_images(FLAGS.heldout) for path in group]
-        heldout = load_images(files, FLAGS.resolution, FLAGS.num_workers)
+        heldout = read_images("heldout")
     if folder:
         pipeline = load_pipeline(folder, unet_folder)
         flags.check_pipeline(FLAGS, pipeline)
         if FLAGS.scheduler == "dpm":
             pipeline.scheduler = libraries()[0].DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         pipeline.to(device)
-    if FLAGS.unet and not FLAGS.samples:
-        base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
-    images = read_samples(FLAGS.samples) if FLAGS.samples else None
-    prompts = None
-    if images is None or FLAGS.prompts:
-        number = None if images is None else len(images)
+    if FLAGS.samples:
+        images = read_images("samples")
+    if FLAGS.prompts or not FLAGS.samples:
+        number = len(images) if FLAGS.samples else None
         prompts, source = make_prompts(data, pipeline and pipeline.tokenizer, number)
-    number = len(prompts.texts) if images is None else len(images)
-    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
+    number = len(images if FLAGS.samples else prompts.texts)
+    scorers = {"": flags.call(FLAGS, Quality, training, number, weights, device)}
     if heldout is not None:
         scorers["heldout_"] = Quality(heldout, number, weights, device)
+    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
+    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
 
     result = {"samples": FLAGS.samples, "checkpoint": None, "training": None, "origin": None, "seconds": {}}
-    norms = None
-    if images is None:
-        about = about_training(unet_folder)
-        origin = settings_of_images() | {"captions": hashlib.sha256(repr(source).encode()).hexdigest()}
-        origin["pipeline"] = content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler")
-        of_unet = {"unet": content_hash(unet_folder)}
-        images, norms = generate_images(pipeline, prompts, FLAGS.generate_dir, origin | of_unet, about)
-        result |= about | {"origin": origin | of_unet}
+    if not FLAGS.samples:
+        generated = partial(generate_images, prompts=prompts, source=source)
+        images, norms = generated(pipeline, folder, unet_folder, directory=FLAGS.generate_dir)
         if distributed.is_main():
-            write_prompts(Path(FLAGS.generate_dir) / "prompts.json", prompts, data.paths)
             record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-            result |= {"non_finite_images": record["non_finite_images"], "seconds": record["seconds"]}
-
+            names = ("checkpoint", "training", "origin", "non_finite_images", "seconds")
+            result |= {name: record[name] for name in names}
     floors = {}
     if base_dir:
         pipeline.unet = load_unet(folder / "unet").to(device)
-        origin["unet"] = content_hash(folder / "unet")
-        floors["base"] = (
-            generate_images(pipeline, prompts, base_dir, origin, about_training(folder / "unet"))[0],
-            prompts,
-        )
+        floors["base"] = generated(pipeline, folder, folder / "unet", directory=base_dir)[0], prompts
     if heldout is not None:
         floors["holdout"] = heldout, None
     if pipeline:
         rows = evenly_spaced(len(training), len(images))
-        captions = [data.captions[row][0] for row in rows]
-        floors["round_trip"] = round_trip(pipeline, training[rows]), Prompts(captions, captions, rows)
+        own = [data.captions[row][0] for row in rows]
+        floors["round_trip"] = round_trip(pipeline, training[rows]), Prompts(own, own, rows)
 
     begin = time.perf_counter()
-    space = embed(embedding_of, training), embedding_of
-    numbers, (similarity, index) = measure(images, prompts, space, scorers, clip)
+    space = embed(embedding, training), embedding
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
-    result |= {"features": features} | ({"preprocess": FLAGS.preprocess} if features == "sscd" else {})
-    result |= {"warning": scorers[""].warning, **numbers, **background(space[0])}
+    result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
+    result |= {"warning": scorers[""].warning, **background(space[0])}
+    numbers, found = measure(images, prompts, space, scorers, clip)
+    result |= numbers
     result |= {name: {"N": len(x), **measure(x, of, space, scorers, clip)[0]} for name, (x, of) in floors.items()}
     if norms is not None:
-        copies = {"above_05": (similarity[:, 0] > COPY).cpu(), "f_mem": memorized(similarity).cpu()}
-        result["detector"] = {name: detection(norms, rows) for name, rows in copies.items()}
-    result["seconds"] |= {"measure": round(time.perf_counter() - begin, 3)}
+        copies = {"above_05": found[0][:, 0] > COPY, "f_mem": memorized(found[0])}
+        result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
+    result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
     result["flags"] = flags.as_dict(FLAGS)
     if distributed.is_main():
-        similarity, index = similarity.cpu(), index.cpu()
-        with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
-            np.savez(file, similarity=similarity.numpy(), index=index.numpy(), **identity(images, training))
-        grid_dir = Path(FLAGS.grid_dir)
-        result["grids"] = list(map(str, save_grids(grid_dir, images, training, index[:, 0], 1 - similarity[:, 0])))
-        write_json(grid_dir / "result.json", result)
-        print(f"{len(images)} images against {len(training)} training images")
-        print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
-        print(f"  written to {grid_dir}")
+        write_results(result, images, data, found, prompts and prompts.texts)
     for lock in locks:
         lock.close()
 

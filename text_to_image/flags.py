@@ -10,7 +10,7 @@ from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import content_hash
 from training import flags as shared
-from training.flags import DEFINE_path, as_dict, as_flagfile, call  # noqa: F401 - some are for the scripts
+from training.flags import DEFINE_path, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
 from utils import distributed
 from utils.errors import UsageError
 
@@ -109,6 +109,12 @@ def take_data_flags(values, logdir):
     for name in ("data_root", "captions", "resolution", "cache_dir", "caption_mode"):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])
+
+
+def fid_features(values):
+    """What the scores of quality are of: the flag, else inception, unless similarity is that of pixels."""
+    default = "pixels" if values.features == "pixels" else "inception"
+    return values.fid_features if values["fid_features"].present else default
 
 
 def check_data(values, data):
