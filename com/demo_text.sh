@@ -36,7 +36,7 @@ for round in "$((rounds / 2))" "$rounds"; do
 done
 
 echo
-"$PYTHON" -m score.compare --json="$out/table.json" "${results[@]}"
+"$PYTHON" -m score.compare --floors --json="$out/table.json" "${results[@]}"
 "$PYTHON" -m text_to_image.picture "$out/demo_text.png" "training (OpenMoji, CC BY-SA 4.0)=$out/train" "${pictures[@]}"
 echo
 echo "Lower own image and f_mem, lower similarity: less memorised. Lower fpd (to held-out emoji): better images."

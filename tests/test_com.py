@@ -154,7 +154,8 @@ def test_text_demo(tmp_path):
     out = tmp_path / "results/demo_text"
     assert files_of_the_project() == before
     table = json.loads((out / "table.json").read_text())
-    assert table.keys() == {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 2)}
+    rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 2)}
+    assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
     assert all(f"| {label}" in result.stdout for label in table)
     assert {"own image", "fpd"} <= table["default, round 2"].keys()
     steps = [json.loads((out / name / "train.json").read_text())["steps"] for name in ("default", "iet_agc")]
