@@ -10,10 +10,11 @@ DATA_ROOT="${DATA_ROOT:-./data}"
 SEEDS="${SEEDS:-1 2 3}"
 PROCESSES="${PROCESSES:-1}"
 expand DATA_ROOT
+export PYTHONSAFEPATH=1 # nothing is imported from the caller's directory, by torchrun's processes neither
 
 LAUNCH=("$PYTHON")
 if ((PROCESSES > 1)); then
-    LAUNCH=("$PYTHON" -P -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
+    LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
 fi
 
 # once MARKER COMMAND...: run the command unless MARKER says that the same command has finished before
@@ -29,20 +30,21 @@ once() {
     printf '%s\n' "$*" >"$marker"
 }
 
-# evaluate CHECKPOINTS FLAGS...: every checkpoint with every seed, then a table of mean and spread
+# evaluate CHECKPOINTS WEIGHTS COMMAND...: every checkpoint, as the flag WEIGHTS of the command, with every seed, then a
+# table of mean and spread
 evaluate() {
-    local checkpoints="$1" checkpoint seed out
+    local checkpoints="$1" weights="$2" checkpoint seed out
     local results=()
-    shift
+    shift 2
     for checkpoint in $checkpoints; do
         for seed in $SEEDS; do
             out="$LOG_DIR/eval/${checkpoint%.pt}/seed$seed"
-            once "$out/done" "${LAUNCH[@]}" "$ROOT/all_in.py" "$@" --seed="$seed" --unet_dir="$LOG_DIR/$checkpoint" \
+            once "$out/done" "${LAUNCH[@]}" "$@" --seed="$seed" "$weights=$LOG_DIR/$checkpoint" \
                 --generate_dir="$out/generate" --similar_dir="$out/similar" --grid_dir="$out/grid"
             results+=("${checkpoint%.pt}=$out/grid/result.json")
         done
     done
-    "$PYTHON" -P -m score.compare --json="$LOG_DIR/eval/table.json" "${results[@]}"
+    "$PYTHON" -m score.compare --json="$LOG_DIR/eval/table.json" "${results[@]}"
 }
 
 # iet_agc CONFIG FLAGS...: IET-AGC with the settings of config/CONFIG.txt, then the evaluation of its averages
@@ -51,5 +53,6 @@ iet_agc() {
     expand LOG_DIR
     local flags=(--flagfile="$ROOT/config/$1.txt" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" "${@:2}")
     once "$LOG_DIR/trained" "${LAUNCH[@]}" "$ROOT/main_fed.py" --train "${flags[@]}"
-    evaluate "${CHECKPOINTS:-global_ckpt_round5.pt global_ckpt_round10.pt}" "${flags[@]}" -Fed=True --use_ema=False
+    evaluate "${CHECKPOINTS:-global_ckpt_round5.pt global_ckpt_round10.pt}" --unet_dir "$ROOT/all_in.py" "${flags[@]}" \
+        -Fed=True --use_ema=False
 }

@@ -9,4 +9,5 @@ CONFIG="${CONFIG:-$ROOT/config/CIFAR10.txt}"
 expand LOG_DIR CONFIG
 flags=(--flagfile="$CONFIG" --data_root="$DATA_ROOT" --logdir="$LOG_DIR" --save_step=20000 "$@")
 once "$LOG_DIR/trained" "${LAUNCH[@]}" "$ROOT/main.py" --train "${flags[@]}"
-evaluate "${CHECKPOINTS:-ckpt100k.pt ckpt200k.pt ckpt300k.pt ckpt400k.pt}" "${flags[@]}" --use_ema=False
+evaluate "${CHECKPOINTS:-ckpt100k.pt ckpt200k.pt ckpt300k.pt ckpt400k.pt}" --unet_dir "$ROOT/all_in.py" "${flags[@]}" \
+    --use_ema=False

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from score.grids import save_comparison
-from score.report import COLUMNS, curves, histograms, page, similarity, table
+from score.report import COLUMNS, FLOORS, curves, histograms, page, similarity, table
 from utils import startup
 from utils.errors import DataError, printable
 from utils.files import read_json, write_json, write_text
@@ -92,6 +92,13 @@ def compare_page(results, summaries):
     return page("Runs compared", sections)
 
 
+def floors_of(result):
+    """The summaries of what a result says of other images than the generated ones."""
+    floors = {name: result[key] for name, key in FLOORS.items() if key in result}
+    floors["training, of each other"] = {f"sim_{name[3:]}": result[name] for name in result if name.startswith("bg_")}
+    return {label: summary for label, floor in floors.items() if (summary := summarize([floor]))}
+
+
 def mean_histogram(repeats):
     """The mean of the histograms of similarity of the repeats that have one, or None."""
     found = [shares for result in repeats if (shares := similarity("sim_histogram")(result))]
@@ -126,10 +133,13 @@ def main(arguments=None):
     parser.add_argument("--json", **path, help="also write the numbers")
     parser.add_argument("--html", **path, help="also write a page with the table and the curves")
     parser.add_argument("--picture", **path, help="also write the most memorised pairs of every label, as PNG")
+    parser.add_argument("--floors", action="store_true", help="rows of what the first run measured beside its images")
     options = parser.parse_args(arguments)
     groups = read_results(options.results)
     results = {label: [result for _, result in members] for label, members in groups.items()}
     summaries = {label: summarize(repeats) for label, repeats in results.items()}
+    if options.floors:
+        summaries |= floors_of(next(iter(results.values()))[0])
     print(markdown_table(*rows_of(summaries)), end="")
     if options.json:
         write_json(options.json, summaries)

@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 
 from tests.commands import ROOT, check, environment, run_bash
 from tests.dataset_files import write_afhq, write_cifar10, write_cifar100
+from tests.text_files import CAPTIONS, save_captions, save_images, tiny_pipeline
 
 TINY = [
     "--ch=32", "--num_res_blocks=1", "--batch_size=8", "--T=20", "--sample_steps=2", "--num_images=12", "--device=cpu",
@@ -104,7 +105,7 @@ def test_settings_with_a_tilde(written, meant, tmp_path):
 
 def test_an_equals_sign_in_the_log_directory(tmp_path):
     """Labels are told from paths; streams may be closed."""
-    script = f"source '{ROOT}/com/common.sh'; LOG_DIR=$1; SEEDS=1; LAUNCH=(true); evaluate 'ckpt1.pt' >&-"
+    script = f"source '{ROOT}/com/common.sh'; LOG_DIR=$1; SEEDS=1; LAUNCH=(true); evaluate 'ckpt1.pt' --unet_dir >&-"
     grid = tmp_path / "lr=1e-3 é/eval/ckpt1/seed1/grid"
     grid.mkdir(parents=True)
     (grid / "result.json").write_text(json.dumps({"N": 4, "checkpoint": None, "seconds": {}}))
@@ -141,3 +142,39 @@ def test_demo(tmp_path):
     steps = [json.loads((tmp_path / "demo" / name / "train.json").read_text())["steps"] for name in table]
     assert steps[0] == steps[1] == 8
     assert (tmp_path / "demo/memorised.png").stat().st_size > 0
+
+
+def test_text_demo(tmp_path):
+    """As test_demo, of com/demo_text.sh."""
+    before = files_of_the_project()
+    for name in ("errors.py", "torch.py", "pathlib.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported from the directory of the caller')")
+    flags = ["--sample_steps=1", "--num_images=8", "--device=cpu"]
+    result = run_bash("com/demo_text.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
+    out = tmp_path / "results/demo_text"
+    assert files_of_the_project() == before
+    table = json.loads((out / "table.json").read_text())
+    rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 2)}
+    assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
+    assert all(f"| {label}" in result.stdout for label in table)
+    assert {"own image", "fpd"} <= table["default, round 2"].keys()
+    steps = [json.loads((out / name / "train.json").read_text())["steps"] for name in ("default", "iet_agc")]
+    assert steps == [8, 8]
+    assert (out / "demo_text.png").stat().st_size > 0
+
+
+def test_published_text_experiment(tmp_path):
+    """com/com_laion_v.sh, where everything is in its default place but the weights of SSCD and CLIP."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported from the directory of the caller')")
+    tiny_pipeline().save_pretrained(tmp_path / "stable-diffusion-2-1")
+    folder = save_images(tmp_path / "data/laion_10k/train")
+    save_captions(folder.with_name("captions.json"), CAPTIONS)
+    flags = ["--resolution=16", "--client_num=2", "--local_steps=2", "--total_round=1", "--batch_size=2", "--lr=1e-4",
+             "--num_images=6", "--sample_steps=1", "--sample_step=0", "--features=pixels", "--device=cpu"]  # fmt: skip
+    env = {"LOG_DIR": str(tmp_path / "log"), "CHECKPOINTS": "checkpoint_round1", "SSCD": "", "CLIP": ""}
+    first = run_bash("com/com_laion_v.sh", *flags, cwd=tmp_path, **env)
+    assert "| checkpoint_round1 |" in first.stdout
+    result = json.loads((tmp_path / "log/eval/checkpoint_round1/seed1/grid/result.json").read_text())
+    assert result["N"] == 6 and result["training"]["mem_ratio"] == 1.25
+    again = run_bash("com/com_laion_v.sh", *flags, cwd=tmp_path, **env)
+    assert again.stdout.count("done before") == 2

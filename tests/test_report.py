@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from score.compare import floors_of
 from score.evaluate import evaluate
 from score.memorization import measures, memorization_ratio
 from score.report import SERIES, copy_counts, write_report
@@ -118,6 +119,16 @@ def test_the_curve_and_the_counts_against_numpy():
 def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
     seen = assert_readable(report[0], tmp_path)
     assert seen["images"] > 80 and seen["charts"] == 2
+
+
+def test_compare_has_rows_of_floors():
+    result = {"own_image": 0.7, "sim_mean": 0.9, "bg_mean": 0.4, "base": {"own_image": 0.1, "sim_mean": 0.3}}
+    rows = {label: {c: n["mean"] for c, n in row.items()} for label, row in floors_of(result).items()}
+    assert rows == {
+        "base model": {"own image": 0.1, "similarity": 0.3},
+        "training, of each other": {"similarity": 0.4},
+    }
+    assert floors_of({"N": 4, "checkpoint": None}) == {}
 
 
 def test_compare_puts_runs_on_one_page(tmp_path):

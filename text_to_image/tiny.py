@@ -161,11 +161,12 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     learner = Learner(
         pipeline.unet, partial(LatentTrainer, scheduler=scheduler), lr=lr, warmup=100, grad_clip=1.0, ema_decay=0.99
     )
+    captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # one in ten is empty: guidance needs that
     batches = CaptionBatches(
         data.images,
         encode_images(pipeline.vae, data.images),
-        data.captions,
-        TextStates(pipeline, [texts[0] for texts in data.captions], directory, "tiny"),
+        captions,
+        TextStates(pipeline, [text for texts in captions for text in texts], directory, "tiny"),
         torch.arange(len(data.images)),
         torch.device("cpu"),
         scaling_factor=pipeline.vae.config.scaling_factor,
@@ -173,6 +174,7 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
         batch_size=batch_size,
         T=1000,
         seed=SEED,
+        caption_mode="all",
     )
     for step in distributed.bar(range(steps), "UNet", unit="step"):
         learner.update(learner.losses(batches(step)).mean())
@@ -183,7 +185,7 @@ def main():
     parser = startup.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="directory that is made")
     parser.add_argument("--vae_steps", type=int, default=500, help="0: random weights")
-    parser.add_argument("--unet_steps", type=int, default=3000, help="0: random weights")
+    parser.add_argument("--unet_steps", type=int, default=2000, help="0: random weights")
     args = parser.parse_args()
 
     data = read_emoji(SIDE)
