@@ -24,8 +24,6 @@ from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
 
 STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
-
-
 PATHS = []  # names of the flags that name files and directories: `parse` expands ~ in them
 
 
@@ -48,9 +46,7 @@ flags.DEFINE_integer("ch", 128, "base width of the UNet, a multiple of the group
 flags.DEFINE_multi_integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", lower_bound=1)
 flags.DEFINE_multi_integer("attn", [1], "levels with self-attention, 0-based", lower_bound=0)
 flags.DEFINE_integer("num_res_blocks", 2, "residual blocks per level, >= 1", lower_bound=1)
-flags.DEFINE_integer(
-    "norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's; in a new network min(32, ch // 4)", 0
-)
+flags.DEFINE_integer("norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's, or else min(32, ch // 4)", 0)
 flags.DEFINE_float("dropout", 0.1, "dropout probability, in [0, 1)", lower_bound=0.0)
 flags.DEFINE_integer("num_labels", None, "number of classes of a conditional UNet, >= 1", lower_bound=1)
 flags.DEFINE_bool("use_labels", False, "condition on the class; needs --num_labels")
@@ -144,13 +140,10 @@ DEFINE_path("grid_dir", "./results/grid", "all_in: directory of the grids, resul
 flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
-flags.DEFINE_enum(
-    "fid_features", "inception", ("inception", "pixels"), "inception: FID and IS; pixels: fpd, which needs no weights"
-)
+_FEATURES = ("inception", "pixels")
+flags.DEFINE_enum("fid_features", "inception", _FEATURES, "inception: FID and IS; pixels: fpd, which needs no weights")
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
-flags.DEFINE_bool(
-    "holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if there are any"
-)
+flags.DEFINE_bool("holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if any")
 flags.DEFINE_enum("memorise_features", None, FEATURES, "all_in: search for copies in this feature space too")
 DEFINE_path("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt")
 flags.DEFINE_enum("preprocess", "published", tuple(PREPROCESS), "for SSCD: as published, or as its authors recommend")
@@ -317,13 +310,6 @@ def check_data(values, data):
     reference_images(values, data)
 
 
-def heldout_images(values, data, flag):
-    """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
-    if data.heldout is None:
-        raise UsageError(f"--{flag}: no image of {values.dataset} is held out, leave some out with --num_train")
-    return data.heldout.images
-
-
 def reference_images(values, data):
     """The real images (N, 3, H, W) that `--fid_reference` names."""
     return data.train.images if values.fid_reference == "train" else heldout_images(values, data, "fid_reference")
@@ -331,9 +317,15 @@ def reference_images(values, data):
 
 def holdout_images(values, data):
     """The real images (N, 3, H, W) that `--holdout` measures, or None."""
-    if values.holdout is False or (values.holdout is None and data.heldout is None):
-        return None
-    return heldout_images(values, data, "holdout")
+    is_wanted = values.holdout or (values.holdout is None and data.heldout)
+    return heldout_images(values, data, "holdout") if is_wanted else None
+
+
+def heldout_images(values, data, flag):
+    """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
+    if data.heldout is None:
+        raise UsageError(f"--{flag}: no image of {values.dataset} is held out, leave some out with --num_train")
+    return data.heldout.images
 
 
 def norm_groups(values, checkpoint=None, path=None):
