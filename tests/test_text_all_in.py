@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def result(directory):
 
 
 def read_folder(folder):
-    return np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted(folder.iterdir())])
+    return np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted(folder.glob("*.png"))])
 
 
 @pytest.mark.parametrize("name", ["generate", "generate/base"])
@@ -88,7 +89,7 @@ def test_numbers_against_numpy(directory, result):
     """Image 16 is a copy of image 3: the 16 others are the training set, their first captions the prompts in turn."""
     training, heldout = read_folder(directory / "images")[:16], read_folder(directory / "heldout")
     images = np.load(directory / "all/generate/generate.npy")
-    assert np.array_equal(images, read_folder_of_png(directory / "all/generate"))
+    assert np.array_equal(images, read_folder(directory / "all/generate"))
     assert result["N"] == 20 and result["training_set_size"] == 16
 
     def similarities(images):
@@ -117,10 +118,6 @@ def test_numbers_against_numpy(directory, result):
     assert prompts[17] == {"prompt": "picture number 1", "caption": "picture number 1", "image": 1}
 
 
-def read_folder_of_png(folder):
-    return np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted(folder.glob("*.png"))])
-
-
 def test_page_and_comparison(directory, result):
     text = (directory / "all/grid/report.html").read_text()
     tags = Tags(text)
@@ -135,8 +132,7 @@ def test_page_and_comparison(directory, result):
 
 def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(directory, result):
     """With Gaussian noise on the text; the reference is a run at one go."""
-    flags = [*FLAGS, "--unet=pipeline/unet", *DATA, "--features=pixels", "--num_images=9", "--text_noise=0.1"]
-    flags += ["--base_dir=killed/generate"]  # the same as the model itself
+    flags = [*FLAGS, *DATA, "--features=pixels", "--num_images=9", "--text_noise=0.1"]
     run_module(MODULE, *flags, *directories("straight"), "--batch_size=4", cwd=directory)
     command = [sys.executable, "-m", MODULE, *flags, *directories("killed"), "--batch_size=1"]
     process = subprocess.Popen(
@@ -144,6 +140,7 @@ def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(direct
     )
     while not (directory / "killed/generate/generate.part.json").exists():
         assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]

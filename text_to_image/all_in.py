@@ -220,12 +220,13 @@ def main():
 
     # whatever can be wrong shows here, before the long work
     folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
+    if FLAGS.unet:
+        unet_folder = find_unet(FLAGS.unet)
+        flags.take_data_flags(FLAGS, unet_folder.parent.parent)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
-        unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
-        if FLAGS.unet:
-            flags.take_data_flags(FLAGS, unet_folder.parent.parent)
+        unet_folder = unet_folder or folder / "unet"
     features = FLAGS.features or "sscd"
     embedding = flags.embedding(FLAGS, features, device)
     weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
