@@ -214,6 +214,8 @@ def similarities(result):
     for name in SIMILARITIES:
         values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
         rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    f_mem = [numbers["f_mem"] for numbers in sets.values()]
+    rows.append(["f_mem", *(f"{value:.3f}" for value in f_mem), ""])
     series = {name: numbers["sim_histogram"] for name, numbers in sets.items()} | {"training": result["bg_histogram"]}
     how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
     note = (

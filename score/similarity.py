@@ -235,6 +235,22 @@ def measures(queries, training, own=None):
     return numbers, (similarity, index)
 
 
+def detection(scores, copies):
+    """How well scores (N,) tell which images are copies, (N,) bool: means of both kinds, and the AUC, as JSON values.
+
+    None stands for what has no value, where all images are copies, or none is.
+    """
+    numbers = {"copies": int(copies.sum()), "mean_of_copies": None, "mean_of_others": None, "auc": None}
+    for name, part in (("mean_of_copies", scores[copies]), ("mean_of_others", scores[~copies])):
+        if len(part):
+            numbers[name] = part.mean().item()
+    if 0 < numbers["copies"] < len(copies):
+        from sklearn.metrics import roc_auc_score  # takes a second
+
+        numbers["auc"] = float(roc_auc_score(copies.numpy(), scores.numpy()))
+    return numbers
+
+
 def background(training):
     """`statistics` of the second largest similarity of every training image to all of them: the largest is itself."""
     similarity = most_similar(training, training, 2)[0][:, -1]

@@ -11,6 +11,7 @@ from torchvision.models import resnet50
 from score import similarity
 from score.similarity import (
     background,
+    detection,
     embed,
     load_sscd,
     make_embedding,
@@ -123,6 +124,21 @@ def test_measures_against_distances_of_features():
     assert numbers["own_image"] == pytest.approx((distances.argmin(axis=1) == np.arange(30)).mean())
     assert numbers["sim_mean"] == pytest.approx((1 - nearest[:, 0] ** 2 / 2).mean(), abs=1e-5)
     assert found.shape == index.shape == (30, 50)
+    ours, _ = measures(queries, training, torch.where(own < 20, own, -1))
+    assert ours["own_image"] == pytest.approx((distances.argmin(axis=1) == np.arange(30))[:20].mean())
+    assert "own_image" not in measures(queries, training)[0]
+    counts, _ = np.histogram(found[:, 0].clip(0, 1).numpy(), bins=similarity.BINS, range=(0, 1))
+    np.testing.assert_allclose(numbers["sim_histogram"], counts / 30, atol=1e-6)
+
+
+def test_detection_counts_pairs_in_the_right_order():
+    scores, copies = torch.rand(40, generator=GENERATOR), torch.rand(40, generator=GENERATOR) < 0.3
+    pairs = scores[copies].numpy()[:, None] > scores[~copies].numpy()
+    found = detection(scores, copies)
+    assert found["auc"] == pytest.approx(pairs.mean()) and found["copies"] == copies.sum()
+    assert found["mean_of_copies"] == pytest.approx(scores[copies].mean().item())
+    none = detection(scores, torch.zeros(40, dtype=torch.bool))
+    assert none["auc"] is None is none["mean_of_copies"] and none["copies"] == 0
 
 
 def test_background_leaves_out_the_image_itself():

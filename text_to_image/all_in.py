@@ -13,11 +13,9 @@ if __name__ == "__main__":  # before the imports that take seconds
     startup.prepare()
 
 import hashlib
-import random
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +27,9 @@ from score.grids import save_grids
 from score.inception import find_weights
 from score.report import summary, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs
-from score.similarity import COPY, background, clip_scores, embed, load_clip, measures, memorized
+from score.similarity import COPY, background, clip_scores, detection, embed, load_clip, measures, memorized
 from text_to_image import flags
-from text_to_image.data import CaptionedImages, add_words, captions_of_mode, load_folder, load_images, random_tokens
+from text_to_image.data import load_folder, load_images
 from text_to_image.pipeline import (
     content_hash,
     find_folder,
@@ -42,102 +40,17 @@ from text_to_image.pipeline import (
     load_pipeline,
     load_unet,
 )
+from text_to_image.prompts import Prompts, distinct, make_prompts
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import atomic_write, lock_directory, make_directory, read_json, write_json
 from utils.images import list_images, to_uint8
-from utils.safe_files import one_line
-from utils.seeding import derive_seed, generator
+from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
-
-
-class Prompts(NamedTuple):
-    """texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1."""
-
-    texts: list
-    captions: list
-    own: torch.Tensor
-
-
-def distinct(data):
-    """The `CaptionedImages` with images that occur several times there once, with all of their captions.
-
-    A repeated image would be its own second neighbour.
-    """
-    found = {}
-    for i, image in enumerate(data.images):
-        found.setdefault(hashlib.blake2b(image.numpy().tobytes()).digest(), []).append(i)
-    captions = [[text for i in copies for text in data.captions[i]] for copies in found.values()]
-    rows = [copies[0] for copies in found.values()]
-    classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
-    return CaptionedImages(data.images[rows], captions, classes, paths)
-
-
-def read_prompts(path):
-    """Texts of a file: a line each, or JSON, a list of texts or of {"prompt": text} as in prompts.json. DataError."""
-    path = Path(path)
-    try:
-        if path.suffix == ".json":
-            lines = [line["prompt"] if isinstance(line, dict) else line for line in read_json(path)]
-        else:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines or not all(isinstance(line, str) for line in lines):
-            raise ValueError("no list of texts")
-        return lines
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
-        raise DataError(f"--prompts={path}: {what}") from error
-
-
-def owners(texts, captions):
-    """The number of the image whose caption each text is, -1 where there is none or are several.
-
-    captions: of every image, as of `CaptionedImages`.
-    """
-    images = {}
-    for i, of_image in enumerate(captions):
-        for text in of_image:
-            images.setdefault(text, set()).add(i)
-    return [min(found) if len(found := images.get(text, ())) == 1 else -1 for text in texts]
-
-
-def make_prompts(data, tokenizer, number=None):
-    """The `Prompts` that the flags ask for, and the list of texts that they are taken from.
-
-    number: of the images that are there already, one for each; None: as many as --num_images says.
-    """
-    captions = [texts[0] for texts in captions_of_mode(data, FLAGS.caption_mode, tokenizer)]
-    if FLAGS.prompts in (None, "random", "all"):
-        source, own = captions, range(len(captions))
-    else:
-        source = read_prompts(FLAGS.prompts)
-        own = owners(source, data.captions)
-        if number not in (None, len(source)):
-            raise DataError(f"--prompts={FLAGS.prompts}: {len(source)} prompts for {number} images: give one for each")
-    is_drawn = FLAGS.prompts in (None, "random")
-    number = number or (FLAGS.num_images if is_drawn or FLAGS["num_images"].present else len(source))
-    rows = [derive_seed(FLAGS.seed, "prompt", i) % len(source) if is_drawn else i % len(source) for i in range(number)]
-    chosen = [source[row] for row in rows]
-    texts = [augmented(text, tokenizer, derive_seed(FLAGS.seed, "rand_augs", i)) for i, text in enumerate(chosen)]
-    return Prompts(texts, chosen, torch.tensor([own[row] for row in rows])), source
-
-
-def augmented(text, tokenizer, seed):
-    """A prompt with what --rand_augs adds at random places (Somepalli et al. 2023)."""
-    draw, number = random.Random(seed), FLAGS.rand_aug_repeats
-    if FLAGS.rand_augs == "none":
-        return text
-    if FLAGS.rand_augs == "rand_numb_add":
-        words = [str(draw.randrange(100_000)) for _ in range(number)]
-    elif FLAGS.rand_augs == "rand_word_add":
-        words = [random_tokens(tokenizer, 1, draw) for _ in range(number)]
-    else:
-        words = draw.choices(text.split(" "), k=number)
-    return add_words(text, words, draw)
 
 
 def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
@@ -148,10 +61,11 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
 
     Args:
         folder, unet_folder: of the pipeline and of its UNet.
-        source: the texts that the prompts are taken from.
+        source: of `make_prompts`.
     """
-    names = ("prompts", "rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
+    names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
+    origin |= {"prompts": "drawn" if flags.prompts_are_drawn(FLAGS) else "in turn"}
     origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
     origin |= {"pipeline_sha256": content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler")}
     origin |= {"checkpoint_sha256": content_hash(unet_folder)}
@@ -234,24 +148,13 @@ def read_images(flag):
         if all(file.stem.isdigit() for file in files):
             files.sort(key=lambda file: int(file.stem))
         return load_images(files, side, FLAGS.num_workers)
+    if not Path(path).is_file():
+        raise DataError(f"--{flag}={path}: no such file or folder")
     images = load_samples(path)
     if images.shape[2:] != (side, side):
         size = "x".join(map(str, images.shape[2:]))
         raise UsageError(f"--{flag}={path}: holds {size} images, not {side}x{side}: give their --resolution")
     return images
-
-
-def detection(norms, copies):
-    """How well the detector's norms (N,) tell which images are copies (N,) bool: mean norms of both kinds, AUC."""
-    numbers = {"copies": int(copies.sum())}
-    for name, part in (("mean_of_copies", norms[copies]), ("mean_of_others", norms[~copies])):
-        numbers[name] = part.mean().item() if len(part) else None
-    numbers["auc"] = None
-    if 0 < numbers["copies"] < len(copies):
-        from sklearn.metrics import roc_auc_score  # takes a second
-
-        numbers["auc"] = float(roc_auc_score(copies.numpy(), norms.numpy()))
-    return numbers
 
 
 def about_training(unet_folder):
@@ -268,7 +171,7 @@ def measure(images, prompts, space, scorers, clip):
     Args:
         prompts: `Prompts`, or None.
         space: (features of the training images, the function that makes such).
-        scorers: {prefix of their names: function of images that returns {name: score}}.
+        scorers: {prefix of their scores' names: `Quality`}.
         clip: of `load_clip`, or None.
     """
     numbers, found = measures(embed(space[1], images), space[0], prompts and prompts.own)
@@ -317,12 +220,13 @@ def main():
 
     # whatever can be wrong shows here, before the long work
     folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
+    if FLAGS.unet:
+        unet_folder = find_unet(FLAGS.unet)
+        flags.take_data_flags(FLAGS, unet_folder.parent.parent)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
-        unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
-        if FLAGS.unet:
-            flags.take_data_flags(FLAGS, unet_folder.parent.parent)
+        unet_folder = unet_folder or folder / "unet"
     features = FLAGS.features or "sscd"
     embedding = flags.embedding(FLAGS, features, device)
     weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
@@ -340,10 +244,13 @@ def main():
     if FLAGS.samples:
         images = read_images("samples")
     if FLAGS.prompts or not FLAGS.samples:
-        number = len(images) if FLAGS.samples else None
-        prompts, source = make_prompts(data, pipeline and pipeline.tokenizer, number)
+        number = len(images) if FLAGS.samples else flags.num_images(FLAGS)
+        prompts, source = flags.call(FLAGS, make_prompts, data, pipeline and pipeline.tokenizer, number)
+        if FLAGS.samples and len(images) != len(source) and FLAGS.prompts not in ("random", "all"):
+            what = f"{len(source)} prompts for the {len(images)} images of --samples"
+            raise UsageError(f"--prompts={FLAGS.prompts}: {what}: give one for each")
     number = len(images if FLAGS.samples else prompts.texts)
-    scorers = {"": flags.call(FLAGS, Quality, training, number, weights, device)}
+    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
     if heldout is not None:
         scorers["heldout_"] = Quality(heldout, number, weights, device)
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
@@ -377,7 +284,9 @@ def main():
     result |= {"warning": scorers[""].warning, **background(space[0])}
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers
-    result |= {name: {"N": len(x), **measure(x, of, space, scorers, clip)[0]} for name, (x, of) in floors.items()}
+    for name, (others, theirs) in floors.items():
+        fitting = {"": scorers[""]} if name == "holdout" else scorers
+        result[name] = {"N": len(others), **measure(others, theirs, space, fitting, clip)[0]}
     if norms is not None:
         copies = {"above_05": found[0][:, 0] > COPY, "f_mem": memorized(found[0])}
         result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}

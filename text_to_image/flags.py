@@ -97,6 +97,8 @@ def check(values):
             raise UsageError(f"--{name}: has no meaning for text_to_image, leave it out; --help names all flags")
     if not values.pretrained and not values.samples:
         raise UsageError("give --pretrained, a Stable Diffusion folder in diffusers' format")
+    if values.samples and values.rand_augs != "none":
+        raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
     if values.unet_from_scratch and values.unet:
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
 
@@ -109,6 +111,16 @@ def take_data_flags(values, logdir):
     for name in ("data_root", "captions", "resolution", "cache_dir", "caption_mode"):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])
+
+
+def prompts_are_drawn(values):
+    """Whether `--prompts` asks for captions drawn at random."""
+    return values.prompts in (None, "random")
+
+
+def num_images(values):
+    """How many images are to be generated; None: one of each prompt."""
+    return values.num_images if prompts_are_drawn(values) or values["num_images"].present else None
 
 
 def fid_features(values):

@@ -1,0 +1,187 @@
+"""text_to_image.all_in as users run it, its images against a plain loop of diffusers, its numbers against numpy."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.commands import ROOT, check, environment, run_module
+from tests.test_report import Tags
+from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
+from text_to_image.pipeline import load_pipeline
+from utils.seeding import generator
+
+MODULE = "text_to_image.all_in"
+STEPS = 3
+FLAGS = ["--pretrained=pipeline", f"--sample_steps={STEPS}", "--device=cpu"]
+DATA = ["--data_root=images", "--captions=captions.json", "--resolution=16"]
+
+
+def directories(name):
+    return [f"--{kind}_dir={name}/{kind}" for kind in ("generate", "similar", "grid")]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A pipeline, its UNet with other weights in a log directory, training images of which one is there twice."""
+    directory = tmp_path_factory.mktemp("all_in")
+    saved_pipeline(directory)
+    save_images(directory / "images")
+    save_images(directory / "heldout", [f"other{i}.png" for i in range(20)])
+    (directory / "images" / "16.png").write_bytes((directory / "images" / "03.png").read_bytes())
+    save_captions(directory / "captions.json", CAPTIONS | {"16.png": ["picture number 16"]})
+    unet = copy_pipeline(directory / "pipeline", directory / "copy") / "unet"
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors")
+    torch.manual_seed(1)
+    weights["conv_out.weight"] = torch.randn_like(weights["conv_out.weight"])
+    save_file(weights, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (directory / "log" / "checkpoint_round2").mkdir(parents=True)
+    unet.rename(directory / "log" / "checkpoint_round2" / "unet")
+    (directory / "log" / "flagfile.txt").write_text("\n".join(DATA) + "\n--lr=0.1\n")
+    (directory / "log" / "run.json").write_text('{"settings": {"lr": 0.1}}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def result(directory):
+    flags = ["--unet=log", "--prompts=all", "--num_images=20", "--features=pixels", "--heldout=heldout", "--save_png"]
+    run_module(MODULE, *FLAGS, *flags, *directories("all"), cwd=directory)
+    return json.loads((directory / "all/grid/result.json").read_text())
+
+
+def read_folder(folder):
+    return np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted(folder.glob("*.png"))])
+
+
+@pytest.mark.parametrize("name", ["generate", "generate/base"])
+def test_images_are_those_of_a_plain_loop(directory, result, name):
+    """And the detector's norms are of the differences of its predictions."""
+    folder = directory / "all" / name
+    images = np.load(folder / "generate.npy")
+    (norms,) = [json.loads(path.read_text()) for path in folder.glob("detector.*.json")]
+    assert images.shape == (20, 3, 16, 16) and len(norms) == 20
+    unet = directory / ("pipeline/unet" if "base" in name else "log/checkpoint_round2/unet")
+    pipeline = load_pipeline(directory / "pipeline", unet)
+    for i in (0, 17):
+        x = torch.randn(4, 8, 8, generator=generator("cpu", 12, "image", i))[None]
+        tokens = pipeline.tokenizer(["", f"picture number {i % 16}"], padding="max_length", max_length=77)
+        text, differences = pipeline.text_encoder(torch.tensor(tokens.input_ids))[0], []
+        pipeline.scheduler.set_timesteps(STEPS)
+        with torch.no_grad():
+            for t in pipeline.scheduler.timesteps:
+                without, given = pipeline.unet(x.repeat(2, 1, 1, 1), t, text).sample
+                differences.append((given - without).norm().item())
+                x = pipeline.scheduler.step(without + 7.5 * (given - without), t, x).prev_sample
+            expected = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample[0]
+        expected = ((expected / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+        assert np.abs(images[i] - expected).max() <= 1
+        assert norms[i] == pytest.approx(np.mean(differences), rel=1e-3)
+
+
+def test_numbers_against_numpy(directory, result):
+    """Image 16 is a copy of image 3: the 16 others are the training set, their first captions the prompts in turn."""
+    training, heldout = read_folder(directory / "images")[:16], read_folder(directory / "heldout")
+    images = np.load(directory / "all/generate/generate.npy")
+    assert np.array_equal(images, read_folder(directory / "all/generate"))
+    assert result["N"] == 20 and result["training_set_size"] == 16
+
+    def similarities(images):
+        return np.corrcoef(images.reshape(len(images), -1), training.reshape(16, -1))[: len(images), len(images) :]
+
+    for numbers, these in (
+        (result, images),
+        (result["base"], np.load(directory / "all/generate/base/generate.npy")),
+        (result["holdout"], heldout),
+    ):
+        largest = similarities(these).max(axis=1)
+        assert numbers["sim_mean"] == pytest.approx(largest.mean(), abs=1e-5)
+        assert numbers["sim_90pc"] == pytest.approx(np.percentile(largest, 90), abs=1e-5)
+    own = np.arange(20) % 16
+    assert result["own_image"] == pytest.approx((similarities(images).argmax(axis=1) == own).mean())
+    others = similarities(training)
+    np.fill_diagonal(others, -1)
+    assert result["bg_mean"] == pytest.approx(others.max(axis=1).mean(), abs=1e-5)
+    assert result["round_trip"].keys() >= {"own_image", "f_mem", "fpd"} and "own_image" not in result["holdout"]
+    assert result["fpd"] > 0 and result["heldout_fpd"] > 0 and result["base"]["heldout_fpd"] > 0
+    assert result["checkpoint"] == "log/checkpoint_round2" and result["training"] == {"lr": 0.1}
+    saved = np.load(directory / "all/similar/similarity.npz")
+    assert np.array_equal(saved["index"][:, 0], similarities(images).argmax(axis=1))
+    assert saved["paths"].tolist() == list(CAPTIONS)
+    prompts = json.loads((directory / "all/generate/prompts.json").read_text())
+    assert prompts[17] == {"prompt": "picture number 1", "caption": "picture number 1", "image": 1}
+
+
+def test_page_and_comparison(directory, result):
+    text = (directory / "all/grid/report.html").read_text()
+    tags = Tags(text)
+    assert all(image["alt"] for image in tags.images) and len(tags.images) == 2 + 2 * 20
+    for words in ("picture number 11", "base model", "round trip", "gt_05pc", "Detector of copies", "own image"):
+        assert words in text
+    found = run_module("score.compare", "ours=all/grid", "twice=all/grid", "--html=both.html", cwd=directory)
+    header = found.stdout.splitlines()[0]
+    assert {"own image", "similarity", "fpd to held-out"} <= {cell.strip() for cell in header.split("|")}
+    assert "Similarity to training images" in (directory / "both.html").read_text()
+
+
+def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(directory, result):
+    """With Gaussian noise on the text; the reference is a run at one go."""
+    flags = [*FLAGS, *DATA, "--features=pixels", "--num_images=9", "--text_noise=0.1"]
+    run_module(MODULE, *flags, *directories("straight"), "--batch_size=4", cwd=directory)
+    command = [sys.executable, "-m", MODULE, *flags, *directories("killed"), "--batch_size=1"]
+    process = subprocess.Popen(
+        command, cwd=directory, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    while not (directory / "killed/generate/generate.part.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]
+    done = check([*launcher, *flags, *directories("killed"), "--batch_size=2"], directory, 0, {"PYTHONPATH": str(ROOT)})
+    assert "of 9 images are there already" in done.stdout
+    ours, theirs = (np.load(directory / name / "generate/generate.npy") for name in ("killed", "straight"))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    norms = [json.loads(next((directory / name).glob("*/detector.*")).read_text()) for name in ("killed", "straight")]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert len(norms[0]) == 9 and len(set(np.round(norms[0], 4))) == 9
+
+
+def test_images_of_others(directory, tmp_path_factory):
+    """Copies of training images 0 to 11, numbered as their makers do, with prompts in a text file, and no pipeline."""
+    folder = tmp_path_factory.mktemp("theirs")
+    for i in range(12):
+        (folder / f"{i}.png").write_bytes((directory / "images" / f"{i:02}.png").read_bytes())
+    (directory / "prompts.txt").write_text("".join(f"{CAPTIONS[f'{i:02}.png'][1]}\n" for i in range(11)) + "a cat\n")
+    flags = [f"--samples={folder}", "--prompts=prompts.txt", *DATA, "--features=pixels", *directories("theirs")]
+    run_module(MODULE, *flags, cwd=directory)
+    result = json.loads((directory / "theirs/grid/result.json").read_text())
+    assert result["sim_mean"] == pytest.approx(1, abs=1e-5) and result["f_mem"] == 1 == result["sim_gt_05pc"]
+    assert result["own_image"] == 1  # of the 11 whose prompt is a caption
+    assert "base" not in result and "detector" not in result and result["samples"] == str(folder)
+    assert not (directory / "theirs/generate").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 2, "give --sscd, or other features: pixels needs no file"),
+        (["--features=clip"], 2, "give --clip, or other features"),
+        (["--features=pixels", "--stages=score"], 2, "--stages: has no meaning for text_to_image, leave it out"),
+        (["--features=pixels", "--prompts=nothing.txt"], 1, "--prompts=nothing.txt: cannot be read"),
+        (["--features=pixels", "--heldout=nothing"], 1, "--heldout=nothing: no such file or folder"),
+        (["--features=pixels", "--unet=images"], 1, "--unet=images: no UNet in diffusers' format in it"),
+        (["--features=pixels", "--samples=images", "--rand_augs=rand_word_add"], 2, "--rand_augs changes prompts of"),
+    ],
+)
+def test_what_a_person_can_correct_is_one_line(directory, flags, code, message):
+    result = run_module(MODULE, *FLAGS, *DATA, *directories("bad"), *flags, cwd=directory, code=code)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"{MODULE}: error: {message}") and "Traceback" not in result.stderr
+    assert not (directory / "bad").exists()

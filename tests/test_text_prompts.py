@@ -1,0 +1,65 @@
+"""Prompts: which captions, whose they are, and what is put into them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.text_files import tiny_pipeline
+from text_to_image.data import CaptionedImages
+from text_to_image.prompts import distinct, make_prompts, owners, read_prompts
+from utils.errors import DataError
+
+IMAGES = torch.arange(6)[:, None, None, None].expand(6, 3, 2, 2).to(torch.uint8)
+CAPTIONS = [[f"caption {i}", f"other words {i}"] for i in range(6)]
+DATA = CaptionedImages(IMAGES, CAPTIONS, ["a"] * 6, [f"{i}.png" for i in range(6)])
+
+
+def test_a_repeated_image_is_there_once_with_all_captions():
+    data = distinct(CaptionedImages(IMAGES[[0, 1, 0, 2]], CAPTIONS[:4], list("abcd"), list("wxyz")))
+    assert torch.equal(data.images, IMAGES[:3]) and data.paths == ["w", "x", "z"] and data.classes == ["a", "b", "d"]
+    assert data.captions == [CAPTIONS[0] + CAPTIONS[2], CAPTIONS[1], CAPTIONS[3]]
+
+
+def test_drawn_captions_do_not_depend_on_their_number():
+    prompts, source = make_prompts(DATA, None, 600, None, "first", seed=3)
+    assert source == [texts[0] for texts in CAPTIONS] and prompts.texts == [source[i] for i in prompts.own]
+    assert make_prompts(DATA, None, 50, "random", "first", seed=3)[0].texts == prompts.texts[:50]
+    assert make_prompts(DATA, None, 50, "random", "first", seed=4)[0].texts != prompts.texts[:50]
+    counts = np.bincount(prompts.own, minlength=6)
+    assert counts.min() > 60 and counts.sum() == 600
+
+
+def test_captions_in_turn_and_of_a_file(tmp_path):
+    prompts, _ = make_prompts(DATA, None, None, "all", "first", seed=3)
+    assert prompts.own.tolist() == list(range(6)) and prompts.texts[4] == "caption 4"
+    path = tmp_path / "prompts.txt"
+    path.write_text("other words 3\n\na cat\n")
+    prompts, _ = make_prompts(DATA, None, 3, path, "first", seed=3)
+    assert prompts.texts == ["other words 3", "a cat", "other words 3"] and prompts.own.tolist() == [3, -1, 3]
+    (tmp_path / "prompts.json").write_text(json.dumps(["a", {"prompt": "b"}]))
+    assert read_prompts(tmp_path / "prompts.json") == ["a", "b"]
+    for content in ("[]", "[1]", "{", '[{"text": "a"}]'):
+        (tmp_path / "prompts.json").write_text(content)
+        with pytest.raises(DataError, match=r"prompts\.json"):
+            read_prompts(tmp_path / "prompts.json")
+    assert owners(["same", "one"], [["same"], ["same", "one"]]) == [-1, 1]
+
+
+@pytest.mark.parametrize("kind", ["rand_numb_add", "rand_word_add", "rand_word_repeat"])
+def test_additions_stand_between_the_words(kind):
+    tokenizer = tiny_pipeline().tokenizer
+    prompts, _ = make_prompts(DATA, tokenizer, 40, "all", "first", 3, kind, 2)
+    added = []
+    for i, (text, caption) in enumerate(zip(prompts.texts, prompts.captions, strict=True)):
+        assert caption == f"caption {i % 6}"
+        words = text.split(" ")
+        for word in caption.split(" "):
+            words.remove(word)
+        added.append(tuple(words))
+        if kind == "rand_word_repeat":
+            assert len(words) == 2 and set(words) <= set(caption.split(" "))
+        if kind == "rand_numb_add":
+            assert len(words) == 2 and all(word.isdigit() for word in words)
+    assert len(set(added)) > (3 if kind == "rand_word_repeat" else 30)

@@ -1,0 +1,105 @@
+"""What a text-conditioned generator is asked for, and whose captions that is."""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens
+from utils.errors import DataError
+from utils.files import read_json
+from utils.safe_files import one_line
+from utils.seeding import derive_seed
+
+
+class Prompts(NamedTuple):
+    """texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1."""
+
+    texts: list
+    captions: list
+    own: torch.Tensor
+
+
+def distinct(data):
+    """The `CaptionedImages` with images that occur several times there once, with all of their captions.
+
+    A repeated image would be its own second neighbour.
+    """
+    found = {}
+    for i, image in enumerate(data.images):
+        found.setdefault(hashlib.blake2b(image.numpy().tobytes()).digest(), []).append(i)
+    captions = [[text for i in copies for text in data.captions[i]] for copies in found.values()]
+    rows = [copies[0] for copies in found.values()]
+    classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
+    return CaptionedImages(data.images[rows], captions, classes, paths)
+
+
+def read_prompts(path):
+    """Texts of a file: a line each, or JSON, a list of texts or of {"prompt": text} as in prompts.json. DataError."""
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            lines = [line["prompt"] if isinstance(line, dict) else line for line in read_json(path)]
+        else:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines or not all(isinstance(line, str) for line in lines):
+            raise ValueError("no list of texts")
+        return lines
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
+        raise DataError(f"--prompts={path}: {what}") from error
+
+
+def owners(texts, captions):
+    """The number of the image whose caption each text is, -1 where there is none or are several.
+
+    captions: of every image, as of `CaptionedImages`.
+    """
+    images = {}
+    for i, of_image in enumerate(captions):
+        for text in of_image:
+            images.setdefault(text, set()).add(i)
+    return [min(found) if len(found := images.get(text, ())) == 1 else -1 for text in texts]
+
+
+def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4):
+    """The `Prompts` of images, and the list of texts that they are taken from. Prompt i does not depend on the number.
+
+    Args:
+        data: `CaptionedImages`, distinct ones.
+        tokenizer: of the pipeline; None if neither caption_mode nor rand_augs needs one.
+        number: of images; None: one of each text.
+        prompts: None or random: first captions, drawn with replacement; all: first captions in turn; or a file.
+        caption_mode: as in training.
+        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many of them: numbers,
+            words, or words of its own (Somepalli et al. 2023).
+
+    Raises:
+        DataError: a file that cannot be read, or that has not one prompt for each of the images.
+    """
+    source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
+    own, is_random = range(len(source)), prompts in (None, "random")
+    if not is_random and prompts != "all":
+        source = read_prompts(prompts)
+        own = owners(source, data.captions)
+    number = number or len(source)
+    rows = [derive_seed(seed, "prompt", i) % len(source) if is_random else i % len(source) for i in range(number)]
+    chosen = [source[row] for row in rows]
+    streams = (random.Random(derive_seed(seed, "rand_augs", i)) for i in range(number))
+    texts = [augmented(*pair, tokenizer, rand_augs, rand_aug_repeats) for pair in zip(chosen, streams, strict=True)]
+    return Prompts(texts, chosen, torch.tensor([own[row] for row in rows])), source
+
+
+def augmented(text, draw, tokenizer, rand_augs, repeats):
+    """A prompt with its additions, drawn by a `random.Random`."""
+    if rand_augs == "none":
+        return text
+    if rand_augs == "rand_numb_add":
+        words = [str(draw.randrange(100_000)) for _ in range(repeats)]
+    elif rand_augs == "rand_word_add":
+        words = [random_tokens(tokenizer, 1, draw) for _ in range(repeats)]
+    else:
+        words = draw.choices(text.split(" "), k=repeats)
+    return add_words(text, words, draw)
