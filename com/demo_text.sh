@@ -31,7 +31,7 @@ for round in "$((rounds / 4))" "$rounds"; do
             --prompts=all --features=pixels --heldout="$out/heldout" --batch_size=64 --base_dir="$out/base" \
             --generate_dir="$eval/generate" --similar_dir="$eval/similar" --grid_dir="$eval/grid"
         results+=("$method, round $round=$eval/grid/result.json")
-        pictures+=("$method, round $round=$eval/generate")
+        pictures+=("$method, round $round=$eval/generate/generate.npy")
     done
 done
 
