@@ -150,16 +150,16 @@ def test_text_demo(tmp_path):
     for name in ("errors.py", "torch.py", "pathlib.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the directory of the caller')")
     flags = ["--sample_steps=1", "--num_images=8", "--device=cpu"]
-    result = run_bash("com/demo_text.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
+    result = run_bash("com/demo_text.sh", *flags, cwd=tmp_path, DEMO_STEPS="16", DEMO_ROUNDS="4")
     out = tmp_path / "results/demo_text"
     assert files_of_the_project() == before
     table = json.loads((out / "table.json").read_text())
-    rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 2)}
+    rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 4)}
     assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
     assert all(f"| {label}" in result.stdout for label in table)
-    assert {"own image", "fpd"} <= table["default, round 2"].keys()
+    assert {"own image", "f_mem of features", "similarity", "fpd to held-out"} <= table["default, round 4"].keys()
     steps = [json.loads((out / name / "train.json").read_text())["steps"] for name in ("default", "iet_agc")]
-    assert steps == [8, 8]
+    assert steps == [16, 16]
     assert (out / "demo_text.png").stat().st_size > 0
 
 

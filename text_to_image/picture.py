@@ -1,6 +1,6 @@
 """The first images of several sets, a row each, as one picture:
 
-python -m text_to_image.picture OUT.png training=FOLDER default=GENERATED IET-AGC=GENERATED
+python -m text_to_image.picture OUT.png training=FOLDER default=generate.npy IET-AGC=generate.npy
 """
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -35,7 +35,7 @@ def picture(rows):
 def main():
     parser = startup.Parser(prog="python -m text_to_image.picture", description=__doc__.partition(":")[0])
     parser.add_argument("out", type=Path, help="PNG that is made")
-    parser.add_argument("sets", nargs="+", metavar="LABEL=IMAGES", help="a folder of images, or of all_in's images")
+    parser.add_argument("sets", nargs="+", metavar="LABEL=IMAGES", help="a folder of images, or an .npy or .npz")
     options = parser.parse_args()
     sets = [split_label(argument) for argument in options.sets]
     save_picture(options.out, picture({label: load_samples(path) for label, path in sets}))
