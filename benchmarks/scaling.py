@@ -1,4 +1,4 @@
-"""What a second process gains, on one machine: the scripts as users run them, under torchrun."""
+"""What a second process gains, on one machine: the scripts as users run them, and this module, under torchrun."""
 
 import os
 import statistics
@@ -7,7 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.baselines import row
+from benchmarks.baselines import alternate, noise_to_search, row
+from score.memorization import neighbors_by_all
 from utils import distributed
 from utils.files import read_json
 
@@ -23,14 +24,14 @@ def scaling(scale):
             processes = number % 2 + 1
             runs[processes].append(measure_run(processes, Path(directory) / str(number), scale))
     rows = []
-    for what in ("main_fed.py", "all_in.py, generation"):
+    for what, target in (("main_fed.py", 1.85), ("all_in.py, generation", 1.85), ("search", 1.7)):
         one, two = (statistics.median(measured[what] for measured in runs[processes]) for processes in (1, 2))
-        rows.append(row(f"{what}: one process / two (s)", two, one, at_least=1.85))
+        rows.append(row(f"{what}: one process / two (s)", two, one, at_least=target))
     return rows
 
 
 def measure_run(processes, directory, scale):
-    """Seconds of training and of generation, by the scripts' own clocks."""
+    """Seconds by the scripts' own clocks, and what `main` measures."""
     train = ["--client_num=4", "--total_round=2", f"--local_epoch={max(1, round(20 * scale))}"]
     train += ["--sample_step=0", "--save_step=0", "--log_step=1000", f"--logdir={directory}/log"]
     launch(processes, "main_fed.py", "--train", *FLAGS, *train)
@@ -39,11 +40,26 @@ def measure_run(processes, directory, scale):
     return {
         "main_fed.py": read_json(directory / "log/train.json")["seconds"],
         "all_in.py, generation": read_json(directory / "out/generate.json")["seconds"]["generate"],
+        "search": float(launch(processes, "-m", "benchmarks.scaling", str(scale)).split()[-1]),
     }
 
 
 def launch(processes, *command):
-    """Run a script with so many processes of one thread."""
+    """Run a command of this project with so many processes of one thread; returns what it prints."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    subprocess.run([*torchrun, *command], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    return subprocess.check_output([*torchrun, *command], cwd=ROOT, env=env, text=True)
+
+
+def main(scale):
+    """One of the processes that search together; the first prints the seconds."""
+    distributed.initialize()
+    generated, training = noise_to_search(scale)
+    seconds = alternate({"search": lambda: neighbors_by_all(generated, training)}, 3)["search"]
+    if distributed.is_main():
+        print(seconds)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
