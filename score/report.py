@@ -257,7 +257,7 @@ def similar_pairs(generated, training, nearest, similarity, prompts, captions):
         left, right = (training[j], f"training image {j}"), (generated[i], f"generated image {i}")
         caption = f"{place + 1}. similarity {similarity[i].item():.3f}"
         if prompts:
-            caption += f"<br>{escape(captions[j])}<br>{escape(prompts[i])}"
+            caption += f"<br>training: {escape(captions[j])}<br>prompt: {escape(prompts[i])}"
         shown.append((caption, (left, right)))
     return figures(shown)
 
