@@ -27,7 +27,7 @@ def picture(rows):
         top = row * (CAPTION + SIDE)
         ImageDraw.Draw(whole).text((4, top + 5), label, fill="black", font_size=14)
         for column, image in enumerate(images[:COLUMNS]):
-            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, SIDE), Image.Resampling.NEAREST)
             whole.paste(image, (column * SIDE, top + CAPTION))
     return whole
 
