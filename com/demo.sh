@@ -27,6 +27,6 @@ done
 echo
 "$PYTHON" -P -m score.compare --json="$out/table.json" --html="$out/compare.html" --picture="$out/memorised.png" "${results[@]}"
 echo
-echo "Lower MQ and sqrt(d1/d2) < 1/3: less memorised. Lower fpd (to held-out digits): better images."
+echo "Lower MQ and f_mem: less memorised. Lower fpd (to held-out digits): better images."
 echo "Pages: $out/compare.html, $out/*/eval/grid/report.html"
 echo "Pictures: $out/memorised.png, $out/*/eval/grid/grid_image*.png, $out/*/sample/*.png"

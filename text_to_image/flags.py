@@ -10,7 +10,7 @@ from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import content_hash
 from training import flags as shared
-from training.flags import DEFINE_path, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
+from training.flags import DEFINE_path, agc, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
 from utils import distributed
 from utils.errors import UsageError
 
