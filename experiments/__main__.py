@@ -49,11 +49,12 @@ def main(arguments=None):
         complete = runs.work_all(planned, start + 60 * options.minutes)
         path = out / "experiment.json"
         own, labelled = ("--logdir", "--seed"), [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]
-        before = read_json(path)["seconds"] if path.exists() else 0
         result = {
             "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
             "machine": machine(),
-            "seconds": round(before + time.time() - start),
+            "seconds of training": round(
+                sum(read_json(run.directory / "log/train.json")["seconds"] for run in complete)
+            ),
             "repeated": DATA["duplicates"],
             "floor": runs.floor(),
             "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
