@@ -50,7 +50,7 @@ class AntiGradientControl(nn.Module):
         """
         # so that NaN is kept, and seen in the loss
         keep = ~(self.mem_ratio * losses.detach() < self.bank[self.entry(t)])
-        trains = keep if self.bar == 1 else keep & (self.near_threshold(losses, t) == 0)
+        trains = keep & (self.near_threshold(losses, t) == 0)
         self.remember(losses.detach(), self.entry(t))
         if self.anti_grad == "off":
             return losses.mean(), keep
@@ -72,6 +72,8 @@ class AntiGradientControl(nn.Module):
             (B,) float32: exp(-5 (m l - b) / b) where b <= m l < bar b, for the entry b of the bank and m = mem_ratio;
             0 elsewhere.
         """
+        if self.bar == 1:
+            return torch.zeros_like(losses)
         b, scaled = self.bank[self.entry(t)], self.mem_ratio * losses.detach()
         return torch.where((b <= scaled) & (scaled < self.bar * b), torch.exp(-5 * (scaled - b) / b), 0.0)
 
