@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from score.inception import Inception
 from tests.commands import ROOT, check, environment, run_module
+from tests.inception_weights import write_weights
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
 from text_to_image.pipeline import load_pipeline
@@ -166,6 +168,29 @@ def test_images_of_others(directory, tmp_path_factory):
     assert result["own_image"] == 1  # of the 11 whose prompt is a caption
     assert "base" not in result and "detector" not in result and result["samples"] == str(folder)
     assert not (directory / "theirs/generate").exists()
+
+
+def test_similarity_and_fid_of_inception(directory, tmp_path):
+    """FID of few images by singular values: with centred features A and B, the trace is the nuclear norm of A B^T."""
+    training = np.stack([np.asarray(Image.open(directory / "images" / f"{i:02}.png")) for i in range(16)])
+    images = 255 - training[:10]
+    np.save(tmp_path / "images.npy", images)
+    weights = write_weights(tmp_path / "weights.pth")
+    flags = [f"--samples={tmp_path / 'images.npy'}", "--features=inception", f"--inception_weights={weights}", *DATA]
+    run_module(MODULE, *flags, *(f"--{kind}_dir={tmp_path / kind}" for kind in ("similar", "grid")), cwd=directory)
+    result = json.loads((tmp_path / "grid/result.json").read_text())
+
+    network = Inception(weights)
+    with torch.no_grad():
+        A, B = (
+            network(torch.from_numpy(x).permute(0, 3, 1, 2))[0].double().numpy() for x in (images, training)
+        )  # (N, 2048)
+    cosines = A @ B.T / np.linalg.norm(A, axis=1)[:, None] / np.linalg.norm(B, axis=1)
+    assert result["features"] == "inception" and result["sim_mean"] == pytest.approx(cosines.max(axis=1).mean(), 1e-4)
+    mean = A.mean(axis=0) - B.mean(axis=0)
+    A, B = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (A, B))
+    fid = (mean**2).sum() + (A**2).sum() + (B**2).sum() - 2 * np.linalg.norm(A @ B.T, "nuc")
+    assert result["fid"] == pytest.approx(fid, 1e-3) and "fpd" not in result
 
 
 @pytest.mark.parametrize(
