@@ -55,6 +55,7 @@ LEARNING_RATES = {f"lr {lr:g}": {**PLAIN, "lr": lr, "steps": STEPS // 3} for lr 
 ARMS = MAIN | OTHERS | FINE_TUNED | LEARNING_RATES
 SEEDS = {
     **dict.fromkeys(MAIN, range(1, 6)),
+    "default": range(1, 9),  # since fine-tuning starts from it
     **dict.fromkeys(OTHERS, range(1, 4)),
     **dict.fromkeys(FINE_TUNED, range(1, 9)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),
