@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 
-LIBRARIES = "torch numpy PIL.Image absl.flags tensorboardX tqdm safetensors.torch scipy.linalg torch.distributed".split()
+LIBRARIES = "torch torch.distributed numpy scipy.linalg PIL.Image absl.flags tensorboardX tqdm safetensors".split()
 TEXT = {
     "diffusers": "StableDiffusionPipeline UNet2DConditionModel AutoencoderKL DDPMScheduler DDIMScheduler".split(),
     "transformers": "CLIPTextModel CLIPTokenizer CLIPModel".split(),
@@ -50,11 +51,11 @@ def run(argv, module, cwd, path, stdout, stderr, **_):
     os.chdir(cwd)
     sys.argv = argv
     if module:
-        sys.path[:1] = [os.getcwd(), *path]
+        sys.path[:1] = [cwd, *path]
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(argv[0])
+        sys.path[0] = str(Path(argv[0]).parent)
         runpy.run_path(argv[0], run_name="__main__")
 
 
