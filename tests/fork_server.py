@@ -15,6 +15,7 @@ import threading
 import traceback
 from pathlib import Path
 
+SECONDS = 300  # after which a script is killed
 LIBRARIES = "torch torch.distributed numpy scipy.linalg PIL.Image absl.flags tensorboardX tqdm safetensors".split()
 TEXT = {
     "diffusers": "StableDiffusionPipeline UNet2DConditionModel AutoencoderKL DDPMScheduler DDIMScheduler".split(),
@@ -37,9 +38,7 @@ def serve():
         child = os.fork()
         if child == 0:
             return request
-        signal.signal(signal.SIGTERM, lambda *_, child=child: os.kill(child, signal.SIGKILL))
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(code, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     sys.exit()
 
 
@@ -47,7 +46,7 @@ def run(argv, module, cwd, path, stdout, stderr, **_):
     """Run a script, or a module by its name, as `python` would; `path` is what PYTHONPATH adds."""
     for descriptor, name in enumerate((os.devnull, stdout, stderr)):
         os.dup2(os.open(name, os.O_RDWR), descriptor)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
     os.chdir(cwd)
     sys.argv = argv
     if module:
