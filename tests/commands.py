@@ -1,9 +1,11 @@
 """Running the scripts as users do: as processes, with their real command lines."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -17,8 +19,8 @@ def environment(**changes):
 
 def run(script, *flags, cwd, code=0, **env):
     """Run `python script flags` and check the exit code; returns the completed process."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return check(command, cwd, code, env)
+    argv = [str(ROOT / script), *map(str, flags)]
+    return check([sys.executable, *argv], cwd, code, env) if env else fork(argv, None, cwd, code)
 
 
 def torchrun_command(processes, script, *flags, options=("--standalone",)):
@@ -34,15 +36,40 @@ def run_with(processes, script, *flags, cwd, code=0):
 
 
 def run_module(module, *arguments, cwd, code=0):
-    return check([sys.executable, "-m", module, *map(str, arguments)], cwd, code, {"PYTHONPATH": str(ROOT)})
+    return fork([module, *map(str, arguments)], module, cwd, code)
 
 
 def run_bash(script, *flags, cwd, code=0, **env):
     return check(["bash", str(ROOT / script), *map(str, flags)], cwd, code, env)
 
 
+@functools.cache
+def fork_server():
+    """The `tests.fork_server` of this process, which ends with it."""
+    command = [sys.executable, str(ROOT / "tests/fork_server.py")]
+    return subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def fork(argv, module, cwd, code):
+    """Run a script or module in a fork of a process that has imported torch, and check it as `check` does."""
+    server = fork_server()
+    with tempfile.NamedTemporaryFile("r+") as stdout, tempfile.NamedTemporaryFile("r+") as stderr:
+        request = {"argv": argv, "module": module, "cwd": str(cwd), "path": [str(ROOT)]}
+        request |= {"stdout": stdout.name, "stderr": stderr.name, "text": "text_to_image" in str(module)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        returncode = int(server.stdout.readline())
+        return checked(subprocess.CompletedProcess(argv, returncode, stdout.read(), stderr.read()), code)
+
+
 def check(command, cwd, code, env):
-    result = subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=300)
+    """Run a command and check its exit code and, if that is not 0, that it ended without a traceback."""
+    settings = {"capture_output": True, "text": True, "timeout": 300}
+    return checked(subprocess.run(command, cwd=cwd, env=environment(**env), check=False, **settings), code)
+
+
+def checked(result, code):
+    command = result.args
     assert result.returncode == code, f"{command}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     assert code == 0 or "Traceback" not in result.stderr, result.stderr
     return result

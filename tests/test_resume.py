@@ -310,7 +310,7 @@ def test_a_signal_saves_and_exits_as_clusters_expect(tmp_path):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
         wait_until(lambda: path.exists() and len(path.read_bytes().splitlines()) > lines + 3)  # noqa: B023
         process.send_signal(number)
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert f"stopped by {number.name}, saved in log:" in errors and "Traceback" not in errors
         assert len(list(tmp_path.glob("log/ckpt*.pt"))) == 1, "--keep=1 of those that are no milestones"
