@@ -123,6 +123,7 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     chosen = ["default", "score ensemble", "IET-AGC+ (fine-tuned)"]
     seeds = dict.fromkeys(chosen, range(1, 2))
     monkeypatch.setattr(runs, "SEEDS", seeds)
+    monkeypatch.setattr(runs, "POINTS", 2)
     command = [f"--arms={','.join(chosen)}", "--scale=0.008", f"--out={tmp_path}"]
     experiments.main(command)
     experiments.main(command)  # the fine-tuned one begins when default training is there
