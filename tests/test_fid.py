@@ -1,4 +1,4 @@
-"""score/fid.py and score/stats.py against scipy's matrix square root, NumPy's covariance and closed forms."""
+"""score/fid.py against scipy's matrix square root, NumPy's covariance and closed forms."""
 
 import shutil
 
@@ -9,9 +9,8 @@ import scipy.spatial
 import sklearn.datasets
 import sklearn.neighbors
 import torch
-from absl import flags as absl_flags
 
-from score import fid, stats
+from score import fid
 from score.fid import (
     compute_statistics,
     frechet_distance,
@@ -22,9 +21,7 @@ from score.fid import (
     reference_statistics,
     save_statistics,
 )
-from tests.commands import run_module
-from training import flags
-from utils.errors import DataError, UsageError
+from utils.errors import DataError
 
 
 def covariance(rng, dimension, samples):
@@ -218,43 +215,6 @@ def test_damaged_and_missing_statistics_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"bad\.npz"):
             load_statistics(path)
-
-
-def test_command_writes_the_statistics_of_a_data_set(tmp_path):
-    output = tmp_path / "digits.npz"
-    output.write_bytes(b"an older file")
-    run_module(
-        "score.stats", "--dataset=digits", "--img_size=8", "--fid_features=pixels", f"--output={output}", cwd=tmp_path
-    )
-    mu, sigma, provenance = load_statistics(output)
-    digits = np.round(sklearn.datasets.load_digits().images / 16 * 255).reshape(-1, 64).repeat(3, axis=0)
-    expected = digits.reshape(-1, 192) / 255
-    # The order of the images has no influence on either.
-    np.testing.assert_allclose(mu, expected.mean(axis=0), atol=2e-3)
-    np.testing.assert_allclose(sigma, np.cov(expected, rowvar=False), atol=2e-3)
-    assert provenance["features"] == "pixels"
-    assert provenance["images"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ([], UsageError, "--output"),
-        (["--output=x.txt"], UsageError, "--output=x.txt"),
-        (["--output=x.npz", "--fid_features=pixels", "--device=abacus"], UsageError, "--device"),
-        (["--output=x.npz", "--fid_features=pixels", "--fid_reference=heldout"], UsageError, "--fid_reference"),
-        (["--output=x.npz", "--fid_features=pixels", "--num_train=1"], UsageError, "no covariance"),
-        (["--output=x.npz", "--inception_weights=nowhere.pth"], DataError, "nowhere.pth"),
-        (["--dataset=cifar10", "--fid_features=pixels", "--output=x.npz", "--data_root=nowhere"], DataError, "nowhere"),
-        (["--output=/dev/null/x.npz"], DataError, "--output=/dev/null: cannot be written"),
-    ],
-)
-def test_command_reports_mistakes_in_one_line(arguments, error, message):
-    absl_flags.FLAGS.unparse_flags()
-    flags.parse(absl_flags.FLAGS, ["score.stats", "--dataset=digits", *arguments])
-    with pytest.raises(error, match=message) as raised:
-        stats.main()
-    assert "\n" not in str(raised.value)
 
 
 def test_pixel_statistics_equal_numpy():

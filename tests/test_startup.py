@@ -22,7 +22,6 @@ COMMANDS = {
     "main_fed.py": [str(ROOT / "main_fed.py"), "--train"],
     "all_in.py": [str(ROOT / "all_in.py")],
     "score.compare": ["-m", "score.compare", "x"],
-    "score.stats": ["-m", "score.stats"],
     "experiments": ["-m", "experiments"],
     "experiments.tables": ["-m", "experiments.tables"],
     "benchmarks": ["-m", "benchmarks"],
@@ -105,66 +104,6 @@ def test_nohup_holds(tmp_path):
         process.wait(0.5)
     process.terminate()
     assert process.wait(20) == 143
-
-
-CLOSED = """
-import os, sys
-from utils import startup
-startup.prepare()
-def main():
-    file = open("own file", "w")
-    print("out")
-    print("err", file=sys.stderr)
-    os.system("echo child; echo child >&2")
-    file.write(f"{file.fileno()} {sys.stdin.read()!r}")
-startup.run(main)
-"""
-
-
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
-def test_closed_streams(closed, tmp_path):
-    (tmp_path / "closed.py").write_text(CLOSED)
-    process = start(
-        "closed.py", cwd=tmp_path, stdin=subprocess.DEVNULL, preexec_fn=lambda: [os.close(i) for i in closed]
-    )
-    out, errors = process.communicate(timeout=20)
-    assert process.returncode == 0
-    assert sorted(out.split()) == ([] if 1 in closed else ["child", "out"])
-    assert sorted(errors.split()) == ([] if 2 in closed else ["child", "err"])
-    descriptor, content = (tmp_path / "own file").read_text().split()
-    assert int(descriptor) > 2 and content == "''"
-
-
-def test_a_training_without_any_stream(tmp_path):
-    command = [sys.executable, ROOT / "main.py", "--train", *TINY_FLAGS, "--total_steps=2", "--logdir=log"]
-    close = lambda: [os.close(i) for i in range(3)]  # noqa: E731
-    assert subprocess.run(command, cwd=tmp_path, env=environment(), preexec_fn=close, check=False).returncode == 0
-    assert (tmp_path / "log/ckpt2.pt").exists()
-
-
-OUTPUT = "from utils import startup; startup.prepare(); startup.run(lambda: print('x' * 100_000, '\\udce9 \\u20ac'))"
-
-
-@pytest.mark.parametrize("options", [[], ["-u"]])
-def test_output_that_nobody_takes(options, tmp_path):
-    command = [sys.executable, *options, "-c", OUTPUT]
-    settings = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "check": False}
-    with Path("/dev/full").open("w") as full:
-        result = subprocess.run(command, stdout=full, **settings)
-    assert result.returncode == 1
-    assert result.stderr == "-c: error: standard output cannot be written (No space left on device)\n"
-    read, write = os.pipe()
-    os.close(read)
-    result = subprocess.run(command, stdout=write, **settings)
-    os.close(write)
-    assert (result.returncode, result.stderr) == (0, ""), "a reader that has seen enough"
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, *options, "-c", "import sys; " + OUTPUT.replace("))", ", file=sys.stderr))")]
-        assert subprocess.run(command, cwd=ROOT, stderr=full, check=False).returncode == 0
-    latin = subprocess.run(
-        [*command[:-1], OUTPUT], cwd=ROOT, env=environment(PYTHONIOENCODING="ascii"), capture_output=True
-    )
-    assert (latin.returncode, latin.stdout[100_000:]) == (0, b" \\udce9 \\u20ac\n")
 
 
 def test_a_log_file_gets_plain_lines(tmp_path):

@@ -15,43 +15,19 @@ from utils.errors import DataError
 MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpacked archives 178 MiB
 MAX_PICKLE_OPCODES = 10**6  # CIFAR-100's training file has some 3e5; an opcode can take some 200 bytes of memory
 
-# of cgroups of version 1 and 2: where they are, names of files, and what memory.stat calls a group with those below it
-CGROUPS_1 = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-CGROUPS_2 = "sys/fs/cgroup", "memory.max", "memory.current", ""
-
 
 def one_line(error):
     """What an exception says, on one line and without the path that an `OSError` repeats; its type if it is silent."""
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def available_memory(root=Path("/")):
-    """Bytes that this process can have: what the kernel calls available, or what its cgroups leave of it.
-
-    The pages of files that the kernel keeps do not count as used. `root`: where proc and sys are.
-    """
+def available_memory():
+    """Bytes that the kernel says a process can have."""
     try:
-        available = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable:"]
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:  # not Linux
         return math.inf
-    for _, controllers, name in (line.split(":", 2) for line in groups):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, limit, usage, whole = CGROUPS_1 if controllers else CGROUPS_2
-        group = root / top / name.lstrip("/")
-        # in a container the name can be the host's: its own group is the top then, and all there is
-        for directory in (group, *group.parents):
-            if (directory / limit).exists() and (text := (directory / limit).read_text().strip()) != "max":
-                stat = read_numbers(directory / "memory.stat")
-                files = stat[f"{whole}active_file"] + stat[f"{whole}inactive_file"]
-                available = min(available, int(text) - int((directory / usage).read_text()) + files)
-    return max(0, available)
-
-
-def read_numbers(path):
-    """What is in a file with a name and a number on every line."""
-    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def check_memory(path, size):

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -14,20 +13,6 @@ from utils.errors import UsageError, UserError, warn
 MAIN_SPEAKS_FIRST = 3.0  # seconds
 
 
-class Stream(io.FileIO):
-    """Standard output or error. What cannot be written is dropped: a run goes on when its terminal has gone."""
-
-    failure = None  # of standard output, where its reader has not closed it
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError as error:
-            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
-                Stream.failure = error
-            return len(data)
-
-
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument as every other error of a user: in one line."""
 
@@ -36,17 +21,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare():
-    """Have signals end the process with one line and 128 + their number; let output be closed, full or of any text."""
+    """Have signals end the process with one line and 128 + their number; let output be any text, a line at a time."""
     handle(stop_at_once)
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:  # closed: the next file that is opened would take its place
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            stream = open(descriptor, "w" if descriptor else "r", closefd=False)  # noqa: SIM115
-        if descriptor:
-            raw = Stream(descriptor, "w", closefd=False)  # no buffer: a signal could have it written twice
-            stream = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
-        setattr(sys, name, stream)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def run(main):
@@ -67,10 +45,6 @@ def run(main):
             time.sleep(MAIN_SPEAKS_FIRST)
         say(f"error: {error}")
     handle(stop_at_once)
-    sys.stdout.flush()
-    if Stream.failure and not code:
-        say(f"error: standard output cannot be written ({Stream.failure.strerror})")
-        code = 1
     sys.exit(code)
 
 
