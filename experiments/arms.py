@@ -50,13 +50,15 @@ FINE_TUNED = {
     f"{arm} (fine-tuned)": {**MAIN[arm], "from": "default", "steps": STEPS // 3, "local_epoch": epochs}
     for arm, epochs in {"default": 12, "AGC": 12, "IET-AGC": 6, "IET-AGC+": 6}.items()
 }
+LARGER = {f"{arm} (16x16)": {**MAIN[arm], "img_size": 16} for arm in ("default", "IET-AGC")}
 LEARNING_RATES = {f"lr {lr:g}": {**PLAIN, "lr": lr, "steps": STEPS // 3} for lr in (1e-3, 2e-3, 4e-3)}
 
-ARMS = MAIN | OTHERS | FINE_TUNED | LEARNING_RATES
+ARMS = MAIN | OTHERS | FINE_TUNED | LARGER | LEARNING_RATES
 SEEDS = {
     **dict.fromkeys(MAIN, range(1, 6)),
     "default": range(1, 9),  # since fine-tuning starts from it
     **dict.fromkeys(OTHERS, range(1, 4)),
     **dict.fromkeys(FINE_TUNED, range(1, 9)),
+    **dict.fromkeys(LARGER, range(1, 3)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),
 }

@@ -89,9 +89,10 @@ def values_of(command):
 
 
 @functools.cache
-def real_images():
+def real_images(img_size):
     """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
-    data = flags.call(values_of([f"--{flag}={value}" for flag, value in DATA.items()]), load_dataset, DATA["dataset"])
+    values = values_of([f"--{flag}={value}" for flag, value in {**DATA, "img_size": img_size}.items()])
+    data = flags.call(values, load_dataset, DATA["dataset"])
     return data.without_copies().train.images, data.slot_image.bincount() > 1, data.heldout.images
 
 
@@ -101,7 +102,7 @@ def measure(images):
     fpd is that to the held-out images; f_mem (Gu et al. 2023) also of the repeated images alone, which are the nearest
     to a share `near copies` of the images; `extracted` counts the repeated images of which there is a copy.
     """
-    distinct, repeated, heldout = real_images()
+    distinct, repeated, heldout = real_images(images.shape[-1])
     found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
     copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
     return {
@@ -122,7 +123,7 @@ def fpd(images, reference):
 
 def floor():
     """What held-out real images reach in the place of generated ones, and the fpd of the training images."""
-    distinct, repeated, heldout = real_images()
+    distinct, repeated, heldout = real_images(DATA["img_size"])
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
     half = len(heldout) // 2
     fpds = {"fpd": fpd(shuffled[:half], shuffled[half:]), "fpd of distinct training images": fpd(distinct, heldout)}
@@ -178,7 +179,7 @@ def networks(run, values):
 def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread."""
     torch.set_num_threads(1)
-    real_images()  # before the flags of the run, since absl has one set of values
+    real_images(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
     values = values_of(run.flags)
     if values.check_dir and not os.path.exists(values.check_dir):  # noqa: PTH110
         return  # the training that it starts from comes first, another time

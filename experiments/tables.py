@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.arms import FINE_TUNED, LEARNING_RATES, MAIN, OTHERS, ROOT, STEPS, K
+from experiments.arms import FINE_TUNED, LARGER, LEARNING_RATES, MAIN, OTHERS, ROOT, STEPS, K
 from experiments.matched import comparison, paths_of, verdict
 from score.compare import markdown_table
 from utils import startup
@@ -89,6 +89,11 @@ def fine_tuned(result):
     return matched(result, FINE_TUNED, "default (fine-tuned)")
 
 
+def larger(result):
+    """Images of 16x16 pixels."""
+    return matched(result, LARGER, "default (16x16)")
+
+
 def sub_models(result):
     """A shard's model that is never averaged: can it generalise before it memorises its shard?"""
     points = [p for path in paths_of(result["points"], "score ensemble", "sub-model") for p in path]
@@ -111,7 +116,7 @@ def learning_rates(result):
 
 TABLES = {
     "floor": floor, "steps": same_steps, "matched": matched, "fine-tuned": fine_tuned, "sub-models": sub_models,
-    "learning rates": learning_rates,
+    "larger": larger, "learning rates": learning_rates,
 }  # fmt: skip
 
 

@@ -119,8 +119,8 @@ def test_a_wrong_flag_is_named(wrong, tmp_path):
 
 
 def test_nothing_is_made_twice(tmp_path, monkeypatch):
-    """A trial of arms of every kind: one model, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
-    chosen = ["default", "score ensemble", "IET-AGC+ (fine-tuned)"]
+    """Arms of every kind: one model, larger images, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
+    chosen = ["default", "default (16x16)", "score ensemble", "IET-AGC+ (fine-tuned)"]
     seeds = dict.fromkeys(chosen, range(1, 2))
     monkeypatch.setattr(runs, "SEEDS", seeds)
     monkeypatch.setattr(runs, "POINTS", 2)
