@@ -245,7 +245,7 @@ def main():
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if "memorise" in stages and FLAGS.memorise_features:
-        embedding = flags.embedding(FLAGS, FLAGS.memorise_features, device)
+        embedding = flags.embedding(FLAGS, FLAGS.memorise_features, device, "memorise_features")
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")

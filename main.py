@@ -22,7 +22,7 @@ from score.generate import generate, grid_noise
 from score.inception import find_weights
 from training import checkpoint, flags
 from training.batches import ShardBatches
-from training.launch import Interruption, announce, pick_device, run
+from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from utils import distributed
@@ -48,6 +48,7 @@ def train(data, quality, device, logdir):
     x_T, x_T_labels = flags.call(FLAGS, grid_noise, device, num_labels=flags.labels_of(FLAGS))
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
     announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
+    check_warmup(warmup, FLAGS.total_steps)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
     writes = distributed.is_main()

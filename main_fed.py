@@ -25,7 +25,7 @@ from training import checkpoint, flags
 from training.averaging import average_learners
 from training.batches import ShardBatches
 from training.ensemble import Shard, total_of
-from training.launch import Interruption, announce, pick_device, run
+from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
@@ -47,6 +47,7 @@ def train(data, device, logdir):
     net = shards[0].learner.net
     steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
     announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
+    check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
     slots = exchanged or slots

@@ -30,6 +30,11 @@ def either(*finders):
     return lambda result: next((value for find in finders if (value := find(result)) is not None), None)
 
 
+def detector_auc(result):
+    """Of copies by similarity above 0.5, which is SSCD's threshold, or by f_mem for other features."""
+    return under("detector", "above_05" if result.get("features") == "sscd" else "f_mem", "auc")(result)
+
+
 def similarity(name):
     """A function that finds a number of the search in feature space, in a result of all_in.py of either half."""
     return either(under("feature_space", name), under(name))
@@ -47,7 +52,7 @@ COLUMNS = {
     "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
     "own image": (similarity("own_image"), "{:.1%}"),
     "f_mem of features": (similarity("f_mem"), "{:.1%}"),
-    "detector's AUC": (under("detector", "above_05", "auc"), "{:.3f}"),
+    "detector's AUC": (detector_auc, "{:.3f}"),
     "CLIP score": (under("clip_score"), "{:.1f}"),
     "AuthPct": (under("auth_pct"), "{:.1f}"),
     "C_T": (under("c_t"), "{:.1f}"),
@@ -90,9 +95,10 @@ figure img:only-of-type { width: 60%; }
 
 
 def training_seconds(checkpoint):
-    """What train.json beside a checkpoint says, or None."""
+    """What train.json beside a checkpoint says, or None; a file of that name may be something else."""
     path = Path(checkpoint).parent / "train.json" if checkpoint else None
-    return read_json(path)["seconds"] if path and path.exists() else None
+    found = read_json(path) if path and path.exists() else None
+    return found.get("seconds") if isinstance(found, dict) else None
 
 
 def summary(result):
@@ -220,7 +226,8 @@ def similarities(result):
     how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
     note = (
         f"The largest cosine similarity of each image to the training images, by {result['features']}{how}; of a "
-        "training image to the others. Those above 0.5 count as copies (Somepalli et al. 2023)."
+        "training image to the others. Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
+        "only the floors say how much that means."
     )
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 

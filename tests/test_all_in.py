@@ -486,7 +486,7 @@ def test_copies_in_feature_space(tmp_path):
     assert "Similarity of features" in (tmp_path / "grid/report.html").read_text()
     call(*flags)
     assert "feature_space" not in result_of(tmp_path)
-    with pytest.raises(UsageError, match="give --sscd, or other features"):
+    with pytest.raises(UsageError, match=r"give --sscd, .* --memorise_features=pixels"):
         call(*flags, "--memorise_features=sscd")
 
 

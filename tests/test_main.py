@@ -9,6 +9,7 @@ import torch
 from model import UNet
 from tests.commands import read_jsonl, run
 from tests.networks import TINY_FLAGS
+from training.launch import check_warmup
 
 SETTINGS = [*TINY_FLAGS, "--total_steps=12", "--log_step=4", "--save_step=6"]
 
@@ -87,3 +88,10 @@ def test_conditional_low_precision_training_and_sampling(precision, mean_type, t
     state = torch.load(tmp_path / "log/ckpt2.pt", weights_only=True)
     assert state["net_model"]["cond_embedding.timembedding.0.weight"].shape == (11, 32)
     assert (tmp_path / "log/sample/ema_step2.png").exists()
+
+
+def test_a_warm_up_longer_than_the_training_is_said(capsys):
+    check_warmup(10, 10)
+    assert capsys.readouterr().err == ""
+    check_warmup(5000, 16)
+    assert "--warmup=5000 is more than the 16 steps" in capsys.readouterr().err

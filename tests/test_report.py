@@ -12,7 +12,7 @@ import torch
 from score.compare import floors_of
 from score.evaluate import evaluate
 from score.memorization import measures, memorization_ratio
-from score.report import SERIES, copy_counts, write_report
+from score.report import SERIES, copy_counts, training_seconds, write_report
 from tests.browser import CHROMIUM, assert_readable, needs_chromium
 from tests.commands import run_module
 
@@ -28,6 +28,14 @@ def evaluation(N, M, size, seed=0):
     result |= {"N": N, "training_set_size": M, "checkpoint": "logs/<a>/ckpt1.pt", "seconds": {"memorise": 1.0}}
     result["flags"] = {"lr": 1e-3, "hflip": None, "seed": 1}
     return result, generated, training, index[:, 0], memorization_ratio(sq_distance)
+
+
+def test_a_file_beside_a_pipeline_is_not_taken_for_the_record_of_a_training(tmp_path):
+    """text_to_image.tiny writes captions as train.json beside the pipeline."""
+    path = tmp_path / "train.json"
+    for content, seconds in (({"steps": 1, "seconds": 2.5}, 2.5), ({"a.png": ["a caption"]}, None), ([1], None)):
+        path.write_text(json.dumps(content))
+        assert training_seconds(tmp_path / "pipeline") == seconds
 
 
 class Tags(html.parser.HTMLParser):

@@ -113,6 +113,7 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     assert "30/30" in result.stderr.splitlines()[-1] and "loss=" in result.stderr
     parameters = sum(p.numel() for p in tiny_unet().parameters() if p.requires_grad)
     expected = f"cpu, 1 process, {parameters:,} parameters, 48 images, 6 steps per epoch, 8 images per batch\n"
+    expected += "a: 30 steps done\n"
     assert result.stdout == expected
     command = [sys.executable, "-c", "from utils.distributed import bar; list(bar(range(30)))"]
     assert check(command, ROOT, 0, {"TQDM_DISABLE": "1"}).stderr == ""

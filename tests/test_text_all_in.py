@@ -46,7 +46,7 @@ def directory(tmp_path_factory):
     save_file(weights, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (directory / "log" / "checkpoint_round2").mkdir(parents=True)
     unet.rename(directory / "log" / "checkpoint_round2" / "unet")
-    (directory / "log" / "flagfile.txt").write_text("\n".join(DATA) + "\n--lr=0.1\n")
+    (directory / "log" / "flagfile.txt").write_text("\n".join(["--pretrained=pipeline", *DATA]) + "\n--lr=0.1\n")
     (directory / "log" / "run.json").write_text('{"settings": {"lr": 0.1}}')
     return directory
 
@@ -54,7 +54,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(directory):
     flags = ["--unet=log", "--prompts=all", "--num_images=20", "--features=pixels", "--heldout=heldout", "--save_png"]
-    run_module(MODULE, *FLAGS, *flags, *directories("all"), cwd=directory)
+    run_module(MODULE, *FLAGS[1:], *flags, *directories("all"), cwd=directory)  # the pipeline is that of the training
     return json.loads((directory / "all/grid/result.json").read_text())
 
 
@@ -159,7 +159,7 @@ def test_images_of_others(directory, tmp_path_factory):
     """Copies of training images 0 to 11, numbered as their makers do, with prompts in a text file, and no pipeline."""
     folder = tmp_path_factory.mktemp("theirs")
     for i in range(12):
-        (folder / f"{i}.png").write_bytes((directory / "images" / f"{i:02}.png").read_bytes())
+        (folder / f"image {i}.png").write_bytes((directory / "images" / f"{i:02}.png").read_bytes())
     (directory / "prompts.txt").write_text("".join(f"{CAPTIONS[f'{i:02}.png'][1]}\n" for i in range(11)) + "a cat\n")
     flags = [f"--samples={folder}", "--prompts=prompts.txt", *DATA, "--features=pixels", *directories("theirs")]
     run_module(MODULE, *flags, cwd=directory)
@@ -196,13 +196,19 @@ def test_similarity_and_fid_of_inception(directory, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ([], 2, "give --sscd, or other features: pixels needs no file"),
-        (["--features=clip"], 2, "give --clip, or other features"),
+        ([], 2, "give --sscd, the file of its weights, or --features=pixels, which needs none"),
+        (["--features=clip"], 2, "give --clip, the file"),
         (["--features=pixels", "--stages=score"], 2, "--stages: has no meaning for text_to_image, leave it out"),
         (["--features=pixels", "--prompts=nothing.txt"], 1, "--prompts=nothing.txt: cannot be read"),
         (["--features=pixels", "--heldout=nothing"], 1, "--heldout=nothing: no such file or folder"),
         (["--features=pixels", "--unet=images"], 1, "--unet=images: no UNet in diffusers' format in it"),
         (["--features=pixels", "--samples=images", "--rand_augs=rand_word_add"], 2, "--rand_augs changes prompts of"),
+        (
+            ["--features=pixels", "--samples=images", "--prompts=random"],
+            2,
+            "--prompts=random draws captions for images",
+        ),
+        (["--features=pixels", "--logdir=log"], 2, "--logdir=log: is where training writes: give --unet"),
     ],
 )
 def test_what_a_person_can_correct_is_one_line(directory, flags, code, message):

@@ -58,10 +58,14 @@ def test_classes_are_sub_folders(tmp_path):
     assert found.paths == ["cat/2.png", "dog/1.png"] and found.captions == [["two"], ["one"]]
     assert captions_of_mode(found, "classlevel", None) == [["An image of cat"], ["An image of dog"]]
     assert captions_of_mode(found, "nolevel", None) == [["An image"], ["An image"]]
+    with pytest.raises(DataError, match="--caption_mode=classlevel: the images are in no sub-folders"):
+        captions_of_mode(found._replace(paths=["2.png", "1.png"]), "classlevel", None)
 
 
 def test_metadata_jsonl_in_the_folder(tmp_path):
     save_images(tmp_path, ["a.png", "b.png"])
+    with pytest.raises(DataError, match="give the file of captions with --captions"):
+        load_folder(tmp_path, None, 16)
     lines = [{"file_name": "b.png", "text": "bee"}, {"file_name": "a.png", "text": "ay"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert load_folder(tmp_path, None, 16).captions == [["ay"], ["bee"]]

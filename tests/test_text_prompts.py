@@ -44,6 +44,12 @@ def test_captions_in_turn_and_of_a_file(tmp_path):
         (tmp_path / "prompts.json").write_text(content)
         with pytest.raises(DataError, match=r"prompts\.json"):
             read_prompts(tmp_path / "prompts.json")
+    for name, content in (
+        ("captions.json", '{"1.png": ["one", "1"], "2.png": "two"}'),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "one"}\n{"file_name": "2.png", "text": "two"}\n'),
+    ):
+        (tmp_path / name).write_text(content)
+        assert read_prompts(tmp_path / name) == ["one", "two"], "first captions"
     assert owners(["same", "one"], [["same"], ["same", "one"]]) == [-1, 1]
 
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     startup.prepare()
 
 import hashlib
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -137,7 +138,7 @@ def round_trip(pipeline, images, batch_size=16):
 
 
 def read_images(flag):
-    """The images that a flag names, uint8; those of a folder resized, in the order of their numbers if they have some.
+    """The images that a flag names, uint8; those of a folder resized, in the order of the numbers in their names.
 
     Raises:
         DataError, UsageError: no images, or an array of images of another size.
@@ -145,8 +146,7 @@ def read_images(flag):
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
-        if all(file.stem.isdigit() for file in files):
-            files.sort(key=lambda file: int(file.stem))
+        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(file))])
         return load_images(files, side, FLAGS.num_workers)
     if not Path(path).is_file():
         raise DataError(f"--{flag}={path}: no such file or folder")
@@ -220,15 +220,18 @@ def main():
 
     # whatever can be wrong shows here, before the long work
     folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
+    if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
+        what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
+        raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
-        flags.take_data_flags(FLAGS, unet_folder.parent.parent)
+        flags.take_flags(FLAGS, unet_folder.parent.parent)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
         unet_folder = unet_folder or folder / "unet"
     features = FLAGS.features or "sscd"
-    embedding = flags.embedding(FLAGS, features, device)
+    embedding = flags.embedding(FLAGS, features, device, "features")
     weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     data = distinct(flags.call(FLAGS, load_folder, FLAGS.data_root))

@@ -52,6 +52,8 @@ def load_folder(folder, captions, resolution, num_workers=0):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
+    if captions is None and not (folder / "metadata.jsonl").exists():
+        raise DataError(f"{folder}: has no metadata.jsonl: give the file of captions with --captions")
     groups = list_images(folder, classes=True)
     files = [Path(path) for group in groups for path in group]
     paths = [path.relative_to(folder).as_posix() for path in files]
@@ -133,11 +135,13 @@ def captions_of_mode(data, mode, tokenizer):
     """N lists of captions as `--caption_mode` has them before a step draws its own.
 
     Raises:
-        DataError: captions that should be lists of token numbers are not.
+        DataError: captions that should be lists of token numbers are not, or there are no classes.
     """
     if mode == "nolevel":
         return [["An image"]] * len(data.captions)
     if mode == "classlevel":
+        if not any("/" in path for path in data.paths):
+            raise DataError("--caption_mode=classlevel: the images are in no sub-folders of --data_root, the classes")
         return [[f"An image of {name}"] for name in data.classes]
     if mode != "random_tokens":
         return data.captions

@@ -33,10 +33,15 @@ for _name, _value in DEFAULTS.items():
 FLAGS["download"].help = "fetch --pretrained from the Hugging Face hub if it is not there"
 FLAGS["data_root"].help = "folder of the training images, or of its classes' sub-folders"
 FLAGS["hflip"].help = "mirror training images at random"
-FLAGS["split"].help = "how images go to shards; default: contiguous"
+FLAGS["split"].help += "; here contiguous"
+FLAGS["logdir"].help = "directory of logs and checkpoints"
+FLAGS["warmup"].help = "steps of linear warm-up"
+FLAGS["sample_steps"].help = "steps of the scheduler per image"
+FLAGS["batch_size"].help = "images per step; also per call when generating"
+FLAGS["bank_bins"].help = "entries of the memory bank; 0: one for every timestep"
 FLAGS["sample_step"].help = "steps between two grids of images of the first captions; 0: none"
 FLAGS["num_images"].help = "images to generate; with --prompts=all or a file: default: one of each"
-FLAGS["fid_features"].help += "; default: pixels with --features=pixels, else inception"
+FLAGS["fid_features"].help += "; where it is not given: pixels with --features=pixels, else inception"
 FLAGS["samples"].help = "all_in: measure these images (.npy, .npz or folder), image i of prompt i; do not generate"
 FLAGS["similar_dir"].help = "all_in: directory of similarity.npz"
 FLAGS["grid_dir"].help = "all_in: directory of the grids, result.json and report.html"
@@ -95,22 +100,34 @@ def check(values):
     for name in NOT_HERE:
         if values[name].present:
             raise UsageError(f"--{name}: has no meaning for text_to_image, leave it out; --help names all flags")
-    if not values.pretrained and not values.samples:
+    if not values.pretrained and not values.samples and not values.unet:
         raise UsageError("give --pretrained, a Stable Diffusion folder in diffusers' format")
+    if values.samples and values.prompts == "random":
+        raise UsageError("--prompts=random draws captions for images to generate: name the file of --samples' prompts")
     if values.samples and values.rand_augs != "none":
         raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
     if values.unet_from_scratch and values.unet:
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
 
 
-def take_data_flags(values, logdir):
-    """Give the flags of the training images the values that a log directory's training had, unless they were given."""
+def take_flags(values, logdir):
+    """Give the flags of the pipeline and the training images the values of a training, unless they were given.
+
+    Args:
+        logdir: directory of the training; where it has no flagfile, nothing is taken.
+
+    Raises:
+        UsageError: no pipeline is known, and images are to be generated.
+    """
     path = logdir / "flagfile.txt"
     lines = shared.read_flagfile(path) if path.is_file() else []
     recorded = dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
-    for name in ("data_root", "captions", "resolution", "cache_dir", "caption_mode"):
+    names = ["data_root", "captions", "resolution", "cache_dir", "caption_mode"]
+    for name in names + ([] if values.samples else ["pretrained"]):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])
+    if not values.pretrained and not values.samples:
+        raise UsageError(f"give --pretrained: {logdir} does not say of which pipeline --unet={values.unet} is")
 
 
 def prompts_are_drawn(values):

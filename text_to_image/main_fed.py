@@ -36,7 +36,7 @@ from text_to_image.pipeline import (
 from training import checkpoint
 from training.averaging import average_learners
 from training.ensemble import Shard, total_of
-from training.launch import Interruption, announce, pick_device, run
+from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
@@ -54,6 +54,7 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
     sizes = [len(index) for index in slots]
     steps_per_round = [FLAGS.local_steps] * len(slots)
     announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, shards=len(slots))
+    check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)

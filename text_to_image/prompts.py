@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens
+from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens, read_captions
 from utils.errors import DataError
 from utils.files import read_json
 from utils.safe_files import one_line
@@ -37,11 +37,21 @@ def distinct(data):
 
 
 def read_prompts(path):
-    """Texts of a file: a line each, or JSON, a list of texts or of {"prompt": text} as in prompts.json. DataError."""
+    """Texts of a file.
+
+    A line each; JSON, a list of texts or of {"prompt": text} as in prompts.json; or of a file for `--captions` the
+    first captions.
+
+    Raises:
+        DataError: it cannot be read as any of these.
+    """
     path = Path(path)
     try:
-        if path.suffix == ".json":
-            lines = [line["prompt"] if isinstance(line, dict) else line for line in read_json(path)]
+        content = read_json(path) if path.suffix == ".json" else None
+        if path.suffix == ".jsonl" or isinstance(content, dict):
+            lines = [texts[0] for texts in read_captions(path).values()]
+        elif path.suffix == ".json":
+            lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
         else:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines or not all(isinstance(line, str) for line in lines):

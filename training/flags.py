@@ -403,10 +403,10 @@ def generation(values):
     return arguments(values, generate_batches, num_labels=labels_of(values), dtype=PRECISIONS[values.precision])
 
 
-def embedding(values, features, device):
-    """The `make_embedding` of one of FEATURES; raises a UsageError if the flag of its file is not given."""
+def embedding(values, features, device, flag):
+    """The `make_embedding` of one of FEATURES, the value of `flag`; a UsageError if the flag of its file is missing."""
     if features in ("sscd", "clip") and not values[features].value:
-        raise UsageError(f"give --{features}, or other features: pixels needs no file")
+        raise UsageError(f"give --{features}, the file of its weights, or --{flag}=pixels, which needs none")
     inception = find_weights(values.inception_weights) if features == "inception" else None
     return call(values, make_embedding, features, device, how=values.preprocess, inception=inception)
 

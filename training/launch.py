@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from training import flags as shared_flags
 from utils import distributed, startup
-from utils.errors import UsageError, printable
+from utils.errors import UsageError, printable, warn
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
@@ -63,6 +63,12 @@ def announce(device, net, images, batch_size, **more):
     counts |= {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
     counts |= {"images": images, **more, "images per batch": batch_size}
     print(f"{device}{name}, " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+
+
+def check_warmup(warmup, steps):
+    """Say so where a warm-up is longer than the training, of so many steps of a network."""
+    if warmup > steps and distributed.is_main():
+        warn(f"warning: --warmup={warmup} is more than the {steps} steps of the training: it never reaches --lr")
 
 
 def pick_device(name, precision="fp32"):

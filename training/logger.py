@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from utils import distributed
-from utils.errors import DataError
+from utils.errors import DataError, printable
 from utils.files import atomic_write, sync, writable, write_json
 from utils.images import image_grid, to_uint8
 
@@ -168,11 +168,13 @@ class Logger:
                 self.event(t, summary.scalar(f"memory_bank_over_t/shard{shard}/round{r}", value))
 
     def finish(self, steps):
-        """At the end of the run: write train.json, its steps and the seconds over all starts."""
+        """At the end of the run: write train.json, its steps and the seconds over all starts, and say so."""
         if self.writes:
             self.flush()
         if distributed.is_main():
             write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
+            self.bar.close()
+            print(f"{printable(self.logdir)}: {steps} steps done")
 
     def __enter__(self):
         return self
