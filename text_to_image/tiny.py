@@ -199,7 +199,8 @@ def main():
     if args.unet_steps:
         train_unet(pipeline, rest, args.unet_steps, args.out / ".cache")
     pipeline.save_pretrained(args.out / "pipeline")
-    print(f"{args.out}: a pipeline, {TRAIN} emoji to train it on and {HELDOUT} held out")
+    names = f"--pretrained={args.out}/pipeline --data_root={args.out}/train --captions={args.out}/train.json"
+    print(f"{names}: {TRAIN} emoji; {args.out}/heldout: {HELDOUT} others")
 
 
 if __name__ == "__main__":
