@@ -22,6 +22,7 @@ from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
+DRAWN = (*MAIN, "IET (spread)", "IET-AGC (spread)", "local SGD", "score ensemble")
 FORMS = {"fpd": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
 FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}"}
 
@@ -130,7 +131,7 @@ def plot(path, result):
     """Memorisation over quality and over steps: means over seeds at every checkpoint, bars of a deviation."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    for i, arm in enumerate(arms_in(result, MAIN)):
+    for i, arm in enumerate(arms_in(result, DRAWN)):
         paths = paths_of(result["points"], arm)
         length = min(map(len, paths))
         numbers = {
@@ -150,7 +151,7 @@ def plot(path, result):
     for axis in axes[1]:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
