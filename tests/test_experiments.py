@@ -83,7 +83,7 @@ def test_the_measures_by_brute_force(monkeypatch):
     images[3:9] = (training[9].int() + torch.randint(0, 20, (6, 3, 8, 8), generator=random)).clamp(max=255)
     images[9] = training[40]
     repeated = torch.arange(60) < 20
-    monkeypatch.setattr(runs, "real_images", lambda: (training, repeated, heldout))
+    monkeypatch.setattr(runs, "real_images", lambda img_size: (training, repeated, heldout))
     numbers = runs.measure(images)
     x, y, real = (part.flatten(1).numpy() / 255 for part in (images, training, heldout))
     distance = np.square(x[:, None] - y).sum(axis=2)
@@ -109,6 +109,7 @@ def test_arms_have_the_steps_they_say(tmp_path):
         size = 4000 if values.split == "all" else 4000 // values.client_num
         assert run.steps_per_round == values.client_num * values.local_epoch * (size // values.batch_size)
         assert run.rounds * run.steps_per_round == pytest.approx(ARMS[run.arm]["steps"], rel=0.04), run.arm
+        assert runs.real_images(values.img_size)[0].shape == (2020, 3, values.img_size, values.img_size)
     assert [run.arm for run in planned[:2]] == ["default", "AGC"] and planned[0].seed == 1
 
 
@@ -119,8 +120,8 @@ def test_a_wrong_flag_is_named(wrong, tmp_path):
 
 
 def test_nothing_is_made_twice(tmp_path, monkeypatch):
-    """Arms of every kind: one model, larger images, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
-    chosen = ["default", "default (16x16)", "score ensemble", "IET-AGC+ (fine-tuned)"]
+    """A trial of arms of every kind: one model, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
+    chosen = ["default", "score ensemble", "IET-AGC+ (fine-tuned)"]
     seeds = dict.fromkeys(chosen, range(1, 2))
     monkeypatch.setattr(runs, "SEEDS", seeds)
     monkeypatch.setattr(runs, "POINTS", 2)

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 def prepare():
     """Have signals end the process with one line and 128 + their number; let output be any text, a line at a time."""
     handle(stop_at_once)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
