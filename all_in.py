@@ -5,11 +5,6 @@ torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=l
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import time
 from pathlib import Path
 

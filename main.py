@@ -4,11 +4,6 @@ python main.py --train --flagfile=config/DIGITS.txt --logdir=logs/digits
 python main.py --eval  --flagfile=config/DIGITS.txt --logdir=logs/digits
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 from functools import partial
 from pathlib import Path
 

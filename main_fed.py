@@ -7,11 +7,6 @@ The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC w
 both, which is default training with a memory bank looking on. IET-AGC+ is --exchange=ring --augment_near_threshold.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 from functools import partial
 from pathlib import Path
 

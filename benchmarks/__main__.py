@@ -4,11 +4,6 @@ python -m benchmarks [--only step,evaluation,scaling] [--json FILE] [--check]
 python -m benchmarks --only gpu [--json FILE]
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import os
 import pkgutil
 import platform

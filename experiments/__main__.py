@@ -5,11 +5,6 @@ bash com/results.sh --minutes=60
 What is there already is not made again: the same command goes on where it was stopped.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import argparse
 import contextlib
 import os

@@ -3,11 +3,6 @@
 python -m experiments.tables
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import re
 import statistics
 

@@ -4,11 +4,6 @@ python -m score.compare runs/a/grid runs/b/grid --html=both.html
 python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import os
 import statistics
 from pathlib import Path

@@ -17,50 +17,16 @@ from tests.networks import TINY_FLAGS, tiny_unet
 from utils import distributed
 from utils.errors import DataError, UsageError, printable
 
-COMMANDS = {
-    "main.py": [str(ROOT / "main.py"), "--train"],
-    "main_fed.py": [str(ROOT / "main_fed.py"), "--train"],
-    "all_in.py": [str(ROOT / "all_in.py")],
-    "score.compare": ["-m", "score.compare", "x"],
-    "experiments": ["-m", "experiments"],
-    "experiments.tables": ["-m", "experiments.tables"],
-    "benchmarks": ["-m", "benchmarks"],
-}
-STUBBORN = """
-import time
-while True:
-    try:
-        print("importing", flush=True)
-        time.sleep(60)
-    except BaseException as error:
-        print(repr(error), flush=True)
-"""
 
-
-def start(*arguments, cwd, path=ROOT, **settings):
+def start(*arguments, cwd, **settings):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = environment(PYTHONPATH=os.pathsep.join(map(str, [path, ROOT])))
+    env = environment(PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, **pipes, **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [*((name, signal.SIGINT) for name in COMMANDS), ("main.py", signal.SIGTERM), ("main.py", signal.SIGHUP)],
-)
-def test_a_signal_ends_every_script_while_it_imports_torch(name, number, tmp_path):
-    (tmp_path / "torch.py").write_text(STUBBORN)
-    process = start(*COMMANDS[name], cwd=tmp_path, path=tmp_path)
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(number)
-    out, errors = process.communicate(timeout=20)
-    assert (out, errors) == ("", f"{name}: stopped by {number.name}\n")
-    assert process.returncode == 128 + number
 
 
 WORK = """
 import sys, time
 from utils import startup
-startup.prepare()
 def main():
     try:
         print("working", flush=True)

@@ -7,11 +7,6 @@
 Images and captions of the training are those of --unet's log directory, unless flags name others.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import hashlib
 import re
 import time

@@ -6,11 +6,6 @@
 --client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in --logdir.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import copy
 from functools import partial
 from pathlib import Path

@@ -3,11 +3,6 @@
 python -m text_to_image.picture OUT.png training=FOLDER default=generate.npy IET-AGC=generate.npy
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 from pathlib import Path
 
 from PIL import Image, ImageDraw

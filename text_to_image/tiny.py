@@ -6,11 +6,6 @@ OUT/pipeline is made of CLIP's vocabulary, a text encoder with random weights, a
 some 900 emoji of OpenMoji (CC BY-SA 4.0). OUT/train and OUT/heldout have others, with captions in OUT/*.json.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import gzip
 import importlib.util
 import unicodedata

@@ -7,11 +7,6 @@ EMA weights, or with --nouse_ema the raw ones. The network is that of run.json b
 flags. The metadata's `flags` are that and what else run.json says of the training, as JSON.
 """
 
-if __name__ == "__main__":  # before the imports that take seconds
-    from utils import startup
-
-    startup.prepare()
-
 import json
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Imported by every script before torch, which takes seconds: signals, standard streams, errors in one line."""
+"""How every script runs: signals, standard streams, errors in one line."""
 
 import argparse
 import contextlib
@@ -20,16 +20,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}: see --help")
 
 
-def prepare():
-    """Have signals end the process with one line and 128 + their number; let output be any text, a line at a time."""
-    handle(stop_at_once)
+def run(main):
+    """Call main() and exit with what it returns; with a line and 1 or 2 after a `UserError`, 128 + n after signal n.
+
+    What it prints may be any text, and appears line by line.
+    """
+    handle(stop)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-
-def run(main):
-    """Call main() and exit with what it returns, or with 1 or 2 and one line after a `UserError`."""
-    handle(stop)
     try:
         code = main()
     except KeyboardInterrupt as stopped:
@@ -74,7 +72,7 @@ def stop(number, frame):
 
 
 def stop_at_once(number, frame):
-    """End the process here: while modules are imported, an exception might be taken for a missing module."""
+    """End the process here."""
     say_stopped(number)
     os._exit(128 + number)
 
