@@ -1,19 +1,16 @@
-"""Image files of all kinds in, whatever metadata they hold and without trust in them; and pixels as pictures."""
+"""Image files of all kinds in, without trust in them; and pixels as pictures."""
 
 import contextlib
-import io
 import logging
 import os
-import struct
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from utils import distributed
 from utils.errors import DataError, warn
@@ -22,13 +19,14 @@ from utils.safe_files import MAX_FILE_BYTES, check_memory, one_line
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+# PIL would refuse a PNG for the workflow that a generator has written into it, of a megabyte or more
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES
 
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}  # lower case
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
-PNG_SIGNATURE, PNG_PIXELS = b"\x89PNG\r\n\x1a\n", (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
@@ -142,7 +140,7 @@ def read_image(path):
         DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or larger than PIL's MAX_IMAGE_PIXELS.
     """
     try:
-        with Image.open(without_metadata(path), formats=FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
@@ -156,24 +154,6 @@ def read_image(path):
     except Exception as error:  # a hostile file can make a decoder raise anything
         what = f"cannot be read as an image ({one_line(error)})"
     raise DataError(f"{path}: {what}")
-
-
-def without_metadata(path):
-    """What PIL is to open: the file, or a PNG of those chunks only that decide its pixels, and its EXIF data if whole.
-
-    PIL refuses a PNG for a text or a profile that is broken, or as long as the workflows that generators write.
-    """
-    with Path(path).open("rb") as file:
-        if file.read(8) != PNG_SIGNATURE:
-            return path
-        data, kept, start = file.read(MAX_FILE_BYTES), [PNG_SIGNATURE], 0
-    while start + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, start)
-        chunk = data[start : start + 12 + size]
-        if kind in PNG_PIXELS or (kind == b"eXIf" and chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4)):
-            kept.append(chunk)
-        start += 12 + size
-    return io.BytesIO(b"".join(kept))
 
 
 def to_rgb(image):
