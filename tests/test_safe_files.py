@@ -1,11 +1,9 @@
-"""Pickles, archives and memory: nothing runs, and nothing fills the memory."""
+"""Pickles, archives and memory: nothing runs, and no archive fills the memory."""
 
 import gzip
 import os
 import pickle
-import struct
 import tarfile
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,25 +58,6 @@ def test_pickles_of_python_3_are_read(protocol):
 )
 def test_pickles_of_anything_else_are_refused(payload):
     data_error(lambda: unpickle_dict(payload, "some_file"), "some_file", "fetch it again")
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        b"\x80\x02]r" + struct.pack("<I", 2**26) + b".",
-        b"\x80\x04(" + b"\x8f" * 150_000 + b"l.",
-        b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b".",
-    ],
-    ids=["memo", "sets", "bytearray"],
-)
-def test_pickles_cannot_fill_the_memory(payload, monkeypatch):
-    monkeypatch.setattr(safe_files, "MAX_PICKLE_OPCODES", 10**5)
-    tracemalloc.start()
-    try:
-        data_error(lambda: unpickle_dict(payload, "some_file"), "some_file")
-        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
-    finally:
-        tracemalloc.stop()
 
 
 def test_archive_ignores_paths_and_other_members(tmp_path):
