@@ -4,9 +4,7 @@ A run is in <out>/runs/<arm>/seed<seed>/: log/ is the log directory of main_fed.
 same call goes on where it stopped.
 """
 
-import concurrent.futures
 import contextlib
-import ctypes
 import functools
 import io
 import itertools
@@ -138,21 +136,19 @@ def measured(run):
     return found if found.get("flags") == run.flags else {"flags": run.flags, "points": [], "complete": False}
 
 
-def end_with_parent(parent):
-    """Have Linux end this process with SIGTERM when `parent`, which started it, has ended, by SIGKILL too."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it had ended before
-        os._exit(1)
+def begin_worker():
+    """Leave Ctrl-C to the main process, which ends this one by SIGTERM, and with it the training that it waits for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
 def train(run):
     """Train, which takes seconds if it is done. Raises a DataError with the last line of a training that fails."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    log, end = run.directory / "train.log", functools.partial(end_with_parent, os.getpid())
-    command, environment = [sys.executable, "main_fed.py", *run.flags], {**os.environ, "OMP_NUM_THREADS": "1"}
+    log, environment = run.directory / "train.log", {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=file, preexec_fn=end, check=False)
+        command = [sys.executable, "main_fed.py", *run.flags]
+        done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
     if done.returncode:
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise DataError(f"{log}: training failed: {said}")
@@ -203,22 +199,13 @@ def work_all(runs, deadline):
     """`work` of all runs that are not complete, until the deadline, one process per core; returns those that are."""
     missing = [run for run in runs if not measured(run)["complete"]]
     if missing and time.time() < deadline:
-        context = multiprocessing.get_context("spawn")
-        with (
-            concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, end_with_parent, (os.getpid(),)) as pool,
+        with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time
+            multiprocessing.get_context("spawn").Pool(os.cpu_count(), begin_worker) as pool,
             distributed.bar(total=len(missing), desc="runs", unit="run") as bar,
-            contextlib.suppress(TimeoutError),
+            contextlib.suppress(multiprocessing.TimeoutError),
         ):
-            try:
-                # what is started here never sees Ctrl-C, and ends with this process
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-                jobs = [pool.submit(work, run) for run in missing]
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-                for job in concurrent.futures.as_completed(jobs, deadline - time.time()):
-                    job.result()
-                    bar.update()
-            except BaseException:  # Ctrl-C too: nothing waits for what is at work, which goes on another time
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                raise
+            done = pool.imap_unordered(work, missing)
+            for _ in missing:
+                done.next(deadline - time.time())
+                bar.update()
     return [run for run in runs if measured(run)["complete"]]

@@ -161,7 +161,7 @@ def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
             time.sleep(0.1)
     with pytest.raises(DataError, match="is writing there"):
         experiments.main([*flags, f"--out={tmp_path / 'kill'}"])
-    started["kill"].kill()
+    started["kill"].terminate()
     os.killpg(started["Ctrl-C"].pid, signal.SIGINT)
     assert started["Ctrl-C"].wait(20) == 130
     while any(processes_of(process.pid) for process in started.values()):
