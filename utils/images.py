@@ -14,13 +14,13 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from utils import distributed
 from utils.errors import DataError, warn
-from utils.safe_files import MAX_FILE_BYTES, check_memory, one_line
+from utils.safe_files import check_memory, one_line
 
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # PIL would refuse a PNG for the workflow that a generator has written into it, of a megabyte or more
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_FILE_BYTES
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()

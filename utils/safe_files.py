@@ -1,6 +1,5 @@
 """Files from elsewhere, read within bounded memory and without running what is in them: CIFAR's pickles, archives."""
 
-import gzip
 import io
 import math
 import pickle
@@ -10,8 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import DataError
-
-MAX_FILE_BYTES = 256 * 2**20  # CIFAR-100's training file has 148 MiB, the unpacked archives 178 MiB
 
 
 def one_line(error):
@@ -36,30 +33,28 @@ def check_memory(path, size):
         raise DataError(f"{path}: needs {needed} of memory, {available} are available: use fewer images")
 
 
-def read_file(path, uncompress=False):
-    """The bytes of a file, or with `uncompress` in a .gz; a DataError if that fails or is beyond `MAX_FILE_BYTES`."""
+def read_file(path):
+    """The bytes of a file; raises a DataError."""
     try:
-        with gzip.open(path) if uncompress else path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES:,} bytes, so it is not what its name says")
-    except Exception as error:  # a hostile file can make gzip and zlib raise anything
+        check_memory(path, path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)}): fetch it again") from None
-    return data
 
 
 def read_archive(path, names):
-    """The contents of the plain files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
+    """{path / name: contents} of the files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
     Raises:
-        DataError: the archive is damaged, lacks one of them, or unpacks to more than `MAX_FILE_BYTES`.
+        DataError: the archive is damaged, lacks one of them, or unpacks to more than the free memory.
     """
-    data = read_file(path, uncompress=True)
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            # A sparse file of any size takes no space in the archive.
-            plain = {file.name.removeprefix("./"): file for file in archive if file.isreg() and not file.issparse()}
-            return {path / name: archive.extractfile(plain[name]).read() for name in names}
+        with tarfile.open(path) as archive:
+            files = {file.name.removeprefix("./"): file for file in archive if file.isreg()}
+            check_memory(path, sum(files[name].size for name in names))
+            return {path / name: archive.extractfile(files[name]).read() for name in names}
+    except DataError:
+        raise
     except Exception as error:  # a hostile file can make tarfile raise anything
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be unpacked ({one_line(error)})"
         raise DataError(f"{path}: {what}: fetch it again") from None
