@@ -86,20 +86,6 @@ def test_shard_smaller_than_a_batch_says_what_to_change():
         make(batch_size=60)
 
 
-def test_shifts_move_images_by_whole_pixels_and_repeat_their_edges():
-    """Against NumPy's padding; the other draws of the step stay the same, so runs without shifts do too."""
-    plain, moved = make(hflip=True)(4), make(hflip=True, shift=2)(4)
-    assert torch.equal(plain.t, moved.t) and torch.equal(plain.eps, moved.eps)
-    seen = set()
-    for before, after in zip(plain.x_0.numpy(), moved.x_0.numpy(), strict=True):
-        padded = np.pad(before, ((0, 0), (2, 2), (2, 2)), mode="edge")
-        windows = {(y, x): padded[:, y : y + 4, x : x + 4] for y in range(5) for x in range(5)}
-        fitting = [offset for offset, window in windows.items() if np.array_equal(window, after)]
-        assert len(fitting) == 1
-        seen.update(fitting)
-    assert len(seen) > 2
-
-
 def test_the_noise_of_a_slot_is_always_the_same_and_turns_with_its_image():
     batches = make(hflip=True, ambient_t=30)
     seen = {}

@@ -117,7 +117,7 @@ def test_training_learns_in_every_precision(precision):
     """On images of one grey, whose noise can be seen; the draws are the device's own."""
     learner = tiny_learner(net=tiny_unet().to(DEVICE), precision=precision, lr=3e-3)
     grey = torch.full_like(IMAGES, 128).to(DEVICE)
-    batches = ShardBatches(grey, None, torch.arange(16), batch_size=8, T=10, seed=0, hflip=True, shift=1)
+    batches = ShardBatches(grey, None, torch.arange(16), batch_size=8, T=10, seed=0, hflip=True)
     losses = [learner.update(learner.losses(batches(number)).mean())["loss"] for number in range(30)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
@@ -140,7 +140,7 @@ def test_a_learner_that_waits_in_host_memory_trains_as_one_that_stays():
 
 @on_gpu
 def test_images_may_stay_in_host_memory():
-    settings = {"batch_size": 6, "T": 10, "seed": 0, "hflip": True, "shift": 1, "label_dropout": 0.3}
+    settings = {"batch_size": 6, "T": 10, "seed": 0, "hflip": True, "label_dropout": 0.3}
     labels, index = torch.arange(16) % 3, torch.arange(1, 15)
     there = ShardBatches(IMAGES.to(DEVICE), labels, index, DEVICE, **settings)
     here = ShardBatches(IMAGES, labels, index, DEVICE, **settings)
@@ -290,7 +290,7 @@ def test_no_operation_of_a_step_mixes_devices(monkeypatch):
         fill = lambda _: [setattr(p, "grad", torch.zeros_like(p)) for p in learner.parameters]  # noqa: E731
         monkeypatch.setattr(torch.Tensor, "backward", fill)
         images, labels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
-        settings = {"batch_size": 4, "T": 10, "seed": 0, "hflip": True, "label_dropout": 0.1, "shift": 1}
+        settings = {"batch_size": 4, "T": 10, "seed": 0, "hflip": True, "label_dropout": 0.1}
         for where in ("cpu", "cuda"):
             batches = ShardBatches(images.to(where), labels, torch.arange(16), learner.device, **settings)
             for _ in range(2):

@@ -29,15 +29,6 @@ def to_device(value, device):
     return value.to(device, non_blocking=True)
 
 
-def move(images, down, right):
-    """Images (B, C, H, W) moved by down (B,) and right (B,) pixels, int64; their edges are repeated: (B, C, H, W)."""
-    (B, C, H, W), device = images.shape, images.device
-    rows = (torch.arange(H, device=device) - down[:, None]).clamp(0, H - 1)[:, None, :, None]
-    columns = (torch.arange(W, device=device) - right[:, None]).clamp(0, W - 1)[:, None, None, :]
-    sample, channel = torch.arange(B, device=device)[:, None, None, None], torch.arange(C, device=device)[:, None, None]
-    return images[sample, channel, rows, columns]
-
-
 @dataclass(eq=False)
 class ShardBatches:
     """The batches of one shard, addressed by the shard's own step number (counted over all epochs and rounds).
@@ -52,7 +43,6 @@ class ShardBatches:
         seed, shard: the address of the shard's randomness.
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
-        shift: move every image by up to so many pixels each way.
         ambient_t: above 0, batches have `eps_n`.
         part: which samples of every batch are wanted.
 
@@ -71,7 +61,6 @@ class ShardBatches:
     shard: int = 0
     hflip: bool = False
     label_dropout: float = 0.0
-    shift: int = 0
     ambient_t: int = 0
     part: slice | None = None
 
@@ -117,10 +106,6 @@ class ShardBatches:
         if labels is not None and self.label_dropout > 0:
             dropped = (torch.rand(B, generator=stream, device=device) < self.label_dropout)[self.part]
             labels = labels.masked_fill(dropped, -1)
-        if self.shift:
-            down, right = torch.randint(-self.shift, self.shift + 1, (2, B), generator=stream, device=device)
-            x_0 = move(x_0, down[self.part], right[self.part])
-            eps_n = None if eps_n is None else move(eps_n, down[self.part], right[self.part])
         return Batch(x_0, labels, t, eps, index, eps_n)
 
     def augmented(self, index, magnitude):

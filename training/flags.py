@@ -74,7 +74,6 @@ flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", l
 flags.DEFINE_integer("duplicates", 0, "so many training images, drawn at random, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
 flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, the others never)")
-flags.DEFINE_integer("shift", 0, "move training images at random by up to so many pixels, >= 0", lower_bound=0)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -168,7 +167,7 @@ FIXED["main_fed"] = [
 ]
 CHANGEABLE = {
     "main": (
-        "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip shift "
+        "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip "
         "ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
     ).split()
 }
