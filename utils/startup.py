@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call main() and exit with what it returns; with a line and 1 or 2 after a `UserError`, 128 + n after signal n.
+    """Call main() and exit with what it returns; after a user's error with a line and 1 or 2, after signal n 128 + n.
 
     What it prints may be any text, and appears line by line.
     """
