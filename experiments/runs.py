@@ -174,6 +174,8 @@ def networks(run, values):
 
 def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread."""
+    if not multiprocessing.parent_process().is_alive():
+        sys.exit()  # killed: what is still in the queue is for another time
     torch.set_num_threads(1)
     real_images(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
     values = values_of(run.flags)
