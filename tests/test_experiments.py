@@ -142,15 +142,18 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
 
 
 def processes_of(session):
-    """The states of all processes of a session that have not ended."""
-    found = subprocess.run(["ps", "-s", str(session), "-o", "stat="], capture_output=True, text=True, check=False)
-    return [state for state in found.stdout.split() if not state.startswith("Z")]
+    """{process number: command} of a session, of those that have not ended."""
+    columns = ["ps", "-s", str(session), "-o", "pid=,stat=,args="]
+    found = subprocess.run(columns, capture_output=True, text=True, check=False).stdout.splitlines()
+    rows = (line.split(maxsplit=2) for line in found)
+    return {int(pid): command for pid, state, command in rows if not state.startswith("Z")}
 
 
 def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
+    """By SIGKILL the trainings at work go on, but no other begins."""
     flags = ["--arms=default"]
     started, limit = {}, time.monotonic() + 100
-    for by in ("kill", "Ctrl-C"):
+    for by in ("SIGKILL", "Ctrl-C"):
         command = [sys.executable, "-m", "experiments", *flags, f"--out={tmp_path / by}"]
         with (tmp_path / f"{by}.err").open("w") as err:
             settings = {"cwd": ROOT, "env": environment(), "stderr": err, "start_new_session": True}
@@ -160,13 +163,18 @@ def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
             assert time.monotonic() < limit and process.poll() is None
             time.sleep(0.1)
     with pytest.raises(DataError, match="is writing there"):
-        experiments.main([*flags, f"--out={tmp_path / 'kill'}"])
-    started["kill"].terminate()
+        experiments.main([*flags, f"--out={tmp_path / 'SIGKILL'}"])
+    started["SIGKILL"].kill()
     os.killpg(started["Ctrl-C"].pid, signal.SIGINT)
     assert started["Ctrl-C"].wait(20) == 130
     while any(processes_of(process.pid) for process in started.values()):
         assert time.monotonic() < limit
+        for pid, command in processes_of(started["SIGKILL"].pid).items():
+            if "main_fed.py" in command:
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
+    for by in started:
+        assert len(list((tmp_path / by).glob("runs/default/*"))) <= os.cpu_count()
     lines = (tmp_path / "Ctrl-C.err").read_text().splitlines()
     assert [line for line in lines if not line.startswith("runs:")] == ["experiments: stopped by SIGINT"]
 
