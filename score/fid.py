@@ -58,19 +58,26 @@ def pixel_features(images):
     return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
 
 
+@torch.no_grad()
 def feature_batches(images, inception=None, batch_size=50):
     """Yield (features (B, D), class probabilities (B, 1008)) of the batches of images that fall to this process.
+
+    Batch j is that of process j mod P, so that what is in a batch does not depend on P.
 
     Args:
         images: (N, 3, H, W) uint8.
         inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
         batch_size: images per call of it.
     """
-    if inception:
-        yield from ((features, logits.softmax(dim=1)) for features, logits in inception.batches(images, batch_size))
-    else:
-        for batch in images.split(PIXEL_BATCH)[distributed.rank() :: distributed.world_size()]:
-            yield pixel_features(batch), torch.empty(len(batch), 0)
+    batches, P = images.split(batch_size if inception else PIXEL_BATCH), distributed.world_size()
+    with distributed.bar(desc="Inception", total=len(images), unit="image", disable=inception is None) as bar:
+        for j, batch in enumerate(batches):
+            if j % P == distributed.rank():
+                features, logits = (
+                    inception(batch) if inception else (pixel_features(batch), torch.empty(len(batch), 0))
+                )
+                yield features, logits.softmax(dim=1)
+            bar.update(len(batch))
 
 
 def compute_statistics(images, inception=None, batch_size=50):

@@ -99,18 +99,6 @@ class Inception(nn.Module):
             features = self.network(x.contiguous(memory_format=torch.channels_last))
         return features, F.linear(features, self.class_weight)
 
-    @torch.no_grad()
-    def batches(self, images, batch_size=50):
-        """Yields (features, logits) of the batches that fall to this process, with a progress bar.
-
-        images: uint8 (N, 3, H, W). Batch j is process j mod P's, so that what is in a batch does not depend on P.
-        """
-        with distributed.bar(desc="Inception", total=len(images), unit="image") as progress:
-            for j, batch in enumerate(images.split(batch_size)):
-                if j % distributed.world_size() == distributed.rank():
-                    yield self(batch)
-                progress.update(len(batch))
-
 
 def build_network():
     """pytorch-fid's variant of torchvision's Inception v3, with torch's default random weights and 1,008 classes."""
