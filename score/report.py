@@ -74,24 +74,7 @@ COLUMNS = {
 FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
 SIMILARITIES = ("mean", "std", "75pc", "90pc", "95pc", "gt_05pc")  # of sim_ and bg_, as published
 
-PAGE = """
-:root { color-scheme: light dark; --card: color-mix(in srgb, CanvasText 6%, Canvas); }
-@media (prefers-color-scheme: dark) { .chart img, .legend i { filter: invert(1) hue-rotate(180deg); } }
-.chart img { width: 100%; max-width: 720px; display: block; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; }
-.legend i { display: inline-block; width: 1.6em; border-top: 3px solid; vertical-align: middle; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p.note, figcaption { font-size: .85rem; opacity: .75; max-width: 45rem; }
-figure { background: var(--card); border-radius: .5rem; padding: .5rem .8rem; margin: 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 2px solid var(--card); }
-th:first-child, td:first-child { text-align: left; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .8rem; }
-figure img { width: 48%; image-rendering: pixelated; }
-figure img:only-of-type { width: 60%; }
-"""
+STYLE = Path(__file__).with_name("report.css")
 
 
 def training_seconds(checkpoint):
@@ -113,7 +96,7 @@ def page(title, sections):
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{PAGE}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style></head><body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
 
 

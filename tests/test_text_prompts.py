@@ -50,6 +50,9 @@ def test_captions_in_turn_and_of_a_file(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         assert read_prompts(tmp_path / name) == ["one", "two"], "first captions"
+    (tmp_path / "captions.json").write_text('{"1.png": []}')
+    with pytest.raises(DataError, match=r"--prompts=.*captions\.json"):
+        read_prompts(tmp_path / "captions.json")
     assert owners(["same", "one"], [["same"], ["same", "one"]]) == [-1, 1]
 
 

@@ -82,8 +82,10 @@ def square(path, side):
     return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
-def read_captions(path):
+def read_captions(path, flag="captions"):
     """{name of an image: its captions} of a JSON file of that form, or of a metadata.jsonl as diffusers reads it.
+
+    flag: that names the file.
 
     Raises:
         DataError: missing, or of another form.
@@ -103,7 +105,7 @@ def read_captions(path):
         return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"image.png": ["caption", ...]}, or lines of {"file_name": ..., "text": ...} in a .jsonl'
-        raise DataError(f"--captions={path}: cannot be read ({one_line(error)}): needs {form}") from error
+        raise DataError(f"--{flag}={path}: cannot be read ({one_line(error)}): needs {form}") from error
 
 
 def match(captions, paths, name):

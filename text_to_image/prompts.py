@@ -49,7 +49,7 @@ def read_prompts(path):
     try:
         content = read_json(path) if path.suffix == ".json" else None
         if path.suffix == ".jsonl" or isinstance(content, dict):
-            lines = [texts[0] for texts in read_captions(path).values()]
+            lines = [texts[0] for texts in read_captions(path, "prompts").values()]
         elif path.suffix == ".json":
             lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
         else:
