@@ -58,6 +58,7 @@ SEEDS = {
     **dict.fromkeys(MAIN, range(1, 6)),
     "default": range(1, 9),  # since fine-tuning starts from it
     **dict.fromkeys(OTHERS, range(1, 4)),
+    "score ensemble": range(1, 6),  # it turned out to be the strongest rival
     **dict.fromkeys(FINE_TUNED, range(1, 9)),
     **dict.fromkeys(LARGER, range(1, 3)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),

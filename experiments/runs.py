@@ -21,12 +21,13 @@ from absl.flags import FLAGS
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING
+from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING, K
 from score.evaluate import evaluate
 from score.fid import compute_statistics, frechet_distance
 from score.generate import MeanPrediction, generate
 from score.memorization import closer_than_third
 from training import checkpoint, flags
+from training.shards import make_shards
 from utils import distributed
 from utils.errors import DataError
 from utils.files import read_json, write_json
@@ -89,9 +90,14 @@ def values_of(command):
 @functools.cache
 def real_images(img_size):
     """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
-    values = values_of([f"--{flag}={value}" for flag, value in {**DATA, "img_size": img_size}.items()])
-    data = flags.call(values, load_dataset, DATA["dataset"])
+    data = load(img_size)
     return data.without_copies().train.images, data.slot_image.bincount() > 1, data.heldout.images
+
+
+def load(img_size):
+    """The `dataset.Dataset` of all trainings, at a size."""
+    values = values_of([f"--{flag}={value}" for flag, value in {**DATA, "img_size": img_size}.items()])
+    return flags.call(values, load_dataset, DATA["dataset"])
 
 
 def measure(images):
@@ -120,13 +126,19 @@ def fpd(images, reference):
 
 
 def floor():
-    """What held-out real images reach in the place of generated ones, and the fpd of the training images."""
-    distinct, repeated, heldout = real_images(DATA["img_size"])
+    """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
+    distinct, _, heldout = real_images(DATA["img_size"])
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
     half = len(heldout) // 2
-    fpds = {"fpd": fpd(shuffled[:half], shuffled[half:]), "fpd of distinct training images": fpd(distinct, heldout)}
-    training = distinct.repeat_interleave(torch.where(repeated, DATA["copies"], 1), dim=0)
-    return {**measure(heldout), **fpds, "fpd of the training set": fpd(training, heldout)}
+    data = load(DATA["img_size"])
+    shard = make_shards(data.train.labels, K, "stratified", 0, data.slot_image, "cluster")[0]
+    sets = {
+        "the training set": data.train.images,
+        "a shard": data.train.images[shard],
+        "distinct training images": distinct,
+    }
+    fpds = {f"fpd of {name}": fpd(images, heldout) for name, images in sets.items()}
+    return {**measure(heldout), "fpd": fpd(shuffled[:half], shuffled[half:]), **fpds}
 
 
 def measured(run):

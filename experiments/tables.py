@@ -91,14 +91,15 @@ def larger(result):
 
 
 def sub_models(result):
-    """A shard's model that is never averaged: can it generalise before it memorises its shard?"""
+    """A shard's network that is never averaged: does it generalise before it memorises its shard?"""
     points = [p for path in paths_of(result["points"], "score ensemble", "sub-model") for p in path]
-    header = ["steps", "fpd", "f_mem", "extracted"]
     rows = []
     for step in sorted({p["steps"] for p in points}):
         there = [p for p in points if p["steps"] == step]
-        rows.append([f"{step:,}", *(spread([p[name] for p in there], FORMS[name]) for name in header[1:])])
-    return header, rows
+        cells = [spread([p[name] for p in there], FORMS[name]) for name in ("fpd", "f_mem", "extracted")]
+        single = spread([p["f_mem"] - p["f_mem of copies"] for p in there], FORMS["f_mem"])
+        rows.append([f"{step:,}", *cells, single])
+    return ["steps", "fpd", "f_mem", "extracted", "f_mem of single images"], rows
 
 
 def learning_rates(result):
