@@ -1,4 +1,4 @@
-"""The experiment of docs/RESULTS.md: train and measure every arm, then write results/experiment.json and the figures.
+"""The experiment of docs/RESULTS.md: train and measure every arm, then write results/experiment.json and the figure.
 
 bash com/results.sh --minutes=60
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.__main__ import machine
 from experiments import runs, tables
 from experiments.arms import ARMS, DATA, ROOT
+from score.compare import markdown_table
 from utils import startup
 from utils.errors import UsageError
 from utils.files import lock_directory, make_directory, read_json, write_json
@@ -58,6 +59,7 @@ def main(arguments=None):
         write_json(path, result)
         if complete:
             tables.plot(path.with_suffix(".png"), result)
+            print(markdown_table(*tables.matched(result)))
         print(f"{len(complete)} of {len(planned)} trainings are complete: {path}")
 
 

@@ -44,7 +44,7 @@ OTHERS = {
     "IET-AGC+ (spread)": {**ENSEMBLE, **PLUS, "duplicates_in": "spread"},
     "score ensemble": {**AVERAGED, "local_epoch": 288, "one_round": True},
 }
-# from default training at twice the step at which it begins to copy, for as many steps in all
+# from default training at twice the step at which it begins to copy, for STEPS / 3 steps in all
 START = 2 / 3  # of the rounds of default training
 FINE_TUNED = {
     f"{arm} (fine-tuned)": {**MAIN[arm], "from": "default", "steps": STEPS // 3, "local_epoch": epochs}

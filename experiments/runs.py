@@ -40,7 +40,7 @@ Run = namedtuple("Run", "arm seed directory flags rounds steps_per_round images"
 
 
 def plan(out, scale=1.0, arms=None):
-    """All trainings, seed by seed and of each the main arms first: an experiment that is stopped has all arms.
+    """All trainings, seed by seed and of each the main arms first.
 
     Args:
         out: the directory of all that is written.

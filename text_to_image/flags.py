@@ -18,8 +18,8 @@ FLAGS = flags.FLAGS
 NOT_HERE = (
     "eval", "ch", "ch_mult", "attn", "num_res_blocks", "norm_groups", "dropout", "num_labels", "use_labels",
     "label_dropout", "legacy_labels", "beta_1", "beta_T", "T", "mean_type", "var_type", "sampler", "eta", "dataset",
-    "img_size", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "shift", "ambient_t",
-    "total_steps", "parallel", "data_device", "local_epoch", "check_dir", "mid_T", "eval_step", "unet_dir", "Fed",
+    "img_size", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "ambient_t", "total_steps",
+    "parallel", "data_device", "local_epoch", "check_dir", "mid_T", "eval_step", "unet_dir", "Fed",
     "fid_use_torch", "holdout", "fid_reference", "stages", "use_ema", "batch_A", "batch_B", "memorise_features",
 )  # fmt: skip
 DEFAULTS = {
@@ -45,6 +45,7 @@ FLAGS["fid_features"].help += "; where it is not given: pixels with --features=p
 FLAGS["samples"].help = "all_in: measure these images (.npy, .npz or folder), image i of prompt i; do not generate"
 FLAGS["similar_dir"].help = "all_in: directory of similarity.npz"
 FLAGS["grid_dir"].help = "all_in: directory of the grids, result.json and report.html"
+FLAGS["guidance"].help = "diffusers' guidance_scale; up to 1: none"
 FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
 
 # the pipeline

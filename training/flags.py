@@ -71,9 +71,9 @@ DEFINE_path("data_root", "./data", "directory of the data sets; with --dataset=f
 flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
-flags.DEFINE_integer("duplicates", 0, "so many training images, drawn at random, stand in the set --copies times", 0)
+flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
-flags.DEFINE_bool("hflip", False, "mirror images at random (folder; CIFAR always does, the others never)")
+flags.DEFINE_bool("hflip", False, "mirror images, all_in: find mirrored copies (folder; CIFAR always, others never)")
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -121,7 +121,7 @@ flags.DEFINE_bool("allow_change", False, "continue a run although a flag that it
 flags.DEFINE_integer("keep", 2, "newest files kept to continue from (main; main_fed: per shard)", lower_bound=1)
 flags.DEFINE_integer("max_bad_steps", 20, "stop after so many steps in a row that are not finite", lower_bound=1)
 flags.DEFINE_integer("log_step", 50, "steps between two lines of metrics.jsonl", lower_bound=1)
-flags.DEFINE_integer("save_step", 5000, "steps between two checkpoints; 0: only at the end", lower_bound=0)
+flags.DEFINE_integer("save_step", 5000, "steps between two checkpoints; 0: at the end (main_fed: of each round)", 0)
 flags.DEFINE_integer("save_round", 1, "main_fed: rounds between two checkpoints (the last is always kept)", 1)
 flags.DEFINE_integer("sample_step", 1000, "steps between two sample grids; 0: none", lower_bound=0)
 flags.DEFINE_integer("sample_size", 64, "images in a sample grid", lower_bound=1)
@@ -129,7 +129,7 @@ flags.DEFINE_integer("eval_step", 0, "main: steps between two evaluations during
 
 # evaluation
 flags.DEFINE_integer("num_images", 65_536, "images to generate", lower_bound=2)
-DEFINE_path("unet_dir", None, "checkpoint file, or directory with checkpoints: the newest (all_in, main --eval)")
+DEFINE_path("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in takes several with commas")
 flags.DEFINE_bool("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones")
 flags.DEFINE_bool("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file")
 DEFINE_path("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")

@@ -160,7 +160,7 @@ class Logger:
         self.event(step, summary.image(tag.split("_step")[0], grid))
 
     def memorization(self, skip_counts, banks, r):
-        """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: (T,) bank} as curves over t."""
+        """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: bank} as curves over its entries."""
         if distributed.is_main():
             self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
         for shard, bank in banks.items():

@@ -15,7 +15,7 @@ def default_split(dataset):
 
 
 def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0):
-    """Partition slots 0..N-1 of the training set: none is dropped, and shard sizes differ by at most one.
+    """Partition slots 0..N-1 of the training set: none is dropped, and without clusters sizes differ by at most one.
 
     Args:
         labels: (N,) int64 class of every slot's image.
@@ -74,7 +74,7 @@ def exchange(shards, counts, share):
 
     Args:
         shards: K int64 tensors of slots, ascending.
-        counts: (N,) int64, how often each slot's image was skipped in its shard.
+        counts: (N,) int64, how often each slot's image was skipped, or near the threshold, in its shard.
         share: in [0, 1].
 
     Returns:
