@@ -1,4 +1,4 @@
-"""Files from elsewhere, read within bounded memory and without running what is in them: CIFAR's pickles, archives."""
+"""Files from elsewhere: CIFAR's pickles and archives, of which nothing is run, and whether there is memory for them."""
 
 import io
 import math
