@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 K = 4
-STEPS = 18_000  # of default training: three times the step at which it begins to copy
+STEPS = 18_000  # of default training: more than three times those at which it begins to copy
 POINT = 1500  # about so many steps between two measurements
 IMAGES = 4096  # of a measurement
 
@@ -22,12 +22,13 @@ ENSEMBLE = {"client_num": K, "local_epoch": 15, "steps": 2 * STEPS, "duplicates_
 AVERAGED = {**ENSEMBLE, "anti_grad": "off"}
 PLUS = {"exchange": "ring", "augment_near_threshold": True}
 
+# "clustered": all copies of an image in one shard; "spread": over all shards in turn, as a random split does
 MAIN = {
     "default": PLAIN,
     "AGC": ONE,
-    "IET": AVERAGED,
-    "IET-AGC": ENSEMBLE,
-    "IET-AGC+": {**ENSEMBLE, **PLUS},
+    "clustered IET": AVERAGED,
+    "clustered IET-AGC": ENSEMBLE,
+    "clustered IET-AGC+": {**ENSEMBLE, **PLUS},
     "ambient": {**PLAIN, "ambient_t": 300},
 }
 OTHERS = {
@@ -35,22 +36,25 @@ OTHERS = {
     "dropout 0.3": {**PLAIN, "dropout": 0.3},
     "ambient at 500": {**PLAIN, "ambient_t": 500},
     "large batch": {**PLAIN, "batch_size": 32 * K, "local_epoch": 24, "steps": STEPS // 2},
+    "25 copies": {**PLAIN, "copies": 25, "local_epoch": 19},
+    "deduplicated": {**PLAIN, "duplicates": 0, "copies": 1, "local_epoch": 24},
     "local SGD": {**AVERAGED, "split": "all", "local_epoch": 4},
-    "reshuffled": {**AVERAGED, "reshard": True},
-    "IET (62 steps a round)": {**AVERAGED, "local_epoch": 2},
-    "IET (2976 steps a round)": {**AVERAGED, "local_epoch": 96},
-    "IET (spread)": {**AVERAGED, "duplicates_in": "spread"},
-    "IET-AGC (spread)": {**ENSEMBLE, "duplicates_in": "spread"},
-    "IET-AGC+ (spread)": {**ENSEMBLE, **PLUS, "duplicates_in": "spread"},
-    "score ensemble": {**AVERAGED, "local_epoch": 288, "one_round": True},
+    "spread IET": {**AVERAGED, "duplicates_in": "spread"},
+    "spread IET-AGC": {**ENSEMBLE, "duplicates_in": "spread"},
+    "spread IET-AGC+": {**ENSEMBLE, **PLUS, "duplicates_in": "spread"},
+    "spread score ensemble": {**AVERAGED, "duplicates_in": "spread", "local_epoch": 288, "one_round": True},
+    "clustered score ensemble": {**AVERAGED, "local_epoch": 288, "one_round": True},
+    "clustered reshuffled": {**AVERAGED, "reshard": True},
+    "clustered IET (62 steps a round)": {**AVERAGED, "local_epoch": 2},
+    "clustered IET (2976 steps a round)": {**AVERAGED, "local_epoch": 96},
 }
-# from default training at twice the step at which it begins to copy, for STEPS / 3 steps in all
+# from default training at two thirds of its steps, when it copies, for STEPS / 3 steps in all
 START = 2 / 3  # of the rounds of default training
 FINE_TUNED = {
     f"{arm} (fine-tuned)": {**MAIN[arm], "from": "default", "steps": STEPS // 3, "local_epoch": epochs}
-    for arm, epochs in {"default": 12, "AGC": 12, "IET-AGC": 6, "IET-AGC+": 6}.items()
+    for arm, epochs in {"default": 12, "AGC": 12, "clustered IET-AGC": 6, "clustered IET-AGC+": 6}.items()
 }
-LARGER = {f"{arm} (16x16)": {**MAIN[arm], "img_size": 16} for arm in ("default", "IET-AGC")}
+LARGER = {f"{arm} (16x16)": {**MAIN[arm], "img_size": 16} for arm in ("default", "clustered IET-AGC")}
 LEARNING_RATES = {f"lr {lr:g}": {**PLAIN, "lr": lr, "steps": STEPS // 3} for lr in (1e-3, 2e-3, 4e-3)}
 
 ARMS = MAIN | OTHERS | FINE_TUNED | LARGER | LEARNING_RATES
@@ -58,7 +62,7 @@ SEEDS = {
     **dict.fromkeys(MAIN, range(1, 6)),
     "default": range(1, 9),  # since fine-tuning starts from it
     **dict.fromkeys(OTHERS, range(1, 4)),
-    "score ensemble": range(1, 6),  # it turned out to be the strongest rival
+    "clustered score ensemble": range(1, 6),  # it turned out to be the strongest rival
     **dict.fromkeys(FINE_TUNED, range(1, 9)),
     **dict.fromkeys(LARGER, range(1, 3)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),

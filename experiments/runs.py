@@ -33,6 +33,7 @@ from utils.errors import DataError
 from utils.files import read_json, write_json
 
 POINTS = 6  # of a training of one round
+OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
 # One training: the names of its arm and directory, its seed, the command line of main_fed.py, its rounds and the steps
 # of one over all shards, and how many images a measurement generates.
@@ -55,7 +56,8 @@ def make_run(out, arm, seed, scale):
     """The `Run` of an arm of `ARMS` with a seed; the other arguments as for `plan`."""
     own = dict(ARMS[arm])
     batch = own.get("batch_size", TRAINING["batch_size"])
-    slots = DATA["num_train"] + DATA["duplicates"] * (DATA["copies"] - 1)
+    data = {name: own.get(name, value) for name, value in DATA.items()}
+    slots = data["num_train"] + data["duplicates"] * (data["copies"] - 1)
     per_shard = slots if own.get("split") == "all" else slots // own["client_num"]
     per_epoch = own["client_num"] * (per_shard // batch)
     steps, start = round(own.pop("steps") * scale), own.pop("from", None)
@@ -103,14 +105,16 @@ def load(img_size):
 def measure(images):
     """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
 
-    fpd is that to the held-out images; f_mem (Gu et al. 2023) also of the repeated images alone, which are the nearest
-    to a share `near copies` of the images; `extracted` counts the repeated images of which there is a copy.
+    fpd is that to the held-out images; a generator that draws the repeated images less often has a better one, and so
+    `fpd of others` is that of the images whose nearest is no repeated one. `near copies` is the share of the rest.
+    f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
     """
     distinct, repeated, heldout = real_images(images.shape[-1])
     found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
     copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
     return {
         "fpd": found["fpd"],
+        "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
         "f_mem": found["share_sqrt_d1_d2_below_third"],
         "f_mem of copies": (copies & of_repeated).double().mean().item(),
         "extracted": len(index[copies & of_repeated, 0].unique()),
@@ -127,7 +131,7 @@ def fpd(images, reference):
 
 def floor():
     """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
-    distinct, _, heldout = real_images(DATA["img_size"])
+    distinct, repeated, heldout = real_images(DATA["img_size"])
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
     half = len(heldout) // 2
     data = load(DATA["img_size"])
@@ -136,9 +140,11 @@ def floor():
         "the training set": data.train.images,
         "a shard": data.train.images[shard],
         "distinct training images": distinct,
+        "single images": distinct[~repeated][:OTHER_IMAGES],
     }
     fpds = {f"fpd of {name}": fpd(images, heldout) for name, images in sets.items()}
-    return {**measure(heldout), "fpd": fpd(shuffled[:half], shuffled[half:]), **fpds}
+    of_halves = fpd(shuffled[:half], shuffled[half:])
+    return {**measure(heldout), "fpd": of_halves, "fpd of others": of_halves, **fpds}
 
 
 def measured(run):
@@ -172,6 +178,8 @@ def networks(run, values):
     about: the steps made until there over all shards, and the steps one after the other.
     """
     log, K = run.directory / "log", values.client_num
+    if values.check_dir:
+        yield {"steps": 0, "sequential": 0}, [values.check_dir]
     if values.total_round > 1:
         for r, path in sorted(checkpoint.numbered(log, checkpoint.ROUNDS).items()):
             steps = r * run.steps_per_round

@@ -3,6 +3,7 @@
 python -m experiments.tables
 """
 
+import math
 import re
 import statistics
 
@@ -11,14 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.arms import FINE_TUNED, LARGER, LEARNING_RATES, MAIN, OTHERS, ROOT, STEPS, K
-from experiments.matched import comparison, paths_of, verdict
+from experiments.matched import at_quality, comparison, interval, paths_of, verdict
 from score.compare import markdown_table
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
-DRAWN = (*MAIN, "IET (spread)", "IET-AGC (spread)", "local SGD", "score ensemble")
-FORMS = {"fpd": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
+DRAWN = (*MAIN, "spread IET", "spread IET-AGC", "local SGD", "clustered score ensemble")
+GRID = (0.2, 0.15, 0.1, 0.08)  # of "fpd of others"
+FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
 FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}"}
 
 
@@ -40,49 +42,74 @@ def nearest(paths, count, steps):
 
 def floor(result):
     """What held-out real images reach in the place of generated ones."""
-    header = ["held-out real images", *FORMS]
-    rows = [["", *(form.format(result["floor"][name]) for name, form in FORMS.items())]]
-    rows[0][0] = f"{result['floor']['images']:,}"
-    return header, rows
+    return ["real images", *FORMS], [[f"{result['floor']['images']:,}", *cells(result["floor"], FORMS)]]
+
+
+def cells(numbers, names):
+    """Some of the numbers as text."""
+    return [FORMS[name].format(numbers[name]) for name in names]
 
 
 def same_steps(result):
     """All arms after as many gradient steps in all as default training, and after as many one after the other."""
-    measures = ("fpd", "f_mem", "extracted")
-    header = ["arm", "seeds", *(f"{m}, {STEPS:,} in all" for m in measures)]
-    header += [f"{m}, {STEPS // 2:,} in a row" for m in measures]
-    rows = []
+    measures, rows = ("fpd of others", "f_mem", "extracted", "near copies"), []
+    counts = (("steps", STEPS, "in all"), ("sequential", STEPS // 2, "in a row"))
     for arm in arms_in(result, MAIN | OTHERS):
-        paths = paths_of(result["points"], arm)
+        paths = paths_of(result["points"], arm).values()
         rows.append([arm, len(paths)])
-        for count, steps in (("steps", STEPS), ("sequential", STEPS // 2)):
+        for count, steps, _ in counts:
             points = nearest(paths, count, steps)
             near = abs(points[0][count] - steps) <= steps / 5
             rows[-1] += [spread([p[m] for p in points], FORMS[m]) if near else "-" for m in measures]
-    return header, rows
+    return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
 
 
 def matched(result, names=(*MAIN, *OTHERS), baseline="default"):
     """Every arm against default training at the best fpd that both reach."""
     header = ["arm", "seeds", "fpd", "f_mem", f"{baseline}'s", "difference", "extracted", f"{baseline}'s", "difference"]
-    rows = []
+    rows, seeds = [], set(paths_of(result["points"], baseline))
     for arm in arms_in(result, names):
-        if arm == baseline or not paths_of(result["points"], baseline):
+        if arm == baseline or not seeds & set(paths_of(result["points"], arm)):
             continue
         row = comparison(result["points"], arm, baseline)
-        cells = [arm, "{} and {}".format(*row["seeds"]), f"{row['fpd']:.3f}"]
-        for measure, form, scale in (("f_mem", "{:+.2f}", 100), ("extracted", "{:+.1f}", 1)):
-            mean, low, high = (None if x is None else form.format(scale * x) for x in row[f"{measure} difference"])
-            interval = f" [{low}, {high}]" if low else ""
-            cells += [FORMS[measure].format(row[name]) for name in (measure, f"{baseline} {measure}")]
-            cells.append(f"{mean}{interval}: {verdict(row, measure)}")
-        rows.append(cells)
+        rows.append([arm, row["seeds"], f"{row['fpd']:.3f}"])
+        for measure in ("f_mem", "extracted"):
+            rows[-1] += [FORMS[measure].format(row[name]) for name in (measure, f"{baseline} {measure}")]
+            rows[-1].append(f"{shown(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
     return header, rows
 
 
+def shown(difference, measure):
+    """A mean and its interval, shares in percent."""
+    form, scale = ("{:+.2f}", 100) if measure == "f_mem" else ("{:+.1f}", 1)
+    mean, low, high = (None if x is None else form.format(scale * x) for x in difference)
+    return mean if low is None else f"{mean} [{low}, {high}]"
+
+
+def frontier(result):
+    """f_mem of every arm where its images that are not near repeated ones first reach a quality."""
+    rows = []
+    for arm in arms_in(result, MAIN | OTHERS):
+        paths = paths_of(result["points"], arm).values()
+        rows.append([arm, len(paths)])
+        for quality in GRID:
+            values = [at_quality(path, quality, "f_mem", "fpd of others") for path in paths]
+            rows[-1].append("never" if any(map(math.isnan, values)) else spread(values, FORMS["f_mem"]))
+    return ["arm", "seeds", *(f"at {quality:g}" for quality in GRID)], rows
+
+
 def fine_tuned(result):
-    """Arms that go on from default training, against default training that goes on."""
-    return matched(result, FINE_TUNED, "default (fine-tuned)")
+    """Arms that go on from default training: where they begin and end, and f_mem at the end less that of default."""
+    measures = ("fpd", "f_mem", "extracted")
+    header = ["arm", "seeds", *(f"{m}, {when}" for when in ("start", "end") for m in measures), "difference of f_mem"]
+    rows, baseline = [], paths_of(result["points"], "default (fine-tuned)")
+    for arm in arms_in(result, FINE_TUNED):
+        paths = paths_of(result["points"], arm)
+        ends = [(path[0], path[-1]) for path in paths.values()]
+        rows.append([arm, len(paths), *(spread([p[i][m] for p in ends], FORMS[m]) for i in (0, 1) for m in measures)])
+        less = [paths[seed][-1]["f_mem"] - baseline[seed][-1]["f_mem"] for seed in paths if seed in baseline]
+        rows[-1].append(shown(interval(less), "f_mem") if less and arm != "default (fine-tuned)" else "")
+    return header, rows
 
 
 def larger(result):
@@ -92,7 +119,8 @@ def larger(result):
 
 def sub_models(result):
     """A shard's network that is never averaged: does it generalise before it memorises its shard?"""
-    points = [p for path in paths_of(result["points"], "score ensemble", "sub-model") for p in path]
+    paths = paths_of(result["points"], "clustered score ensemble", "sub-model").values()
+    points = [p for path in paths for p in path]
     rows = []
     for step in sorted({p["steps"] for p in points}):
         there = [p for p in points if p["steps"] == step]
@@ -106,14 +134,14 @@ def learning_rates(result):
     """The best fpd of default training within a third of its steps."""
     rows = []
     for arm in arms_in(result, LEARNING_RATES):
-        best = [min(path, key=lambda p: p["fpd"]) for path in paths_of(result["points"], arm)]
+        best = [min(path, key=lambda p: p["fpd"]) for path in paths_of(result["points"], arm).values()]
         rows.append([arm, spread([p["fpd"] for p in best], "{:.3f}"), spread([p["f_mem"] for p in best], "{:.2%}")])
     return ["arm", "best fpd", "f_mem there"], rows
 
 
 TABLES = {
-    "floor": floor, "steps": same_steps, "matched": matched, "fine-tuned": fine_tuned, "sub-models": sub_models,
-    "larger": larger, "learning rates": learning_rates,
+    "floor": floor, "steps": same_steps, "matched": matched, "frontier": frontier, "fine-tuned": fine_tuned,
+    "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
 }  # fmt: skip
 
 
@@ -128,21 +156,23 @@ def plot(path, result):
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     for i, arm in enumerate(arms_in(result, DRAWN)):
-        paths = paths_of(result["points"], arm)
+        paths = paths_of(result["points"], arm).values()
         length = min(map(len, paths))
         numbers = {
             name: np.array([[point[name] for point in path[:length]] for path in paths])
-            for name in ("fpd", "steps", "extracted", "f_mem")
+            for name in ("fpd of others", "steps", "extracted", "f_mem")
         }
         for row, measure in enumerate(("extracted", "f_mem")):
             y = numbers[measure]
-            for axis, name in zip(axes[row], ("fpd", "steps"), strict=True):
+            for axis, name in zip(axes[row], ("fpd of others", "steps"), strict=True):
                 x = numbers[name]
-                bars = {"xerr": x.std(axis=0), "yerr": y.std(axis=0), "elinewidth": 0.7, "markersize": 3, "fmt": "o-"}
-                axis.errorbar(x.mean(axis=0), y.mean(axis=0), label=arm, color=f"C{i}", **bars)
+                bars = {"elinewidth": 0.7, "markersize": 3, "fmt": "o-", "label": arm, "color": f"C{i}"}
+                if len(paths) > 1:
+                    bars |= {"xerr": x.std(axis=0, ddof=1), "yerr": y.std(axis=0, ddof=1)}
+                axis.errorbar(x.mean(axis=0), y.mean(axis=0), **bars)
     for row, label in enumerate((f"repeated images copied, of {round(result['repeated'])}", "f_mem")):
-        axes[row, 0].set(xlabel="fpd to held-out images (less is better)", ylabel=label, xscale="log")
-        axes[row, 0].axvline(result["floor"]["fpd of the training set"], color="grey", linestyle=":")
+        what = "fpd of images not near repeated ones (less is better)"
+        axes[row, 0].set(xlabel=what, ylabel=label, xscale="log", xlim=(None, 1))
         axes[row, 1].set(xlabel=f"gradient steps in all (over {K} shards)")
     for axis in axes[1]:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))

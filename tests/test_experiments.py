@@ -10,13 +10,14 @@ import time
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 
 from dataset import load_dataset
 from experiments import __main__ as experiments
 from experiments import runs, tables
 from experiments.arms import ARMS, DATA
-from experiments.matched import at_quality, best_common, comparison, difference, verdict
+from experiments.matched import at_quality, best_common, comparison, interval, verdict
 from tests.commands import ROOT, environment
 from utils.errors import DataError, UsageError
 
@@ -30,32 +31,38 @@ def test_memorisation_at_a_quality_by_hand():
     by_hand = {2.0: 0.1, 3.0: 0.05, 1.25: 0.325, 0.75: 0.8, 5.0: 0.0, 0.4: np.nan}  # at 0.75 it got worse in between
     for quality, share in by_hand.items():
         np.testing.assert_allclose(at_quality(path, quality, "f_mem"), share)
-    assert best_common([path], [path[:3], path]) == 1.0
-
-
-def trained(random, share, n=200):
-    """A training that comes to memorise a share of its n images when its distance is 1."""
-    return [point(2.0, random.binomial(n, 0.1) / n), point(1.0, random.binomial(n, share) / n)]
+    assert best_common(path, path[:3]) == 1.0
+    doubled = [{**p, "other": 2 * p["fpd"]} for p in path]
+    assert at_quality(doubled, 4.0, "f_mem", "other") == at_quality(path, 2.0, "f_mem")
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     random = np.random.default_rng(0)
-    hits = 0
-    for trial in range(100):
-        sides = [[trained(random, share) for _ in range(5)] for share in (0.3, 0.2)]
-        mean, low, high = difference(*sides, 1.0, "f_mem", seed=trial)
-        hits += low <= 0.1 <= high
-        assert low <= mean <= high
-    assert hits >= 90
+    for n in (2, 3, 5):
+        found = [interval(random.normal(0.1, 0.02, n)) for _ in range(400)]
+        assert 0.92 < np.mean([low <= 0.1 <= high for _, low, high in found]) < 0.98
+    values = [0.2, 0.5, 0.3]
+    by_scipy = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    np.testing.assert_allclose(interval(values)[1:], by_scipy)
+    assert interval([0.3]) == (0.3, None, None)
 
 
-def test_a_difference_is_found_where_there_is_one():
-    random = np.random.default_rng(1)
-    for trial in range(20):
-        one, other = ([trained(random, share) for _ in range(4)] for share in (0.3, 0.5))
-        _, low, high = difference(one, other, 1.0, "f_mem", seed=trial)
-        assert low < -0.2 < high + 0.15 and high < 0
-    assert difference(one[:1], other, 1.0, "f_mem")[1:] == (None, None)
+def test_each_seed_is_compared_with_its_own_baseline():
+    points = [
+        {"arm": arm, "seed": seed, **point(*pair)}
+        for arm, seed, path in (
+            ("default", 1, ((2.0, 0.0), (1.0, 0.4))),
+            ("default", 2, ((2.0, 0.0), (0.8, 0.6))),
+            ("default", 3, ((2.0, 0.0), (0.5, 0.9))),
+            ("x", 1, ((2.0, 0.0), (0.5, 0.3))),
+            ("x", 2, ((1.2, 0.1),)),
+        )
+        for pair in path
+    ]
+    row = comparison(points, "x")  # at 1.0 and 1.2
+    assert row["seeds"] == 2 and row["fpd"] == pytest.approx(1.1)
+    np.testing.assert_allclose([row["f_mem"], row["default f_mem"]], [(0.2 + 0.1) / 2, (0.4 + 0.4) / 2])
+    assert row["f_mem difference"][0] == pytest.approx(-0.25)
 
 
 def test_what_cannot_be_told_apart_is_not_called_equal():
@@ -68,7 +75,7 @@ def test_what_cannot_be_told_apart_is_not_called_equal():
     copying = [point(2.0, 0.0), point(1.0, 0.2, extracted=9)]
     assert verdict(compared([point(1.0, 0.0)], copying), "f_mem") == "less"
     assert verdict(compared([point(1.0, 0.4, extracted=12)], copying), "extracted") == "more"
-    assert verdict(compared(copying, copying), "f_mem") == "no difference"
+    assert verdict(compared(copying, copying), "f_mem") == "not shown"
     assert "does not copy" in verdict(compared([point(1.0, 0.0)], [point(2.0, 0.0), point(0.9, 0.005)]), "f_mem")
     assert "fpd above" in verdict(compared([point(1.8, 0.0)], copying), "f_mem")
     assert "one seed" in verdict(compared([point(1.0, 0.0)], copying, seeds=1), "f_mem")
@@ -97,6 +104,11 @@ def test_the_measures_by_brute_force(monkeypatch):
     roots = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(real.T)).real
     fpd = np.square(x.mean(axis=0) - real.mean(axis=0)).sum() + np.trace(np.cov(x.T) + np.cov(real.T) - 2 * roots)
     assert numbers["fpd"] == pytest.approx(fpd, abs=1e-3)
+    others = x[nearest >= 20]
+    mixed = others.mean(axis=0) - real.mean(axis=0)
+    roots = scipy.linalg.sqrtm(np.cov(others.T) @ np.cov(real.T)).real
+    expected = np.square(mixed).sum() + np.trace(np.cov(others.T) + np.cov(real.T) - 2 * roots)
+    assert numbers["fpd of others"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_arms_have_the_steps_they_say(tmp_path):
@@ -106,7 +118,8 @@ def test_arms_have_the_steps_they_say(tmp_path):
     assert len({run.directory for run in planned}) == len(planned) and {run.arm for run in planned} == set(ARMS)
     for run in planned:
         values = runs.values_of(run.flags)
-        size = 4000 if values.split == "all" else 4000 // values.client_num
+        slots = values.num_train + values.duplicates * (values.copies - 1)
+        size = slots if values.split == "all" else slots // values.client_num
         assert run.steps_per_round == values.client_num * values.local_epoch * (size // values.batch_size)
         assert run.rounds * run.steps_per_round == pytest.approx(ARMS[run.arm]["steps"], rel=0.04), run.arm
         assert runs.real_images(values.img_size)[0].shape == (2020, 3, values.img_size, values.img_size)
@@ -121,7 +134,7 @@ def test_a_wrong_flag_is_named(wrong, tmp_path):
 
 def test_nothing_is_made_twice(tmp_path, monkeypatch):
     """A trial of arms of every kind: one model, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
-    chosen = ["default", "score ensemble", "IET-AGC+ (fine-tuned)"]
+    chosen = ["default", "clustered score ensemble", "clustered IET-AGC+ (fine-tuned)"]
     seeds = dict.fromkeys(chosen, range(1, 2))
     monkeypatch.setattr(runs, "SEEDS", seeds)
     monkeypatch.setattr(runs, "POINTS", 2)
@@ -130,7 +143,7 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     experiments.main(command)  # the fine-tuned one begins when default training is there
     result = json.loads((tmp_path / "experiment.json").read_text())
     assert list(dict.fromkeys(p["arm"] for p in result["points"])) == chosen
-    assert {p.get("network") for p in result["points"] if p["arm"] == "score ensemble"} == {None, "sub-model"}
+    assert {p.get("network") for p in result["points"] if p["arm"] == "clustered score ensemble"} == {None, "sub-model"}
     assert all(0 <= p["f_mem"] <= 1 and p["fpd"] > 0 for p in result["points"])
     assert result["floor"]["fpd of the training set"] > result["floor"]["fpd of distinct training images"] > 0
     for name, table in tables.TABLES.items():
