@@ -119,15 +119,14 @@ def larger(result):
 
 def sub_models(result):
     """A shard's network that is never averaged: does it generalise before it memorises its shard?"""
-    paths = paths_of(result["points"], "clustered score ensemble", "sub-model").values()
-    points = [p for path in paths for p in path]
-    rows = []
-    for step in sorted({p["steps"] for p in points}):
-        there = [p for p in points if p["steps"] == step]
-        cells = [spread([p[name] for p in there], FORMS[name]) for name in ("fpd", "f_mem", "extracted")]
-        single = spread([p["f_mem"] - p["f_mem of copies"] for p in there], FORMS["f_mem"])
-        rows.append([f"{step:,}", *cells, single])
-    return ["steps", "fpd", "f_mem", "extracted", "f_mem of single images"], rows
+    measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
+    for arm in arms_in(result, ("clustered score ensemble", "spread score ensemble")):
+        paths = paths_of(result["points"], arm, "sub-model").values()
+        for points in zip(*paths, strict=True):
+            single = spread([p["f_mem"] - p["f_mem of copies"] for p in points], FORMS["f_mem"])
+            numbers = [spread([p[m] for p in points], FORMS[m]) for m in measures]
+            rows.append([arm.split()[0], len(paths), f"{points[0]['steps']:,}", *numbers, single])
+    return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
 
 
 def learning_rates(result):
