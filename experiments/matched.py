@@ -35,9 +35,9 @@ def at_quality(path, quality, measure, axis="fpd"):
     return float(np.interp(quality, [end[axis] for end in ends], [end[measure] for end in ends]))
 
 
-def best_common(*paths):
-    """The lowest fpd that all of the trainings reach."""
-    return max(min(point["fpd"] for point in path) for path in paths)
+def best_common(*paths, axis="fpd"):
+    """The best quality that all of the trainings reach."""
+    return max(min(point[axis] for point in path) for path in paths)
 
 
 def interval(values):
@@ -49,24 +49,25 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-def comparison(points, arm, baseline=BASELINE):
-    """An arm against a baseline, seed by seed, each pair at the best fpd that both reach: a row of JSON values.
+def comparison(points, arm, baseline=BASELINE, axis="fpd"):
+    """An arm against a baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
 
     `untested` says why it is no test, or is None: there are not two pairs, the baseline does not memorise there, or
     the arm is never near the baseline's best quality.
     """
     paths, others = paths_of(points, arm), paths_of(points, baseline)
     pairs = [(paths[seed], others[seed]) for seed in paths if seed in others]
-    qualities = [best_common(*pair) for pair in pairs]
-    row = {"arm": arm, "baseline": baseline, "seeds": len(pairs), "fpd": float(np.mean(qualities)), "untested": None}
+    qualities = [best_common(*pair, axis=axis) for pair in pairs]
+    row = {"arm": arm, "baseline": baseline, "seeds": len(pairs), axis: float(np.mean(qualities)), "untested": None}
     for measure in ("f_mem", "extracted"):
-        values = np.array([[at_quality(p, q, measure) for p in pair] for pair, q in zip(pairs, qualities, strict=True)])
+        both = zip(pairs, qualities, strict=True)
+        values = np.array([[at_quality(path, quality, measure, axis) for path in pair] for pair, quality in both])
         row[measure], row[f"{baseline} {measure}"] = values.mean(axis=0).tolist()
         row[f"{measure} difference"] = interval(values[:, 0] - values[:, 1])
     if len(pairs) < 2:
         row["untested"] = "one seed"
-    elif row["fpd"] > NEAR_BEST * np.mean([best_common(path) for path in others.values()]):
-        row["untested"] = f"fpd above {NEAR_BEST:g} times the best of {baseline}"
+    elif row[axis] > NEAR_BEST * np.mean([best_common(path, axis=axis) for path in others.values()]):
+        row["untested"] = f"{axis} above {NEAR_BEST:g} times the best of {baseline}"
     elif row[f"{baseline} f_mem"] < MEMORISES:
         row["untested"] = f"{baseline} does not copy at that fpd"
     return row
