@@ -144,8 +144,8 @@ def learning_rates(result):
 
 
 TABLES = {
-    "floor": floor, "steps": same_steps, "matched": matched, "matched by others": matched_others, "frontier": frontier, "fine-tuned": fine_tuned,
-    "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
+    "floor": floor, "steps": same_steps, "matched": matched, "matched by others": matched_others, "frontier": frontier,
+    "fine-tuned": fine_tuned, "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
 }  # fmt: skip
 
 
