@@ -11,6 +11,7 @@ from scipy import stats
 
 BASELINE = "default"
 MEMORISES = 0.01  # f_mem of the baseline, below which nothing can be compared
+LEAST_SEEDS = 3  # of which an interval says something
 NEAR_BEST = 1.5  # times the baseline's best fpd, above which nothing is compared
 
 
@@ -41,9 +42,9 @@ def best_common(*paths, axis="fpd"):
 
 
 def interval(values):
-    """Mean of numbers, one a seed, and its 95 % interval by Student's t: (mean, low, high), of one number None."""
+    """Mean of numbers, one a seed, and its 95 % interval by Student's t: (mean, low, high), of too few seeds None."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < LEAST_SEEDS:
         return mean, None, None
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
@@ -52,7 +53,7 @@ def interval(values):
 def comparison(points, arm, baseline=BASELINE, axis="fpd"):
     """An arm against a baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
 
-    `untested` says why it is no test, or is None: there are not two pairs, the baseline does not memorise there, or
+    `untested` says why it is no test, or is None: there are fewer than three pairs, the baseline does not memorise there, or
     the arm is never near the baseline's best quality.
     """
     paths, others = paths_of(points, arm), paths_of(points, baseline)
@@ -64,8 +65,8 @@ def comparison(points, arm, baseline=BASELINE, axis="fpd"):
         values = np.array([[at_quality(path, quality, measure, axis) for path in pair] for pair, quality in both])
         row[measure], row[f"{baseline} {measure}"] = values.mean(axis=0).tolist()
         row[f"{measure} difference"] = interval(values[:, 0] - values[:, 1])
-    if len(pairs) < 2:
-        row["untested"] = "one seed"
+    if len(pairs) < LEAST_SEEDS:
+        row["untested"] = f"{len(pairs)} of {LEAST_SEEDS} seeds"
     elif row[axis] > NEAR_BEST * np.mean([best_common(path, axis=axis) for path in others.values()]):
         row["untested"] = f"{axis} above {NEAR_BEST:g} times the best of {baseline}"
     elif row[f"{baseline} f_mem"] < MEMORISES:
