@@ -42,7 +42,7 @@ def best_common(*paths, axis="fpd"):
 
 
 def interval(values):
-    """Mean of numbers, one a seed, and its 95 % interval by Student's t: (mean, low, high), of too few seeds None."""
+    """Mean of numbers, one a seed, and its 95 % interval by Student's t: (mean, low, high); of too few None."""
     mean = float(np.mean(values))
     if len(values) < LEAST_SEEDS:
         return mean, None, None
