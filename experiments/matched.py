@@ -53,8 +53,8 @@ def interval(values):
 def comparison(points, arm, baseline=BASELINE, axis="fpd"):
     """An arm against a baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
 
-    `untested` says why it is no test, or is None: there are fewer than three pairs, the baseline does not memorise there, or
-    the arm is never near the baseline's best quality.
+    `untested` says why it is no test, or is None: there are fewer than three pairs, the baseline does not memorise
+    there, or the arm is never near the baseline's best quality.
     """
     paths, others = paths_of(points, arm), paths_of(points, baseline)
     pairs = [(paths[seed], others[seed]) for seed in paths if seed in others]
