@@ -59,7 +59,7 @@ def main(arguments=None):
         write_json(path, result)
         if complete:
             tables.plot(path.with_suffix(".png"), result)
-            print(markdown_table(*tables.matched(result)))
+            print(markdown_table(*tables.matched(result, least=1)))
         print(f"{len(complete)} of {len(planned)} trainings are complete: {path}")
 
 

@@ -64,6 +64,6 @@ SEEDS = {
     **dict.fromkeys(OTHERS, range(1, 4)),
     "clustered score ensemble": range(1, 6),  # it turned out to be the strongest rival
     **dict.fromkeys(FINE_TUNED, range(1, 9)),
-    **dict.fromkeys(LARGER, range(1, 3)),
+    **dict.fromkeys(LARGER, range(1, 4)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),
 }

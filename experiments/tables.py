@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.arms import FINE_TUNED, LARGER, LEARNING_RATES, MAIN, OTHERS, ROOT, STEPS, K
-from experiments.matched import at_quality, comparison, interval, paths_of, verdict
+from experiments.matched import LEAST_SEEDS, at_quality, comparison, interval, paths_of, verdict
 from score.compare import markdown_table
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
@@ -64,12 +64,12 @@ def same_steps(result):
     return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
 
 
-def matched(result, names=(*MAIN, *OTHERS), baseline="default", axis="fpd"):
-    """Every arm against default training at the best quality that both reach."""
+def matched(result, names=(*MAIN, *OTHERS), baseline="default", axis="fpd", least=LEAST_SEEDS):
+    """Every arm with so many seeds at least against default training, at the best quality that both reach."""
     header = ["arm", "seeds", axis, "f_mem", f"{baseline}'s", "difference", "extracted", f"{baseline}'s", "difference"]
     rows, seeds = [], set(paths_of(result["points"], baseline))
     for arm in arms_in(result, names):
-        if arm == baseline or not seeds & set(paths_of(result["points"], arm)):
+        if arm == baseline or len(seeds & set(paths_of(result["points"], arm))) < least:
             continue
         row = comparison(result["points"], arm, baseline, axis)
         rows.append([arm, row["seeds"], FORMS[axis].format(row[axis])])
