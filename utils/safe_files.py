@@ -45,14 +45,20 @@ def read_file(path):
 def read_archive(path, names):
     """{path / name: contents} of the files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
 
+    They are read in the order of the archive, since going back in a .gz means to unpack it from its beginning.
+
     Raises:
         DataError: the archive is damaged, lacks one of them, or unpacks to more than the free memory.
     """
     try:
         with tarfile.open(path) as archive:
-            files = {file.name.removeprefix("./"): file for file in archive if file.isreg()}
-            check_memory(path, sum(files[name].size for name in names))
-            return {path / name: archive.extractfile(files[name]).read() for name in names}
+            contents = {}
+            for file in archive:
+                name = file.name.removeprefix("./")
+                if file.isreg() and name in names:
+                    check_memory(path, file.size)
+                    contents[name] = archive.extractfile(file).read()
+        return {path / name: contents[name] for name in names}
     except DataError:
         raise
     except Exception as error:  # a hostile file can make tarfile raise anything
