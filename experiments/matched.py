@@ -70,7 +70,7 @@ def comparison(points, arm, baseline=BASELINE, axis="fpd"):
     elif row[axis] > NEAR_BEST * np.mean([best_common(path, axis=axis) for path in others.values()]):
         row["untested"] = f"{axis} above {NEAR_BEST:g} times the best of {baseline}"
     elif row[f"{baseline} f_mem"] < MEMORISES:
-        row["untested"] = f"{baseline} does not copy at that fpd"
+        row["untested"] = f"{baseline} does not copy at that {axis}"
     return row
 
 

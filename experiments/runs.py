@@ -89,13 +89,13 @@ def values_of(command):
     return FLAGS
 
 
-@functools.cache
 def real_images(img_size):
     """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
     data = load(img_size)
     return data.without_copies().train.images, data.slot_image.bincount() > 1, data.heldout.images
 
 
+@functools.cache
 def load(img_size):
     """The `dataset.Dataset` of all trainings, at a size."""
     values = values_of([f"--{flag}={value}" for flag, value in {**DATA, "img_size": img_size}.items()])
@@ -197,7 +197,7 @@ def work(run):
     if not multiprocessing.parent_process().is_alive():
         sys.exit()  # killed: what is still in the queue is for another time
     torch.set_num_threads(1)
-    real_images(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
+    load(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
     values = values_of(run.flags)
     if values.check_dir and not os.path.exists(values.check_dir):  # noqa: PTH110
         return  # the training that it starts from comes first, another time

@@ -35,6 +35,11 @@ def spread(values, form):
     return form.format(statistics.fmean(values)) + deviation
 
 
+def cells(points, measures):
+    """The `spread` of each of the measures over points, one a seed."""
+    return [spread([point[m] for point in points], FORMS[m]) for m in measures]
+
+
 def nearest(paths, count, steps):
     """The point of each path whose `count` of steps is nearest to `steps`."""
     return [min(path, key=lambda point: abs(point[count] - steps)) for path in paths]
@@ -42,12 +47,7 @@ def nearest(paths, count, steps):
 
 def floor(result):
     """What held-out real images reach in the place of generated ones."""
-    return ["real images", *FORMS], [[f"{result['floor']['images']:,}", *cells(result["floor"], FORMS)]]
-
-
-def cells(numbers, names):
-    """Some of the numbers as text."""
-    return [FORMS[name].format(numbers[name]) for name in names]
+    return ["real images", *FORMS], [[f"{result['floor']['images']:,}", *cells([result["floor"]], FORMS)]]
 
 
 def same_steps(result):
@@ -60,7 +60,7 @@ def same_steps(result):
         for count, steps, _ in counts:
             points = nearest(paths, count, steps)
             near = abs(points[0][count] - steps) <= steps / 5
-            rows[-1] += [spread([p[m] for p in points], FORMS[m]) if near else "-" for m in measures]
+            rows[-1] += cells(points, measures) if near else ["-"] * len(measures)
     return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
 
 
@@ -110,8 +110,8 @@ def fine_tuned(result):
     rows, baseline = [], paths_of(result["points"], "default (fine-tuned)")
     for arm in arms_in(result, FINE_TUNED):
         paths = paths_of(result["points"], arm)
-        ends = [(path[0], path[-1]) for path in paths.values()]
-        rows.append([arm, len(paths), *(spread([p[i][m] for p in ends], FORMS[m]) for i in (0, 1) for m in measures)])
+        starts, ends = zip(*((path[0], path[-1]) for path in paths.values()), strict=True)
+        rows.append([arm, len(paths), *cells(starts, measures), *cells(ends, measures)])
         less = [paths[seed][-1]["f_mem"] - baseline[seed][-1]["f_mem"] for seed in paths if seed in baseline]
         rows[-1].append(shown(interval(less), "f_mem") if less and arm != "default (fine-tuned)" else "")
     return header, rows
@@ -129,8 +129,8 @@ def sub_models(result):
         paths = paths_of(result["points"], arm, "sub-model").values()
         for points in zip(*paths, strict=True):
             single = spread([p["f_mem"] - p["f_mem of copies"] for p in points], FORMS["f_mem"])
-            numbers = [spread([p[m] for p in points], FORMS[m]) for m in measures]
-            rows.append([arm.split()[0], len(paths), f"{points[0]['steps']:,}", *numbers, single])
+            steps = f"{points[0]['steps']:,}"
+            rows.append([arm.split()[0], len(paths), steps, *cells(points, measures), single])
     return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
 
 
