@@ -70,12 +70,11 @@ def feature_batches(images, inception=None, batch_size=50):
         batch_size: images per call of it.
     """
     batches, P = images.split(batch_size if inception else PIXEL_BATCH), distributed.world_size()
+    network = inception or (lambda batch: (pixel_features(batch), torch.empty(len(batch), 0)))
     with distributed.bar(desc="Inception", total=len(images), unit="image", disable=inception is None) as bar:
         for j, batch in enumerate(batches):
             if j % P == distributed.rank():
-                features, logits = (
-                    inception(batch) if inception else (pixel_features(batch), torch.empty(len(batch), 0))
-                )
+                features, logits = network(batch)
                 yield features, logits.softmax(dim=1)
             bar.update(len(batch))
 

@@ -97,6 +97,7 @@ class Inception(nn.Module):
         # in full float32 whatever --precision says: the FID is compared with others
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
             features = self.network(x.contiguous(memory_format=torch.channels_last))
+        # in float64, which is never rounded to TF32
         return features, F.linear(features.double(), self.class_weight.double()).float()
 
 
