@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.__main__ import machine
@@ -44,17 +45,23 @@ def main(arguments=None):
         planned = runs.plan(out, options.scale, options.arms)
         complete = runs.work_all(planned, start + 60 * options.minutes)
         path = out / "experiment.json"
+        times = [run.directory / "log/train.json" for run in complete]
         own, labelled = ("--logdir", "--seed"), [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]
         result = {
             "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
             "machine": machine(),
-            "seconds of training": round(
-                sum(read_json(run.directory / "log/train.json")["seconds"] for run in complete)
-            ),
+            "seconds of training": round(sum(read_json(path)["seconds"] for path in times if path.exists())),
+            "trained by": Counter(runs.measured(run).get("device", "main_fed.py") for run in complete),
             "repeated": DATA["duplicates"],
             "floor": runs.floor(),
             "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
             "points": [about | point for run, about in labelled for point in runs.measured(run)["points"]],
+            "both ways": [
+                {**about, "by main_fed.py": by_main_fed, **runs.measured(run, [name])["points"][-1]}
+                for run, about in labelled
+                for by_main_fed, name in enumerate(runs.FILES)
+                if all(runs.measured(run, [name])["complete"] for name in runs.FILES)
+            ],
         }
         write_json(path, result)
         if complete:

@@ -32,6 +32,7 @@ from utils import distributed
 from utils.errors import DataError
 from utils.files import read_json, write_json
 
+FILES = "stacked.json", "measured.json"  # what experiments.stacked and this module measure
 POINTS = 6  # of a training of one round
 OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
@@ -147,11 +148,17 @@ def floor():
     return {**measure(heldout), "fpd": of_halves, "fpd of others": of_halves, **fpds}
 
 
-def measured(run):
-    """What was measured of a training so far: {"flags", "points": [{"steps": n, "fpd": x, ...}], "complete": bool}."""
-    path = run.directory / "measured.json"
-    found = read_json(path) if path.exists() else {}
-    return found if found.get("flags") == run.flags else {"flags": run.flags, "points": [], "complete": False}
+def measured(run, names=FILES):
+    """What was measured of a training so far: {"flags", "points": [{"steps": n, "fpd": x, ...}], "complete": bool}.
+
+    names: of the files where that may be, of which the last that is complete counts.
+    """
+    result = {"flags": run.flags, "points": [], "complete": False}
+    for path in (run.directory / name for name in names):
+        found = read_json(path) if path.exists() else {}
+        if found.get("flags") == run.flags and (found["complete"] or not result["complete"]):
+            result = found
+    return result
 
 
 def begin_worker():

@@ -89,11 +89,14 @@ class ShardBatches:
             self._epoch, self._order = epoch, self.index[order]
         return self._order
 
+    def slots(self, step):
+        """The slots of a step's images, of all parts: (B,) int64."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size]
+
     def __call__(self, step):
         """The `Batch` of a step."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size][self.part]
-        x_0, labels, index = self.images_of(index)
+        x_0, labels, index = self.images_of(self.slots(step)[self.part])
         B, device = self.batch_size, self.device
         stream = generator(device, self.seed, "batch", self.shard, step)
         t = torch.randint(self.T, (B,), generator=stream, device=device)[self.part]
