@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.__main__ as benchmarks
 from benchmarks.baselines import CIFAR10, make_net, row
@@ -300,7 +300,7 @@ def test_no_operation_of_a_step_mixes_devices(monkeypatch):
                 loss = learner.update(loss)["loss"]
                 skip_counts[batch.index] += ~keep
         assert learner.step == 4 and learner.weights.device.type == "cuda"
-        with pytest.raises(FakeTensorDeviceMismatchError):
+        with pytest.raises(RuntimeError, match="two (different )?devices,? cuda:0"):
             loss + torch.zeros(1)
         for sampler in ("ddim", "ddpm"):  # dpmpp reads its timesteps from a tensor
             with torch.device("cuda"):
