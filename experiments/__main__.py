@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from benchmarks.__main__ import machine
-from experiments import runs, tables
+from experiments import runs, stacked, tables
 from experiments.arms import ARMS, DATA, ROOT
 from score.compare import markdown_table
 from utils import startup
@@ -29,11 +31,14 @@ def options_of(arguments):
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer steps and images, for a trial")
     parser.add_argument("--arms", help=f"with commas, some of {','.join(ARMS)}; default: all")
+    parser.add_argument("--stacked", action="store_true", help="first train all networks that can be at once, on a GPU")
     parser.add_argument("--out", type=os.path.expanduser, default="results", help="directory of all that is written")
     options = parser.parse_args(arguments)
     options.arms = options.arms.split(",") if options.arms else None
     if options.arms and not set(options.arms) <= set(ARMS):
         raise UsageError(f"--arms={','.join(options.arms)}: choose some of {','.join(ARMS)}")
+    if options.stacked and not torch.cuda.is_available():
+        raise UsageError("--stacked: PyTorch sees no GPU: leave it out, and the trainings run on all cores")
     return options
 
 
@@ -43,7 +48,10 @@ def main(arguments=None):
     make_directory(out, "out")
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
         planned = runs.plan(out, options.scale, options.arms)
-        complete = runs.work_all(planned, start + 60 * options.minutes)
+        deadline = start + 60 * options.minutes
+        if options.stacked:
+            stacked.work_all(planned, torch.device("cuda"), deadline)
+        complete = runs.work_all(planned, deadline)
         path = out / "experiment.json"
         times = [run.directory / "log/train.json" for run in complete]
         own, labelled = ("--logdir", "--seed"), [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]

@@ -163,8 +163,15 @@ def measured(run, names=FILES):
 
 def begin_worker():
     """Leave Ctrl-C to the main process, which ends this one by SIGTERM, and with it the training that it waits for."""
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, leave)
+
+
+def leave(*_):
+    """Exit, and let no second signal interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit()
 
 
 def train(run):
@@ -203,7 +210,6 @@ def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread."""
     if not multiprocessing.parent_process().is_alive():
         sys.exit()  # killed: what is still in the queue is for another time
-    torch.set_num_threads(1)
     load(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
     values = values_of(run.flags)
     if values.check_dir and not os.path.exists(values.check_dir):  # noqa: PTH110

@@ -1,20 +1,16 @@
-"""The experiment on a GPU: the networks of many trainings stacked, and one step of all of them as a CUDA graph.
+"""The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of networks.
 
-    python -m experiments.stacked --minutes=20
-
-What bash com/results.sh has not completed is trained from its beginning: with the flags, images, orders and starting
-weights of main_fed.py, and other timesteps and noise. What is measured goes to stacked.json beside measured.json, which
-counts where both are there. Arms that need another step (dropout, large batches, IET-AGC+, ambient diffusion) are left
-to main_fed.py. A training that does not reach its end in time leaves nothing behind.
+One training step of all networks is one CUDA graph. A training has the flags, images, orders and starting weights that
+it has with main_fed.py, and other timesteps and noise. What is measured goes to stacked.json beside measured.json. Arms
+that need another step (dropout, large batches, IET-AGC+, ambient diffusion) are left to main_fed.py. A training that
+does not come to its end in time leaves nothing behind.
 """
 
-import argparse
 import functools
 import itertools
 import multiprocessing
 import os
 import time
-from contextlib import chdir
 from pathlib import Path
 
 import torch
@@ -28,13 +24,12 @@ from torch.overrides import TorchFunctionMode
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments import runs
-from experiments.arms import ARMS, ROOT
 from training import checkpoint, flags
 from training.averaging import weighted_average
 from training.batches import ShardBatches, normalize
 from training.shards import make_shards
-from utils import distributed, startup
-from utils.files import lock_directory, make_directory, write_json
+from utils import distributed
+from utils.files import make_directory, write_json
 from utils.images import to_uint8
 from utils.seeding import derive_seed, sample_noise
 
@@ -86,12 +81,6 @@ def row_of(net):
     return parameters_to_vector(p for p in net.parameters() if p.requires_grad).detach()
 
 
-def state_of(net, row):
-    """The state dict of a network with the weights of a row; the network is given them."""
-    vector_to_parameters(row.clone(), (p for p in net.parameters() if p.requires_grad))
-    return {name: value.cpu() for name, value in net.state_dict().items()}
-
-
 class StackedLearner:
     """N networks in training that step at the same time, each as a `training.learner.Learner` does.
 
@@ -106,7 +95,7 @@ class StackedLearner:
     """
 
     def __init__(self, net, weights, ema_weights, agc, uses_agc, diffusion, images, lr, warmup, grad_clip, ema_decay):
-        self.weights, self.ema_weights = nn.Parameter(weights.clone()), ema_weights.clone()
+        self.net, self.weights, self.ema_weights = net, nn.Parameter(weights.clone()), ema_weights.clone()
         self.agc, self.uses_agc, self.images = agc, uses_agc, images
         self.banks = agc.bank.expand(len(weights), -1).clone()
         self.trainer = GaussianDiffusionTrainer(Stack(net, self.weights), **diffusion).to(weights.device)
@@ -162,6 +151,14 @@ class StackedLearner:
         for part in (self.weights.data, self.ema_weights):
             models = {k: {"row": row} for k, row in enumerate(part[rows])}
             part[rows] = weighted_average(models, sizes)["row"]
+
+    def averages(self, row):
+        """A checkpoint of the weights of a row, as of the averages of a round."""
+        states = []
+        for part in (self.weights.data, self.ema_weights):
+            vector_to_parameters(part[row].clone(), (p for p in self.net.parameters() if p.requires_grad))
+            states.append({name: value.cpu() for name, value in self.net.state_dict().items()})
+        return {"global_model": states[0], "global_ema_model": states[1], "norm_groups": self.net.groups}
 
 
 class Member:
@@ -248,40 +245,48 @@ def sample(net, rows, x_T, settings):
     return torch.cat(made, dim=1)
 
 
+def make_stack(planned, device):
+    """The `Member`s that a stack of some runs has, and its `StackedLearner`."""
+    members, starts, row, slot = [], [], 0, 0
+    for run in planned:
+        members.append(member := Member(run, row, slot))
+        row, slot = row + member.K, slot + len(member.data.train.images)
+        values = runs.values_of([*run.flags, "--anti_grad=skip"])
+        torch.manual_seed(derive_seed(values.seed, "weights"))
+        starts += [member.start(flags.unet(values))] * member.K
+    weights, ema_weights = (torch.stack(rows).to(device) for rows in zip(*starts, strict=True))
+    uses_agc = torch.tensor([member.uses_agc for member in members for _ in range(member.K)], device=device)
+    images = torch.cat([member.data.train.images for member in members]).to(device)
+    net, agc = flags.unet(values).to(device), flags.agc(values, values.T).to(device)
+    diffusion = flags.arguments(values, GaussianDiffusionTrainer)
+    return members, flags.call(values, StackedLearner, net, weights, ema_weights, agc, uses_agc, diffusion, images)
+
+
+def sample_due(members, learner, step):
+    """What is measured after a step: yields (member, {"steps": n, ...}, uint8 images (N, 3, H, W))."""
+    due = [(member, *point) for member in members for point in member.due(step)]
+    settings = flags.sampler(runs.values_of(members[0].run.flags))
+    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as main_fed.py measures: ensembles first
+        same = [point for point in due if len(point[-1]) == K]
+        weights = torch.stack([learner.ema_weights[rows] for *_, rows in same])
+        x_T = torch.stack([noise(m.run.seed, m.run.images, settings["img_size"]) for m, *_ in same])
+        images = sample(learner.net, weights, x_T, settings)
+        yield from ((member, about, made) for (member, about, _), made in zip(same, images, strict=True))
+
+
 def train_together(planned, wanted, device, pool, deadline):
     """Train runs whose networks have one shape, and measure them in a pool of processes: stacked.json of each.
 
     wanted: paths of checkpoints that other runs start from; those of these runs are written.
     deadline: in seconds of time.time(), after which it stops.
     """
-    members, row, slot = [], 0, 0
-    for run in planned:
-        members.append(member := Member(run, row, slot))
-        row, slot = row + member.K, slot + len(member.data.train.images)
-    starts = []
-    for member in members:
-        values = runs.values_of([*member.run.flags, "--anti_grad=skip"])
-        torch.manual_seed(derive_seed(values.seed, "weights"))
-        starts += [member.start(flags.unet(values))] * member.K
-    weights, ema_weights = (torch.stack(rows).to(device) for rows in zip(*starts, strict=True))
-    uses_agc = torch.tensor([member.uses_agc for member in members for _ in range(member.K)], device=device)
-    images = torch.cat([member.data.train.images for member in members]).to(device)
-    net, agc, settings = flags.unet(values).to(device), flags.agc(values, values.T).to(device), flags.sampler(values)
-    diffusion = flags.arguments(values, GaussianDiffusionTrainer)
-    learner = flags.call(values, StackedLearner, net, weights, ema_weights, agc, uses_agc, diffusion, images)
+    members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
-    step, last, size = 0, max(member.steps for member in members), images.shape[-1]
-    with distributed.bar(total=last, desc=f"{row} networks, {size}x{size}", unit="step") as bar:
+    step, last = 0, max(member.steps for member in members)
+    with distributed.bar(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
         while True:
-            due = [(member, *point) for member in members for point in member.due(step)]
-            for K in {len(rows) for *_, rows in due}:
-                same = [point for point in due if len(point[-1]) == K]
-                rows = torch.tensor([rows for *_, rows in same], device=device)
-                x_T = torch.stack([noise(member.run.seed, member.run.images, size) for member, *_ in same])
-                for (member, about, _), made in zip(
-                    same, sample(net, learner.ema_weights[rows], x_T, settings), strict=True
-                ):
-                    member.points.append((about, pool.apply_async(measure, (made,))))
+            for member, about, images in sample_due(members, learner, step):
+                member.points.append((about, pool.apply_async(runs.measure, (images,))))
             if step == last or time.time() > deadline:
                 break
             until = min((step // member.stop + 1) * member.stop for member in members)
@@ -293,24 +298,15 @@ def train_together(planned, wanted, device, pool, deadline):
                     learner.average(member.rows, member.sizes)
                 path = member.run.directory / "log" / checkpoint.round_name(step // member.steps_per_round)
                 if step % member.steps_per_round == 0 and path in wanted and not path.exists():
-                    k = member.rows.start
-                    raw, ema = state_of(net, learner.weights[k]), state_of(net, learner.ema_weights[k])
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    checkpoint.save(path, {"global_model": raw, "global_ema_model": ema, "norm_groups": net.groups})
+                    make_directory(path.parent, "out")
+                    checkpoint.save(path, learner.averages(member.rows.start))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    about = {"complete": True, "device": f"{name}, {len(weights)} networks at once"}
     for member in members:
         if member.steps <= step:
             points = [about | found.get() for about, found in member.points]
-            result = {"flags": member.run.flags, "points": points, **about}
-            member.run.directory.mkdir(parents=True, exist_ok=True)
-            write_json(member.run.directory / runs.FILES[0], result)
-
-
-def measure(images):
-    """`runs.measure` on one thread."""
-    torch.set_num_threads(1)
-    return runs.measure(images)
+            about = {"complete": True, "device": f"{name}, {len(learner.weights)} networks at once"}
+            make_directory(member.run.directory, "out")
+            write_json(member.run.directory / runs.FILES[0], {"flags": member.run.flags, "points": points, **about})
 
 
 def can_stack(run):
@@ -321,41 +317,18 @@ def can_stack(run):
 
 
 def shape_of(run):
-    """What the runs of a stack have in common; those that start from others come after them."""
+    """What the runs of a stack have in common. Those that start from others come after them."""
     values = runs.values_of(run.flags)
     return values.img_size, bool(values.check_dir), values.client_num
 
 
-def options_of(arguments):
-    """The options of a command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = startup.Parser("python -m experiments.stacked", description=__doc__, formatter_class=raw)
-    parser.add_argument("--minutes", type=float, default=60, help="train nothing after so long")
-    parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer steps and images, for a trial")
-    parser.add_argument("--arms", help=f"with commas, some of {','.join(ARMS)}; default: all")
-    parser.add_argument("--out", type=os.path.expanduser, default="results", help="directory of all that is written")
-    parser.add_argument("--device", default="cuda", help="of the trainings")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    options, start = options_of(arguments), time.time()
-    out, device = Path(options.out).resolve(), torch.device(options.device)
-    make_directory(out, "out")
-    arms = options.arms.split(",") if options.arms else None
-    with lock_directory(out, "out"), chdir(ROOT):
-        every = runs.plan(out, options.scale)
-        wanted = {Path(path) for run in every if (path := runs.values_of(run.flags).check_dir)}
-        missing = [run for run in runs.plan(out, options.scale, arms) if can_stack(run)]
-        missing = sorted((run for run in missing if not runs.measured(run)["complete"]), key=shape_of)
-        with multiprocessing.get_context("spawn").Pool(os.cpu_count(), runs.begin_worker) as pool:
-            for _, runs_of_shape in itertools.groupby(missing, shape_of):
-                ready = [
-                    r for r in runs_of_shape if not (path := runs.values_of(r.flags).check_dir) or Path(path).exists()
-                ]
-                if ready and time.time() < start + 60 * options.minutes:
-                    train_together(ready, wanted, device, pool, start + 60 * options.minutes)
-
-
-if __name__ == "__main__":
-    startup.run(main)
+def work_all(planned, device, deadline):
+    """Train and measure what can be stacked of the runs that are not complete, until the deadline."""
+    wanted = {Path(path) for run in planned if (path := runs.values_of(run.flags).check_dir)}
+    missing = sorted((r for r in planned if can_stack(r) and not runs.measured(r)["complete"]), key=shape_of)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), runs.begin_worker) as pool:
+        for _, group in itertools.groupby(missing, shape_of):
+            starts = [(run, runs.values_of(run.flags).check_dir) for run in group]
+            ready = [run for run, path in starts if not path or Path(path).exists()]
+            if ready and time.time() < deadline:
+                train_together(ready, wanted, device, pool, deadline)

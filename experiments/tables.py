@@ -134,6 +134,16 @@ def sub_models(result):
     return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
 
 
+def both_ways(result):
+    """The end of trainings that were made by main_fed.py and stacked on a GPU, with other timesteps and noise."""
+    measures, rows = ("fpd", "fpd of others", "f_mem", "extracted", "near copies"), []
+    for arm in dict.fromkeys(point["arm"] for point in result["both ways"]):
+        for by, name in enumerate(("stacked", "main_fed.py")):
+            points = [p for p in result["both ways"] if (p["arm"], p["by main_fed.py"]) == (arm, by)]
+            rows.append([arm, name, len(points), *cells(points, measures)])
+    return ["arm", "trained by", "seeds", *measures], rows
+
+
 def learning_rates(result):
     """The best fpd of default training within a third of its steps."""
     rows = []
@@ -146,6 +156,7 @@ def learning_rates(result):
 TABLES = {
     "floor": floor, "steps": same_steps, "matched": matched, "matched by others": matched_others, "frontier": frontier,
     "fine-tuned": fine_tuned, "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
+    "both ways": both_ways,
 }  # fmt: skip
 
 

@@ -300,7 +300,7 @@ def test_no_operation_of_a_step_mixes_devices(monkeypatch):
                 loss = learner.update(loss)["loss"]
                 skip_counts[batch.index] += ~keep
         assert learner.step == 4 and learner.weights.device.type == "cuda"
-        with pytest.raises(RuntimeError, match="two (different )?devices,? cuda:0"):
+        with pytest.raises(RuntimeError, match=r"two (different )?devices,? cuda:0"):
             loss + torch.zeros(1)
         for sampler in ("ddim", "ddpm"):  # dpmpp reads its timesteps from a tensor
             with torch.device("cuda"):

@@ -1,0 +1,96 @@
+"""Stacked trainings against main_fed.py itself: with its timesteps and noise they are the same to rounding."""
+
+import contextlib
+import json
+import multiprocessing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from experiments import __main__ as experiments
+from experiments import runs, stacked
+from tests.commands import run as run_script
+from training import checkpoint
+from utils.errors import UsageError
+
+STACKED = ["AGC", "clustered reshuffled", "clustered score ensemble", "clustered IET-AGC (fine-tuned)"]
+SMALL = {
+    "DATA": {"dataset": "mnist5k", "img_size": 8, "num_train": 136, "duplicates": 8, "copies": 10},
+    "NETWORK": {"ch": 8, "ch_mult": [1, 2], "attn": 1, "num_res_blocks": 1, "dropout": 0.0},
+    # the bank is the last loss, so that samples are skipped from the first steps on
+    "TRAINING": {"batch_size": 16, "lr": 1e-2, "warmup": 4, "ema_decay": 0.5, "bank_bins": 2, "arr_ema_decay": 0.0},
+    "SAMPLER": {"sampler": "dpmpp", "sample_steps": 4},
+    "IMAGES": 100,
+    "POINT": 25,
+    "POINTS": 2,
+    "ARMS": {arm: runs.ARMS[arm] | {"local_epoch": 2, "steps": 50} for arm in ("default", *STACKED)},
+}
+IN_PLACE = SimpleNamespace(apply_async=lambda measure, given: SimpleNamespace(get=lambda: measure(*given)))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(runs, name, value)
+    runs.load.cache_clear()
+    yield
+    runs.load.cache_clear()
+
+
+def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
+    members, step = [], 0
+
+    def make_stack(planned, device):
+        made, learner = stack_of(planned, device)
+        members.extend(made)
+        return made, learner
+
+    def draw_as_main_fed(learner):
+        nonlocal step
+        drawn = [batches(step) for member in members for batches in member.batches]
+        learner.update(
+            learner.index, *(torch.stack([getattr(batch, name) for batch in drawn]) for name in ("t", "eps"))
+        )
+        step += 1
+
+    stack_of = stacked.make_stack
+    monkeypatch.setattr(stacked, "make_stack", make_stack)
+    monkeypatch.setattr(stacked.StackedLearner, "draw_and_update", draw_as_main_fed)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
+    monkeypatch.setattr(runs, "train", lambda run: run_script("main_fed.py", *run.flags, cwd=tmp_path))
+    for run in (planned := [runs.make_run(tmp_path, arm, 1, 1.0) for arm in ("default", *STACKED)]):
+        runs.work(run)
+    assert all(map(stacked.can_stack, planned[1:]))
+    stacked.train_together(planned[1:], set(), torch.device("cpu"), IN_PLACE, float("inf"))
+    for run in planned[1:]:
+        by_stack, by_main_fed = (json.loads((run.directory / name).read_text())["points"] for name in runs.FILES)
+        assert len(by_stack) == len(by_main_fed) > 1
+        for ours, expected in zip(by_stack, by_main_fed, strict=True):
+            assert ours.pop("network", None) == expected.pop("network", None)
+            assert ours == pytest.approx(expected, rel=1e-3), run.arm
+    last = checkpoint.load(planned[1].directory / "log" / checkpoint.round_name(planned[1].rounds))
+    assert last["index_array"].sum() > 0  # some were skipped
+
+
+def test_what_is_stacked_is_not_trained_again(tmp_path, monkeypatch, small):
+    """And one that starts from another finds its checkpoint."""
+    monkeypatch.setattr(runs, "SEEDS", dict.fromkeys(("default", STACKED[-1]), range(1, 2)))
+    pool = contextlib.nullcontext(IN_PLACE)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda how: SimpleNamespace(Pool=lambda *_: pool))
+    planned = runs.plan(tmp_path, arms=["default", STACKED[-1]])
+    stacked.work_all(planned, torch.device("cpu"), float("inf"))
+    start, tuned = (runs.measured(run)["points"] for run in planned)
+    assert tuned[0] == {**start[0], "steps": 0, "sequential": 0}
+    monkeypatch.setattr(runs, "work", None)
+    experiments.main(["--arms", f"default,{STACKED[-1]}", f"--out={tmp_path}", "--minutes=0"])
+    result = json.loads((tmp_path / "experiment.json").read_text())
+    assert [{"arm": "default", "seed": 1, **point} for point in start] == result["points"][: len(start)]
+    assert result["trained by"] == {"CPU, 1 networks at once": 1, "CPU, 4 networks at once": 1}
+
+
+def test_a_stack_needs_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("has one")
+    with pytest.raises(UsageError, match="--stacked"):
+        experiments.main(["--stacked", f"--out={tmp_path}"])
