@@ -50,27 +50,27 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-def comparison(points, arm, baseline=BASELINE, axis="fpd"):
-    """An arm against a baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
+def comparison(points, arm, axis="fpd"):
+    """An arm against the baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
 
     `untested` says why it is no test, or is None: there are fewer than three pairs, the baseline does not memorise
     there, or the arm is never near the baseline's best quality.
     """
-    paths, others = paths_of(points, arm), paths_of(points, baseline)
+    paths, others = paths_of(points, arm), paths_of(points, BASELINE)
     pairs = [(paths[seed], others[seed]) for seed in paths if seed in others]
     qualities = [best_common(*pair, axis=axis) for pair in pairs]
-    row = {"arm": arm, "baseline": baseline, "seeds": len(pairs), axis: float(np.mean(qualities)), "untested": None}
+    row = {"arm": arm, "seeds": len(pairs), axis: float(np.mean(qualities)), "untested": None}
     for measure in ("f_mem", "extracted"):
         both = zip(pairs, qualities, strict=True)
         values = np.array([[at_quality(path, quality, measure, axis) for path in pair] for pair, quality in both])
-        row[measure], row[f"{baseline} {measure}"] = values.mean(axis=0).tolist()
+        row[measure], row[f"{BASELINE} {measure}"] = values.mean(axis=0).tolist()
         row[f"{measure} difference"] = interval(values[:, 0] - values[:, 1])
     if len(pairs) < LEAST_SEEDS:
         row["untested"] = f"{len(pairs)} of {LEAST_SEEDS} seeds"
     elif row[axis] > NEAR_BEST * np.mean([best_common(path, axis=axis) for path in others.values()]):
-        row["untested"] = f"{axis} above {NEAR_BEST:g} times the best of {baseline}"
-    elif row[f"{baseline} f_mem"] < MEMORISES:
-        row["untested"] = f"{baseline} does not copy at that {axis}"
+        row["untested"] = f"above {NEAR_BEST:g} times {BASELINE}'s best"
+    elif row[f"{BASELINE} f_mem"] < MEMORISES:
+        row["untested"] = f"{BASELINE} does not copy there"
     return row
 
 

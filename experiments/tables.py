@@ -18,10 +18,11 @@ from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
-DRAWN = (*MAIN, "spread IET", "spread IET-AGC", "local SGD", "clustered score ensemble")
+DRAWN = (*MAIN, "spread IET", "spread IET-AGC", "clustered score ensemble", "spread score ensemble", "local SGD")
+AXES = ("fpd", "fpd of others")  # of quality
 GRID = (0.3, 0.2, 0.15, 0.12, 0.1)  # of "fpd of others"
 FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
-FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}"}
+FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}", "steps": "{:,.0f}", "sequential": "{:,.0f}"}
 
 
 def arms_in(result, names):
@@ -47,7 +48,8 @@ def nearest(paths, count, steps):
 
 def floor(result):
     """What held-out real images reach in the place of generated ones."""
-    return ["real images", *FORMS], [[f"{result['floor']['images']:,}", *cells([result["floor"]], FORMS)]]
+    measures = [measure for measure in FORMS if measure in result["floor"]]
+    return ["real images", *measures], [[f"{result['floor']['images']:,}", *cells([result["floor"]], measures)]]
 
 
 def same_steps(result):
@@ -64,24 +66,26 @@ def same_steps(result):
     return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
 
 
-def matched(result, names=(*MAIN, *OTHERS), baseline="default", axis="fpd", least=LEAST_SEEDS):
-    """Every arm with so many seeds at least against default training, at the best quality that both reach."""
-    header = ["arm", "seeds", axis, "f_mem", f"{baseline}'s", "difference", "extracted", f"{baseline}'s", "difference"]
-    rows, seeds = [], set(paths_of(result["points"], baseline))
-    for arm in arms_in(result, names):
-        if arm == baseline or len(seeds & set(paths_of(result["points"], arm))) < least:
+def matched(result, least=LEAST_SEEDS):
+    """Every arm with so many seeds at least against default training, at the best quality that both reach.
+
+    By the fpd and, beside it, by that of images that are not near repeated ones.
+    """
+    header, rows, seeds = ["arm", "seeds"], [], set(paths_of(result["points"], "default"))
+    for axis in AXES:
+        header += [axis, "f_mem", "default's", "difference", "extracted", "default's", "difference"]
+    for arm in arms_in(result, MAIN | OTHERS):
+        pairs = len(seeds & set(paths_of(result["points"], arm)))
+        if arm == "default" or pairs < least:
             continue
-        row = comparison(result["points"], arm, baseline, axis)
-        rows.append([arm, row["seeds"], FORMS[axis].format(row[axis])])
-        for measure in ("f_mem", "extracted"):
-            rows[-1] += [FORMS[measure].format(row[name]) for name in (measure, f"{baseline} {measure}")]
-            rows[-1].append(f"{shown(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
+        rows.append([arm, pairs])
+        for axis in AXES:
+            row = comparison(result["points"], arm, axis=axis)
+            rows[-1].append(FORMS[axis].format(row[axis]))
+            for measure in ("f_mem", "extracted"):
+                rows[-1] += [FORMS[measure].format(row[name]) for name in (measure, f"default {measure}")]
+                rows[-1].append(f"{shown(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
     return header, rows
-
-
-def matched_others(result):
-    """The same by the quality of images that are not near repeated ones."""
-    return matched(result, axis="fpd of others")
 
 
 def shown(difference, measure):
@@ -92,9 +96,9 @@ def shown(difference, measure):
 
 
 def frontier(result):
-    """f_mem of every arm where its images that are not near repeated ones first reach a quality."""
+    """f_mem of the arms in the figure where their images that are not near repeated ones first reach a quality."""
     rows = []
-    for arm in arms_in(result, MAIN | OTHERS):
+    for arm in arms_in(result, DRAWN):
         paths = paths_of(result["points"], arm).values()
         rows.append([arm, len(paths)])
         for quality in GRID:
@@ -118,8 +122,12 @@ def fine_tuned(result):
 
 
 def larger(result):
-    """Images of 16x16 pixels."""
-    return matched(result, LARGER, "default (16x16)")
+    """Images of 16x16 pixels: the end of the trainings."""
+    measures, rows = ("steps", "sequential", "fpd", "fpd of others", "f_mem", "extracted", "near copies"), []
+    for arm in arms_in(result, LARGER):
+        ends = [path[-1] for path in paths_of(result["points"], arm).values()]
+        rows.append([arm, len(ends), *cells(ends, measures)])
+    return ["arm", "seeds", *measures], rows
 
 
 def sub_models(result):
@@ -127,21 +135,11 @@ def sub_models(result):
     measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
     for arm in arms_in(result, ("clustered score ensemble", "spread score ensemble")):
         paths = paths_of(result["points"], arm, "sub-model").values()
-        for points in zip(*paths, strict=True):
+        for points in list(zip(*paths, strict=True))[1::2]:
             single = spread([p["f_mem"] - p["f_mem of copies"] for p in points], FORMS["f_mem"])
             steps = f"{points[0]['steps']:,}"
             rows.append([arm.split()[0], len(paths), steps, *cells(points, measures), single])
     return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
-
-
-def both_ways(result):
-    """The end of trainings that were made by main_fed.py and stacked on a GPU, with other timesteps and noise."""
-    measures, rows = ("fpd", "fpd of others", "f_mem", "extracted", "near copies"), []
-    for arm in dict.fromkeys(point["arm"] for point in result["both ways"]):
-        for by, name in enumerate(("stacked", "main_fed.py")):
-            points = [p for p in result["both ways"] if (p["arm"], p["by main_fed.py"]) == (arm, by)]
-            rows.append([arm, name, len(points), *cells(points, measures)])
-    return ["arm", "trained by", "seeds", *measures], rows
 
 
 def learning_rates(result):
@@ -154,9 +152,8 @@ def learning_rates(result):
 
 
 TABLES = {
-    "floor": floor, "steps": same_steps, "matched": matched, "matched by others": matched_others, "frontier": frontier,
-    "fine-tuned": fine_tuned, "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
-    "both ways": both_ways,
+    "floor": floor, "steps": same_steps, "matched": matched, "frontier": frontier, "fine-tuned": fine_tuned,
+    "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_what_cannot_be_told_apart_is_not_called_equal():
     assert verdict(compared([point(1.0, 0.4, extracted=12)], copying), "extracted") == "more"
     assert verdict(compared(copying, copying), "f_mem") == "not shown"
     assert "does not copy" in verdict(compared([point(1.0, 0.0)], [point(2.0, 0.0), point(0.9, 0.005)]), "f_mem")
-    assert "fpd above" in verdict(compared([point(1.8, 0.0)], copying), "f_mem")
+    assert "above 1.5 times" in verdict(compared([point(1.8, 0.0)], copying), "f_mem")
     assert "2 of 3 seeds" in verdict(compared([point(1.0, 0.0)], copying, seeds=2), "f_mem")
 
 
