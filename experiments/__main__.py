@@ -50,7 +50,8 @@ def main(arguments=None):
         planned = runs.plan(out, options.scale, options.arms)
         deadline = start + 60 * options.minutes
         if options.stacked:
-            stacked.work_all(planned, torch.device("cuda"), deadline)
+            starts = {run.start for run in runs.plan(out, options.scale)}
+            stacked.work_all(planned, starts, torch.device("cuda"), deadline)
         complete = runs.work_all(planned, deadline)
         path = out / "experiment.json"
         times = [run.directory / "log/train.json" for run in complete]
@@ -58,18 +59,12 @@ def main(arguments=None):
         result = {
             "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
             "machine": machine(),
-            "seconds of training": round(sum(read_json(path)["seconds"] for path in times if path.exists())),
+            "seconds of main_fed.py": round(sum(read_json(path)["seconds"] for path in times if path.exists())),
             "trained by": Counter(runs.measured(run).get("device", "main_fed.py") for run in complete),
             "repeated": DATA["duplicates"],
             "floor": runs.floor(),
             "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
             "points": [about | point for run, about in labelled for point in runs.measured(run)["points"]],
-            "both ways": [
-                {**about, "by main_fed.py": by_main_fed, **runs.measured(run, [name])["points"][-1]}
-                for run, about in labelled
-                for by_main_fed, name in enumerate(runs.FILES)
-                if all(runs.measured(run, [name])["complete"] for name in runs.FILES)
-            ],
         }
         write_json(path, result)
         if complete:

@@ -36,9 +36,9 @@ FILES = "stacked.json", "measured.json"  # what experiments.stacked and this mod
 POINTS = 6  # of a training of one round
 OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
-# One training: the names of its arm and directory, its seed, the command line of main_fed.py, its rounds and the steps
-# of one over all shards, and how many images a measurement generates.
-Run = namedtuple("Run", "arm seed directory flags rounds steps_per_round images")
+# One training: the names of its arm and directory, its seed, the command line of main_fed.py, the checkpoint that it
+# starts from or None, its rounds and the steps of one over all shards, and how many images a measurement generates.
+Run = namedtuple("Run", "arm seed directory flags start rounds steps_per_round images")
 
 
 def plan(out, scale=1.0, arms=None):
@@ -77,10 +77,12 @@ def make_run(out, arm, seed, scale):
         values["save_round"] = max(1, round(POINT * scale / (epochs * per_epoch)))
     if start:
         before = make_run(out, start, seed, scale)
-        values["check_dir"] = before.directory / "log" / checkpoint.round_name(max(1, round(START * before.rounds)))
+        start = values["check_dir"] = (
+            before.directory / "log" / checkpoint.round_name(max(1, round(START * before.rounds)))
+        )
     lists = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
     line = [f"--{flag}={value}" for flag, given in lists.items() for value in given]
-    return Run(arm, seed, directory, line, rounds, epochs * per_epoch, max(100, round(IMAGES * scale)))
+    return Run(arm, seed, directory, line, start, rounds, epochs * per_epoch, max(100, round(IMAGES * scale)))
 
 
 def values_of(command):
@@ -97,10 +99,10 @@ def real_images(img_size):
 
 
 @functools.cache
-def load(img_size):
-    """The `dataset.Dataset` of all trainings, at a size."""
-    values = values_of([f"--{flag}={value}" for flag, value in {**DATA, "img_size": img_size}.items()])
-    return flags.call(values, load_dataset, DATA["dataset"])
+def load(img_size, **changes):
+    """The `dataset.Dataset` of all trainings, at a size; changes: of `DATA`."""
+    data = {**DATA, "img_size": img_size, **changes}
+    return load_dataset(data.pop("dataset"), "", **data)
 
 
 def measure(images):
@@ -156,9 +158,14 @@ def measured(run, names=FILES):
     result = {"flags": run.flags, "points": [], "complete": False}
     for path in (run.directory / name for name in names):
         found = read_json(path) if path.exists() else {}
-        if found.get("flags") == run.flags and (found["complete"] or not result["complete"]):
+        if settings(found.get("flags", [])) == settings(run.flags) and (found["complete"] or not result["complete"]):
             result = found
     return result
+
+
+def settings(command):
+    """A command line without its paths, which change where results are moved."""
+    return [flag for flag in command if not flag.startswith(("--logdir=", "--check_dir="))]
 
 
 def begin_worker():
@@ -192,8 +199,8 @@ def networks(run, values):
     about: the steps made until there over all shards, and the steps one after the other.
     """
     log, K = run.directory / "log", values.client_num
-    if values.check_dir:
-        yield {"steps": 0, "sequential": 0}, [values.check_dir]
+    if run.start:
+        yield {"steps": 0, "sequential": 0}, [run.start]
     if values.total_round > 1:
         for r, path in sorted(checkpoint.numbered(log, checkpoint.ROUNDS).items()):
             steps = r * run.steps_per_round
@@ -210,12 +217,11 @@ def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread."""
     if not multiprocessing.parent_process().is_alive():
         sys.exit()  # killed: what is still in the queue is for another time
-    load(ARMS[run.arm].get("img_size", DATA["img_size"]))  # before the run's flags: absl has one set of values
     values = values_of(run.flags)
-    if values.check_dir and not os.path.exists(values.check_dir):  # noqa: PTH110
+    if run.start and not run.start.exists():
         return  # the training that it starts from comes first, another time
     train(run)
-    result = measured(run)
+    result = measured(run, FILES[1:])
     for about, paths in list(networks(run, values))[len(result["points"]) :]:
         nets = []
         for path in paths:

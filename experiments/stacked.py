@@ -1,9 +1,9 @@
 """The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of networks.
 
 One training step of all networks is one CUDA graph. A training has the flags, images, orders and starting weights that
-it has with main_fed.py, and other timesteps and noise. What is measured goes to stacked.json beside measured.json. Arms
-that need another step (dropout, large batches, IET-AGC+, ambient diffusion) are left to main_fed.py. A training that
-does not come to its end in time leaves nothing behind.
+it has with main_fed.py, and other timesteps and noise, which depend on what else is in the stack. What is measured goes
+to stacked.json. Arms whose step is another (lr, dropout, large batches, IET-AGC+, ambient diffusion) are left to
+main_fed.py. A training that does not come to its end in time leaves nothing behind.
 """
 
 import functools
@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import os
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.overrides import TorchFunctionMode
 
-from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments import runs
 from training import checkpoint, flags
@@ -29,16 +27,20 @@ from training.averaging import weighted_average
 from training.batches import ShardBatches, normalize
 from training.shards import make_shards
 from utils import distributed
-from utils.files import make_directory, write_json
+from utils.errors import warn
+from utils.files import write_json
 from utils.images import to_uint8
 from utils.seeding import derive_seed, sample_noise
 
 WARM_UP = 3  # steps before a CUDA graph is captured
 AT_ONCE = 2**22  # pixels of the images in a call of the stacked networks
+# in what arms that are trained together may differ
+MAY_DIFFER = {"client_num", "local_epoch", "steps", "anti_grad", "split", "duplicates_in", "reshard", "one_round"}
+MAY_DIFFER |= {"from", "img_size", "duplicates", "copies"}
 
 
 class ConvolutionByMatmul(TorchFunctionMode):
-    """F.conv2d as one matrix product, of which many networks are one batch."""
+    """F.conv2d as a matrix product, of which many networks make one batch; cuDNN's grouped convolution is slower."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.conv2d:
@@ -152,8 +154,8 @@ class StackedLearner:
             models = {k: {"row": row} for k, row in enumerate(part[rows])}
             part[rows] = weighted_average(models, sizes)["row"]
 
-    def averages(self, row):
-        """A checkpoint of the weights of a row, as of the averages of a round."""
+    def checkpoint_of(self, row):
+        """The weights of a row as a checkpoint of averages."""
         states = []
         for part in (self.weights.data, self.ema_weights):
             vector_to_parameters(part[row].clone(), (p for p in self.net.parameters() if p.requires_grad))
@@ -167,30 +169,27 @@ class Member:
     def __init__(self, run, row, slot):
         values = runs.values_of(run.flags)
         self.run, self.K, self.slot, self.rows = run, values.client_num, slot, slice(row, row + values.client_num)
-        self.uses_agc, self.averaged = values.anti_grad == "skip", values.client_num > 1 and values.total_round > 1
-        self.data = data = flags.call(values, load_dataset, values.dataset)
+        self.uses_agc, self.checkpoint = values.anti_grad == "skip", None
+        self.data = data = runs.load(values.img_size, duplicates=values.duplicates, copies=values.copies)
         split = (values.client_num, flags.split_of(values), values.seed, data.slot_image, values.duplicates_in)
         self.shards = lambda r: make_shards(data.train.labels, *split, r)
         self.reshards = values.reshard
         make_batches = functools.partial(flags.call, values, ShardBatches, data.train.images, None, device="cpu")
         self.batches = [make_batches(index, shard=k) for k, index in enumerate(self.shards(0))]
         self.sizes = [len(batches.index) for batches in self.batches]
-        # all shards of the experiment have as many steps
-        self.steps_per_round = values.local_epoch * self.batches[0].steps_per_epoch
-        self.steps, self.one_round = values.total_round * self.steps_per_round, values.total_round == 1
+        self.steps_per_round = run.steps_per_round // self.K  # all shards of the experiment have as many
+        self.steps = run.rounds * self.steps_per_round
         # the steps after which it waits for others, and those after which it is measured
-        self.stop = values.save_step if self.one_round else self.steps_per_round
-        self.every = values.save_step if self.one_round else values.save_round * self.steps_per_round
-        self.starts_from = values.check_dir
+        self.stop = values.save_step or self.steps_per_round
+        self.every = values.save_round * self.stop
         self.points = []  # what was measured, as in measured.json
 
     def start(self, net):
         """The weights and EMA weights that all its networks start from, by way of a network: two rows (P,)."""
-        if not self.starts_from:
-            return [row_of(net), row_of(net)]
-        state, rows = checkpoint.load(self.starts_from), []
+        path, rows = self.run.start, []
         for use_ema in (False, True):
-            checkpoint.load_weights(net, checkpoint.weights(state, use_ema, self.starts_from), self.starts_from)
+            if path:
+                checkpoint.load_weights(net, checkpoint.weights(checkpoint.load(path), use_ema, path), path)
             rows.append(row_of(net))
         return rows
 
@@ -205,9 +204,9 @@ class Member:
     def due(self, step):
         """What is measured after a step: [({"steps": n, ...}, rows of the networks whose mean prediction it is)]."""
         row, about = self.rows.start, {"steps": self.K * step, "sequential": step}
-        if step > self.steps or (step % self.every and step < self.steps) or (step == 0 and not self.starts_from):
+        if step > self.steps or (step % self.every and step < self.steps) or (step == 0 and not self.run.start):
             return []
-        if not self.one_round:
+        if self.run.rounds > 1:
             return [(about, [row])]
         rows = list(range(row, self.rows.stop))
         return [(about, rows), ({"steps": step, "sequential": step, "network": "sub-model"}, rows[:1])]
@@ -266,7 +265,7 @@ def sample_due(members, learner, step):
     """What is measured after a step: yields (member, {"steps": n, ...}, uint8 images (N, 3, H, W))."""
     due = [(member, *point) for member in members for point in member.due(step)]
     settings = flags.sampler(runs.values_of(members[0].run.flags))
-    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as main_fed.py measures: ensembles first
+    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work` measures: ensembles first
         same = [point for point in due if len(point[-1]) == K]
         weights = torch.stack([learner.ema_weights[rows] for *_, rows in same])
         x_T = torch.stack([noise(m.run.seed, m.run.images, settings["img_size"]) for m, *_ in same])
@@ -286,7 +285,7 @@ def train_together(planned, wanted, device, pool, deadline):
     with distributed.bar(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
         while True:
             for member, about, images in sample_due(members, learner, step):
-                member.points.append((about, pool.apply_async(runs.measure, (images,))))
+                member.points.append((about, pool.apply_async(runs.measure, (images.clone(),))))
             if step == last or time.time() > deadline:
                 break
             until = min((step // member.stop + 1) * member.stop for member in members)
@@ -294,41 +293,42 @@ def train_together(planned, wanted, device, pool, deadline):
             bar.update(until - step)
             step = until
             for member in members:
-                if member.averaged and step % member.stop == 0:
+                if member.run.rounds > 1 and step % member.stop == 0:
                     learner.average(member.rows, member.sizes)
-                path = member.run.directory / "log" / checkpoint.round_name(step // member.steps_per_round)
-                if step % member.steps_per_round == 0 and path in wanted and not path.exists():
-                    make_directory(path.parent, "out")
-                    checkpoint.save(path, learner.averages(member.rows.start))
+                    path = member.run.directory / "log" / checkpoint.round_name(step // member.stop)
+                    if path in wanted:
+                        member.checkpoint = path, learner.checkpoint_of(member.rows.start)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    about = {"complete": True, "device": f"{name}, {len(learner.weights)} networks at once"}
     for member in members:
-        if member.steps <= step:
-            points = [about | found.get() for about, found in member.points]
-            about = {"complete": True, "device": f"{name}, {len(learner.weights)} networks at once"}
-            make_directory(member.run.directory, "out")
-            write_json(member.run.directory / runs.FILES[0], {"flags": member.run.flags, "points": points, **about})
+        if member.steps > step or not learner.weights[member.rows].isfinite().all():
+            warn(f"{member.run.arm}, seed {member.run.seed}: out of time or not finite, left for another time")
+            continue
+        if member.checkpoint:
+            checkpoint.save(*member.checkpoint)
+        points = [of_point | found.get() for of_point, found in member.points]
+        write_json(member.run.directory / runs.FILES[0], {"flags": member.run.flags, "points": points, **about})
 
 
 def can_stack(run):
     """Whether the step of a run is the one that is stacked."""
-    values = runs.values_of(run.flags)
-    plus = values.exchange != "off" or values.augment_near_threshold
-    return not (plus or values.dropout or values.ambient_t or values.batch_size != runs.TRAINING["batch_size"])
+    return set(runs.ARMS[run.arm]) <= MAY_DIFFER
 
 
 def shape_of(run):
     """What the runs of a stack have in common. Those that start from others come after them."""
     values = runs.values_of(run.flags)
-    return values.img_size, bool(values.check_dir), values.client_num
+    return values.img_size, bool(run.start), values.client_num
 
 
-def work_all(planned, device, deadline):
-    """Train and measure what can be stacked of the runs that are not complete, until the deadline."""
-    wanted = {Path(path) for run in planned if (path := runs.values_of(run.flags).check_dir)}
+def work_all(planned, wanted, device, deadline):
+    """Train and measure what can be stacked of the runs that are not complete, until the deadline.
+
+    wanted: as for `train_together`.
+    """
     missing = sorted((r for r in planned if can_stack(r) and not runs.measured(r)["complete"]), key=shape_of)
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), runs.begin_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), runs.begin_worker) as pool:
         for _, group in itertools.groupby(missing, shape_of):
-            starts = [(run, runs.values_of(run.flags).check_dir) for run in group]
-            ready = [run for run, path in starts if not path or Path(path).exists()]
+            ready = [run for run in group if not run.start or run.start.exists()]
             if ready and time.time() < deadline:
                 train_together(ready, wanted, device, pool, deadline)

@@ -73,13 +73,16 @@ def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
     assert last["index_array"].sum() > 0  # some were skipped
 
 
-def test_what_is_stacked_is_not_trained_again(tmp_path, monkeypatch, small):
+def test_what_is_stacked_is_not_trained_again(tmp_path, monkeypatch, small, capfd):
     """And one that starts from another finds its checkpoint."""
     monkeypatch.setattr(runs, "SEEDS", dict.fromkeys(("default", STACKED[-1]), range(1, 2)))
     pool = contextlib.nullcontext(IN_PLACE)
     monkeypatch.setattr(multiprocessing, "get_context", lambda how: SimpleNamespace(Pool=lambda *_: pool))
     planned = runs.plan(tmp_path, arms=["default", STACKED[-1]])
-    stacked.work_all(planned, torch.device("cpu"), float("inf"))
+    wanted, cpu = {planned[1].start}, torch.device("cpu")
+    stacked.train_together(planned[:1], wanted, cpu, IN_PLACE, 0)  # out of time
+    assert "left for another time" in capfd.readouterr().err and not list(tmp_path.rglob("*.*"))
+    stacked.work_all(planned, wanted, cpu, float("inf"))
     start, tuned = (runs.measured(run)["points"] for run in planned)
     assert tuned[0] == {**start[0], "steps": 0, "sequential": 0}
     monkeypatch.setattr(runs, "work", None)
@@ -94,3 +97,15 @@ def test_a_stack_needs_a_gpu(tmp_path):
         pytest.skip("has one")
     with pytest.raises(UsageError, match="--stacked"):
         experiments.main(["--stacked", f"--out={tmp_path}"])
+
+
+def test_only_trainings_with_the_same_step_are_stacked(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "SEEDS", {arm: range(1, 2) for arm in runs.ARMS})
+        planned = runs.plan(tmp_path)
+    own = ("--logdir", "--check_dir", "--total_round", "--local_epoch", "--client_num", "--anti_grad", "--duplicates")
+    own += ("--copies", "--split", "--reshard", "--img_size", "--save", "--keep")
+    steps = {tuple(f for f in run.flags if not f.startswith(own)) for run in planned if stacked.can_stack(run)}
+    assert len(steps) == 1
+    left = {run.arm for run in planned if not stacked.can_stack(run)}
+    assert {"large batch", "dropout 0.1", "ambient", "spread IET-AGC+", "lr 0.004"} <= left
