@@ -13,6 +13,7 @@ import benchmarks.__main__ as benchmarks
 from benchmarks.baselines import CIFAR10, make_net, row
 from benchmarks.gpu import diffusers_net
 from diffusion import SAMPLERS, GaussianDiffusionSampler
+from experiments import stacked
 from score.fid import compute_statistics
 from score.generate import generate
 from score.inception import Inception
@@ -194,6 +195,31 @@ def test_the_search_is_exact(size, tf32):
         assert {value.device.type for value in found} == {DEVICE.type}
         assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True))
         assert authenticity(*found, training.to(where)) == authenticity(*expected, training)
+
+
+@on_gpu
+def test_stacked_networks_train_as_on_the_cpu(monkeypatch):
+    """The first steps are made one by one there, the others by a CUDA graph."""
+
+    def update_without_random_numbers(learner):
+        pixels = torch.arange(1, 193, device=learner.index.device).view(3, 8, 8)
+        learner.update(learner.index, learner.index % 10, torch.sin(learner.index[..., None, None, None] * pixels))
+
+    monkeypatch.setattr(stacked.StackedLearner, "draw_and_update", update_without_random_numbers)
+    table, weights = torch.randint(16, (8, 2, 4), generator=torch.Generator().manual_seed(0)), {}
+    diffusion = {"beta_1": 1e-4, "beta_T": 0.02, "T": 10}
+    for device in (DEVICE, torch.device("cpu")):
+        net = visible(tiny_unet(dropout=0.0)).to(device)
+        rows, uses_agc = stacked.row_of(net).expand(2, -1), torch.tensor([True, False], device=device)
+        agc, images = AntiGradientControl(10, ema_decay=0.0).to(device), IMAGES.to(device)
+        learner = stacked.StackedLearner(net, rows, rows, agc, uses_agc, diffusion, images, 1e-3, 2, 1.0, 0.9)
+        learner.train(table[:5], 0)
+        learner.train(table[5:], 5)
+        weights[device] = learner.weights.detach(), learner.ema_weights
+        assert not close(weights[device][0], rows.cpu(), 1e-2)
+        assert not close(*weights[device][0].cpu(), 1e-3)  # samples were skipped in one of them
+    for ours, expected in zip(*weights.values(), strict=True) if len(weights) > 1 else ():
+        assert close(ours, expected, 1e-3)
 
 
 @on_gpu
