@@ -150,8 +150,6 @@ def main():
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
-    if FLAGS.client_num > len(data.train.images):
-        raise UsageError(f"--client_num={FLAGS.client_num}: more shards than the {len(data.train.images)} images")
     if FLAGS.client_num < distributed.world_size():
         raise UsageError(
             f"--client_num={FLAGS.client_num} with {distributed.world_size()} processes: a shard is trained by one "

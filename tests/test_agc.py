@@ -1,10 +1,13 @@
 """Anti-gradient control against the rule applied to one sample after the other."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from training.agc import AntiGradientControl, NearThreshold
+from training.agc import AntiGradientControl
+from training.ensemble import Shard
 
 
 def sequential(bank, losses, t, mem_ratio, d):
@@ -107,11 +110,6 @@ def test_bank_is_saved_with_the_state():
     assert agc.bank.shape == (3,) and not agc.bank.requires_grad
 
 
-def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="anti_grad"):
-        AntiGradientControl(3, anti_grad="reverse")
-
-
 def test_a_bank_of_few_entries_is_that_of_their_timesteps():
     random = np.random.default_rng(2)
     coarse, fine = AntiGradientControl(1000, bins=10), AntiGradientControl(10)
@@ -126,7 +124,10 @@ def test_a_bank_of_few_entries_is_that_of_their_timesteps():
 def test_samples_near_the_threshold_give_no_gradient_and_are_queued():
     """The rule of IET-AGC+ sample by sample: below the threshold skipped, up to 1.5 times it near, above it trained."""
     random = np.random.default_rng(3)
-    agc, queue = AntiGradientControl(4, mem_ratio=1.25, bar=1.5), NearThreshold()
+    agc, augmented = AntiGradientControl(4, mem_ratio=1.25, bar=1.5), []
+    batches = SimpleNamespace(batch_size=8, augmented=lambda *chosen: augmented.append(chosen))
+    learner = SimpleNamespace(step=0, losses=lambda batch: torch.ones(8), update=lambda loss, extra: None)
+    shard = Shard(0, batches, learner, agc, *torch.zeros(2, 1000))
     agc.bank.copy_(torch.tensor([1.0, 0.5, 0.2, 0.0]))
     seen = {"skip": 0, "near": 0, "train": 0}
     waiting = []
@@ -149,11 +150,11 @@ def test_samples_near_the_threshold_give_no_gradient_and_are_queued():
             seen[verdict] += 1
         index = torch.arange(16) + 16 * step
         waiting += [(int(i), s) for i, s in zip(index, near.tolist(), strict=True) if s > 0]
-        full = queue.add(index, near, batch_size=8)
-        if len(waiting) < 8:
-            assert full is None
-        else:
-            assert full[0].tolist() == [i for i, _ in waiting[:8]]
-            assert full[1] == int(5 * np.mean([s for _, s in waiting[:8]]))
+        shard.augment(index, near, seed=0)
+        if len(waiting) >= 8:
+            (images, magnitude), augmented = augmented[0], augmented.clear() or augmented
+            assert images.tolist() == [i for i, _ in waiting[:8]]
+            assert magnitude == int(5 * np.mean([s for _, s in waiting[:8]]))
             waiting = []
+        assert not augmented
     assert min(seen.values()) > 20

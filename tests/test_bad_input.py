@@ -148,7 +148,11 @@ USAGE = [
     ("main.py", "--train --batch_size=49", "--batch_size=49 is larger than the 48 images"),
     ("main.py", "--train --keep=0", "--keep=0"),
     ("main.py", "--train --max_bad_steps=0", "--max_bad_steps=0"),
-    ("main_fed.py", "--train --client_num=49", "--client_num=49: more shards than the 48 images"),
+    (
+        "main_fed.py",
+        "--train --client_num=49",
+        "--batch_size=8 is larger than the 1 images of shard 0",
+    ),
     ("main_fed.py", "--train --client_num=6 --batch_size=9", "--batch_size=9 is larger than the 8 images of shard 0"),
     ("main_fed.py", "--train --mem_ratio=0", "--mem_ratio=0.0: must be > 0"),
     ("main_fed.py", "--train --arr_ema_decay=1.5", "--arr_ema_decay=1.5"),

@@ -80,7 +80,7 @@ def test_a_diverged_average_is_refused_before_it_overwrites_the_shards(ema):
     broken = learners[1].ema if ema else learners[1].net
     broken.head.bias.data[3] = float("inf")
     before = [[learner.weights.clone(), learner.ema_weights.clone()] for learner in learners]
-    with pytest.raises(DataError, match=r"not finite \(shards that diverged: \[1\]\)"):
+    with pytest.raises(DataError, match="average of the shards is not finite"):
         average_learners(dict(enumerate(learners)), [1, 1, 1])
     for learner, values in zip(learners, before, strict=True):
         for value, kept in zip((learner.weights, learner.ema_weights), values, strict=True):

@@ -150,7 +150,7 @@ def test_checkpoints_of_others_are_refused_and_left_as_they_are(write, ours, fla
     """In a directory of theirs, or put into one of ours."""
     if ours:
         directory = open_directory(tmp_path)
-        directory.begin(0, [])
+        directory.begin(0)
         directory.lock.close()
     write(tmp_path / "ckpt5.pt")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -176,7 +176,7 @@ def test_other_files_of_others_are_not_replaced_either(name, content, tmp_path):
 def test_the_lock_comes_before_all_else(tmp_path):
     """What is in a directory is looked at when nobody else can change it any more."""
     directory = open_directory(tmp_path)
-    directory.begin(0, [])
+    directory.begin(0)
     with pytest.raises(DataError, match="is writing there"):
         open_directory(tmp_path, {**SETTINGS, "lr": 2.0})
     directory.lock.close()
@@ -195,19 +195,6 @@ def test_a_learner_that_is_continued_keeps_nothing_of_the_file(tmp_path):
     assert differences(learner.state_dict(), other.state_dict()) == []
 
 
-def test_a_change_is_not_taken_back_into_the_time_before_it(tmp_path):
-    """After an allowed change at step 8 nothing is made again from step 6, where the change was not yet."""
-    for settings, steps in ((SETTINGS, 0), ({**SETTINGS, "lr": 2.0}, 8)):
-        directory = open_directory(tmp_path, settings, allow_change=True)
-        directory.begin(steps, [])
-        directory.lock.close()
-    directory = open_directory(tmp_path, {**SETTINGS, "lr": 2.0})
-    directory.begin(10, [tmp_path / "ckpt12.pt"])
-    with pytest.raises(UsageError, match=r"ckpt8\.pt: made with other settings"):
-        directory.begin(6, [tmp_path / "ckpt8.pt"])
-    directory.lock.close()
-
-
 def test_old_milestones_keep_what_evaluation_needs(tmp_path):
     learner = tiny_learner()
     learner.update(learner.trainer(torch.zeros(2, 3, 8, 8)).mean())  # so that there are moments
@@ -220,12 +207,12 @@ def test_old_milestones_keep_what_evaluation_needs(tmp_path):
     assert all(files[f"ckpt{step}.pt"].keys() == slim for step in (1, 2, 4))
     assert all(files[f"ckpt{step}.pt"].keys() > {*slim, "optim"} for step in (5, 6))
     assert (tmp_path / "ckpt4.pt").stat().st_size < 0.6 * (tmp_path / "ckpt5.pt").stat().st_size
-    assert checkpoint.newest_step(tmp_path) == (tmp_path / "ckpt6.pt", [])
+    assert checkpoint.newest_step(tmp_path) == tmp_path / "ckpt6.pt"
     (tmp_path / "ckpt6.pt").write_bytes(b"")
-    assert checkpoint.newest_step(tmp_path) == (tmp_path / "ckpt5.pt", [tmp_path / "ckpt6.pt"])
+    assert checkpoint.newest_step(tmp_path) == tmp_path / "ckpt5.pt"
     learner.step = 5  # as a run that has continued from there
     checkpoint.save_step(tmp_path, {**learner.state_dict(), "seconds": 1.0}, milestone=True, keep=1)
-    assert (tmp_path / "ckpt6.pt").exists() and checkpoint.newest_step(tmp_path)[0] == tmp_path / "ckpt5.pt"
+    assert (tmp_path / "ckpt6.pt").exists() and checkpoint.newest_step(tmp_path) == tmp_path / "ckpt5.pt"
     (tmp_path / "ckpt5.pt").unlink()
     with pytest.raises(DataError, match=r"ckpt4\.pt: what the run needs beside it to be continued is missing"):
         checkpoint.newest_step(tmp_path)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.shards import SPLITS, default_split, exchange, make_shards, number_of_step
+from training.shards import SPLITS, exchange, make_shards, number_of_step
 
 
 @pytest.mark.parametrize("split", [split for split in SPLITS if split != "all"])
@@ -44,21 +44,6 @@ def test_contiguous_and_random():
     one, same, other = (make_shards(labels, 3, "random", seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert any(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
-
-
-def test_defaults_and_errors():
-    assert [default_split(name) for name in ("cifar10", "cifar100", "digits", "cifar10_rand", "afhq")] == [
-        "stratified",
-        "stratified",
-        "stratified",
-        "random",
-        "contiguous",
-    ]
-    for K in (0, 4):
-        with pytest.raises(ValueError, match="num_shards"):
-            make_shards(torch.zeros(3, dtype=torch.long), K, "random", 0)
-    with pytest.raises(ValueError, match="split"):
-        make_shards(torch.zeros(3, dtype=torch.long), 2, "alphabetic", 0)
 
 
 def test_steps_are_numbered_as_in_shards_trained_one_after_the_other():

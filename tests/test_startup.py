@@ -115,7 +115,7 @@ def test_a_name_of_any_kind_in_all_reports(tmp_path):
     """One line per message, and every text that is written is UTF-8."""
     log = f"--logdir={ODD}"
     run("main.py", "--train", *TINY_FLAGS, "--total_steps=2", "--save_step=1", log, cwd=tmp_path)
-    again = run("main.py", "--train", f"--flagfile={ODD}/flagfile.txt", "--total_steps=4", cwd=tmp_path)
+    again = run("main.py", "--train", *TINY_FLAGS, "--save_step=1", "--total_steps=4", log, cwd=tmp_path)
     assert "2 of 4 steps done" in again.stdout
     dirs = eval_flags(tmp_path / ODD)
     run("all_in.py", *TINY_FLAGS, "--num_images=8", "--fid_features=pixels", f"--unet_dir={ODD}", *dirs, cwd=tmp_path)

@@ -20,15 +20,10 @@ class AntiGradientControl(nn.Module):
         ascend_weight: w >= 0 of `ascend`.
         bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.
-
-    Raises:
-        ValueError: no such anti_grad.
     """
 
     def __init__(self, T, mem_ratio=2.0, ema_decay=0.8, anti_grad="skip", ascend_weight=0.0, bins=None, bar=1.0):
         super().__init__()
-        if anti_grad not in ANTI_GRADS:
-            raise ValueError(f"anti_grad is {anti_grad!r}: must be one of {', '.join(ANTI_GRADS)}")
         self.T, self.bar = T, bar
         self.mem_ratio = mem_ratio
         self.ema_decay = ema_decay
@@ -91,30 +86,3 @@ class AntiGradientControl(nn.Module):
         updated = d ** same.sum(dim=1) * self.bank[entry] + torch.where(same, discounted, 0.0).sum(dim=1)
         # every occurrence of an entry computes the same sum, so it does not matter which one writes last
         self.bank[entry] = torch.where(losses.isfinite().all(), updated, self.bank[entry])
-
-
-class NearThreshold:
-    """The queue of threshold-aware augmentation: samples near the threshold, until there are enough for a batch."""
-
-    def __init__(self):
-        self.index, self.near = torch.empty(0, dtype=torch.int64), torch.empty(0)
-
-    def add(self, index, near, batch_size):
-        """Take in a step's samples near the threshold; returns a batch of them when it is full, and forgets the rest.
-
-        Args:
-            index: (B,) int64, the images of a step.
-            near: (B,) float32 of `AntiGradientControl.near_threshold`.
-            batch_size: of the batch.
-
-        Returns:
-            None, or the images (batch_size,) and the magnitude int(5 mean(near)) of their augmentation.
-        """
-        chosen = near.cpu() > 0
-        self.index = torch.cat([self.index, index.cpu()[chosen]])
-        self.near = torch.cat([self.near, near.cpu()[chosen]])
-        if len(self.index) < batch_size:
-            return None
-        full = self.index[:batch_size], int(5 * self.near[:batch_size].mean())
-        self.__init__()
-        return full

@@ -44,18 +44,12 @@ def average_learners(learners, sizes, replace=True):
         The average weights and the average EMA weights, two state dicts.
 
     Raises:
-        DataError: a shard's weights are not finite; the learners are as they were.
+        DataError: it is not finite; the learners are as they were.
     """
-    diverged = torch.zeros(len(sizes))
-    for k, learner in learners.items():
-        diverged[k] = not (learner.weights.isfinite().all() and learner.ema_weights.isfinite().all())
-    if distributed.total(diverged).any():
-        raise DataError(
-            f"the average of the shards is not finite (shards that diverged: {diverged.nonzero().flatten().tolist()}): "
-            "no shard was given it and no checkpoint was written; lower --lr or --grad_clip"
-        )
     average = weighted_average({k: learner.net.state_dict() for k, learner in learners.items()}, sizes)
     ema_average = weighted_average({k: learner.ema.state_dict() for k, learner in learners.items()}, sizes)
+    if not all(entry.isfinite().all() for entry in (*average.values(), *ema_average.values())):
+        raise DataError("the average of the shards is not finite, and no shard was given it: lower --lr or --grad_clip")
     for learner in learners.values() if replace else ():
         learner.set_weights(average, ema_average)
     return average, ema_average

@@ -6,7 +6,6 @@ of every shard), since in a round no shard depends on another.
 """
 
 import json
-import math
 import os
 import pickle
 import re
@@ -23,7 +22,7 @@ from safetensors import safe_open
 
 from utils import distributed
 from utils.errors import DamagedError, DataError, UsageError, warn
-from utils.files import atomic_write, lock_directory, make_directory, read_json, remove, write_json
+from utils.files import atomic_write, lock_directory, make_directory, read_json, remove, write_json, write_text
 from utils.safe_files import one_line
 
 FORMAT = 4  # of what a run needs to continue
@@ -244,26 +243,13 @@ class LogDirectory:
                 raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
         self.changes += [{"flag": name, "before": before.get(name), "after": self.settings[name]} for name in changed]
 
-    def begin(self, steps, later):
-        """Write what the run is made of, now that all processes have what they continue from.
-
-        Args:
-            steps: that are done, over all shards.
-            later: files of later steps, which the run will make again.
-
-        Raises:
-            UsageError: those were made with other settings, so that they would not come out the same.
-        """
+    def begin(self, steps):
+        """Write what the run is made of, now that all processes have what they continue from; `steps` are done."""
         distributed.barrier()
         if distributed.is_main():
-            # a change of now has no step yet
-            if later and any(change.get("step", math.inf) > steps for change in self.changes):
-                what = f"made with other settings (--allow_change), and a run continued at step {steps} replaces it"
-                raise UsageError(f"{later[0]}: {what}: choose another --logdir, or go on without the change")
             changes = [{"step": steps, **change} for change in self.changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
-            with atomic_write(self.path / "flagfile.txt") as file:
-                file.write(self.flagfile.encode(errors="surrogateescape"))
+            write_text(self.path / "flagfile.txt", self.flagfile)
             with atomic_write(self.path / "subset.npy") as file:
                 np.save(file, self.subset.numpy())
             for file in own_files(self.path, LEFTOVERS):
@@ -307,30 +293,26 @@ def check_length(flag, wanted, done, logdir):
 def resume(learner, directory, total_steps):
     """Continue from the newest good checkpoint, if there is one; returns the seconds of training until then."""
     logdir, seconds = directory.path, 0.0
-    path, later = distributed.from_main(newest_step(logdir) if distributed.is_main() else None)
+    path = distributed.from_main(newest_step(logdir) if distributed.is_main() else None)
     if path:
         state = load(path, check=False)  # rank 0 has checked it
         restore(learner, state, path)
         seconds = state["seconds"]
     check_length("total_steps", total_steps, learner.step, logdir)
-    directory.begin(learner.step, later)
+    directory.begin(learner.step)
     if path:
         print(f"continuing from {path}: {learner.step} of {total_steps} steps done")
-    elif later:
-        print(f"{logdir}: no checkpoint in it can be continued, starting anew")
     return seconds
 
 
 def newest_step(logdir):
-    """(the newest whole checkpoint of main.py or None, files of later steps); a DataError if a run cannot go on so."""
-    later = []
+    """The newest whole checkpoint of main.py, or None; a DataError if a run cannot go on from it."""
     for path in numbered(logdir, STEPS).values():
         if state := load_whole(path):
             if "optim" not in state:
                 raise nothing_to_continue(path)
-            return path, later
-        later.append(path)
-    return None, later
+            return path
+    return None
 
 
 def save_step(logdir, state, milestone, keep):
@@ -357,7 +339,7 @@ def shard_files(logdir, shard):
 
 
 def newest_round(steps_per_round, logdir):
-    """(rounds done, own steps of the shards, file of the average, later files) of the newest files that fit together.
+    """(rounds done, own steps of the shards, file of the average) of the newest files that fit together.
 
     A shard at step 0 has no file, and there is no average before round 1.
 
@@ -375,11 +357,10 @@ def newest_round(steps_per_round, logdir):
             steps.append(next(own, None if r else 0))
         if None not in steps:
             break
-    later = [path for s, path in averages.items() if s > r]
-    later += [path for k, files in enumerate(shards) for step, path in files.items() if step > steps[k]]
-    if not any(steps) and (whole := next(filter(load_whole, later), None)):
+    files = [*averages.values(), *(path for own in shards for path in own.values())]
+    if not any(steps) and (whole := next(filter(load_whole, files), None)):
         raise nothing_to_continue(whole)
-    return r, steps, averages.get(r), later
+    return r, steps, averages.get(r)
 
 
 def resume_shards(shards, steps_per_round, directory, total_round):
@@ -400,7 +381,7 @@ def resume_shards(shards, steps_per_round, directory, total_round):
     """
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
-    r, steps, average_path, later = distributed.from_main(found)
+    r, steps, average_path = distributed.from_main(found)
     average = load(average_path, check=False) if r else {"seconds": 0.0}
     seconds = average["seconds"]
     for shard in shards:
@@ -416,11 +397,9 @@ def resume_shards(shards, steps_per_round, directory, total_round):
             if average["averaged"]:
                 shard.learner.set_weights(average["global_model"], average["global_ema_model"])
     check_length("total_round", total_round, r, logdir)
-    directory.begin(sum(steps), later)
+    directory.begin(sum(steps))
     if any(steps):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    elif later:
-        print(f"{logdir}: nothing in it can be continued, starting anew")
     return r, seconds, average.get("shards")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from training.agc import AntiGradientControl, NearThreshold
+from training.agc import AntiGradientControl
 from training.learner import Learner
 from utils import distributed
 from utils.seeding import derive_seed
@@ -21,7 +21,7 @@ class Shard:
         agc: its memory bank.
         skip_counts: (N,) int64, how often the shard has skipped each image.
         round_counts: the same in this round, and with those near the threshold of IET-AGC+.
-        near_threshold: images that wait to be augmented.
+        near_index, near: the images that wait to be augmented, and how near each is to the threshold.
     """
 
     number: int
@@ -30,7 +30,8 @@ class Shard:
     agc: AntiGradientControl
     skip_counts: torch.Tensor
     round_counts: torch.Tensor
-    near_threshold: NearThreshold = field(default_factory=NearThreshold)
+    near_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    near: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def count(self, index, keep, near):
         """Take in which images (B,) of a step were skipped and which were near the threshold."""
@@ -45,13 +46,19 @@ class Shard:
             near: (B,) float32 of `AntiGradientControl.near_threshold`.
             seed: of the run.
         """
-        if full := self.near_threshold.add(index, near, self.batches.batch_size):
-            torch.manual_seed(derive_seed(seed, "augment", self.number, self.learner.step))
-            self.learner.update(self.learner.losses(self.batches.augmented(*full)).mean(), extra=True)
+        chosen, B = near.cpu() > 0, self.batches.batch_size
+        self.near_index = torch.cat([self.near_index, index.cpu()[chosen]])
+        self.near = torch.cat([self.near, near.cpu()[chosen]])
+        if len(self.near) < B:
+            return
+        torch.manual_seed(derive_seed(seed, "augment", self.number, self.learner.step))
+        batch = self.batches.augmented(self.near_index[:B], int(5 * self.near[:B].mean()))
+        self.learner.update(self.learner.losses(batch).mean(), extra=True)
+        self.near_index, self.near = self.near_index[:0], self.near[:0]
 
     def state_dict(self):
         """What the shard needs to continue."""
-        queue = {"near_index": self.near_threshold.index, "near": self.near_threshold.near}
+        queue = {"near_index": self.near_index, "near": self.near}
         counts = {"skip_counts": self.skip_counts, "round_counts": self.round_counts, "bank": self.agc.bank}
         return {**self.learner.state_dict(), **counts, **queue}
 
@@ -60,7 +67,7 @@ class Shard:
         self.agc.bank.copy_(state["bank"])
         self.skip_counts.copy_(state["skip_counts"])
         self.round_counts.copy_(state["round_counts"])
-        self.near_threshold.index, self.near_threshold.near = state["near_index"], state["near"]
+        self.near_index, self.near = state["near_index"], state["near"]
 
 
 def total_of(shards, name):

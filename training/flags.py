@@ -4,7 +4,6 @@ All scripts accept all flags, so that they share flagfiles; a help text says so 
 """
 
 import inspect
-import json
 import os
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
 from training.agc import ANTI_GRADS, AntiGradientControl
 from training.learner import PRECISIONS
-from training.shards import PLACES, SPLITS, default_split
+from training.shards import DEFAULT_SPLIT, PLACES, SPLITS
 from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
 
@@ -190,8 +189,8 @@ for _names, _test, _range in (
 def parse(values, argv):
     """Parse a command line, its program first, into absl's `values`; returns what is no flag.
 
-    --flagfile is read here. What comes later wins, of flags that repeat as a whole: those in a flagfile, or after it,
-    replace those before it.
+    --flagfile is read here, since absl adds up lists. What comes later wins, of flags that repeat as a whole: those in
+    a flagfile, or after it, replace those before it.
 
     Raises:
         UsageError, flags.Error: what cannot be parsed.
@@ -225,20 +224,13 @@ def parts(words, opened=()):
 
 
 def read_flagfile(path):
-    """The lines of a flagfile in UTF-8, without blank ones and comments.
-
-    Bytes that are no UTF-8 are kept, for names of files. A line in double quotes is JSON: see `as_flagfile`.
-    """
+    """The lines of a flagfile in UTF-8, without blank ones and comments."""
     try:
-        text = path.read_text("utf-8-sig", "surrogateescape")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes, as UTF-16 does")
-        lines = [line.strip() for line in text.split("\n")]
-        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
-        return [json.loads(line) if line.startswith('"') else line for line in lines]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:
         what = one_line(error)
         raise UsageError(f"--flagfile={path}: not a text file ({what}): write a flag a line, in UTF-8") from error
+    return [line for line in lines if line and not line.startswith(("#", "//"))]
 
 
 def check(values):
@@ -371,7 +363,7 @@ def data_device(values, device):
 
 def split_of(values):
     """How images go to shards: the flag, else as the paper's experiments do."""
-    return "random" if values.reshard else values.split or default_split(values.dataset)
+    return "random" if values.reshard else values.split or DEFAULT_SPLIT.get(values.dataset, "stratified")
 
 
 def labels_of(values):
@@ -436,12 +428,6 @@ def as_dict(values):
 
 
 def as_flagfile(values):
-    """The same as the text of a file for `--flagfile`, without what is meant for one command only.
-
-    A line that `read_flagfile` would change, as for a directory whose name ends in a space, is in JSON.
-    """
-    lines = []
-    for flag in values.get_key_flags_for_module(__name__):
-        if flag.name not in ONCE and (text := flag.serialize()):
-            lines += text.split("\n") if isinstance(flag, flags.MultiFlag) else [text]
-    return "".join(f"{line if line.isprintable() and line == line.strip() else json.dumps(line)}\n" for line in lines)
+    """The same as the text of a file for `--flagfile`, without what is meant for one command only."""
+    flags_here = values.get_key_flags_for_module(__name__)
+    return "".join(f"{text}\n" for flag in flags_here if flag.name not in ONCE and (text := flag.serialize()))
