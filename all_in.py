@@ -26,7 +26,7 @@ from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
 from utils.errors import DataError, UsageError, printable
-from utils.files import atomic_write, file_hash, lock_directory, make_directory, read_json, write_json
+from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
@@ -65,8 +65,6 @@ def take_directories(stages):
     """Make the directories that the stages write, and take them until the files that are returned are closed."""
     written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
     paths = {Path(FLAGS[flag].value).resolve(): flag for flag, writes in written.items() if writes}  # may be one
-    for path, flag in paths.items():
-        make_directory(path, flag)
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 

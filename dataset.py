@@ -57,8 +57,7 @@ class Dataset:
 
     def without_copies(self):
         """The same with every training image once, in the order of `slot_image`: what measures are taken of."""
-        first = torch.ones(len(self.subset), dtype=torch.bool)
-        first[1:] = self.subset[1:] != self.subset[:-1]
+        first = self.subset.diff(prepend=torch.tensor([-1])) > 0
         if first.all():
             return self
         return replace(self, train=ImageSet(*(part[first] for part in self.train)), subset=self.subset[first])

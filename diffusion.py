@@ -13,11 +13,6 @@ VAR_TYPES = ("fixedlarge", "fixedsmall")
 SAMPLERS = ("ddim", "ddpm", "dpmpp")
 
 
-def linear_betas(beta_1, beta_T, T):
-    """The variance schedule: a float32 linspace, as published, held in float64; (T,)."""
-    return torch.linspace(beta_1, beta_T, T, dtype=torch.float32).double()
-
-
 def extract(values, t):
     """values[t] as float32 (B, 1, 1, 1), to scale images; values (T,), t (B,)."""
     return values[t].float()[:, None, None, None]
@@ -47,13 +42,7 @@ def dpmpp_timesteps(alphas_bar, steps):
     Args:
         alphas_bar: (T,) float64, descending.
         steps: calls of the network.
-
-    Raises:
-        ValueError: steps is not in 1..T-1.
     """
-    T = len(alphas_bar)
-    if not 1 <= steps < T:
-        raise ValueError(f"steps is {steps}: must be between 1 and T - 1 = {T - 1}")
     lambdas = 0.5 * torch.log(alphas_bar / (1 - alphas_bar))
     even = torch.linspace(lambdas[0].item(), lambdas[-1].item(), steps + 1, dtype=torch.float64)
     return (even[:, None] - lambdas).abs().argmin(dim=1).unique().tolist()
@@ -78,7 +67,7 @@ class GaussianDiffusion(nn.Module):
         self.model = model
         self.T = T
         self.mean_type = mean_type
-        betas = linear_betas(beta_1, beta_T, T)
+        betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float32).double()  # float32 first, as published
         alphas_bar = torch.cumprod(1 - betas, dim=0)
         alphas_bar_prev = F.pad(alphas_bar, [1, 0], value=1.0)[:T]
         self.register_buffer("betas", betas)
@@ -228,18 +217,11 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         conditional, unconditional = both.float().chunk(2)
         return (1 + self.guidance) * conditional - self.guidance * unconditional
 
-    def p_mean_variance(self, x_t, t, labels=None):
-        """Mean and log-variance of p(x_{t-1} | x_t) (DDPM eq. 11), with x_0 recovered from the prediction, not clipped.
-
-        (B, 3, H, W) and (B, 1, 1, 1), of x_t (B, 3, H, W), t (B,) and labels (B,) or None.
-        """
-        x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
-        return self.q_posterior_mean(x_0, x_t, t), extract(self.log_var, t)
-
     def ddpm_step(self, x_t, t, t_prev, labels, noise):
-        """x_{t-1} from x_t by ancestral sampling (DDPM algorithm 2): no noise at t = 0."""
-        mean, log_var = self.p_mean_variance(x_t, t, labels)
-        return mean if t_prev is None else mean + (0.5 * log_var).exp() * noise(x_t)
+        """x_{t-1} from x_t by ancestral sampling (DDPM algorithm 2): x_0 is not clipped, and no noise at t = 0."""
+        x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
+        mean = self.q_posterior_mean(x_0, x_t, t)
+        return mean if t_prev is None else mean + (0.5 * extract(self.log_var, t)).exp() * noise(x_t)
 
     def ddim_step(self, x_t, t, t_prev, labels, noise):
         """x_{t_prev} from x_t (DDIM eq. 12, with sigma of eq. 16): x_0 is clamped to [-1, 1], eps is not.

@@ -128,15 +128,13 @@ class UNet(nn.Module):
             takes out just what the embeddings have added, and the block sees neither t nor the class.
 
     Raises:
-        ValueError: a level in attn does not exist, or ch is not a multiple of groups.
+        ValueError: a level in attn does not exist, or torch's, ch is not a multiple of groups.
     """
 
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None, groups=32):
         super().__init__()
         if any(not 0 <= level < len(ch_mult) for level in attn):
             raise ValueError(f"attn {list(attn)} names a level that ch_mult {list(ch_mult)} does not have (0-based)")
-        if ch % groups:
-            raise ValueError(f"ch is {ch}: must be a multiple of groups, {groups}")
         tdim = 4 * ch
         conditional = num_labels is not None
         self.time_embedding = Embedding(nn.Embedding.from_pretrained(sinusoidal_table(T, ch)), ch, tdim)

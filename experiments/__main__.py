@@ -21,7 +21,7 @@ from experiments.arms import ARMS, DATA, ROOT
 from score.compare import markdown_table
 from utils import startup
 from utils.errors import UsageError
-from utils.files import lock_directory, make_directory, read_json, write_json
+from utils.files import lock_directory, read_json, write_json
 
 
 def options_of(arguments):
@@ -45,7 +45,6 @@ def options_of(arguments):
 def main(arguments=None):
     options, start = options_of(arguments), time.time()
     out = Path(options.out).resolve()
-    make_directory(out, "out")
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
         planned = runs.plan(out, options.scale, options.arms)
         deadline = start + 60 * options.minutes

@@ -1,8 +1,6 @@
 """Scores of sets of images by their features: FID on Inception's, `fpd` on pooled pixels, and the Inception score."""
 
-import os
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from dataset import fingerprint
 from score.inception import FEATURES
 from score.samples import read_npz
 from utils import distributed
-from utils.errors import DataError, warn
+from utils.errors import DataError
 from utils.files import atomic_write, make_directory
 
 POOLED_SIZE = 8
@@ -169,12 +167,6 @@ def precision_recall(real, generated, k=3, block=1024):
     return {"precision": covered(generated, real), "recall": covered(real, generated)}
 
 
-def save_statistics(path, mu, sigma, **provenance):
-    """Write the published format, an .npz with `mu` (D,) and `sigma` (D, D), and what they were computed from."""
-    with atomic_write(path) as file:
-        np.savez(file, mu=mu, sigma=sigma, **provenance)
-
-
 def load_statistics(path):
     """(mu (D,), sigma (D, D), provenance) of a statistics file, float64; provenance is {} in published files.
 
@@ -205,41 +197,28 @@ def reference_statistics(images, inception=None, cache=None, batch_size=50):
 
     Args:
         images, inception, batch_size: as there.
-        cache: a file that a person has named; None for one in ./results/stats, named by what it is made from, where a
-            warning says so if it cannot be read or written. A file that does not say what it was made from, as the
-            published ones, is taken at its word, with a warning.
+        cache: the file; None for one in ./results/stats, named by what it is made from. A file that does not say what
+            it was made from, as the published ones, is taken at its word, with a warning.
 
     Raises:
-        DataError: the file that was named cannot be read, was made from other images, features or weights, or could
-            not be written, which shows before the work.
+        DataError: the file cannot be read, was made from other images, features or weights, or could not be written,
+            which shows before the work.
     """
     provenance = provenance_of(images, inception)
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None
     if distributed.is_main():
-        with only_a_warning(unless=cache):
-            if os.access(path, os.F_OK):  # False also where a directory may not be read
-                statistics = known_statistics(path, provenance)
-            elif cache:
-                make_directory(path.parent, "fid_cache")
+        if path.exists():
+            statistics = known_statistics(path, provenance)
+        else:
+            make_directory(path.parent, "fid_cache")
     statistics = distributed.from_main(statistics)
     if statistics is None:
         statistics = compute_statistics(images, inception, batch_size)
         if distributed.is_main():
-            with only_a_warning(unless=cache):
-                save_statistics(path, *statistics, **provenance)
+            with atomic_write(path) as file:  # the published format, and what it was computed from
+                np.savez(file, mu=statistics[0], sigma=statistics[1], **provenance)
     return statistics
-
-
-@contextmanager
-def only_a_warning(unless):
-    """Say a DataError of the block in a line and go on, unless a person has named the file."""
-    try:
-        yield
-    except DataError as error:
-        if unless:
-            raise
-        warn(f"warning: {error}; going on without it")
 
 
 def known_statistics(path, expected):

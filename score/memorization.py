@@ -45,10 +45,8 @@ def nearest_neighbors(
         on the device. A copy has distance 0. Nothing depends on the batch sizes.
 
     Raises:
-        ValueError: an empty set, values between the levels, different image shapes, k or a batch below 1.
+        ValueError: an empty set, values between the levels, different image shapes.
     """
-    if min(k, batch_generated, batch_training) < 1:
-        raise ValueError(f"k and both batches must be at least 1, not {k}, {batch_generated}, {batch_training}")
     if generated.shape[1:] != training.shape[1:]:
         raise ValueError(f"images of {tuple(generated.shape[1:])} and of {tuple(training.shape[1:])} have no distance")
     device = torch.device(device or training.device)
@@ -60,17 +58,15 @@ def nearest_neighbors(
     # per image, ascending: squared distance less |a|^2, times the number of training images, plus index
     best = [torch.empty(len(batch), 0, dtype=torch.int64, device=device) for batch in batches]
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
-        with distributed.bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
-            for start in range(0, len(training), size):
-                block = training[start : start + size].to(device)
-                keys, norm = slices_of(block, integers), squared_norms(block, device)
-                for i, batch in enumerate(batches):
-                    products = multiply(slices_of(batch.to(device), integers), keys, integers)
-                    best[i] = update_best(best[i], products, norm, start, len(training), training.shape[1], k)
-                bar.update(len(block))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    with distributed.bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
+        for start in range(0, len(training), size):
+            block = training[start : start + size].to(device)
+            keys, norm = slices_of(block, integers), squared_norms(block, device)
+            for i, batch in enumerate(batches):
+                products = multiply(slices_of(batch.to(device), integers), keys, integers)
+                best[i] = update_best(best[i], products, norm, start, len(training), training.shape[1], k)
+            bar.update(len(block))
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     best = torch.cat(best)
     own = squared_norms(generated, device)
     return (own[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
@@ -120,9 +116,7 @@ def codes_of(images):
 
 def squared_norms(images, device):
     """|v|^2 of the codes of images (n, D), uint8: int64 (n,) on the device."""
-    # on a CPU as many at a time as stay in its cache
-    chunk = 32 if device.type == "cpu" else max(1, 2**26 // images.shape[1])
-    chunks = (codes_of(rows.to(device)).float() for rows in images.split(chunk))
+    chunks = (codes_of(rows.to(device)).float() for rows in images.split(256))
     return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
 
 

@@ -25,11 +25,6 @@ def under(*keys):
     return lambda result: functools.reduce(lambda found, key: (found or {}).get(key), keys, result)
 
 
-def either(*finders):
-    """A function that returns what the first of these functions finds, or None."""
-    return lambda result: next((value for find in finders if (value := find(result)) is not None), None)
-
-
 def detector_auc(result):
     """Of copies by similarity above 0.5, which is SSCD's threshold, or by f_mem for other features."""
     return under("detector", "above_05" if result.get("features") == "sscd" else "f_mem", "auc")(result)
@@ -37,7 +32,7 @@ def detector_auc(result):
 
 def similarity(name):
     """A function that finds a number of the search in feature space, in a result of all_in.py of either half."""
-    return either(under("feature_space", name), under(name))
+    return lambda result: result.get("feature_space", result).get(name)
 
 
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
@@ -229,33 +224,14 @@ def histograms(series):
     return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(above)}.")
 
 
-def pairs(generated, training, nearest, ratio):
-    """The most memorised pairs as figures."""
+def pairs(generated, training, nearest, order, say):
+    """The first pairs in an order (N,) as figures; say: a function of both numbers, i and j, that returns a caption."""
     shown = []
-    for place, i in enumerate(ratio.argsort(stable=True)[:PAIRS].tolist()):
-        j, percent = nearest[i].item(), f"{100 * ratio[i].item():.1f}"
-        left = training[j], f"training image {j}"
-        right = generated[i], f"generated image {i}, its ratio is {percent} percent"
-        shown.append((f"{place + 1}. ratio {percent}&thinsp;%, training {j}, generated {i}", (left, right)))
-    return figures(shown)
-
-
-def similar_pairs(generated, training, nearest, similarity, prompts, captions):
-    """The most similar pairs as figures, with prompts of the generated and captions of the training images if known."""
-    shown = []
-    for place, i in enumerate(similarity.argsort(descending=True, stable=True)[:PAIRS].tolist()):
+    for place, i in enumerate(order[:PAIRS].tolist()):
         j = nearest[i].item()
-        left, right = (training[j], f"training image {j}"), (generated[i], f"generated image {i}")
-        caption = f"{place + 1}. similarity {similarity[i].item():.3f}"
-        if prompts:
-            caption += f"<br>training: {escape(captions[j])}<br>prompt: {escape(prompts[i])}"
-        shown.append((caption, (left, right)))
+        images = (training[j], f"training image {j}"), (generated[i], f"generated image {i}")
+        shown.append((f"{place + 1}. {say(i, j)}", images))
     return figures(shown)
-
-
-def copy_counts(nearest, ratio, size):
-    """How many generated images copy each training image: int64 (size,)."""
-    return torch.bincount(nearest[100 * ratio < COPIED], minlength=size)
 
 
 def most(counts, training, copies, skips):
@@ -300,7 +276,11 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     )
     if result.get("warning"):
         note += f"</p><p class=note>{escape(result['warning'])}."
-    copies = copy_counts(nearest, ratio, len(training))
+
+    def caption(i, j):
+        return f"ratio {100 * ratio[i]:.1f}&thinsp;%, training {j}, generated {i}"
+
+    copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
     of_training = (
         f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
@@ -316,7 +296,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(of_features))] if of_features else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
-        ("The most memorised pairs", pairs(generated, training, nearest, ratio)),
+        ("The most memorised pairs", pairs(generated, training, nearest, ratio.argsort(stable=True), caption)),
         ("Training images", of_training),
         ("Settings", settings(result)),
     ]
@@ -341,7 +321,13 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     source = result["checkpoint"] or result["samples"]
     warning = f"<p class=note>{escape(result['warning'])}.</p>" if result["warning"] else ""
     shares = {name: [numbers["mq_curve"]] for name, numbers in sets_of(result).items()}
-    shown = similar_pairs(generated, training, nearest, similarity, prompts, captions)
+
+    def caption(i, j):
+        texts = f"<br>training: {escape(captions[j])}<br>prompt: {escape(prompts[i])}" if prompts else ""
+        return f"similarity {similarity[i]:.3f}{texts}"
+
+    order = similarity.argsort(descending=True, stable=True)
+    shown = pairs(generated, training, nearest, order, caption)
     sections = [
         ("Summary", all_columns(result) + warning),
         ("Similarity to training images", similarities(result)),

@@ -109,7 +109,7 @@ def make_embedding(features, device, *, sscd=None, how="published", allow_torchs
         clip: folder of `load_clip`.
     """
     if features == "pixels":
-        return lambda images: centred(images.to(device).flatten(1).float())
+        return lambda images: F.layer_norm(images.to(device).float(), images.shape[1:]).flatten(1)
     if features == "inception":
         network = Inception(inception, device)
         return lambda images: network(images)[0]
@@ -118,10 +118,6 @@ def make_embedding(features, device, *, sscd=None, how="published", allow_torchs
         return lambda images: image_features(model, images)
     network = load_sscd(sscd, allow_torchscript).to(device)
     return lambda images: network(preprocess(images.to(device), *PREPROCESS[how]))
-
-
-def centred(rows):
-    return rows - rows.mean(dim=1, keepdim=True)
 
 
 def image_features(model, images):

@@ -311,7 +311,7 @@ def test_a_bad_file_is_named(tmp_path, damage, num_workers):
     content = {"text": b"hello", "empty": b"", "truncated": whole[:-300], "postscript": postscript.getvalue()}
     paths[2].write_bytes(content[damage])
     message = data_error(lambda: load_dataset("folder", tmp_path, num_workers=num_workers), paths[2])
-    assert ("not an image" in message) == (damage != "truncated")
+    assert "not an image" in message
     assert not list(tmp_path.rglob("*.npy"))
 
 

@@ -163,9 +163,8 @@ def test_a_damaged_png_is_named(tmp_path, chunk):
     data_error(lambda: read_image(path), path)
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])
-@pytest.mark.filterwarnings("ignore:::PIL")
-def test_decompression_bomb(tmp_path, side):
+def test_decompression_bomb(tmp_path):
+    side = 20_000
     rows = zlib.compress(bytes((side // 8 + 1) * side), 1)
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")]

@@ -177,7 +177,7 @@ def test_labels_look_up_row_label_plus_one():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="level"):
         UNet(T, CH, [1, 2], [2], 1, 0.1)
-    with pytest.raises(ValueError, match="multiple of groups, 32"):
+    with pytest.raises(ValueError, match="num_channels"):
         UNet(T, 40, [1, 2], [1], 1, 0.1)
     with pytest.raises(ValueError, match="num_labels"):
         make()(torch.zeros(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))

@@ -41,7 +41,7 @@ from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError
-from utils.files import atomic_write, lock_directory, make_directory, read_json, write_json
+from utils.files import atomic_write, lock_directory, read_json, write_json
 from utils.images import list_images, to_uint8
 from utils.seeding import generator
 
@@ -183,8 +183,6 @@ def take_directories(base_dir):
     if not FLAGS.samples:
         written |= {"generate_dir": FLAGS.generate_dir} | ({"base_dir": base_dir} if base_dir else {})
     paths = {Path(path).resolve(): flag for flag, path in written.items()}  # some may be the same
-    for path, flag in paths.items():
-        make_directory(path, flag)
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 

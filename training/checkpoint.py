@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from utils import distributed
 from utils.errors import DamagedError, DataError, UsageError, warn
-from utils.files import atomic_write, lock_directory, make_directory, read_json, remove, write_json, write_text
+from utils.files import atomic_write, lock_directory, read_json, remove, write_json, write_text
 from utils.safe_files import one_line
 
 FORMAT = 4  # of what a run needs to continue
@@ -204,7 +204,6 @@ class LogDirectory:
     def __init__(self, path, settings, fixed, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
         self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
         if distributed.is_main():
-            make_directory(self.path, "logdir")
             self.lock = lock_directory(self.path, "logdir")
             self.take(fixed, fresh, overwrite, allow_change)
         holder, lock = distributed.from_main(str(os.getpid())), self.path / ".lock"

@@ -4,7 +4,9 @@ import os
 import signal
 import sys
 import time
+import warnings
 from functools import partial
+from pathlib import Path
 
 import torch
 from absl import app, flags
@@ -27,8 +29,9 @@ def run(main, arguments=()):
 
 
 def launch(main, arguments):
-    if not distributed.is_main():
-        distributed.be_silent()
+    if not distributed.is_main():  # rank 0 prints and warns; errors are still seen
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
+        warnings.simplefilter("ignore")
     positional = parse(flags.FLAGS, arguments)
     if flags.FLAGS.parallel and distributed.is_main():
         print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)

@@ -8,10 +8,8 @@ import os
 import secrets
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,12 +41,6 @@ def local_rank():
 def is_main():
     """Whether this is the process that prints, logs and saves."""
     return rank() == 0
-
-
-def be_silent():
-    """Leave printing and warning to rank 0; errors are still seen."""
-    sys.stdout = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
-    warnings.simplefilter("ignore")
 
 
 class Lines:

@@ -79,11 +79,12 @@ def make_directory(path, flag):
 
 
 def lock_directory(path, flag):
-    """Take the directory that `flag` names for this process, until it ends or closes the file that is returned.
+    """Make and take the directory that `flag` names, until this process ends or closes the file that is returned.
 
     One that another process has is refused. A file system without locks is warned of, and the work goes on.
     """
     with writable(f"--{flag}={path}/.lock", "choose another directory"):
+        Path(path).mkdir(parents=True, exist_ok=True)
         file = (Path(path) / ".lock").open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
