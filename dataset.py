@@ -84,7 +84,7 @@ def load_dataset(
             one, is held out. 0 for all: then the test split alone is held out.
         subset_seed: which subset, and which of its images are repeated.
         duplicates, copies: so many of the training images, drawn at random, stand in the training set `copies` times.
-        hflip: flip images in training, for "folder": the other sets have their own rule.
+        hflip: flip images in training, as CIFAR's always are.
         num_workers: threads that decode image files (0 means 1).
         download: fetch CIFAR if it is not there.
 
@@ -102,10 +102,6 @@ def load_dataset(
         raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
     if is_cifar and img_size != 32:
         raise UsageError(f"--img_size={img_size}: {name} has images of 32x32, use --img_size=32")
-    if hflip and not (is_cifar or name == "folder"):
-        raise UsageError(f"--hflip: {name} is trained without flips, use it with --dataset=folder only")
-    if download and not is_cifar:
-        raise UsageError(f"--download: fetches CIFAR only, not {name}")
 
     if name in PACKAGED:
         train, num_classes = read_packaged(name, img_size), 10

@@ -178,12 +178,7 @@ class UNet(nn.Module):
 
         Returns:
             What the network was trained to predict, (B, 3, H, W).
-
-        Raises:
-            ValueError: labels for a network without num_labels.
         """
-        if labels is not None and self.num_labels is None:
-            raise ValueError("labels given to a UNet that was built without num_labels")
         temb = self.time_embedding(t)
         cemb = None if labels is None else self.cond_embedding(labels + 1)
         h = self.head(x)

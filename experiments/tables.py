@@ -25,9 +25,10 @@ FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "f_mem": "{:.2%}", "extract
 FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}", "steps": "{:,.0f}", "sequential": "{:,.0f}"}
 
 
-def arms_in(result, names):
-    """Those of `names` that the results have."""
-    return [arm for arm in names if any(point["arm"] == arm for point in result["points"])]
+def trainings(result, names, network=None):
+    """[(arm, {seed: its points})] of those of `names` that the results have."""
+    found = [(arm, paths_of(result["points"], arm, network)) for arm in names]
+    return [(arm, paths) for arm, paths in found if paths]
 
 
 def spread(values, form):
@@ -56,11 +57,10 @@ def same_steps(result):
     """All arms after as many gradient steps in all as default training, and after as many one after the other."""
     measures, rows = ("fpd of others", "f_mem", "extracted", "near copies"), []
     counts = (("steps", STEPS, "in all"), ("sequential", STEPS // 2, "in a row"))
-    for arm in arms_in(result, MAIN | OTHERS):
-        paths = paths_of(result["points"], arm).values()
+    for arm, paths in trainings(result, MAIN | OTHERS):
         rows.append([arm, len(paths)])
         for count, steps, _ in counts:
-            points = nearest(paths, count, steps)
+            points = nearest(paths.values(), count, steps)
             near = abs(points[0][count] - steps) <= steps / 5
             rows[-1] += cells(points, measures) if near else ["-"] * len(measures)
     return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
@@ -74,8 +74,8 @@ def matched(result, least=LEAST_SEEDS):
     header, rows, seeds = ["arm", "seeds"], [], set(paths_of(result["points"], "default"))
     for axis in AXES:
         header += [axis, "f_mem", "default's", "difference", "extracted", "default's", "difference"]
-    for arm in arms_in(result, MAIN | OTHERS):
-        pairs = len(seeds & set(paths_of(result["points"], arm)))
+    for arm, paths in trainings(result, MAIN | OTHERS):
+        pairs = len(seeds & set(paths))
         if arm == "default" or pairs < least:
             continue
         rows.append([arm, pairs])
@@ -98,11 +98,10 @@ def shown(difference, measure):
 def frontier(result):
     """f_mem of the arms in the figure where their images that are not near repeated ones first reach a quality."""
     rows = []
-    for arm in arms_in(result, DRAWN):
-        paths = paths_of(result["points"], arm).values()
+    for arm, paths in trainings(result, DRAWN):
         rows.append([arm, len(paths)])
         for quality in GRID:
-            values = [at_quality(path, quality, "f_mem", "fpd of others") for path in paths]
+            values = [at_quality(path, quality, "f_mem", "fpd of others") for path in paths.values()]
             rows[-1].append("never" if any(map(math.isnan, values)) else spread(values, FORMS["f_mem"]))
     return ["arm", "seeds", *(f"at {quality:g}" for quality in GRID)], rows
 
@@ -112,8 +111,7 @@ def fine_tuned(result):
     measures = ("fpd", "f_mem", "extracted")
     header = ["arm", "seeds", *(f"{m}, {when}" for when in ("start", "end") for m in measures), "difference of f_mem"]
     rows, baseline = [], paths_of(result["points"], "default (fine-tuned)")
-    for arm in arms_in(result, FINE_TUNED):
-        paths = paths_of(result["points"], arm)
+    for arm, paths in trainings(result, FINE_TUNED):
         starts, ends = zip(*((path[0], path[-1]) for path in paths.values()), strict=True)
         rows.append([arm, len(paths), *cells(starts, measures), *cells(ends, measures)])
         less = [paths[seed][-1]["f_mem"] - baseline[seed][-1]["f_mem"] for seed in paths if seed in baseline]
@@ -124,8 +122,8 @@ def fine_tuned(result):
 def larger(result):
     """Images of 16x16 pixels: the end of the trainings."""
     measures, rows = ("steps", "sequential", "fpd", "fpd of others", "f_mem", "extracted", "near copies"), []
-    for arm in arms_in(result, LARGER):
-        ends = [path[-1] for path in paths_of(result["points"], arm).values()]
+    for arm, paths in trainings(result, LARGER):
+        ends = [path[-1] for path in paths.values()]
         rows.append([arm, len(ends), *cells(ends, measures)])
     return ["arm", "seeds", *measures], rows
 
@@ -133,9 +131,8 @@ def larger(result):
 def sub_models(result):
     """A shard's network that is never averaged: does it generalise before it memorises its shard?"""
     measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
-    for arm in arms_in(result, ("clustered score ensemble", "spread score ensemble")):
-        paths = paths_of(result["points"], arm, "sub-model").values()
-        for points in list(zip(*paths, strict=True))[1::2]:
+    for arm, paths in trainings(result, ("clustered score ensemble", "spread score ensemble"), "sub-model"):
+        for points in list(zip(*paths.values(), strict=True))[1::2]:
             single = spread([p["f_mem"] - p["f_mem of copies"] for p in points], FORMS["f_mem"])
             steps = f"{points[0]['steps']:,}"
             rows.append([arm.split()[0], len(paths), steps, *cells(points, measures), single])
@@ -145,8 +142,8 @@ def sub_models(result):
 def learning_rates(result):
     """The best fpd of default training within a third of its steps."""
     rows = []
-    for arm in arms_in(result, LEARNING_RATES):
-        best = [min(path, key=lambda p: p["fpd"]) for path in paths_of(result["points"], arm).values()]
+    for arm, paths in trainings(result, LEARNING_RATES):
+        best = [min(path, key=lambda p: p["fpd"]) for path in paths.values()]
         rows.append([arm, spread([p["fpd"] for p in best], "{:.3f}"), spread([p["f_mem"] for p in best], "{:.2%}")])
     return ["arm", "best fpd", "f_mem there"], rows
 
@@ -167,11 +164,10 @@ def plot(path, result):
     """Memorisation over quality and over steps: means over seeds at every checkpoint, bars of a deviation."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    for i, arm in enumerate(arms_in(result, DRAWN)):
-        paths = paths_of(result["points"], arm).values()
-        length = min(map(len, paths))
+    for i, (arm, paths) in enumerate(trainings(result, DRAWN)):
+        length = min(map(len, paths.values()))
         numbers = {
-            name: np.array([[point[name] for point in path[:length]] for path in paths])
+            name: np.array([[point[name] for point in path[:length]] for path in paths.values()])
             for name in ("fpd of others", "steps", "extracted", "f_mem")
         }
         for row, measure in enumerate(("extracted", "f_mem")):

@@ -294,10 +294,8 @@ def test_the_benchmark_of_the_evaluation_runs_at_a_tiny_scale(capsys):
 
 
 def test_targets_of_the_benchmarks():
-    """A step may take 1.1 times as long as its baseline; something else is to be twice as fast."""
-    assert [row("a", ours, 1.0, at_most=1.1)["ok"] for ours in (1.05, 1.15)] == [True, False]
-    assert [row("a", ours, 1.0, at_least=2)["ok"] for ours in (0.4, 0.6)] == [True, False]
-    assert row("a", 0.4, 1.0, at_least=2)["ratio"] == 2.5
+    """A step may take 1.1 times as long as its baseline."""
+    assert [row("a", ours, 2.0, at_most=1.1)["ok"] for ours in (2.1, 2.3)] == [True, False]
     assert row("a", None) == {"what": "a", "ours": None, "baseline": None, "ratio": None, "target": "", "ok": True}
 
 

@@ -563,8 +563,6 @@ def test_heldout_without_a_test_split():
         ({"name": "mnist"}, "--dataset=mnist"),
         ({"name": "cifar10", "img_size": 64}, "--img_size=64"),
         ({"num_train": 1798}, "--num_train=1798: digits has 1797"),
-        ({"hflip": True}, "--hflip"),
-        ({"download": True}, "--download"),
     ],
 )
 def test_arguments_out_of_range(arguments, flag):

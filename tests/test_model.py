@@ -179,5 +179,3 @@ def test_bad_arguments():
         UNet(T, CH, [1, 2], [2], 1, 0.1)
     with pytest.raises(ValueError, match="num_channels"):
         UNet(T, 40, [1, 2], [1], 1, 0.1)
-    with pytest.raises(ValueError, match="num_labels"):
-        make()(torch.zeros(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))

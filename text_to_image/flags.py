@@ -10,7 +10,7 @@ from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import content_hash
 from training import flags as shared
-from training.flags import DEFINE_path, agc, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
+from training.flags import agc, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
 from utils import distributed
 from utils.errors import UsageError
 
@@ -49,14 +49,16 @@ FLAGS["guidance"].help = "diffusers' guidance_scale; up to 1: none"
 FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
 
 # the pipeline
-DEFINE_path("pretrained", None, "folder of a Stable Diffusion 1.x or 2.x in diffusers' format, or its name in the hub")
-DEFINE_path("unet", None, "folder of a UNet that takes the pipeline's place, or log directory: its newest round")
+flags.DEFINE_string(
+    "pretrained", None, "folder of Stable Diffusion 1.x or 2.x in diffusers' format, or its name in the hub"
+)
+flags.DEFINE_string("unet", None, "folder of a UNet for the pipeline's place, or log directory: its newest round")
 flags.DEFINE_bool("unet_from_scratch", False, "start from random weights of the UNet's configuration")
 
 # data
-DEFINE_path("captions", None, "JSON {image: [captions]}, or metadata.jsonl; default: metadata.jsonl in --data_root")
+flags.DEFINE_string("captions", None, "JSON {image: [captions]}, or metadata.jsonl, the default in --data_root")
 flags.DEFINE_integer("resolution", 256, "side of the images: resized, then the centre cut out", lower_bound=8)
-DEFINE_path("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
+flags.DEFINE_string("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
 flags.DEFINE_enum("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob")
 flags.DEFINE_float("caption_prob", 0.1, "probability of a changed caption", 0.0, 1.0)
 flags.DEFINE_float("text_noise", 0.0, "standard deviation >= 0 of noise on the text states, also in all_in", 0.0)
@@ -72,12 +74,12 @@ flags.DEFINE_integer("accumulate", 1, "compute a batch in so many parts, for les
 flags.DEFINE_bool("gradient_checkpointing", False, "compute activations twice, for less memory")
 
 # evaluation
-DEFINE_path("prompts", None, "all_in: random: drawn captions; all: each in turn; or a file; default: random")
+flags.DEFINE_string("prompts", None, "all_in: random: drawn captions; all: each in turn; or a file; default: random")
 flags.DEFINE_enum("scheduler", "pipeline", ("pipeline", "dpm"), "all_in: the pipeline's own, or DPM-Solver++")
 flags.DEFINE_enum("rand_augs", "none", RAND_AUGS, "all_in: what is put into every prompt at random places")
 flags.DEFINE_integer("rand_aug_repeats", 4, "all_in: how many of them", lower_bound=1)
-DEFINE_path("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir")
-DEFINE_path("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID")
+flags.DEFINE_string("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir")
+flags.DEFINE_string("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID")
 flags.DEFINE_enum("features", None, FEATURES, "all_in: what similarity is that of; default: sscd")
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too

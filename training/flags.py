@@ -23,13 +23,6 @@ from utils.errors import DataError, UsageError
 from utils.safe_files import one_line
 
 STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
-PATHS = []  # names of the flags that name files and directories: `parse` expands ~ in them
-
-
-def DEFINE_path(name, default, help):  # noqa: N802 - as absl's
-    PATHS.append(name)
-    flags.DEFINE_string(name, default, help)
-
 
 # what to do
 flags.DEFINE_bool("train", False, "train (main, main_fed)")
@@ -66,13 +59,13 @@ flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 
 
 # data
 flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits and mnist5k need no files")
-DEFINE_path("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
+flags.DEFINE_string("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
 flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
 flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
-flags.DEFINE_bool("hflip", False, "mirror images, all_in: find mirrored copies (folder; CIFAR always, others never)")
+flags.DEFINE_bool("hflip", False, "mirror images, all_in: find mirrored copies (CIFAR always)")
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -108,12 +101,12 @@ flags.DEFINE_bool("augment_near_threshold", False, "main_fed: TAA of IET-AGC+: a
 flags.DEFINE_float("bar", 1.5, "main_fed: nearly memorised is mem_ratio * loss < bar * running mean loss; > 1", 1.0)
 flags.DEFINE_float("mem_ratio", 2.0, "main_fed: memorised is mem_ratio * loss < running mean loss; > 0")
 flags.DEFINE_float("arr_ema_decay", 0.8, "main_fed: decay d of the memory bank, in [0, 1]", 0.0, 1.0)
-DEFINE_path("check_dir", None, "main_fed: checkpoint file that all shards start from")
+flags.DEFINE_string("check_dir", None, "main_fed: checkpoint file that all shards start from")
 flags.DEFINE_enum("shard_state", "device", _PLACES, "main_fed: where the state of shards that wait is kept")
 flags.DEFINE_integer("mid_T", 500, "no effect: accepted because published commands give it")
 
 # logs and checkpoints
-DEFINE_path("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
+flags.DEFINE_string("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc")
 flags.DEFINE_bool("fresh", False, "start over instead of continuing the run in --logdir, which must have none")
 flags.DEFINE_bool("overwrite", False, "with --fresh: delete the run that is in --logdir")
 flags.DEFINE_bool("allow_change", False, "continue a run although a flag that its result depends on has changed")
@@ -128,13 +121,13 @@ flags.DEFINE_integer("eval_step", 0, "main: steps between two evaluations during
 
 # evaluation
 flags.DEFINE_integer("num_images", 65_536, "images to generate", lower_bound=2)
-DEFINE_path("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in takes several with commas")
+flags.DEFINE_string("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in: several with commas")
 flags.DEFINE_bool("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones")
 flags.DEFINE_bool("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file")
-DEFINE_path("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
-DEFINE_path("generate_dir", "./results/generate", "all_in: directory of generate.npy")
-DEFINE_path("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
-DEFINE_path("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
+flags.DEFINE_string("samples", None, "all_in: measure these images (.npy, .npz or folder) instead of generating")
+flags.DEFINE_string("generate_dir", "./results/generate", "all_in: directory of generate.npy")
+flags.DEFINE_string("similar_dir", "./results/similar", "all_in: directory of memorization.npz")
+flags.DEFINE_string("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt")
 flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
@@ -143,13 +136,13 @@ flags.DEFINE_enum("fid_features", "inception", _FEATURES, "inception: FID and IS
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
 flags.DEFINE_bool("holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if any")
 flags.DEFINE_enum("memorise_features", None, FEATURES, "all_in: search for copies in this feature space too")
-DEFINE_path("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt")
+flags.DEFINE_string("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt")
 flags.DEFINE_enum("preprocess", "published", tuple(PREPROCESS), "for SSCD: as published, or as its authors recommend")
 flags.DEFINE_bool("allow_torchscript", False, "trust an --sscd that is TorchScript: what it holds is run")
-DEFINE_path("clip", None, "folder of CLIP in transformers' format, for the features and CLIP scores")
-DEFINE_path("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats, by content")
+flags.DEFINE_string("clip", None, "folder of CLIP in transformers' format, for the features and CLIP scores")
+flags.DEFINE_string("fid_cache", None, ".npz of reference statistics, made if missing; default: in ./results/stats")
 flags.DEFINE_bool("fid_use_torch", False, "no effect: feature statistics are always summed on --device")
-DEFINE_path("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
+flags.DEFINE_string("inception_weights", None, "Inception weights file; default: torch hub's cache, else a download")
 
 # what the weights of a network need to make images: a file of exported weights says it
 NETWORK_FLAGS = (
@@ -200,8 +193,8 @@ def parse(values, argv):
         for name in lists & {word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")}:
             values[name].present = 0  # absl adds to a list that is present
         positional += values([argv[0], *words])[1:]
-    for name in PATHS:
-        if values[name].value:  # an unknown user's ~ stays, as in a shell
+    for name in values:
+        if str(values[name].value).startswith("~"):  # an unknown user's ~ stays, as in a shell
             values[name].value = os.path.expanduser(values[name].value)  # noqa: PTH111
     return positional
 
@@ -354,11 +347,6 @@ def arguments(values, function, first=1, **own):
 def call(values, function, *args, **own):
     """Call a function with args, and with `arguments` for its other parameters."""
     return function(*args, **arguments(values, function, len(args), **own))
-
-
-def data_device(values, device):
-    """Where the training images are kept, `device` being where they are trained on."""
-    return "cpu" if values.data_device == "cpu" else device
 
 
 def split_of(values):
