@@ -68,7 +68,7 @@ def test_an_error_of_the_disk_is_not_passed_over(tmp_path, monkeypatch):
 def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
     """Such as another user's; here a directory has its name."""
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(DataError, match=r"\.lock: cannot be written \(Is a directory\)"):
+    with pytest.raises(DataError, match=r"--logdir=.*: cannot be written \(Is a directory\)"):
         lock_directory(tmp_path, "logdir")
 
 

@@ -83,7 +83,7 @@ def lock_directory(path, flag):
 
     One that another process has is refused. A file system without locks is warned of, and the work goes on.
     """
-    with writable(f"--{flag}={path}/.lock", "choose another directory"):
+    with writable(f"--{flag}={path}", "choose another directory"):
         Path(path).mkdir(parents=True, exist_ok=True)
         file = (Path(path) / ".lock").open("a+")
         try:
