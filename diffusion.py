@@ -172,7 +172,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class) (Ho & Salimans 2022, eq. 6).
 
     Raises:
-        ValueError: no such mean_type, var_type or sampler, or more steps than the schedule has.
+        ValueError: no such mean_type, var_type or sampler, or more steps of ddim than the schedule has.
     """
 
     def __init__(

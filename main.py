@@ -106,6 +106,9 @@ def main():
             f"--batch_size={FLAGS.batch_size} is of all processes together: it must be a multiple of the "
             f"{distributed.world_size()} that were started"
         )
+    weights = None
+    if (FLAGS.eval or FLAGS.eval_step) and FLAGS.fid_features == "inception":
+        weights = find_weights(FLAGS.inception_weights)
     if FLAGS.eval and not FLAGS.train:
         checkpoint.find(FLAGS.unet_dir or logdir)
     with distributed.main_first():
@@ -113,8 +116,8 @@ def main():
     flags.check_data(FLAGS, data)
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
-        weights = find_weights(FLAGS.inception_weights) if FLAGS.fid_features == "inception" else None
-        quality = flags.call(FLAGS, Quality, flags.reference_images(FLAGS, data), FLAGS.num_images, weights, device)
+        reference = flags.reference_images(FLAGS, data)
+        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, weights, device)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

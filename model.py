@@ -128,7 +128,7 @@ class UNet(nn.Module):
             takes out just what the embeddings have added, and the block sees neither t nor the class.
 
     Raises:
-        ValueError: a level in attn does not exist, or torch's, ch is not a multiple of groups.
+        ValueError: a level in attn does not exist; from torch, ch is not a multiple of groups.
     """
 
     def __init__(self, T, ch, ch_mult, attn, num_res_blocks, dropout, num_labels=None, groups=32):

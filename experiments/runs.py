@@ -1,6 +1,7 @@
 """The trainings of the experiment and what is measured of their checkpoints, each made once, on all cores.
 
-A run is in <out>/runs/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json what was measured. The
+A run is in <out>/runs/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json, or
+stacked.json by experiments.stacked, what was measured. The
 same call goes on where it stopped.
 """
 

@@ -304,9 +304,9 @@ def train_together(planned, wanted, device, pool, deadline):
         if member.steps > step or not learner.weights[member.rows].isfinite().all():
             warn(f"{member.run.arm}, seed {member.run.seed}: out of time or not finite, left for another time")
             continue
+        points = [of_point | found.get() for of_point, found in member.points]
         if member.checkpoint:
             checkpoint.save(*member.checkpoint)
-        points = [of_point | found.get() for of_point, found in member.points]
         write_json(member.run.directory / runs.FILES[0], {"flags": member.run.flags, "points": points, **about})
 
 

@@ -129,7 +129,7 @@ def larger(result):
 
 
 def sub_models(result):
-    """A shard's network that is never averaged: does it generalise before it memorises its shard?"""
+    """A shard's network that is never averaged, every second point: does it generalise before it memorises its shard?"""
     measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
     for arm, paths in trainings(result, ("clustered score ensemble", "spread score ensemble"), "sub-model"):
         for points in list(zip(*paths.values(), strict=True))[1::2]:
@@ -174,7 +174,13 @@ def plot(path, result):
             y = numbers[measure]
             for axis, name in zip(axes[row], ("fpd of others", "steps"), strict=True):
                 x = numbers[name]
-                bars = {"elinewidth": 0.7, "markersize": 3, "fmt": "o-", "label": arm, "color": f"C{i}"}
+                bars = {
+                    "elinewidth": 0.7,
+                    "markersize": 3,
+                    "fmt": "o-" if i < 10 else "s:",
+                    "label": arm,
+                    "color": f"C{i}",
+                }
                 if len(paths) > 1:
                     bars |= {"xerr": x.std(axis=0, ddof=1), "yerr": y.std(axis=0, ddof=1)}
                 axis.errorbar(x.mean(axis=0), y.mean(axis=0), **bars)

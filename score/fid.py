@@ -1,5 +1,6 @@
 """Scores of sets of images by their features: FID on Inception's, `fpd` on pooled pixels, and the Inception score."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -208,7 +209,7 @@ def reference_statistics(images, inception=None, cache=None, batch_size=50):
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None
     if distributed.is_main():
-        if path.exists():
+        if os.path.exists(path):  # noqa: PTH110 - False also where a directory may not be read
             statistics = known_statistics(path, provenance)
         else:
             make_directory(path.parent, "fid_cache")

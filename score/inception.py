@@ -3,6 +3,7 @@
 Structure and weights are those of pytorch-fid, so that the numbers agree with `python -m pytorch_fid`.
 """
 
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ FID_WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fi
 WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
 FEATURES = 2048
 CLASSES = 1008
+CONNECT_SECONDS = 3
 
 
 def find_weights(path=None):
@@ -29,7 +31,7 @@ def find_weights(path=None):
     The download is kept only if its SHA-256 begins with 6726825d.
 
     Raises:
-        DataError: `path` is no file, or the weights cannot be had: call it before what takes long.
+        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what takes long.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -37,6 +39,8 @@ def find_weights(path=None):
         return Path(path)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
     if not cached.is_file():
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(CONNECT_SECONDS)  # torch's download has none
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             shown = distributed.is_main() and sys.stderr.isatty()
@@ -47,6 +51,8 @@ def find_weights(path=None):
                 f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
                 "or use --fid_features=pixels, which needs none"
             ) from None
+        finally:
+            socket.setdefaulttimeout(before)
     return cached
 
 

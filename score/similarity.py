@@ -103,7 +103,8 @@ def make_embedding(features, device, *, sscd=None, how="published", allow_torchs
     """A function of uint8 images (B, 3, H, W) that returns their features (B, D) float32, not yet normalised.
 
     Args:
-        features: one of FEATURES; pixels: values less the image's mean, so that the similarity is their correlation.
+        features: one of FEATURES; pixels: values less their mean, over their deviation, so that the
+            similarity is their correlation.
         sscd, how, allow_torchscript: SSCD's file, which of PREPROCESS, and of `load_sscd`.
         inception: file of Inception weights.
         clip: folder of `load_clip`.

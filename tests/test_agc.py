@@ -152,7 +152,7 @@ def test_samples_near_the_threshold_give_no_gradient_and_are_queued():
         waiting += [(int(i), s) for i, s in zip(index, near.tolist(), strict=True) if s > 0]
         shard.augment(index, near, seed=0)
         if len(waiting) >= 8:
-            (images, magnitude), augmented = augmented[0], augmented.clear() or augmented
+            images, magnitude = augmented.pop()
             assert images.tolist() == [i for i, _ in waiting[:8]]
             assert magnitude == int(5 * np.mean([s for _, s in waiting[:8]]))
             waiting = []

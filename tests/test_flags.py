@@ -189,7 +189,7 @@ NAMES = ["a=b", "'\"", "#", "日本", "-x", "\\", "a,b", "%s{}", "--lr=1"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_flagfile_keeps_every_name(name, values, tmp_path):
+def test_a_flagfile_keeps_names(name, values, tmp_path):
     parsed(values, f"--logdir={name}", "--samples", name, "--ch_mult=1", "--stages=score,grid")
     text = flags.as_flagfile(values)
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -199,6 +199,11 @@ def test_a_flagfile_keeps_every_name(name, values, tmp_path):
     parsed(again, f"--flagfile={tmp_path / name}")
     assert (again.logdir, again.samples, again.ch_mult, again.stages) == (name, name, [1], ["score", "grid"])
     assert json.loads(json.dumps(flags.as_dict(again))) == flags.as_dict(values)
+
+
+def test_the_split_is_that_of_the_papers_experiments(values):
+    for name, split in (("cifar10_rand", "random"), ("afhq", "contiguous"), ("cifar100", "stratified")):
+        assert flags.split_of(parsed(values, f"--dataset={name}")) == split
 
 
 def test_a_tilde_is_a_home_directory_in_every_path(values, monkeypatch, tmp_path):

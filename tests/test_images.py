@@ -97,7 +97,6 @@ def exif(*entries):
 
 
 ON_ITS_SIDE = (0x0112, 3, b"\0\6\0\0")  # the camera was turned: show the picture rotated by 90 degrees clockwise
-XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_all_bad_files_of_a_folder_are_named_together(tmp_path):
     save_pngs(tmp_path, torch.from_numpy(random_images(20)))
     (tmp_path / "00000.png").write_bytes(b"")
     Image.new("RGB", (9, 9)).save(tmp_path / "00007.png")
-    message = r"00000\.png: not an image.*; .*00007\.png: is 9x9, 00001\.png is 6x7: .* them"
+    message = r"00000\.png: cannot be read as an image.*; .*00007\.png: is 9x9, 00001\.png is 6x7: .* them"
     with pytest.raises(DataError, match=message):
         load_samples(tmp_path)
 

@@ -49,7 +49,8 @@ def average_learners(learners, sizes, replace=True):
     average = weighted_average({k: learner.net.state_dict() for k, learner in learners.items()}, sizes)
     ema_average = weighted_average({k: learner.ema.state_dict() for k, learner in learners.items()}, sizes)
     if not all(entry.isfinite().all() for entry in (*average.values(), *ema_average.values())):
-        raise DataError("the average of the shards is not finite, and no shard was given it: lower --lr or --grad_clip")
+        what = "no shard was given it and no checkpoint was written"
+        raise DataError(f"the average of the shards is not finite: {what}; lower --lr or --grad_clip")
     for learner in learners.values() if replace else ():
         learner.set_weights(average, ema_average)
     return average, ema_average

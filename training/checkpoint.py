@@ -133,7 +133,7 @@ def load_whole(path):
     try:
         return load(path)
     except DamagedError as error:
-        warn(f"{error}: passed over")
+        warn(f"{error}: passed over, what it held is made again")
         return None
 
 
@@ -246,7 +246,7 @@ class LogDirectory:
         """Write what the run is made of, now that all processes have what they continue from; `steps` are done."""
         distributed.barrier()
         if distributed.is_main():
-            changes = [{"step": steps, **change} for change in self.changes]
+            changes = [{**change, "step": min(steps, change.get("step", steps))} for change in self.changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
             write_text(self.path / "flagfile.txt", self.flagfile)
             with atomic_write(self.path / "subset.npy") as file:

@@ -66,7 +66,7 @@ flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", l
 flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
 flags.DEFINE_bool("hflip", False, "mirror images, all_in: find mirrored copies (CIFAR always)")
-flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing")
+flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing; no effect on other data sets")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
 # training

@@ -84,6 +84,8 @@ def pick_device(name, precision="fp32"):
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            if device.index is not None and distributed.world_size() > 1:
+                raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
             if distributed.local_rank() >= torch.cuda.device_count() > 0:
                 raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
             device = torch.device("cuda", device.index or distributed.local_rank())

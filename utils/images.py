@@ -146,7 +146,7 @@ def read_image(path):
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except Exception as error:  # a hostile file can make a decoder raise anything
-        raise DataError(f"{path}: not an image that PIL can read ({one_line(error)})") from None
+        raise DataError(f"{path}: cannot be read as an image ({one_line(error)})") from None
 
 
 def to_rgb(image):
