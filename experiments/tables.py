@@ -129,7 +129,7 @@ def larger(result):
 
 
 def sub_models(result):
-    """A shard's network that is never averaged, every second point: does it generalise before it memorises its shard?"""
+    """Every second point of a shard's network: does it generalise before it memorises its shard?"""
     measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
     for arm, paths in trainings(result, ("clustered score ensemble", "spread score ensemble"), "sub-model"):
         for points in list(zip(*paths.values(), strict=True))[1::2]:
