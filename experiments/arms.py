@@ -54,7 +54,7 @@ FINE_TUNED = {
     f"{arm} (fine-tuned)": {**MAIN[arm], "from": "default", "steps": STEPS // 3, "local_epoch": epochs}
     for arm, epochs in {"default": 12, "AGC": 12, "clustered IET-AGC": 6, "clustered IET-AGC+": 6}.items()
 }
-LARGER = {f"{arm} (16x16)": {**MAIN[arm], "img_size": 16} for arm in ("default", "AGC", "clustered IET-AGC")}
+LARGER = {f"{arm} (16x16)": {**MAIN[arm], "img_size": 16} for arm in ("default", "clustered IET-AGC")}
 LEARNING_RATES = {f"lr {lr:g}": {**PLAIN, "lr": lr, "steps": STEPS // 3} for lr in (1e-3, 2e-3, 4e-3)}
 
 ARMS = MAIN | OTHERS | FINE_TUNED | LARGER | LEARNING_RATES

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.arms import FINE_TUNED, LARGER, LEARNING_RATES, MAIN, OTHERS, ROOT, STEPS, K
+from experiments.arms import FINE_TUNED, LARGER, MAIN, OTHERS, ROOT, STEPS, K
 from experiments.matched import LEAST_SEEDS, at_quality, comparison, interval, paths_of, verdict
 from score.compare import markdown_table
 from utils import startup
@@ -22,7 +22,7 @@ DRAWN = (*MAIN, "spread IET", "spread IET-AGC", "clustered score ensemble", "spr
 AXES = ("fpd", "fpd of others")  # of quality
 GRID = (0.3, 0.2, 0.15, 0.12, 0.1)  # of "fpd of others"
 FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
-FORMS |= {"MQ@15": "{:.1%}", "MQ@30": "{:.1%}", "steps": "{:,.0f}", "sequential": "{:,.0f}"}
+FORMS |= {"steps": "{:,.0f}", "sequential": "{:,.0f}"}
 
 
 def trainings(result, names, network=None):
@@ -45,12 +45,6 @@ def cells(points, measures):
 def nearest(paths, count, steps):
     """The point of each path whose `count` of steps is nearest to `steps`."""
     return [min(path, key=lambda point: abs(point[count] - steps)) for path in paths]
-
-
-def floor(result):
-    """What held-out real images reach in the place of generated ones."""
-    measures = [measure for measure in FORMS if measure in result["floor"]]
-    return ["real images", *measures], [[f"{result['floor']['images']:,}", *cells([result["floor"]], measures)]]
 
 
 def same_steps(result):
@@ -108,7 +102,7 @@ def frontier(result):
 
 def fine_tuned(result):
     """Arms that go on from default training: where they begin and end, and f_mem at the end less that of default."""
-    measures = ("fpd", "f_mem", "extracted")
+    measures = ("fpd", "fpd of others", "f_mem", "extracted")
     header = ["arm", "seeds", *(f"{m}, {when}" for when in ("start", "end") for m in measures), "difference of f_mem"]
     rows, baseline = [], paths_of(result["points"], "default (fine-tuned)")
     for arm, paths in trainings(result, FINE_TUNED):
@@ -139,18 +133,9 @@ def sub_models(result):
     return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
 
 
-def learning_rates(result):
-    """The best fpd of default training within a third of its steps."""
-    rows = []
-    for arm, paths in trainings(result, LEARNING_RATES):
-        best = [min(path, key=lambda p: p["fpd"]) for path in paths.values()]
-        rows.append([arm, spread([p["fpd"] for p in best], "{:.3f}"), spread([p["f_mem"] for p in best], "{:.2%}")])
-    return ["arm", "best fpd", "f_mem there"], rows
-
-
 TABLES = {
-    "floor": floor, "steps": same_steps, "matched": matched, "frontier": frontier, "fine-tuned": fine_tuned,
-    "sub-models": sub_models, "larger": larger, "learning rates": learning_rates,
+    "steps": same_steps, "matched": matched, "frontier": frontier, "fine-tuned": fine_tuned, "sub-models": sub_models,
+    "larger": larger,
 }  # fmt: skip
 
 
