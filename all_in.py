@@ -254,7 +254,7 @@ def main():
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
     if "gap" in stages:
         flags.heldout_images(FLAGS, data, "stages=gap")
-    _locks = take_directories(stages) if distributed.is_main() else []  # held until main returns
+    locks = take_directories(stages) if distributed.is_main() else []
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
@@ -299,6 +299,8 @@ def main():
         if is_new:
             append_published_format(result)
         print_summary(result)
+    for lock in locks:
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def main():
         scorers["heldout_"] = Quality(heldout, number, weights, device)
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
-    _locks = take_directories(base_dir) if distributed.is_main() else []  # held until main returns
+    locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
 
     result = {"samples": FLAGS.samples, "checkpoint": None, "training": None, "origin": None, "seconds": {}}
@@ -290,6 +290,8 @@ def main():
     result["flags"] = flags.as_dict(FLAGS)
     if distributed.is_main():
         write_results(result, images, data, found, prompts and prompts.texts)
+    for lock in locks:
+        lock.close()
 
 
 if __name__ == "__main__":
