@@ -22,13 +22,12 @@ from absl.flags import FLAGS
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING, K
+from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING
 from score.evaluate import evaluate
 from score.fid import compute_statistics, frechet_distance
 from score.generate import MeanPrediction, generate
 from score.memorization import closer_than_third
 from training import checkpoint, flags
-from training.shards import make_shards
 from utils import distributed
 from utils.errors import DataError
 from utils.files import read_json, write_json
@@ -138,11 +137,8 @@ def floor():
     distinct, repeated, heldout = real_images(DATA["img_size"])
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
     half = len(heldout) // 2
-    data = load(DATA["img_size"])
-    shard = make_shards(data.train.labels, K, "stratified", 0, data.slot_image, "cluster")[0]
     sets = {
-        "the training set": data.train.images,
-        "a shard": data.train.images[shard],
+        "the training set": load(DATA["img_size"]).train.images,
         "distinct training images": distinct,
         "single images": distinct[~repeated][:OTHER_IMAGES],
     }
