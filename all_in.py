@@ -281,7 +281,7 @@ def main():
         about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}
         is_new |= add(result, "score", lambda: {**quality(images), **about})
     if "memorise" in stages:
-        on_device = training.to("cpu" if FLAGS.data_device == "cpu" else device)
+        on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
         search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip}
         is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, embedding, **search))

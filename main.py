@@ -31,7 +31,7 @@ WARMUP = 5000  # steps
 
 def train(data, quality, device, logdir):
     # what the run is made of
-    images = data.train.images.to("cpu" if FLAGS.data_device == "cpu" else device)
+    images = data.train.images.to(flags.data_device(FLAGS, device))
     labels = data.train.labels if FLAGS.use_labels else None
     whole, part = torch.arange(len(images)), distributed.share(FLAGS.batch_size)
     batches = flags.call(FLAGS, ShardBatches, images, labels, whole, device, hflip=data.hflip, part=part)

@@ -34,7 +34,7 @@ WARMUP = 15  # epochs of the shard
 
 def train(data, device, logdir):
     # what the run is made of
-    images = data.train.images.to("cpu" if FLAGS.data_device == "cpu" else device)
+    images = data.train.images.to(flags.data_device(FLAGS, device))
     slots = slots_of_round(data, 1)
     shards = make_shards_of_this_process(data, images, slots, device)
     sizes = [len(index) for index in slots]

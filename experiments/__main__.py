@@ -54,10 +54,8 @@ def main(arguments=None):
         complete = runs.work_all(planned, deadline)
         path = out / "experiment.json"
         times = [run.directory / "log/train.json" for run in complete]
-        own, labelled = (
-            ("--logdir", "--seed", "--check_dir"),
-            [(run, {"arm": run.arm, "seed": run.seed}) for run in complete],
-        )
+        own = ("--logdir", "--seed", "--check_dir")
+        labelled = [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]
         result = {
             "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
             "machine": machine(),

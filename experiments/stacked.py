@@ -187,9 +187,10 @@ class Member:
     def start(self, net):
         """The weights and EMA weights that all its networks start from, by way of a network: two rows (P,)."""
         path, rows = self.run.start, []
+        state = checkpoint.load(path) if path else None
         for use_ema in (False, True):
             if path:
-                checkpoint.load_weights(net, checkpoint.weights(checkpoint.load(path), use_ema, path), path)
+                checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
             rows.append(row_of(net))
         return rows
 

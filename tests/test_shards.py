@@ -46,6 +46,11 @@ def test_contiguous_and_random():
     assert any(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
 
 
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split"):
+        make_shards(torch.zeros(3, dtype=torch.long), 2, "alphabetic", 0)
+
+
 def test_steps_are_numbered_as_in_shards_trained_one_after_the_other():
     steps_per_round, count, own = (3, 1, 4), 0, [0, 0, 0]
     for _ in range(3):

@@ -349,6 +349,11 @@ def call(values, function, *args, **own):
     return function(*args, **arguments(values, function, len(args), **own))
 
 
+def data_device(values, device):
+    """Where the training images are kept, `device` being where they are trained on."""
+    return "cpu" if values.data_device == "cpu" else device
+
+
 def split_of(values):
     """How images go to shards: the flag, else as the paper's experiments do."""
     return "random" if values.reshard else values.split or DEFAULT_SPLIT.get(values.dataset, "stratified")

@@ -26,6 +26,9 @@ def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in=
 
     Returns:
         K int64 tensors of ascending slots.
+
+    Raises:
+        ValueError: no such split.
     """
     if split == "all":
         return [torch.arange(len(labels)) for _ in range(num_shards)]
@@ -37,8 +40,10 @@ def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in=
         groups = [single[labels[single] == label] for label in labels[single].unique()]
     elif split == "random":
         groups = [single[torch.randperm(len(single), generator=generator("cpu", seed, "shards", *([r] if r else [])))]]
-    else:
+    elif split == "contiguous":
         groups = [single]
+    else:
+        raise ValueError(f"split is {split!r}: must be one of {', '.join(SPLITS)}")
 
     first = 0  # the shard that the next spare image goes to: it moves on from class to class
     for group in groups:
