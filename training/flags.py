@@ -60,12 +60,12 @@ flags.DEFINE_float("guidance", 0.0, "weight w >= 0 of classifier-free guidance, 
 # data
 flags.DEFINE_enum("dataset", "cifar10", DATASETS, "training images; digits and mnist5k need no files")
 flags.DEFINE_string("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself")
-flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels", lower_bound=4)
+flags.DEFINE_integer("img_size", 32, "height and width of the images, pixels; of CIFAR at most 32", lower_bound=4)
 flags.DEFINE_integer("num_train", 0, "train on a fixed stratified subset of so many images; 0 for all", lower_bound=0)
 flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", lower_bound=0)
 flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
-flags.DEFINE_bool("hflip", False, "mirror images, all_in: find mirrored copies (CIFAR always)")
+flags.DEFINE_bool("hflip", None, "mirror images, all_in: find mirrored copies; default: CIFAR's only")
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing; no effect on other data sets")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -94,7 +94,9 @@ flags.DEFINE_float("exchange_share", 0.25, "main_fed: share of a shard's images 
 flags.DEFINE_integer("exchange_every", 2, "main_fed: every so many rounds an exchange takes the place of an average", 2)
 flags.DEFINE_integer("local_epoch", 100, "main_fed: epochs on each shard per round", lower_bound=1)
 flags.DEFINE_integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards", lower_bound=1)
-flags.DEFINE_enum("anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memorised samples; off is IET alone")
+flags.DEFINE_enum(
+    "anti_grad", "skip", ANTI_GRADS, "main_fed: gradient of memorised samples; off: IET alone; random: a control, as many"
+)
 flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
 flags.DEFINE_integer("bank_bins", 0, "main_fed: entries of the memory bank, at most --T; 0: one for every timestep", 0)
 flags.DEFINE_bool("augment_near_threshold", False, "main_fed: TAA of IET-AGC+: augment the nearly memorised")
@@ -408,6 +410,7 @@ def logdir(values, script, data, groups):
     settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
+    settings["hflip"] = data.hflip
     if script == "main_fed":
         settings["split"] = split_of(values)
         fixed |= {"training images (sha256)", "classes (sha256)"}
