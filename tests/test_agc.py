@@ -74,6 +74,32 @@ def test_skip_drops_the_gradient():
     np.testing.assert_allclose(losses.grad, [0, 1 / 3, 1 / 3, 1 / 3], rtol=1e-6)
 
 
+def test_random_leaves_out_as_many_by_chance():
+    """As many as the bank takes for memorised, others in every step, the same again with the same seed."""
+    random = torch.Generator().manual_seed(0)
+    by_bank, by_chance = AntiGradientControl(4, 1.0, 0.8), AntiGradientControl(4, 1.0, 0.8, anti_grad="random")
+    left_out, differ = torch.zeros(40), 0
+    for step in range(300):
+        losses, t = torch.rand(40, generator=random, requires_grad=True), torch.randint(4, (40,), generator=random)
+        _, memorised = by_bank(losses, t)
+        torch.manual_seed(step)
+        loss, keep = by_chance(losses, t)
+        assert keep.sum() == memorised.sum() and torch.equal(by_bank.bank, by_chance.bank)
+        assert loss.item() == pytest.approx(losses[keep].mean().item() if keep.any() else 0)
+        loss.backward()
+        assert torch.equal(losses.grad != 0, keep) or not keep.any()
+        differ += not torch.equal(keep, memorised)
+        left_out += ~keep
+    share = left_out / 300
+    assert differ > 250 and share.std() < 0.06 and 0.2 < share.mean() < 0.8  # every place as often
+    verdicts = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        by_chance.bank.fill_(0.5)
+        verdicts.append(by_chance(losses, t)[1])
+    assert torch.equal(*verdicts) and not verdicts[0].all()
+
+
 def test_ascend_turns_it_round():
     agc, losses, t = primed(anti_grad="ascend", ascend_weight=0.5)
     loss, _ = agc(losses, t)

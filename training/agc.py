@@ -3,7 +3,12 @@
 import torch
 from torch import nn
 
-ANTI_GRADS = ("skip", "ascend", "off")
+ANTI_GRADS = ("skip", "ascend", "random", "off")
+
+
+def shuffled(keep):
+    """The verdicts (B,) in a random order. Draws from torch's default generator, which the loop seeds for every step."""
+    return keep[torch.rand(keep.shape, device=keep.device).argsort()]
 
 
 class AntiGradientControl(nn.Module):
@@ -16,7 +21,8 @@ class AntiGradientControl(nn.Module):
         mem_ratio: the larger, the fewer samples are taken for memorised.
         ema_decay: d in [0, 1] of the bank's running mean.
         anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
-            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded).
+            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded). `random` is a control:
+            it drops as many samples of the batch as `skip` would, but drawn by chance.
         ascend_weight: w >= 0 of `ascend`.
         bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.
@@ -41,10 +47,12 @@ class AntiGradientControl(nn.Module):
         Returns:
             loss: scalar, (sum_i keep_i l_i - w sum_i (1 - keep_i) l_i) / max(1, sum_i keep_i), w = 0 unless
                 `ascend`; the plain mean if `off`. Samples near the threshold count in no sum.
-            keep: (B,) bool, False where the sample was taken for memorised.
+            keep: (B,) bool, False where the sample was taken for memorised; of `random`, where it was left out.
         """
         # so that NaN is kept, and seen in the loss
         keep = ~(self.mem_ratio * losses.detach() < self.bank[self.entry(t)])
+        if self.anti_grad == "random":
+            keep = shuffled(keep)
         trains = keep & (self.near_threshold(losses, t) == 0)
         self.remember(losses.detach(), self.entry(t))
         if self.anti_grad == "off":
