@@ -31,7 +31,7 @@ from utils.files import atomic_write, file_hash, lock_directory, read_json, writ
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
-    "score": ("fid", "is", "is_std", "fpd"),
+    "score": ("fid", "is", "is_std", "fpd", "swd_floor"),
     "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells", "feature_space"),
 }
 
@@ -258,7 +258,8 @@ def main():
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = flags.call(FLAGS, Quality, flags.reference_images(FLAGS, data), number, weights, device)
+        reference = flags.reference_images(FLAGS, data)
+        quality = flags.call(FLAGS, Quality, reference, number, weights, device, heldout=heldout)
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:

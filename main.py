@@ -117,7 +117,8 @@ def main():
     quality = None
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
-        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, weights, device)
+        heldout = data.heldout and data.heldout.images
+        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, weights, device, heldout=heldout)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

@@ -11,6 +11,7 @@ from dataset import fingerprint
 from score import fid, memorization
 from score.inception import FEATURES, Inception
 from score.samples import evenly_spaced, read_npz
+from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
@@ -18,6 +19,7 @@ from utils.files import atomic_write
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
+SWD = "Karras et al. 2018"  # what scores that earlier versions have written lack
 COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
 
 
@@ -102,16 +104,19 @@ class Quality:
         reference: (M, 3, H, W) uint8 real images.
         num_images: how many images will be scored.
         weights: the Inception weights file (`find_weights`), for FID and IS; None for fpd.
-        device: of the Inception network.
+        device: of the Inception network and the sliced Wasserstein distance.
         fid_cache: as `cache` of `reference_statistics`.
         batch_size: images per call of the network.
+        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach; None for none.
 
     Raises:
         DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
-    def __init__(self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50):
+    def __init__(
+        self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50, heldout=None
+    ):
         least = SPLITS if weights else 2
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
@@ -124,10 +129,13 @@ class Quality:
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
                 warn(f"warning: {self.warning}")
-        self.batch_size = batch_size
+        self.batch_size, self.device, self.heldout = batch_size, device, heldout
         self.inception = Inception(weights, device) if weights else None
-        self.scored_with = fid.provenance_of(reference, self.inception)
+        self.scored_with = fid.provenance_of(reference, self.inception) | {"swd": SWD}
+        if heldout is not None:
+            self.scored_with["heldout"] = fingerprint(heldout)
         self.reference = fid.reference_statistics(reference, self.inception, fid_cache, batch_size)
+        self.all_real = reference
         self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
 
     @functools.cached_property
@@ -136,7 +144,7 @@ class Quality:
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, and {"precision", "recall"}.
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, {"precision", "recall"} and `swd`.
 
         All processes take part, with the same images, and are given the scores. Precision and recall are of the first
         `COVER_IMAGES`, and of as many reference images.
@@ -151,13 +159,32 @@ class Quality:
             if self.inception:
                 score, spread = fid.inception_score(probs, SPLITS)
                 scores = {"fid": distance, "is": score, "is_std": spread}
-            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
+            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device)) | self.swd(images)
         return distributed.from_main(scores)
+
+    def swd(self, images):
+        """The sliced Wasserstein distance to the reference: "swd", the mean over the levels, which are "swd_16", ...
+
+        "swd_floor" is that of two halves of the held-out images. {} where images are smaller than 16 pixels.
+        """
+        levels = sliced_wasserstein(self.all_real, images, self.device, progress=True)
+        if not levels:
+            return {}
+        floor = {}
+        if self.heldout is not None and len(self.heldout) > 1:
+            halves = (half[evenly_spaced(len(half), len(images))] for half in (self.heldout[::2], self.heldout[1::2]))
+            floor = {"swd_floor": mean_of(sliced_wasserstein(*halves, self.device))}
+        return {"swd": mean_of(levels), **{f"swd_{side}": distance for side, distance in levels.items()}, **floor}
 
     def batches(self, images):
         """The `feature_batches` of images, on the CPU."""
         batches = fid.feature_batches(images, self.inception, self.batch_size)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
+
+
+def mean_of(levels):
+    """The mean of the values of a dict."""
+    return sum(levels.values()) / len(levels)
 
 
 def in_order(batches):

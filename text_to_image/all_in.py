@@ -248,7 +248,7 @@ def main():
     number = len(images if FLAGS.samples else prompts.texts)
     scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
     if heldout is not None:
-        scorers["heldout_"] = Quality(heldout, number, weights, device)
+        scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout)
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
