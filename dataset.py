@@ -187,7 +187,7 @@ def read_packaged(name, img_size):
 
 
 def resized(images, img_size):
-    """uint8 images (N, 3, H, W) at another size, bilinear and antialiased as PIL does it: (N, 3, img_size, img_size)."""
+    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear and antialiased: (N, 3, img_size, img_size)."""
     pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
     size, filter = (img_size, img_size), Image.Resampling.BILINEAR
     rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])

@@ -114,9 +114,7 @@ class Quality:
         UsageError: too few images.
     """
 
-    def __init__(
-        self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50, heldout=None
-    ):
+    def __init__(self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50, heldout=None):
         least = SPLITS if weights else 2
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
@@ -144,7 +142,7 @@ class Quality:
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, {"precision", "recall"} and `swd`.
+        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, "precision", "recall" and `swd`.
 
         All processes take part, with the same images, and are given the scores. Precision and recall are of the first
         `COVER_IMAGES`, and of as many reference images.

@@ -69,7 +69,7 @@ def doubled(images):
 
 
 def laplacian_level(images, level, levels):
-    """One level of the Laplacian pyramid of images (N, C, H, W), float; level 0 is the finest, the last a blurred image."""
+    """One level of the Laplacian pyramid of images (N, C, H, W), float; 0 is the finest, the last a blurred image."""
     for _ in range(level):
         images = blurred(images)[:, :, ::2, ::2]
     return images if level == levels - 1 else images - doubled(blurred(images)[:, :, ::2, ::2])

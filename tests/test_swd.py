@@ -16,7 +16,9 @@ def noise(n, side, seed=0):
 
 def test_levels_go_down_to_16_pixels():
     assert swd.level_sides(8) == [] and swd.level_sides(16) == [16] and swd.level_sides(28) == [28]
-    assert swd.level_sides(64) == [64, 32, 16] and swd.level_sides(50) == [50, 25] and swd.level_sides(96) == [96, 48, 24]
+    assert (
+        swd.level_sides(64) == [64, 32, 16] and swd.level_sides(50) == [50, 25] and swd.level_sides(96) == [96, 48, 24]
+    )
 
 
 def test_the_pyramid_is_that_of_scipy():
@@ -48,7 +50,9 @@ def test_patches_are_squares_of_the_image_and_normalised_by_channel():
     drawn = patches.view(30, 128, 7, 7, 3).double().numpy()
     for i in (0, 29):  # each patch is a window of its own image, up to the scale and shift of its channels
         every = windows[i].reshape(-1, 7, 7, 3)
-        red = np.array([np.polyfit(drawn[i, 0, :, :, 0].ravel(), w[:, :, 0].ravel(), 1, full=True)[1][0] for w in every])
+        red = np.array(
+            [np.polyfit(drawn[i, 0, :, :, 0].ravel(), w[:, :, 0].ravel(), 1, full=True)[1][0] for w in every]
+        )
         assert red.min() < 1e-3 < np.sort(red)[1]
     assert len({tuple(row) for row in patches[:128].tolist()}) > 60  # of 100 places
 
