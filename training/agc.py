@@ -7,7 +7,7 @@ ANTI_GRADS = ("skip", "ascend", "random", "off")
 
 
 def shuffled(keep):
-    """The verdicts (B,) in a random order. Draws from torch's default generator, which the loop seeds for every step."""
+    """Verdicts (B,) in a random order, drawn from torch's default generator, which the loop seeds for every step."""
     return keep[torch.rand(keep.shape, device=keep.device).argsort()]
 
 
@@ -21,8 +21,8 @@ class AntiGradientControl(nn.Module):
         mem_ratio: the larger, the fewer samples are taken for memorised.
         ema_decay: d in [0, 1] of the bank's running mean.
         anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
-            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded). `random` is a control:
-            it drops as many samples of the batch as `skip` would, but drawn by chance.
+            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded). The control `random`
+            drops as many samples of the batch as `skip` would, but drawn by chance.
         ascend_weight: w >= 0 of `ascend`.
         bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.

@@ -95,10 +95,7 @@ flags.DEFINE_integer("exchange_every", 2, "main_fed: every so many rounds an exc
 flags.DEFINE_integer("local_epoch", 100, "main_fed: epochs on each shard per round", lower_bound=1)
 flags.DEFINE_integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards", lower_bound=1)
 flags.DEFINE_enum(
-    "anti_grad",
-    "skip",
-    ANTI_GRADS,
-    "main_fed: gradient of memorised samples; off: IET alone; random: a control, as many",
+    "anti_grad", "skip", ANTI_GRADS, "main_fed: what to do with memorised samples; off: IET; random: a control"
 )
 flags.DEFINE_float("anti_grad_weight", 1.0, "main_fed: weight w >= 0 of --anti_grad=ascend", lower_bound=0.0)
 flags.DEFINE_integer("bank_bins", 0, "main_fed: entries of the memory bank, at most --T; 0: one for every timestep", 0)
