@@ -1,6 +1,8 @@
-"""The experiment of docs/RESULTS.md: train and measure every arm, then write results/experiment.json and the figure.
+"""The experiments of docs/RESULTS.md: train and measure every arm, then write results/cifar10.json and the figure.
 
 bash com/results.sh --minutes=60
+bash com/results.sh --arms=AGC --out=again
+bash com/results.sh --experiment=digits
 
 What is there already is not made again: the same command goes on where it was stopped.
 """
@@ -8,20 +10,18 @@ What is there already is not made again: the same command goes on where it was s
 import argparse
 import contextlib
 import os
-import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 from benchmarks.__main__ import machine
 from experiments import runs, stacked, tables
-from experiments.arms import ARMS, DATA, ROOT
-from score.compare import markdown_table
+from experiments.images import load
+from experiments.runs import EXPERIMENTS, ROOT
 from utils import startup
 from utils.errors import UsageError
-from utils.files import lock_directory, read_json, write_json
+from utils.files import lock_directory, write_json
 
 
 def options_of(arguments):
@@ -30,13 +30,19 @@ def options_of(arguments):
     parser = startup.Parser("python -m experiments", description=__doc__, formatter_class=raw)
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
     parser.add_argument("--scale", type=float, default=1.0, help="below 1: fewer steps and images, for a trial")
-    parser.add_argument("--arms", help=f"with commas, some of {','.join(ARMS)}; default: all")
+    parser.add_argument("--experiment", choices=EXPERIMENTS, default="cifar10", help="default: cifar10")
+    parser.add_argument("--arms", help="with commas, some of the arms in experiments/; default: all")
+    parser.add_argument("--data_root", type=os.path.expanduser, default="data", help="directory of the data set")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at once; default: all cores")
     parser.add_argument("--stacked", action="store_true", help="first train all networks that can be at once, on a GPU")
     parser.add_argument("--out", type=os.path.expanduser, default="results", help="directory of all that is written")
     options = parser.parse_args(arguments)
-    options.arms = options.arms.split(",") if options.arms else None
-    if options.arms and not set(options.arms) <= set(ARMS):
-        raise UsageError(f"--arms={','.join(options.arms)}: choose some of {','.join(ARMS)}")
+    arms = EXPERIMENTS[options.experiment].ARMS
+    options.arms = options.arms.split(",") if options.arms else list(arms)
+    if not set(options.arms) <= set(arms):
+        raise UsageError(f"--arms={','.join(options.arms)}: choose some of {','.join(arms)}")
+    if options.processes < 1:
+        raise UsageError(f"--processes={options.processes}: at least 1")
     if options.stacked and not torch.cuda.is_available():
         raise UsageError("--stacked: PyTorch sees no GPU: leave it out, and the trainings run on all cores")
     return options
@@ -44,33 +50,41 @@ def options_of(arguments):
 
 def main(arguments=None):
     options, start = options_of(arguments), time.time()
-    out = Path(options.out).resolve()
+    out, data_root = (Path(path).resolve() for path in (options.out, options.data_root))
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
-        planned = runs.plan(out, options.scale, options.arms)
-        deadline = start + 60 * options.minutes
+        spec = EXPERIMENTS[options.experiment]
+        load(**spec.DATA, data_root=data_root)  # so that what is wrong with it shows before the long work
+        planned = runs.plan(options.experiment, out, data_root, options.scale)
+        path = out / f"{options.experiment}.json"
+        runs.check_published(path, planned)
+        wanted, deadline = [run for run in planned if run.arm in options.arms], start + 60 * options.minutes
         if options.stacked:
-            starts = {run.start for run in runs.plan(out, options.scale)}
-            stacked.work_all(planned, starts, torch.device("cuda"), deadline)
-        complete = runs.work_all(planned, deadline)
-        path = out / "experiment.json"
-        times = [run.directory / "log/train.json" for run in complete]
-        own = ("--logdir", "--seed", "--check_dir")
-        labelled = [(run, {"arm": run.arm, "seed": run.seed}) for run in complete]
-        result = {
-            "command": " ".join(["bash com/results.sh", *(sys.argv[1:] if arguments is None else arguments)]),
-            "machine": machine(),
-            "seconds of main_fed.py": round(sum(read_json(path)["seconds"] for path in times if path.exists())),
-            "trained by": Counter(runs.measured(run).get("device", "main_fed.py") for run in complete),
-            "repeated": DATA["duplicates"],
-            "floor": runs.floor(),
-            "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
-            "points": [about | point for run, about in labelled for point in runs.measured(run)["points"]],
-        }
-        write_json(path, result)
+            stacked.work_all(wanted, {run.start for run in planned}, torch.device("cuda"), deadline)
+        runs.work_all(wanted, deadline, options.processes)
+        complete = [run for run in planned if runs.measured(run)["complete"]]
+        write_json(path, result := result_of(spec, complete, data_root))
         if complete:
-            tables.plot(path.with_suffix(".png"), result)
-            print(markdown_table(*tables.matched(result, least=1)))
-        print(f"{len(complete)} of {len(planned)} trainings are complete: {path}")
+            tables.plot(options.experiment, path.with_suffix(".png"), result)
+            print(tables.shown(options.experiment, result))
+        print(f"{sum(run in complete for run in wanted)} of {len(wanted)} trainings are complete: {path}")
+
+
+def result_of(spec, complete, data_root):
+    """What the file of an experiment says of the runs that are complete: JSON values."""
+    trainings, points = [], []
+    for run in complete:
+        of_run, found = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
+        trainings.append(of_run | {name: found.get(name) for name in ("device", "stacked", "seconds")})
+        points += [of_run | point for point in found["points"]]
+    own = (*runs.OF_PLACES, "--seed=")
+    return {
+        "machine": machine(),
+        "data": spec.DATA,
+        "floor": spec.floor(data_root),
+        "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
+        "trainings": trainings,
+        "points": points,
+    }
 
 
 if __name__ == "__main__":

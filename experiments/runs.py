@@ -1,8 +1,8 @@
-"""The trainings of the experiment and what is measured of their checkpoints, each made once, on all cores.
+"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
 
-A run is in <out>/runs/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json, or
-stacked.json by experiments.stacked, what was measured. The
-same call goes on where it stopped.
+A run is in <out>/runs/<experiment>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json, or
+stacked.json by experiments.stacked, what was measured. The same call goes on where it stopped. What <out> has in the
+experiment's JSON file is not made again either.
 """
 
 import contextlib
@@ -16,73 +16,77 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 from absl.flags import FLAGS
 
-from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from experiments.arms import ARMS, DATA, IMAGES, NETWORK, POINT, SAMPLER, SEEDS, START, TRAINING
-from score.evaluate import evaluate
-from score.fid import compute_statistics, frechet_distance
+from experiments import cifar10, digits
 from score.generate import MeanPrediction, generate
-from score.memorization import closer_than_third
 from training import checkpoint, flags
 from utils import distributed
-from utils.errors import DataError
+from utils.errors import DataError, UsageError
 from utils.files import read_json, write_json
 
 FILES = "stacked.json", "measured.json"  # what experiments.stacked and this module measure
-POINTS = 6  # of a training of one round
-OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = {"cifar10": cifar10, "digits": digits}
+OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=")  # flags that change where files are moved
 
-# One training: the names of its arm and directory, its seed, the command line of main_fed.py, the checkpoint that it
-# starts from or None, its rounds and the steps of one over all shards, and how many images a measurement generates.
-Run = namedtuple("Run", "arm seed directory flags start rounds steps_per_round images")
+# One training: the names of its experiment and arm, its seed and directory, the command line of main_fed.py, the
+# arguments of `experiments.images.load`, the checkpoint that it starts from or None, its rounds and the steps of one
+# over all shards, and how many images a measurement generates.
+Run = namedtuple("Run", "experiment arm seed directory flags data start rounds steps_per_round images")
 
 
-def plan(out, scale=1.0, arms=None):
+def plan(experiment, out, data_root, scale=1.0):
     """All trainings, seed by seed and of each the main arms first.
 
     Args:
+        experiment: a name of `EXPERIMENTS`.
         out: the directory of all that is written.
+        data_root: where the data set is.
         scale: below 1: fewer steps, rounds and images, for a trial.
-        arms: names of some of the `ARMS`; None for all.
     """
-    order = itertools.product(range(1, max(map(max, SEEDS.values())) + 1), arms or ARMS)
-    return [make_run(out, arm, seed, scale) for seed, arm in order if seed in SEEDS[arm]]
+    seeds = EXPERIMENTS[experiment].SEEDS
+    order = itertools.product(range(1, max(map(max, seeds.values())) + 1), EXPERIMENTS[experiment].ARMS)
+    return [make_run(experiment, out, data_root, arm, seed, scale) for seed, arm in order if seed in seeds[arm]]
 
 
-def make_run(out, arm, seed, scale):
-    """The `Run` of an arm of `ARMS` with a seed; the other arguments as for `plan`."""
-    own = dict(ARMS[arm])
-    batch = own.get("batch_size", TRAINING["batch_size"])
-    data = {name: own.get(name, value) for name, value in DATA.items()}
-    slots = data["num_train"] + data["duplicates"] * (data["copies"] - 1)
+def make_run(experiment, out, data_root, arm, seed, scale):
+    """The `Run` of an arm with a seed; the other arguments as for `plan`."""
+    spec = EXPERIMENTS[experiment]
+    own = dict(spec.ARMS[arm])
+    batch = own.get("batch_size", spec.TRAINING["batch_size"])
+    data = {name: own.get(name, value) for name, value in spec.DATA.items()}
+    slots = data["num_train"] + data.get("duplicates", 0) * (data.get("copies", 1) - 1)
     per_shard = slots if own.get("split") == "all" else slots // own["client_num"]
     per_epoch = own["client_num"] * (per_shard // batch)
     steps, start = round(own.pop("steps") * scale), own.pop("from", None)
     epochs, one_round = max(1, round(own.pop("local_epoch") * scale)), own.pop("one_round", False)
     if one_round:
-        epochs = POINTS * max(1, round(epochs / POINTS))
+        epochs = spec.POINTS * max(1, round(epochs / spec.POINTS))
     rounds = 1 if one_round else max(2, round(steps / (epochs * per_epoch)))
-    directory = out / "runs" / arm / f"seed{seed}"
+    directory = out / "runs" / experiment / arm / f"seed{seed}"
     values = {
-        **DATA, **NETWORK, **TRAINING, **SAMPLER, "train": True, "device": "cpu", "sample_step": 0, "log_step": 500,
-        "save_step": 0, **own, "local_epoch": epochs, "total_round": rounds, "seed": seed, "logdir": directory / "log",
+        **spec.DATA, **spec.NETWORK, **spec.TRAINING, **spec.SAMPLER, "train": True, "device": "cpu", "sample_step": 0,
+        "log_step": 500, "save_step": 0, **own, "local_epoch": epochs, "total_round": rounds, "seed": seed,
+        "logdir": directory / "log", "data_root": data_root,
     }  # fmt: skip
     if one_round:  # the shards' own networks are measured
-        values |= {"save_step": epochs // POINTS * (per_shard // batch), "keep": POINTS}
+        values |= {"save_step": epochs // spec.POINTS * (per_shard // batch), "keep": spec.POINTS}
     else:
-        values["save_round"] = max(1, round(POINT * scale / (epochs * per_epoch)))
+        values["save_round"] = max(1, round(spec.POINT * scale / (epochs * per_epoch)))
     if start:
-        before = make_run(out, start, seed, scale)
+        before = make_run(experiment, out, data_root, start, seed, scale)
         start = values["check_dir"] = (
-            before.directory / "log" / checkpoint.round_name(max(1, round(START * before.rounds)))
+            before.directory / "log" / checkpoint.round_name(max(1, round(spec.START * before.rounds)))
         )
     lists = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
     line = [f"--{flag}={value}" for flag, given in lists.items() for value in given]
-    return Run(arm, seed, directory, line, start, rounds, epochs * per_epoch, max(100, round(IMAGES * scale)))
+    data, images = {**data, "data_root": data_root}, max(100, round(spec.IMAGES * scale))
+    return Run(experiment, arm, seed, directory, line, data, start, rounds, epochs * per_epoch, images)
 
 
 def values_of(command):
@@ -92,77 +96,57 @@ def values_of(command):
     return FLAGS
 
 
-def real_images(img_size):
-    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W)."""
-    data = load(img_size)
-    return data.without_copies().train.images, data.slot_image.bincount() > 1, data.heldout.images
-
-
-@functools.cache
-def load(img_size, **changes):
-    """The `dataset.Dataset` of all trainings, at a size; changes: of `DATA`."""
-    data = {**DATA, "img_size": img_size, **changes}
-    return load_dataset(data.pop("dataset"), "", **data)
-
-
-def measure(images):
-    """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
-
-    fpd is that to the held-out images; a generator that draws the repeated images less often has a better one, and so
-    `fpd of others` is that of the images whose nearest is no repeated one. `near copies` is the share of the rest.
-    f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
-    """
-    distinct, repeated, heldout = real_images(images.shape[-1])
-    found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
-    copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
-    return {
-        "fpd": found["fpd"],
-        "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
-        "f_mem": found["share_sqrt_d1_d2_below_third"],
-        "f_mem of copies": (copies & of_repeated).double().mean().item(),
-        "extracted": len(index[copies & of_repeated, 0].unique()),
-        "near copies": of_repeated.double().mean().item(),
-        **{f"MQ@{p}": found["mq_fraction"][p] for p in ("15", "30")},
-        "images": len(images),
-    }
-
-
-def fpd(images, reference):
-    """Frechet distance on pooled pixels between two sets of images."""
-    return frechet_distance(*compute_statistics(images), *compute_statistics(reference))
-
-
-def floor():
-    """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
-    distinct, repeated, heldout = real_images(DATA["img_size"])
-    shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
-    half = len(heldout) // 2
-    sets = {
-        "the training set": load(DATA["img_size"]).train.images,
-        "distinct training images": distinct,
-        "single images": distinct[~repeated][:OTHER_IMAGES],
-    }
-    fpds = {f"fpd of {name}": fpd(images, heldout) for name, images in sets.items()}
-    of_halves = fpd(shuffled[:half], shuffled[half:])
-    return {**measure(heldout), "fpd": of_halves, "fpd of others": of_halves, **fpds}
+def measure(run, images):
+    """What the experiment of a run measures of images that were generated with it."""
+    return EXPERIMENTS[run.experiment].measure(images, run.data)
 
 
 def measured(run, names=FILES):
-    """What was measured of a training so far: {"flags", "points": [{"steps": n, "fpd": x, ...}], "complete": bool}.
+    """What was measured of a training so far: a dict.
 
-    names: of the files where that may be, of which the last that is complete counts.
+    "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and "stacked" how it was
+    trained, "seconds" how long that took.
+
+    names: of the files where that may be, of which the last that is complete counts; the experiment's file comes first.
     """
+    known = published(run.directory.parents[3] / f"{run.experiment}.json").get((run.arm, run.seed), {})
     result = {"flags": run.flags, "points": [], "complete": False}
-    for path in (run.directory / name for name in names):
-        found = read_json(path) if path.exists() else {}
-        if settings(found.get("flags", [])) == settings(run.flags) and (found["complete"] or not result["complete"]):
+    for found in (known, *(read_json(path) for name in names if (path := run.directory / name).exists())):
+        is_its = settings(found.get("flags", [])) == settings(run.flags)
+        if is_its and (found["complete"] or not result["complete"]):
             result = found
     return result
 
 
+def published(path):
+    """{(arm, seed): what `measured` returns} of the trainings in a file that the command has written."""
+    return read_published(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@functools.cache
+def read_published(path, _):
+    """What `published` returns; the second argument changes whenever the file does."""
+    result, found = read_json(path), {}
+    for training in result["trainings"]:
+        of_run = {"arm": training["arm"], "seed": training["seed"]}
+        points = [point for point in result["points"] if of_run.items() <= point.items()]
+        points = [{name: value for name, value in point.items() if name not in of_run} for point in points]
+        flags = [*result["flags"][training["arm"]], f"--seed={training['seed']}"]
+        found[tuple(of_run.values())] = {**training, "flags": flags, "points": points, "complete": True}
+    return found
+
+
+def check_published(path, planned):
+    """Raise a UsageError if a file that the command has written holds trainings that are none of the planned runs."""
+    own = {(run.arm, run.seed): settings(run.flags) for run in planned}
+    for (arm, seed), found in published(path).items():
+        if own.get((arm, seed)) != settings(found["flags"]):
+            raise UsageError(f"{path}: {arm}, seed {seed} was made with other flags: choose another --out")
+
+
 def settings(command):
-    """A command line without its paths, which change where results are moved."""
-    return [flag for flag in command if not flag.startswith(("--logdir=", "--check_dir="))]
+    """The flags of a command line in a fixed order, without those of places."""
+    return sorted(flag for flag in command if not flag.startswith(OF_PLACES))
 
 
 def begin_worker():
@@ -218,7 +202,8 @@ def work(run):
     if run.start and not run.start.exists():
         return  # the training that it starts from comes first, another time
     train(run)
-    result = measured(run, FILES[1:])
+    seconds = read_json(run.directory / "log/train.json")["seconds"]
+    result = measured(run, FILES[1:]) | {"device": "cpu", "stacked": False, "seconds": seconds}
     for about, paths in list(networks(run, values))[len(result["points"]) :]:
         nets = []
         for path in paths:
@@ -228,17 +213,17 @@ def work(run):
         sampler = GaussianDiffusionSampler(MeanPrediction(nets), **flags.sampler(values))
         with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
             images = generate(sampler, run.images, 512, run.seed)
-        result["points"].append({**about, **measure(images)})
+        result["points"].append({**about, **measure(run, images)})
         write_json(run.directory / "measured.json", result)
     write_json(run.directory / "measured.json", result | {"complete": True})
 
 
-def work_all(runs, deadline):
-    """`work` of all runs that are not complete, until the deadline, one process per core; returns those that are."""
+def work_all(runs, deadline, processes):
+    """`work` of all runs that are not complete, in so many processes, until the deadline; returns those that are."""
     missing = [run for run in runs if not measured(run)["complete"]]
     if missing and time.time() < deadline:
         with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time
-            multiprocessing.get_context("spawn").Pool(os.cpu_count(), begin_worker) as pool,
+            multiprocessing.get_context("spawn").Pool(processes, begin_worker) as pool,
             distributed.bar(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments import runs
+from experiments.images import load
 from training import checkpoint, flags
 from training.averaging import weighted_average
 from training.batches import ShardBatches, normalize
@@ -36,7 +37,7 @@ WARM_UP = 3  # steps before a CUDA graph is captured
 AT_ONCE = 2**22  # pixels of the images in a call of the stacked networks
 # in what arms that are trained together may differ
 MAY_DIFFER = {"client_num", "local_epoch", "steps", "anti_grad", "split", "duplicates_in", "reshard", "one_round"}
-MAY_DIFFER |= {"from", "img_size", "duplicates", "copies"}
+MAY_DIFFER |= {"from", "img_size", "num_train", "duplicates", "copies"}
 
 
 class ConvolutionByMatmul(TorchFunctionMode):
@@ -90,15 +91,17 @@ class StackedLearner:
         net: a `model.UNet` of their shape, on the device.
         weights, ema_weights: (N, P), where they start.
         agc: an `AntiGradientControl`.
-        uses_agc: bool (N,): of which networks it skips samples.
+        uses_agc, at_random: bool (N,): of which networks it skips samples, and of which as many are left out at random.
         diffusion: keyword arguments of `GaussianDiffusionTrainer`.
         images: uint8 (slots, 3, H, W), on the device.
         lr, warmup, grad_clip, ema_decay: as for `Learner`.
     """
 
-    def __init__(self, net, weights, ema_weights, agc, uses_agc, diffusion, images, lr, warmup, grad_clip, ema_decay):
+    def __init__(
+        self, net, weights, ema_weights, agc, uses_agc, at_random, diffusion, images, lr, warmup, grad_clip, ema_decay
+    ):
         self.net, self.weights, self.ema_weights = net, nn.Parameter(weights.clone()), ema_weights.clone()
-        self.agc, self.uses_agc, self.images = agc, uses_agc, images
+        self.agc, self.uses_agc, self.at_random, self.images = agc, uses_agc, at_random, images
         self.banks = agc.bank.expand(len(weights), -1).clone()
         self.trainer = GaussianDiffusionTrainer(Stack(net, self.weights), **diffusion).to(weights.device)
         self.base_lr, self.warmup, self.grad_clip, self.ema_decay = lr, warmup, grad_clip, ema_decay
@@ -111,9 +114,12 @@ class StackedLearner:
         x_0 = normalize(self.images[index.flatten()])
         losses = self.trainer(x_0, None, t.flatten(), eps.flatten(0, 1)).mean(dim=(1, 2, 3)).view_as(t)
         judge = vmap(lambda bank, losses, t: functional_call(self.agc, {"bank": bank}, (losses, t)))
-        controlled, _ = judge(self.banks, losses, t)
+        controlled, keep = judge(self.banks, losses, t)
+        by_chance = keep.gather(1, torch.rand_like(losses).argsort(dim=1))
+        mean_of_those = torch.where(by_chance, losses, 0.0).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+        plain = torch.where(self.at_random, mean_of_those, losses.mean(dim=1))
         self.optim.zero_grad()
-        torch.where(self.uses_agc, controlled, losses.mean(dim=1)).sum().backward()
+        torch.where(self.uses_agc, controlled, plain).sum().backward()
         with torch.no_grad():
             norm = self.weights.grad.norm(dim=1, keepdim=True)
             self.weights.grad /= ((norm + 1e-6) / self.grad_clip).clamp(min=1)
@@ -169,8 +175,8 @@ class Member:
     def __init__(self, run, row, slot):
         values = runs.values_of(run.flags)
         self.run, self.K, self.slot, self.rows = run, values.client_num, slot, slice(row, row + values.client_num)
-        self.uses_agc, self.checkpoint = values.anti_grad == "skip", None
-        self.data = data = runs.load(values.img_size, duplicates=values.duplicates, copies=values.copies)
+        self.anti_grad, self.checkpoint = values.anti_grad, None
+        self.data = data = load(**run.data)
         split = (values.client_num, flags.split_of(values), values.seed, data.slot_image, values.duplicates_in)
         self.shards = lambda r: make_shards(data.train.labels, *split, r)
         self.reshards = values.reshard
@@ -255,11 +261,12 @@ def make_stack(planned, device):
         torch.manual_seed(derive_seed(values.seed, "weights"))
         starts += [member.start(flags.unet(values))] * member.K
     weights, ema_weights = (torch.stack(rows).to(device) for rows in zip(*starts, strict=True))
-    uses_agc = torch.tensor([member.uses_agc for member in members for _ in range(member.K)], device=device)
+    controls = [member.anti_grad for member in members for _ in range(member.K)]
+    masks = [torch.tensor([control == kind for control in controls], device=device) for kind in ("skip", "random")]
     images = torch.cat([member.data.train.images for member in members]).to(device)
     net, agc = flags.unet(values).to(device), flags.agc(values, values.T).to(device)
     diffusion = flags.arguments(values, GaussianDiffusionTrainer)
-    return members, flags.call(values, StackedLearner, net, weights, ema_weights, agc, uses_agc, diffusion, images)
+    return members, flags.call(values, StackedLearner, net, weights, ema_weights, agc, *masks, diffusion, images)
 
 
 def sample_due(members, learner, step):
@@ -286,7 +293,7 @@ def train_together(planned, wanted, device, pool, deadline):
     with distributed.bar(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
         while True:
             for member, about, images in sample_due(members, learner, step):
-                member.points.append((about, pool.apply_async(runs.measure, (images.clone(),))))
+                member.points.append((about, pool.apply_async(runs.measure, (member.run, images.clone()))))
             if step == last or time.time() > deadline:
                 break
             until = min((step // member.stop + 1) * member.stop for member in members)
@@ -300,7 +307,7 @@ def train_together(planned, wanted, device, pool, deadline):
                     if path in wanted:
                         member.checkpoint = path, learner.checkpoint_of(member.rows.start)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    about = {"complete": True, "device": f"{name}, {len(learner.weights)} networks at once"}
+    about = {"complete": True, "device": f"{name}, {len(learner.weights)} networks at once", "stacked": True}
     for member in members:
         if member.steps > step or not learner.weights[member.rows].isfinite().all():
             warn(f"{member.run.arm}, seed {member.run.seed}: out of time or not finite, left for another time")
@@ -313,7 +320,7 @@ def train_together(planned, wanted, device, pool, deadline):
 
 def can_stack(run):
     """Whether the step of a run is the one that is stacked."""
-    return set(runs.ARMS[run.arm]) <= MAY_DIFFER
+    return set(runs.EXPERIMENTS[run.experiment].ARMS[run.arm]) <= MAY_DIFFER
 
 
 def shape_of(run):

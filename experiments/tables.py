@@ -1,4 +1,4 @@
-"""What docs/RESULTS.md shows of results/experiment.json: tables, in the places that the document marks, and a figure.
+"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and a figure.
 
 python -m experiments.tables
 """
@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.arms import FINE_TUNED, LARGER, MAIN, OTHERS, ROOT, STEPS, K
+from experiments.digits import FINE_TUNED, LARGER, MAIN, OTHERS, STEPS, K
 from experiments.matched import LEAST_SEEDS, at_quality, comparison, interval, paths_of, verdict
+from experiments.runs import ROOT
 from score.compare import markdown_table
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
@@ -78,11 +79,11 @@ def matched(result, least=LEAST_SEEDS):
             rows[-1].append(FORMS[axis].format(row[axis]))
             for measure in ("f_mem", "extracted"):
                 rows[-1] += [FORMS[measure].format(row[name]) for name in (measure, f"default {measure}")]
-                rows[-1].append(f"{shown(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
+                rows[-1].append(f"{with_interval(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
     return header, rows
 
 
-def shown(difference, measure):
+def with_interval(difference, measure):
     """A mean and its interval, shares in percent."""
     form, scale = ("{:+.2f}", 100) if measure == "f_mem" else ("{:+.1f}", 1)
     mean, low, high = (None if x is None else form.format(scale * x) for x in difference)
@@ -109,7 +110,7 @@ def fine_tuned(result):
         starts, ends = zip(*((path[0], path[-1]) for path in paths.values()), strict=True)
         rows.append([arm, len(paths), *cells(starts, measures), *cells(ends, measures)])
         less = [paths[seed][-1]["f_mem"] - baseline[seed][-1]["f_mem"] for seed in paths if seed in baseline]
-        rows[-1].append(shown(interval(less), "f_mem") if less and arm != "default (fine-tuned)" else "")
+        rows[-1].append(with_interval(interval(less), "f_mem") if less and arm != "default (fine-tuned)" else "")
     return header, rows
 
 
@@ -145,7 +146,18 @@ def filled(text, result):
     return places.sub(lambda place: f"{place[1]}\n{markdown_table(*TABLES[place[2]](result))}<!-- end -->", text)
 
 
-def plot(path, result):
+def shown(experiment, result):
+    """What the command prints of an experiment."""
+    return markdown_table(*matched(result, least=1)) if experiment == "digits" else ""
+
+
+def plot(experiment, path, result):
+    """The figure of an experiment, as a PNG file."""
+    if experiment == "digits":
+        plot_digits(path, result)
+
+
+def plot_digits(path, result):
     """Memorisation over quality and over steps: means over seeds at every checkpoint, bars of a deviation."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -169,7 +181,7 @@ def plot(path, result):
                 if len(paths) > 1:
                     bars |= {"xerr": x.std(axis=0, ddof=1), "yerr": y.std(axis=0, ddof=1)}
                 axis.errorbar(x.mean(axis=0), y.mean(axis=0), **bars)
-    for row, label in enumerate((f"repeated images copied, of {round(result['repeated'])}", "f_mem")):
+    for row, label in enumerate((f"repeated images copied, of {result['data']['duplicates']}", "f_mem")):
         what = "fpd of images not near repeated ones (less is better)"
         axes[row, 0].set(xlabel=what, ylabel=label, xscale="log", xlim=(None, 1))
         axes[row, 1].set(xlabel=f"gradient steps in all (over {K} shards)")
@@ -182,7 +194,7 @@ def plot(path, result):
 
 
 def main():
-    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_json(ROOT / "results/experiment.json")))
+    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_json(ROOT / "results/digits.json")))
 
 
 if __name__ == "__main__":

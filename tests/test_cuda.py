@@ -212,7 +212,8 @@ def test_stacked_networks_train_as_on_the_cpu(monkeypatch):
         net = visible(tiny_unet(dropout=0.0)).to(device)
         rows, uses_agc = stacked.row_of(net).expand(2, -1), torch.tensor([True, False], device=device)
         agc, images = AntiGradientControl(10, ema_decay=0.0).to(device), IMAGES.to(device)
-        learner = stacked.StackedLearner(net, rows, rows, agc, uses_agc, diffusion, images, 1e-3, 2, 1.0, 0.9)
+        never = torch.zeros_like(uses_agc)
+        learner = stacked.StackedLearner(net, rows, rows, agc, uses_agc, never, diffusion, images, 1e-3, 2, 1.0, 0.9)
         learner.train(table[:5], 0)
         learner.train(table[5:], 5)
         weights[device] = learner.weights.detach(), learner.ema_weights

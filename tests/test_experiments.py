@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,10 @@ import scipy.linalg
 import scipy.stats
 import torch
 
-from dataset import load_dataset
 from experiments import __main__ as experiments
-from experiments import runs, tables
-from experiments.arms import ARMS, DATA
+from experiments import cifar10, digits, images, runs, tables
 from experiments.matched import at_quality, best_common, comparison, interval, verdict
+from score.swd import sliced_wasserstein
 from tests.commands import ROOT, environment
 from utils.errors import DataError, UsageError
 
@@ -86,16 +87,16 @@ def test_what_cannot_be_told_apart_is_not_called_equal():
 
 def test_the_measures_by_brute_force(monkeypatch):
     random = torch.Generator().manual_seed(0)
-    training, heldout, images = (
+    training, heldout, generated = (
         torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=random) for n in (60, 300, 300)
     )
-    images[:3] = training[5]
-    images[3:9] = (training[9].int() + torch.randint(0, 20, (6, 3, 8, 8), generator=random)).clamp(max=255)
-    images[9] = training[40]
+    generated[:3] = training[5]
+    generated[3:9] = (training[9].int() + torch.randint(0, 20, (6, 3, 8, 8), generator=random)).clamp(max=255)
+    generated[9] = training[40]
     repeated = torch.arange(60) < 20
-    monkeypatch.setattr(runs, "real_images", lambda img_size: (training, repeated, heldout))
-    numbers = runs.measure(images)
-    x, y, real = (part.flatten(1).numpy() / 255 for part in (images, training, heldout))
+    monkeypatch.setattr(digits, "real_images", lambda data: (training, repeated, heldout))
+    numbers = digits.measure(generated, {})
+    x, y, real = (part.flatten(1).numpy() / 255 for part in (generated, training, heldout))
     distance = np.square(x[:, None] - y).sum(axis=2)
     ordered, nearest = np.sort(distance, axis=1), distance.argmin(axis=1)
     copies = (9 * ordered[:, 0] < ordered[:, 1]) | (ordered[:, 0] == 0)
@@ -115,36 +116,81 @@ def test_the_measures_by_brute_force(monkeypatch):
 
 
 def test_arms_have_the_steps_they_say(tmp_path):
-    data = load_dataset(DATA["dataset"], "", **{name: value for name, value in DATA.items() if name != "dataset"})
+    data = images.load(**digits.DATA, data_root="")
     assert len(data.train.images) == 4000 and len(data.heldout.images) == 2980
-    planned = runs.plan(tmp_path)
-    assert len({run.directory for run in planned}) == len(planned) and {run.arm for run in planned} == set(ARMS)
-    for run in planned:
-        values = runs.values_of(run.flags)
-        slots = values.num_train + values.duplicates * (values.copies - 1)
-        size = slots if values.split == "all" else slots // values.client_num
-        assert run.steps_per_round == values.client_num * values.local_epoch * (size // values.batch_size)
-        assert run.rounds * run.steps_per_round == pytest.approx(ARMS[run.arm]["steps"], rel=0.04), run.arm
-        assert runs.real_images(values.img_size)[0].shape == (2020, 3, values.img_size, values.img_size)
-    assert [run.arm for run in planned[:2]] == ["default", "AGC"] and planned[0].seed == 1
+    for name, spec in runs.EXPERIMENTS.items():
+        planned = runs.plan(name, tmp_path, "data")
+        assert len({run.directory for run in planned}) == len(planned) and {run.arm for run in planned} == set(
+            spec.ARMS
+        )
+        assert [run.arm for run in planned[:2]] == ["default", "AGC"] and planned[0].seed == 1
+        for run in planned:
+            values = runs.values_of(run.flags)
+            slots = values.num_train + values.duplicates * (values.copies - 1)
+            size = slots if values.split == "all" else slots // values.client_num
+            assert run.steps_per_round == values.client_num * values.local_epoch * (size // values.batch_size)
+            assert run.rounds * run.steps_per_round == pytest.approx(spec.ARMS[run.arm]["steps"], rel=0.04), run.arm
+            if name == "cifar10":
+                assert run.rounds == (1 if run.arm == "score ensemble" else 20) and not values.duplicates
+            else:
+                assert digits.real_images(run.data)[0].shape == (2020, 3, values.img_size, values.img_size)
+
+
+def test_the_measures_of_cifar10_by_brute_force(tmp_path, monkeypatch):
+    rows = random_cifar10(tmp_path)
+    monkeypatch.setitem(cifar10.DATA, "num_train", 60)
+    data = {**cifar10.DATA, "data_root": tmp_path}
+    loaded = images.load(**data)
+    training, heldout = loaded.train.images, loaded.heldout.images
+    assert not loaded.hflip and len(training) + len(heldout) == rows
+    generated = heldout[:100].clone()
+    generated[:5] = training[:5]
+    numbers = cifar10.measure(generated, data)
+
+    def mq(x, p):
+        distance = np.square(x.flatten(1).numpy()[:, None] / 255.0 - training.flatten(1).numpy() / 255.0).sum(axis=2)
+        ordered = np.sort(distance, axis=1)
+        return (100 * ordered[:, 0] / ordered[:, :50].mean(axis=1) < p).mean()
+
+    for p in (15, 30, 50):
+        assert numbers[f"MQ@{p}"] == pytest.approx(mq(generated, p))
+        assert numbers[f"MQ@{p} above"] == pytest.approx(mq(generated, p) - mq(heldout, p))
+    assert numbers["extracted"] == 5 and numbers["f_mem"] >= 0.05
+    assert numbers["swd"] == sliced_wasserstein(heldout, generated)["16"]
+    assert numbers["fpd"] == images.fpd(generated, heldout)
+    real = cifar10.floor(tmp_path)
+    assert real["MQ@30 above"] == 0 and real["fpd"] > 0 and real["swd"] > 0
+
+
+def random_cifar10(folder):
+    """Write batches of random images in CIFAR's format, 100 each; returns how many images they are."""
+    random = np.random.default_rng(0)
+    directory = folder / "cifar-10-batches-py"
+    directory.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        content = {"data": random.integers(0, 256, (100, 3072), np.uint8), "labels": [i % 10 for i in range(100)]}
+        (directory / name).write_bytes(pickle.dumps(content))
+    return 600
 
 
 @pytest.mark.parametrize("wrong", [["--arms=nothing"], ["--minutes=x"], ["--unknown"]])
 def test_a_wrong_flag_is_named(wrong, tmp_path):
     with pytest.raises(UsageError, match=wrong[0].partition("=")[0]):
-        experiments.main([*wrong, f"--out={tmp_path}"])
+        experiments.main([*wrong, "--experiment=digits", f"--out={tmp_path}"])
 
 
 def test_nothing_is_made_twice(tmp_path, monkeypatch):
     """A trial of arms of every kind: one model, an ensemble of scores, and all of IET-AGC+ from a checkpoint."""
     chosen = ["default", "clustered score ensemble", "clustered IET-AGC+ (fine-tuned)"]
     seeds = dict.fromkeys(chosen, range(1, 2))
-    monkeypatch.setattr(runs, "SEEDS", seeds)
-    monkeypatch.setattr(runs, "POINTS", 2)
-    command = [f"--arms={','.join(chosen)}", "--scale=0.008", f"--out={tmp_path}"]
+    monkeypatch.setattr(digits, "SEEDS", seeds)
+    monkeypatch.setattr(digits, "ARMS", {arm: digits.ARMS[arm] for arm in chosen})
+    monkeypatch.setattr(digits, "POINTS", 2)
+    command = ["--experiment=digits", "--scale=0.008", f"--out={tmp_path}"]
     experiments.main(command)
     experiments.main(command)  # the fine-tuned one begins when default training is there
-    result = json.loads((tmp_path / "experiment.json").read_text())
+    result = json.loads((tmp_path / "digits.json").read_text())
+    assert [(t["arm"], t["device"], t["stacked"]) for t in result["trainings"]] == [(a, "cpu", False) for a in chosen]
     assert list(dict.fromkeys(p["arm"] for p in result["points"])) == chosen
     assert {p.get("network") for p in result["points"] if p["arm"] == "clustered score ensemble"} == {None, "sub-model"}
     assert all(0 <= p["f_mem"] <= 1 and p["fpd"] > 0 for p in result["points"])
@@ -153,8 +199,12 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
         header, rows = table(result)
         assert all(len(row) == len(header) for row in rows), name
     monkeypatch.setattr(runs, "work", None)
+    shutil.rmtree(tmp_path / "runs")  # the file alone says what need not be made again
     experiments.main(command)
-    assert json.loads((tmp_path / "experiment.json").read_text())["points"] == result["points"]
+    again = json.loads((tmp_path / "digits.json").read_text())
+    assert again["points"] == result["points"] and again["trainings"] == result["trainings"]
+    with pytest.raises(UsageError, match="other flags: choose another --out"):
+        experiments.main([*command[:1], "--scale=0.01", *command[2:]])
 
 
 def processes_of(session):
@@ -167,7 +217,7 @@ def processes_of(session):
 
 def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
     """By SIGKILL the trainings at work go on, but no other begins."""
-    flags = ["--arms=default"]
+    flags = ["--experiment=digits", "--arms=default"]
     started, limit = {}, time.monotonic() + 100
     for by in ("SIGKILL", "Ctrl-C"):
         command = [sys.executable, "-m", "experiments", *flags, f"--out={tmp_path / by}"]
@@ -190,12 +240,12 @@ def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     for by in started:
-        assert len(list((tmp_path / by).glob("runs/default/*"))) <= os.cpu_count()
+        assert len(list((tmp_path / by).glob("runs/digits/default/*"))) <= os.cpu_count()
     lines = (tmp_path / "Ctrl-C.err").read_text().splitlines()
     assert [line for line in lines if not line.startswith("runs:")] == ["experiments: stopped by SIGINT"]
 
 
 def test_the_document_says_what_the_results_say():
-    text, results = tables.DOCUMENT.read_text(), json.loads((ROOT / "results/experiment.json").read_text())
+    text, results = tables.DOCUMENT.read_text(), json.loads((ROOT / "results/digits.json").read_text())
     assert tables.filled(text, results) == text, f"{tables.DOCUMENT} differs: run python -m experiments.tables"
     assert text.count("<!-- table: ") == len(tables.TABLES)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from experiments import __main__ as experiments
-from experiments import runs, stacked
+from experiments import digits, images, runs, stacked
 from tests.commands import run as run_script
+from tests.networks import tiny_unet
 from training import checkpoint
+from training.agc import AntiGradientControl
 from utils.errors import UsageError
 
 STACKED = ["AGC", "clustered reshuffled", "clustered score ensemble", "clustered IET-AGC (fine-tuned)"]
@@ -24,7 +26,7 @@ SMALL = {
     "IMAGES": 100,
     "POINT": 25,
     "POINTS": 2,
-    "ARMS": {arm: runs.ARMS[arm] | {"local_epoch": 2, "steps": 50} for arm in ("default", *STACKED)},
+    "ARMS": {arm: digits.ARMS[arm] | {"local_epoch": 2, "steps": 50} for arm in ("default", *STACKED)},
 }
 IN_PLACE = SimpleNamespace(apply_async=lambda measure, given: SimpleNamespace(get=lambda: measure(*given)))
 
@@ -32,10 +34,10 @@ IN_PLACE = SimpleNamespace(apply_async=lambda measure, given: SimpleNamespace(ge
 @pytest.fixture
 def small(monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(runs, name, value)
-    runs.load.cache_clear()
+        monkeypatch.setattr(digits, name, value)
+    images.load.cache_clear()
     yield
-    runs.load.cache_clear()
+    images.load.cache_clear()
 
 
 def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
@@ -59,7 +61,7 @@ def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
     monkeypatch.setattr(stacked.StackedLearner, "draw_and_update", draw_as_main_fed)
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
     monkeypatch.setattr(runs, "train", lambda run: run_script("main_fed.py", *run.flags, cwd=tmp_path))
-    for run in (planned := [runs.make_run(tmp_path, arm, 1, 1.0) for arm in ("default", *STACKED)]):
+    for run in (planned := [runs.make_run("digits", tmp_path, "data", arm, 1, 1.0) for arm in ("default", *STACKED)]):
         runs.work(run)
     assert all(map(stacked.can_stack, planned[1:]))
     stacked.train_together(planned[1:], set(), torch.device("cpu"), IN_PLACE, float("inf"))
@@ -75,10 +77,12 @@ def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
 
 def test_what_is_stacked_is_not_trained_again(tmp_path, monkeypatch, small, capfd):
     """And one that starts from another finds its checkpoint."""
-    monkeypatch.setattr(runs, "SEEDS", dict.fromkeys(("default", STACKED[-1]), range(1, 2)))
+    chosen = ("default", STACKED[-1])
+    monkeypatch.setattr(digits, "ARMS", {arm: digits.ARMS[arm] for arm in chosen})
+    monkeypatch.setattr(digits, "SEEDS", dict.fromkeys(chosen, range(1, 2)))
     pool = contextlib.nullcontext(IN_PLACE)
     monkeypatch.setattr(multiprocessing, "get_context", lambda how: SimpleNamespace(Pool=lambda *_: pool))
-    planned = runs.plan(tmp_path, arms=["default", STACKED[-1]])
+    planned = runs.plan("digits", tmp_path, "data")
     wanted, cpu = {planned[1].start}, torch.device("cpu")
     stacked.train_together(planned[:1], wanted, cpu, IN_PLACE, 0)  # out of time
     assert "left for another time" in capfd.readouterr().err and not list(tmp_path.rglob("*.*"))
@@ -86,10 +90,11 @@ def test_what_is_stacked_is_not_trained_again(tmp_path, monkeypatch, small, capf
     start, tuned = (runs.measured(run)["points"] for run in planned)
     assert tuned[0] == {**start[0], "steps": 0, "sequential": 0}
     monkeypatch.setattr(runs, "work", None)
-    experiments.main(["--arms", f"default,{STACKED[-1]}", f"--out={tmp_path}", "--minutes=0"])
-    result = json.loads((tmp_path / "experiment.json").read_text())
+    experiments.main(["--experiment=digits", f"--out={tmp_path}", "--minutes=0"])
+    result = json.loads((tmp_path / "digits.json").read_text())
     assert [{"arm": "default", "seed": 1, **point} for point in start] == result["points"][: len(start)]
-    assert result["trained by"] == {"CPU, 1 networks at once": 1, "CPU, 4 networks at once": 1}
+    trained = [(training["device"], training["stacked"]) for training in result["trainings"]]
+    assert trained == [("CPU, 1 networks at once", True), ("CPU, 4 networks at once", True)]
 
 
 def test_a_stack_needs_a_gpu(tmp_path):
@@ -101,11 +106,35 @@ def test_a_stack_needs_a_gpu(tmp_path):
 
 def test_only_trainings_with_the_same_step_are_stacked(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "SEEDS", {arm: range(1, 2) for arm in runs.ARMS})
-        planned = runs.plan(tmp_path)
+        patch.setattr(digits, "SEEDS", {arm: range(1, 2) for arm in digits.ARMS})
+        planned = runs.plan("digits", tmp_path, "data")
     own = ("--logdir", "--check_dir", "--total_round", "--local_epoch", "--client_num", "--anti_grad", "--duplicates")
     own += ("--copies", "--split", "--reshard", "--img_size", "--save", "--keep")
     steps = {tuple(f for f in run.flags if not f.startswith(own)) for run in planned if stacked.can_stack(run)}
     assert len(steps) == 1
     left = {run.arm for run in planned if not stacked.can_stack(run)}
     assert {"large batch", "dropout 0.1", "ambient", "spread IET-AGC+", "lr 0.004"} <= left
+
+
+@pytest.mark.parametrize("mem_ratio", [1e6, 1.0])
+def test_a_row_leaves_out_samples_at_random(mem_ratio):
+    """Where the bank takes none for memorised it trains on all; else on as many as AGC, and on others."""
+    random = torch.Generator().manual_seed(0)
+    net, given = tiny_unet(dropout=0.0), torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=random)
+    with torch.no_grad():
+        net.tail[2].weight.normal_(generator=random)
+    rows, kinds = stacked.row_of(net).expand(3, -1), torch.tensor([0, 1, 2])
+    diffusion, agc = (
+        {"beta_1": 1e-4, "beta_T": 0.02, "T": 10},
+        AntiGradientControl(10, mem_ratio, ema_decay=0.0, bins=1),
+    )
+    masks = kinds == 0, kinds == 1
+    learner = stacked.StackedLearner(net, rows, rows, agc, *masks, diffusion, given, 1e-3, 0.5, 1.0, 0.9)
+    table = torch.randint(16, (6, 1, 12), generator=random).expand(-1, 3, -1)
+    eps, t = torch.randn(12, 3, 8, 8, generator=random), torch.randint(10, (12,), generator=random)
+    for index in table:
+        learner.lr.fill_(1e-3)
+        learner.update(index, t.expand(3, -1), eps.expand(3, -1, -1, -1, -1))
+    by_bank, at_random, plain = learner.weights.detach()
+    same = [torch.allclose(at_random, other, atol=1e-6) for other in (by_bank, plain)]
+    assert same == [mem_ratio > 1] * 2

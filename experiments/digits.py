@@ -1,12 +1,17 @@
-"""What is compared: one data set, and every arm as flags of main_fed.py."""
+"""Repeated digits: one data set, every arm as flags of main_fed.py, and what is measured of generated images."""
 
-from pathlib import Path
+import torch
 
-ROOT = Path(__file__).parent.parent
+from experiments.images import fpd, load
+from score.evaluate import evaluate
+from score.memorization import closer_than_third
+
 K = 4
 STEPS = 18_000  # of default training: more than three times those at which it begins to copy
 POINT = 1500  # about so many steps between two measurements
+POINTS = 6  # of a training of one round
 IMAGES = 4096  # of a measurement
+OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
 # 2,000 single images of 8x8 pixels and 20 that stand there 100 times. A bank of T / 4 entries is as fresh with batches
 # of 32 as the paper's is with 128.
@@ -67,3 +72,50 @@ SEEDS = {
     **dict.fromkeys(LARGER, range(1, 2)),
     **dict.fromkeys(LEARNING_RATES, range(11, 12)),
 }
+
+
+def real_images(data):
+    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W).
+
+    data: as for `load`.
+    """
+    repeated = load(**{**data, "duplicates": DATA["duplicates"], "copies": DATA["copies"]})
+    return repeated.without_copies().train.images, repeated.slot_image.bincount() > 1, repeated.heldout.images
+
+
+def measure(images, data):
+    """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
+
+    fpd is that to the held-out images; a generator that draws the repeated images less often has a better one, and so
+    `fpd of others` is that of the images whose nearest is no repeated one. `near copies` is the share of the rest.
+    f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
+    """
+    distinct, repeated, heldout = real_images(data)
+    found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
+    copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
+    return {
+        "fpd": found["fpd"],
+        "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
+        "f_mem": found["share_sqrt_d1_d2_below_third"],
+        "f_mem of copies": (copies & of_repeated).double().mean().item(),
+        "extracted": len(index[copies & of_repeated, 0].unique()),
+        "near copies": of_repeated.double().mean().item(),
+        **{f"MQ@{p}": found["mq_fraction"][p] for p in ("15", "30")},
+        "images": len(images),
+    }
+
+
+def floor(data_root):
+    """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
+    data = {**DATA, "data_root": data_root}
+    distinct, repeated, heldout = real_images(data)
+    shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
+    half = len(heldout) // 2
+    sets = {
+        "the training set": load(**data).train.images,
+        "distinct training images": distinct,
+        "single images": distinct[~repeated][:OTHER_IMAGES],
+    }
+    fpds = {f"fpd of {name}": fpd(images, heldout) for name, images in sets.items()}
+    of_halves = fpd(shuffled[:half], shuffled[half:])
+    return {**measure(heldout, data), "fpd": of_halves, "fpd of others": of_halves, **fpds}
