@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import equal_images, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality, evaluate, identity, known_neighbors
 from score.gap import denoising_gap
@@ -25,7 +25,7 @@ from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
-from utils.errors import DataError, UsageError, printable
+from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 
 FLAGS = absl_flags.FLAGS
@@ -68,29 +68,39 @@ def take_directories(stages):
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
+def without_repeats(data):
+    """The `distinct` images of a data set, and what is to be said of it: {"counts": for result.json, "warning"}."""
+    distinct = data.distinct()
+    before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (data, distinct))
+    repeated, in_training = before[0] - after[0], before[1] - after[1]
+    said = [f"{repeated:,} of {before[0]:,} training images equal others, and count once"] if repeated else []
+    if in_training:
+        said.append(f"{in_training:,} of {before[1]:,} held-out images equal training images, and are left out")
+    counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
+    return distinct, {"counts": counts, "warning": "; ".join(said) or None}
+
+
 def load_network(device):
-    """The network that the flags name and its files: of several checkpoints the mean of their predictions."""
+    """The network that the flags name, its files, and the settings of its training or None.
+
+    Of several checkpoints it is the mean of their predictions.
+    """
     names = FLAGS.unet_dir.split(",")
     paths = [checkpoint.find(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
-    nets = []
+    settings, nets = flags.take_trainings(FLAGS, paths), []
     for path in paths:
         state = checkpoint.load(path, device)
-        if "flags" in state:
-            flags.take(FLAGS, state["flags"], path)
-            flags.check(FLAGS)
         nets.append(flags.unet(FLAGS, state, path).to(device))
         checkpoint.load_weights(nets[-1], checkpoint.weights(state, FLAGS.use_ema, path), path)
-    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths
+    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
 
 
-def training_settings(path):
-    """What run.json of a checkpoint's log directory says of its training, or None; JSON values."""
-    path = (path.parent.parent if path.parent.name == "state" else path.parent) / "run.json"
-    run = read_json(path) if path.exists() else None
-    if not isinstance(run, dict) or "settings" not in run:
-        return None
-    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run.get("changes", [])]
-    return run["settings"] | ({"changed": changes} if changes else {})
+def take_earlier_training():
+    """Take the flags of the data from the training of the images in --generate_dir, if it is known."""
+    path = Path(FLAGS.generate_dir) / "generate.json"
+    record = read_json(path) if path.exists() else {}
+    if record.get("training"):
+        flags.take_training(FLAGS, record["training"], record["flags"], path)
 
 
 def weights_of(paths):
@@ -103,8 +113,8 @@ def names_of(paths):
     return ",".join(map(str, paths))
 
 
-def generate_images(net, paths, device):
-    """Images of a network, kept in --generate_dir with what they were made from.
+def generate_images(net, paths, settings, device):
+    """Images of a network, kept in --generate_dir with what they were made from; settings: of its training, or None.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
@@ -115,7 +125,7 @@ def generate_images(net, paths, device):
     def batches(first):
         return generate_batches(sampler, **flags.generation(FLAGS), first=first)
 
-    about = {"checkpoint": names_of(paths), "training": training_settings(paths[0]), "flags": flags.as_dict(FLAGS)}
+    about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS)}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -139,13 +149,15 @@ def existing_images(needed):
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images(images, paths):
-    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured."""
+def about_images(images, paths, settings):
+    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured.
+
+    settings: of the training of that network, or None.
+    """
     if FLAGS.samples:
         return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
     if not len(images):
-        training = training_settings(paths[0])
-        return {"checkpoint": names_of(paths), **weights_of(paths), "training": training, "origin": None}
+        return {"checkpoint": names_of(paths), **weights_of(paths), "training": settings, "origin": None}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
@@ -189,15 +201,15 @@ def neighbors_to_show(result, sets):
     return known[1][:, 0], memorization_ratio(known[0])
 
 
-def skip_counts(path, slot_image):
+def skip_counts(path, slot_group):
     """How often training left out each of M images, (M,) int64, or None where the checkpoint does not say.
 
-    slot_image: (N,) int64, the image in each slot of the training set.
+    slot_group: (N,) int64, which of the M is in each slot of the training set.
     """
     counts = checkpoint.load(path).get("index_array") if path and Path(path).exists() else None
-    if not isinstance(counts, torch.Tensor) or counts.shape != slot_image.shape:
+    if not isinstance(counts, torch.Tensor) or counts.shape != slot_group.shape:
         return None
-    return torch.zeros(int(slot_image.max()) + 1, dtype=torch.int64).index_add(0, slot_image, counts)
+    return torch.zeros(int(slot_group.max()) + 1, dtype=torch.int64).index_add(0, slot_group, counts)
 
 
 def append_published_format(result):
@@ -234,7 +246,7 @@ def main():
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
     if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
         raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = paths = weights = embedding = None
+    net = paths = settings = weights = embedding = None
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if "memorise" in stages and FLAGS.memorise_features:
@@ -242,29 +254,36 @@ def main():
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
-        net, paths = load_network(device)
+        net, paths, settings = load_network(device)
+    elif not FLAGS.samples:
+        take_earlier_training()
+    flags.default_resize(FLAGS)
     if "generate" not in stages:
         images = existing_images(needed=stages != {"gap"})
     elif FLAGS.save_png:
         png_names(FLAGS.generate_dir, FLAGS.num_images)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
-    slot_image, data = data.slot_image, data.without_copies()
+    about_settings = flags.training_warning(settings, data, paths) if paths else None
+    slot_group, data = equal_images(data.train.images), data.without_copies()
     flags.check_data(FLAGS, data)
+    reference, (data, repeats) = flags.reference_images(FLAGS, data), without_repeats(data)
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
     if "gap" in stages:
         flags.heldout_images(FLAGS, data, "stages=gap")
+    notes = {"settings_warning": about_settings, "repeats_warning": repeats["warning"]}
+    for note in filter(None, notes.values() if distributed.is_main() else ()):
+        warn(f"warning: {note}")
     locks = take_directories(stages) if distributed.is_main() else []
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        reference = flags.reference_images(FLAGS, data)
         quality = flags.call(FLAGS, Quality, reference, number, weights, device, heldout=heldout)
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, paths, device)
-    about = distributed.from_main(about_images(images, paths) if distributed.is_main() else None)
+        images = generate_images(net, paths, settings, device)
+    about = distributed.from_main(about_images(images, paths, settings) if distributed.is_main() else None)
     if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(
             f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "
@@ -275,7 +294,7 @@ def main():
         result = {"seconds": {}, **sets}
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
-    result |= {"N": len(images), "training_set_size": len(training)}
+    result |= {"N": len(images), "training_set_size": len(training), **repeats["counts"], **notes}
     is_new = False
 
     if "score" in stages and result.get("scored_with") != quality.scored_with:
@@ -295,7 +314,7 @@ def main():
             add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
         if "report" in stages:
             page = Path(FLAGS.grid_dir) / "report.html"
-            skips = skip_counts(result["checkpoint"], slot_image)
+            skips = skip_counts(result["checkpoint"], slot_group)
             add(result, "report", lambda: {"report": write_report(page, result, *shown, skips)})
         if is_new:
             append_published_format(result)

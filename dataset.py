@@ -30,7 +30,8 @@ CIFAR_SIZE = 32
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
-ImageSet = namedtuple("ImageSet", "images labels")  # uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1
+# uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1, or -1 for no class; the files' names, str (N,), or None
+ImageSet = namedtuple("ImageSet", "images labels names", defaults=[None])
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Dataset:
         num_classes: C.
         hflip: whether training flips images at random.
         subset: int64 (N,), ascending: the index of each slot's image in the whole training set.
+        class_names: C of them, or None.
     """
 
     train: ImageSet
@@ -50,6 +52,7 @@ class Dataset:
     num_classes: int
     hflip: bool
     subset: torch.Tensor
+    class_names: list | None = None
 
     @property
     def slot_image(self):
@@ -61,7 +64,17 @@ class Dataset:
         first = self.subset.diff(prepend=torch.tensor([-1])) > 0
         if first.all():
             return self
-        return replace(self, train=ImageSet(*(part[first] for part in self.train)), subset=self.subset[first])
+        return replace(self, train=select(self.train, first), subset=self.subset[first])
+
+    def distinct(self):
+        """What measures are taken of: equal training images once, and no held-out image that equals one of them."""
+        N, parts = len(self.train.images), [self.train] + ([self.heldout] if self.heldout else [])
+        group = equal_images(torch.cat([part.images for part in parts]))
+        of_train, of_heldout = group[:N], group[N:]
+        is_first = firsts(of_train)
+        heldout = select(self.heldout, of_heldout > of_train.max()) if self.heldout else None
+        train, subset = select(self.train, is_first), self.subset[is_first]
+        return replace(self, train=train, subset=subset, heldout=heldout if heldout and len(heldout.images) else None)
 
 
 def load_dataset(
@@ -75,12 +88,14 @@ def load_dataset(
     hflip=None,
     num_workers=0,
     download=False,
+    resize="crop",
+    heldout=None,
 ):
     """Read one of `DATASETS` into memory.
 
     Args:
         name, data_root: the data set, and where it is.
-        img_size: the side in pixels, at most 32 of CIFAR; images that are not square are squeezed.
+        img_size: the side in pixels, at most 32 of CIFAR.
         num_train: train on so many images, a `stratified_subset`; the rest, followed by the test split where there is
             one, is held out. 0 for all: then the test split alone is held out.
         subset_seed: which subset, and which of its images are repeated.
@@ -88,6 +103,8 @@ def load_dataset(
         hflip: flip images in training; None: as usual for the data set, CIFAR's are and others not.
         num_workers: threads that decode image files (0 means 1).
         download: fetch CIFAR if it is not there.
+        resize: what becomes of images that are not square, one of `RESIZES`: the central square, or all of it squeezed.
+        heldout: a folder of images that are held out, in the place of all others; None for none.
 
     Returns:
         A `Dataset`.
@@ -96,7 +113,8 @@ def load_dataset(
         UsageError: two arguments contradict each other, or one the data set.
         DataError: files are missing or not what they should be.
     """
-    data_root, is_cifar, test = Path(data_root), name.startswith("cifar"), None
+    data_root, is_cifar, test, class_names = Path(data_root), name.startswith("cifar"), None, None
+    from_files = {"img_size": img_size, "num_workers": num_workers, "resize": resize}
     if name not in DATASETS:
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
     if (duplicates > 0) != (copies > 1):
@@ -107,28 +125,30 @@ def load_dataset(
     if name in PACKAGED:
         train, num_classes = read_packaged(name, img_size), 10
     elif name == "folder":
-        train, num_classes = read_folder(data_root, img_size, num_workers)
+        train, class_names = read_folder(data_root, **from_files)
+        num_classes = len(class_names)
     elif name == "afhq":
         train_folder, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
-        train, num_classes = read_folder(train_folder, img_size, num_workers)
+        train, num_classes = read_folder(train_folder, **from_files)[0], 1
         if found := [folder for folder in others if folder.is_dir()]:
-            test, _ = read_folder(found[0], img_size, num_workers)
+            test, _ = read_folder(found[0], **from_files)
     else:
         num_classes = 100 if name == "cifar100" else 10
         train, test = read_cifar(num_classes, data_root, download)
         if img_size != CIFAR_SIZE:
-            train, test = (ImageSet(resized(part.images, img_size), part.labels) for part in (train, test))
+            train, test = (part._replace(images=resized(part.images, img_size)) for part in (train, test))
             if distributed.is_main():
                 print(f"{name}: images of 32x32 pixels are made smaller, {img_size}x{img_size}, with antialiasing")
 
     total = len(train.labels)
     if num_train > total:
         raise UsageError(f"--num_train={num_train}: {name} has {total} training images, give at most that many")
-    subset, heldout = torch.arange(total), [test] if test else []
+    subset, others = torch.arange(total), [test] if test else []
     if 0 < num_train < total:
         subset = torch.from_numpy(stratified_subset(train.labels.numpy(), num_train, subset_seed))
-        rest = np.setdiff1d(np.arange(total), subset)
-        heldout.insert(0, ImageSet(train.images[rest], train.labels[rest]))
+        others.insert(0, select(train, np.setdiff1d(np.arange(total), subset)))
+    if heldout is not None:
+        others = [read_heldout(Path(heldout), class_names, from_files)]
     if duplicates > len(subset):
         raise UsageError(f"--duplicates={duplicates}: there are {len(subset)} training images, give at most that many")
     if duplicates:
@@ -136,14 +156,34 @@ def load_dataset(
         times = torch.ones_like(subset).index_fill(0, torch.from_numpy(repeated), copies)
         subset = subset.repeat_interleave(times)
     if len(subset) != total or duplicates:
-        train = ImageSet(train.images[subset], train.labels[subset])
+        train = select(train, subset)
     flips = is_cifar if hflip is None else hflip
-    return Dataset(train, join(heldout) if heldout else None, num_classes, flips, subset)
+    return Dataset(train, join(others) if others else None, num_classes, flips, subset, class_names)
+
+
+def select(part, rows):
+    """The images of a set in some rows: indices or bool, tensors or arrays."""
+    names = None if part.names is None else part.names[np.asarray(rows)]
+    return ImageSet(part.images[rows], part.labels[rows], names)
 
 
 def join(parts):
-    """One image set after the other."""
-    return ImageSet(*map(torch.cat, zip(*parts, strict=True)))
+    """One image set after the other; the names are lost where one has none."""
+    images, labels, names = zip(*parts, strict=True)
+    names = None if any(of_part is None for of_part in names) else np.concatenate(names)
+    return ImageSet(torch.cat(images), torch.cat(labels), names)
+
+
+def equal_images(images):
+    """The group of each of the images (N, ...) uint8 that are equal in pixels: int64 (N,), numbered by their firsts."""
+    numbers = {}
+    digests = (hashlib.sha256(image).digest() for image in images.contiguous().numpy())
+    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
+
+
+def firsts(group):
+    """Which of the images are the first of their group: bool (N,); group: as `equal_images` returns it."""
+    return torch.cat([torch.tensor([True]), group[1:] > torch.cummax(group, dim=0).values[:-1]])
 
 
 def fingerprint(images):
@@ -227,29 +267,42 @@ def read_cifar(num_classes, data_root, download):
         if not in_range or not isinstance(pixels, np.ndarray) or pixels.shape != (len(labels), 3 * 32 * 32):
             what = f"N numbers of 0 .. {num_classes - 1} in `{label_key}` and (N, 3072) bytes in `data`"
             raise DataError(f"{path}: does not hold {what}: fetch it again")
-        images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy())
-        parts.append(ImageSet(images, torch.tensor(labels, dtype=torch.int64)))
+        images, names = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), content.get("filenames")
+        names = np.array(names) if isinstance(names, list) and len(names) == len(labels) else None
+        parts.append(ImageSet(images, torch.tensor(labels, dtype=torch.int64), names))
     return join(parts[:-1]), parts[-1]
 
 
-def read_folder(folder, img_size, num_workers):
-    """The images below a folder and the number of classes: its sub-folders, sorted, or one if there are none."""
+def read_folder(folder, img_size, num_workers=0, resize="crop", flag="data_root"):
+    """The images below a folder, and the names of the classes: its sub-folders, sorted, or "." if there are none.
+
+    flag: which names the folder.
+    """
     if not folder.is_dir():
-        raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
+        raise DataError(f"no directory {folder}: put the images there, or name another place with --{flag}")
     classes = list_images(folder, classes=True)
-    images = read_cached(list(chain(*classes)), folder, img_size, num_workers)
+    images = read_cached(paths := list(chain(*classes)), folder, img_size, num_workers, resize)
     counts = torch.tensor([len(members) for members in classes])
-    return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts)), len(counts)
+    names = np.array([os.path.relpath(path, folder) for path in paths])
+    class_names = [Path(names[end - 1]).parts[0] for end in counts.cumsum(0)] if os.sep in names[0] else ["."]
+    return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts), names), class_names
 
 
-def read_cached(paths, root, img_size, num_workers):
+def read_heldout(folder, class_names, from_files):
+    """The images below the folder of --heldout. Those in a sub-folder that is called like a class have its number."""
+    part, own_names = read_folder(folder, **from_files, flag="heldout")
+    numbers = torch.tensor([class_names.index(name) if name in (class_names or ()) else -1 for name in own_names])
+    return part._replace(labels=numbers[part.labels])
+
+
+def read_cached(paths, root, img_size, num_workers, resize):
     """`read_images`, or its result of an earlier time from `root`/.cache if no file has changed since.
 
     What comes from there is mapped, copy on write: all processes on a machine share one copy, and no write reaches the
     file. Any number of runs may do this at once: each writes its own file and then renames it.
     """
     decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
-    key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders)).encode())
+    key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders, resize)).encode())
     with closing(in_threads(content_hash, paths, num_workers)) as hashes:
         for digest in distributed.bar(hashes, "reading", total=len(paths), unit="image", delay=1):
             key.update(digest)
@@ -259,7 +312,7 @@ def read_cached(paths, root, img_size, num_workers):
     except (OSError, ValueError) as error:
         if os.access(path, os.F_OK):
             warn(f"{path}: damaged ({one_line(error)}), decoding the images again")
-    images = read_images(paths, img_size, num_workers)
+    images = read_images(paths, img_size, num_workers, resize)
     try:
         with atomic_write(path) as file:
             np.save(file, images)

@@ -21,7 +21,7 @@ from training.launch import Interruption, announce, check_warmup, pick_device, r
 from training.learner import Learner
 from training.logger import Logger, due
 from utils import distributed
-from utils.errors import UsageError
+from utils.errors import UsageError, warn
 from utils.files import make_directory, write_json
 from utils.seeding import derive_seed
 
@@ -81,13 +81,16 @@ def score(net, quality):
     return quality(generate(sampler, **flags.generation(FLAGS)))
 
 
-def evaluate(data, quality, device, logdir):
+def evaluate(data, settings, quality, device, logdir):
     path = checkpoint.find(FLAGS.unet_dir or logdir)
+    note = flags.training_warning(settings, data, [path])
+    if note and distributed.is_main():
+        warn(f"warning: {note}")
     state = checkpoint.load(path, device)
     net = flags.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size)
-    results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
+    results = {"checkpoint": str(path), "num_images": FLAGS.num_images, "settings_warning": note}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
         results[name] = score(net, quality)
@@ -110,7 +113,8 @@ def main():
     if (FLAGS.eval or FLAGS.eval_step) and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if FLAGS.eval and not FLAGS.train:
-        checkpoint.find(FLAGS.unet_dir or logdir)
+        flags.take_trainings(FLAGS, [checkpoint.find(FLAGS.unet_dir or logdir)])
+    flags.default_resize(FLAGS, logdir)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)
@@ -123,7 +127,8 @@ def main():
         train(data, quality, device, logdir)
     if FLAGS.eval:
         make_directory(logdir, "logdir")
-        evaluate(data, quality, device, logdir)
+        settings = checkpoint.training_of(checkpoint.find(FLAGS.unet_dir or logdir))
+        evaluate(data, settings, quality, device, logdir)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def main():
         raise UsageError("nothing to do: add --train (all_in.py evaluates)")
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
     device = pick_device(FLAGS.device, FLAGS.precision)
+    flags.default_resize(FLAGS, logdir)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)

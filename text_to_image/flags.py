@@ -21,6 +21,7 @@ NOT_HERE = (
     "img_size", "num_train", "subset_seed", "duplicates", "copies", "duplicates_in", "ambient_t", "total_steps",
     "parallel", "data_device", "local_epoch", "check_dir", "mid_T", "eval_step", "unet_dir", "Fed",
     "fid_use_torch", "holdout", "fid_reference", "stages", "use_ema", "batch_A", "batch_B", "memorise_features",
+    "resize",
 )  # fmt: skip
 DEFAULTS = {
     "client_num": 4, "total_round": 25, "save_round": 5, "mem_ratio": 1.25, "lr": 2.5e-6, "warmup": 5000,
@@ -45,6 +46,7 @@ FLAGS["fid_features"].help += "; where it is not given: pixels with --features=p
 FLAGS["samples"].help = "all_in: measure these images (.npy, .npz or folder), image i of prompt i; do not generate"
 FLAGS["similar_dir"].help = "all_in: directory of similarity.npz"
 FLAGS["grid_dir"].help = "all_in: directory of the grids, result.json and report.html"
+FLAGS["heldout"].help = "all_in: folder of real images that were not trained on, for floors and FID"
 FLAGS["guidance"].help = "diffusers' guidance_scale; up to 1: none"
 FLAGS["ema_decay"].help = "decay of the EMA weights, in [0, 1); 0: none"
 
@@ -79,7 +81,6 @@ flags.DEFINE_enum("scheduler", "pipeline", ("pipeline", "dpm"), "all_in: the pip
 flags.DEFINE_enum("rand_augs", "none", RAND_AUGS, "all_in: what is put into every prompt at random places")
 flags.DEFINE_integer("rand_aug_repeats", 4, "all_in: how many of them", lower_bound=1)
 flags.DEFINE_string("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir")
-flags.DEFINE_string("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID")
 flags.DEFINE_enum("features", None, FEATURES, "all_in: what similarity is that of; default: sscd")
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too

@@ -184,6 +184,40 @@ def load_weights(net, state_dict, path):
 # ---- the log directory of a run
 
 
+def run_file(path):
+    """The run.json of the log directory that a checkpoint file lies in."""
+    return (path.parent.parent if path.parent.name == "state" else path.parent) / "run.json"
+
+
+def training_of(path):
+    """The settings of the training that a checkpoint is of, as its log directory or exported file says them, or None.
+
+    Settings that were changed on the way are told in "changed".
+    """
+    if path.suffix == ".safetensors":
+        return load(path).get("flags")
+    run = read_run(run_file(path))
+    if run is None:
+        return None
+    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run["changes"]]
+    return run["settings"] | ({"changed": changes} if changes else {})
+
+
+def read_run(path):
+    """{"settings": {name: JSON value}, "changes": [...]} of a run.json, or None if it is missing or is none.
+
+    What earlier versions did without recording it is there too: images were squeezed, and CIFAR's always mirrored.
+    """
+    run = read_json(path) if path.exists() else None
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        return None
+    settings = dict(run["settings"])
+    if settings.get("script") in ("main", "main_fed") and "resize" not in settings:
+        is_cifar = str(settings.get("dataset")).startswith("cifar")
+        settings |= {"resize": "squeeze", "hflip": is_cifar or settings.get("hflip")}
+    return {"settings": settings, "changes": [dict(change) for change in run.get("changes", [])]}
+
+
 class LogDirectory:
     """The log directory of a run: locked as long as this lives, compared with the run, and written by `begin` only.
 
@@ -216,9 +250,9 @@ class LogDirectory:
         files, before, self.changes = [*own_files(self.path, OWN_FILES)], self.settings, []
         if files:
             try:
-                run = read_json(self.path / "run.json")
-                before, self.changes = dict(run["settings"]), [dict(change) for change in run["changes"]]
-            except (DataError, KeyError, TypeError, ValueError) as error:
+                run = read_run(self.path / "run.json")
+                before, self.changes = run["settings"], run["changes"]
+            except (DataError, TypeError, ValueError) as error:
                 what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
                 raise DataError(f"{files[0]}: {what}: choose another --logdir") from error
         for file in own_files(self.path, CHECKPOINTS):

@@ -3,6 +3,7 @@
 All scripts accept all flags, so that they share flagfiles; a help text says so where a flag belongs to one script.
 """
 
+import contextlib
 import inspect
 import os
 from pathlib import Path
@@ -16,10 +17,12 @@ from model import UNet
 from score.generate import generate_batches
 from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
+from training import checkpoint
 from training.agc import ANTI_GRADS, AntiGradientControl
 from training.learner import PRECISIONS
 from training.shards import DEFAULT_SPLIT, PLACES, SPLITS
 from utils.errors import DataError, UsageError
+from utils.images import RESIZES
 from utils.safe_files import one_line
 
 STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
@@ -66,6 +69,10 @@ flags.DEFINE_integer("subset_seed", 0, "which subset --num_train takes, >= 0", l
 flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0)
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
 flags.DEFINE_bool("hflip", None, "mirror images, all_in: find mirrored copies; default: CIFAR's only")
+flags.DEFINE_enum("resize", None, RESIZES, "what becomes of images that are not square; default: crop, their centre")
+flags.DEFINE_string(
+    "heldout", None, "folder of real images not trained on; default: those left by --num_train"
+)
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing; no effect on other data sets")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -150,6 +157,9 @@ flags.DEFINE_string("inception_weights", None, "Inception weights file; default:
 NETWORK_FLAGS = (
     "ch ch_mult attn num_res_blocks num_labels use_labels legacy_labels beta_1 beta_T T mean_type img_size use_ema"
 ).split()
+# what else of a training its evaluation is to know
+DATA_FLAGS = "dataset num_train subset_seed duplicates copies hflip resize".split()
+PATH_FLAGS = ("data_root", "heldout")
 # what a run's result depends on; FIXED: what it has saved depends on it too, so that --allow_change does not allow it
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
 FIXED["main_fed"] = [
@@ -162,7 +172,7 @@ FIXED["main_fed"] = [
 CHANGEABLE = {
     "main": (
         "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip "
-        "ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
+        "resize ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
     ).split()
 }
 CHANGEABLE["main_fed"] = [
@@ -287,12 +297,83 @@ def take(values, recorded, path):
                 raise DataError(f"{path}: {one_line(error)}") from error
 
 
+def take_training(values, settings, paths, where):
+    """Give the flags of network, diffusion and data the values of a training, unless they were given.
+
+    Args:
+        settings: {name: JSON value} of the training.
+        paths: {name: path} of some of `PATH_FLAGS`, of the training.
+        where: the file that says so.
+
+    Raises:
+        UsageError: a flag of network, diffusion or image size was given and contradicts them.
+        DataError: a value is none of its flag's.
+    """
+    take(values, settings, where)
+    if values["dataset"].present and values.dataset != settings.get("dataset"):
+        return  # what is said of the other data set is not of this one
+    recorded = {name: settings.get(name) for name in DATA_FLAGS} | {name: paths.get(name) for name in PATH_FLAGS}
+    for name, value in recorded.items():
+        if not values[name].present and value is not None:
+            values[name].parse(value)
+    check(values)
+
+
+def take_trainings(values, paths):
+    """`take_training` of checkpoints, which must agree; returns the settings of the first, or None if not all say them.
+
+    Raises:
+        UsageError: they differ in network, diffusion or data, or a flag was given and contradicts them.
+    """
+    settings = [checkpoint.training_of(path) for path in paths]
+    if None in settings:
+        return None
+    for path, other in zip(paths, settings, strict=True):
+        for name in (*NETWORK_FLAGS, *DATA_FLAGS):
+            if other.get(name) != settings[0].get(name):
+                values_of_both = f"{paths[0]} was trained with {settings[0].get(name)}, {path} with {other.get(name)}"
+                raise UsageError(f"--{name}: {values_of_both}: evaluate them one by one")
+    flagfile = checkpoint.run_file(paths[0]).with_name("flagfile.txt")
+    lines = read_flagfile(flagfile) if flagfile.is_file() else []
+    given = dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
+    take_training(values, settings[0], given, checkpoint.run_file(paths[0]))
+    return settings[0]
+
+
+def training_warning(settings, data, paths):
+    """What is to be said where it is not sure that checkpoints are evaluated as they were trained, or None.
+
+    Args:
+        settings: of `take_trainings`.
+        data: the `dataset.Dataset` of the flags.
+        paths: of the checkpoints.
+    """
+    names = ", ".join(map(str, paths))
+    if settings is None:
+        return f"{names}: no run.json says how it was trained: network, diffusion and training images are the flags'"
+    if settings.get("training images (sha256)") not in (None, fingerprint(data.train.images)):
+        return f"{names}: was trained on other images than those of the flags, which are measured against here"
+    return None
+
+
+def default_resize(values, logdir=None):
+    """Where --resize is not given, what the run in a log directory was started with, or else crop."""
+    if values.resize is None:
+        run = None
+        with contextlib.suppress(DataError):  # damaged, which the log directory says
+            run = checkpoint.read_run(Path(logdir) / "run.json") if logdir else None
+        values["resize"].value = run["settings"].get("resize", "crop") if run else "crop"
+
+
 def check_data(values, data):
     """Raise a UsageError where the flags do not fit the data set that they name."""
     if values.use_labels and values.num_labels < data.num_classes:
         raise UsageError(
             f"--num_labels={values.num_labels}: {values.dataset} has {data.num_classes} classes, give them"
         )
+    if values.use_labels and values.heldout and (data.heldout.labels < 0).any():
+        names = ", ".join(data.class_names or ["0"])
+        raise UsageError(f"--heldout={values.heldout}: with --use_labels its sub-folders must be classes: {names}")
     reference_images(values, data)
 
 
@@ -310,7 +391,8 @@ def holdout_images(values, data):
 def heldout_images(values, data, flag):
     """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
     if data.heldout is None:
-        raise UsageError(f"--{flag}: no image of {values.dataset} is held out, leave some out with --num_train")
+        what = "name a folder of some with --heldout, or leave some out with --num_train"
+        raise UsageError(f"--{flag}: no image of {values.dataset} is held out: {what}")
     return data.heldout.images
 
 

@@ -22,6 +22,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # PIL would refuse a PNG for the workflow that a generator has written into it, of a megabyte or more
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
+RESIZES = ("crop", "squeeze")
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
@@ -86,15 +87,24 @@ def scan(folder, deep=False):
     return sorted(images), sorted(folders), sorted(others)
 
 
-def read_images(paths, img_size=None, num_workers=0):
-    """Image files as uint8 (N, 3, H, W), in order: resized to `img_size`, or else all of one size.
+def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_squares=False):
+    """Image files as uint8 (N, 3, H, W), in order.
+
+    Args:
+        paths: of the files.
+        img_size: side in pixels that they are resized to; None: those that are square stay as they are.
+        num_workers: threads.
+        resize: what becomes of images that are not square, one of `RESIZES`; how many these are is said.
+        keeps_squares: only those are resized that are not square. All that are read must have one size then.
 
     Raises:
         DataError: they do not fit into memory; once all have been tried, for those that are bad or of another size.
     """
-    images, first, bad = None, None, []
-    with contextlib.closing(in_threads(partial(try_image, img_size=img_size), paths, num_workers)) as results:
-        for row, found in enumerate(distributed.bar(results, "decoding", total=len(paths), unit="image")):
+    images, first, bad, changed = None, None, [], 0
+    read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
+    with contextlib.closing(in_threads(read, paths, num_workers)) as results:
+        for row, (found, is_square) in enumerate(distributed.bar(results, "decoding", total=len(paths), unit="image")):
+            changed += not is_square
             if isinstance(found, DataError):
                 bad.append(str(found))
                 continue
@@ -109,18 +119,31 @@ def read_images(paths, img_size=None, num_workers=0):
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
+    if changed and distributed.is_main():
+        what = "squeezed" if resize == "squeeze" else "cut to their central square"
+        warn(f"{Path(paths[0]).parent}: {changed} of {len(paths)} images are not square and are {what}, see --resize")
     return images
 
 
-def try_image(path, img_size):
-    """One image file as uint8 (3, H, W), or what is wrong with it."""
+def try_image(path, img_size, resize, keeps_squares):
+    """One image file as uint8 (3, H, W), or what is wrong with it; and whether it was square."""
     try:
         image = read_image(path)
     except DataError as error:
-        return error
-    size = (img_size, img_size) if img_size else image.size
+        return error, True
+    is_square, box = image.width == image.height, (0, 0, *image.size)
+    if resize == "crop":
+        box = central_square(*image.size)
+    side = box[2] - box[0] if img_size is None or (is_square and keeps_squares) else img_size
     # PIL's filter grows with the scale: antialiased
-    return np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box)).transpose(2, 0, 1), is_square
+
+
+def central_square(width, height):
+    """(left, top, right, bottom) of the largest square in the middle of an image."""
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def in_threads(function, items, number):
