@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import Quality, evaluate, identity, known_neighbors
+from score.evaluate import SAMPLES_ORDER, Quality, evaluate, identity, known_neighbors
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, generate_batches, generate_into
 from score.grids import save_grids
@@ -25,13 +25,13 @@ from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
-from utils.errors import DataError, UsageError, printable
+from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
-    "score": ("fid", "is", "is_std", "fpd"),
+    "score": ("fid", "is", "is_std", "fpd", "precision", "recall"),
     "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells", "feature_space"),
 }
 
@@ -43,6 +43,15 @@ def earlier_result():
     if not isinstance(result, dict) or "images_sha256" not in result:
         raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
     return result
+
+
+def forget_old_scores(result):
+    """Leave out scores of --samples that an earlier version has made, since they depended on the names of the files."""
+    if result.get("scored_with", {}).get("samples_order") != SAMPLES_ORDER:
+        gone = [result.pop(key) for key in (*OPTIONAL["score"], "scored_with") if key in result]
+        result["seconds"].pop("score", None)
+        if gone and distributed.is_main():
+            warn(f"{FLAGS.grid_dir}: scores of an earlier version are left out: run the score stage for new ones")
 
 
 def add(result, stage, find):
@@ -258,7 +267,8 @@ def main():
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = flags.call(FLAGS, Quality, flags.reference_images(FLAGS, data), number, weights, device)
+        scorer = (flags.reference_images(FLAGS, data), number, weights, device)
+        quality = flags.call(FLAGS, Quality, *scorer, by_content=bool(FLAGS.samples))
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
@@ -276,6 +286,8 @@ def main():
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
     result |= {"N": len(images), "training_set_size": len(training)}
     is_new = False
+    if FLAGS.samples and "score" not in stages:
+        forget_old_scores(result)
 
     if "score" in stages and result.get("scored_with") != quality.scored_with:
         about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}

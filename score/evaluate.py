@@ -10,7 +10,7 @@ import torch
 from dataset import fingerprint
 from score import fid, memorization
 from score.inception import FEATURES, Inception
-from score.samples import evenly_spaced, read_npz
+from score.samples import content_order, evenly_spaced, read_npz
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
@@ -19,6 +19,7 @@ SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
+SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 
 
 def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
@@ -105,13 +106,16 @@ class Quality:
         device: of the Inception network.
         fid_cache: as `cache` of `reference_statistics`.
         batch_size: images per call of the network.
+        by_content: take images in their `content_order`, so that no score depends on the order in which they come.
 
     Raises:
         DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
-    def __init__(self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50):
+    def __init__(
+        self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50, by_content=False
+    ):
         least = SPLITS if weights else 2
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
@@ -124,15 +128,17 @@ class Quality:
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
                 warn(f"warning: {self.warning}")
-        self.batch_size = batch_size
+        self.batch_size, self.by_content = batch_size, by_content
         self.inception = Inception(weights, device) if weights else None
         self.scored_with = fid.provenance_of(reference, self.inception)
+        self.scored_with |= {"samples_order": SAMPLES_ORDER} if by_content else {}
         self.reference = fid.reference_statistics(reference, self.inception, fid_cache, batch_size)
-        self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
+        rows = content_order(reference) if by_content else evenly_spaced(len(reference), COVER_IMAGES)
+        self.real = reference[rows[:COVER_IMAGES]]
 
     @functools.cached_property
     def real_features(self):
-        """Those of evenly spaced reference images, made when they are needed first, on rank 0."""
+        """Those of reference images, evenly spaced or the first by content, made when they are needed first, on rank 0."""
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
@@ -141,7 +147,8 @@ class Quality:
         All processes take part, with the same images, and are given the scores. Precision and recall are of the first
         `COVER_IMAGES`, and of as many reference images.
         """
-        real, batches, scores = self.real_features, self.batches(images), None
+        order = content_order(images) if self.by_content else None
+        real, batches, scores = self.real_features, self.batches(images, order), None
         dimension, device = fid.space_of(self.inception)
         statistics = fid.mean_and_covariance((features for features, _ in batches), dimension, device)
         features, probs = in_order(batches)
@@ -154,9 +161,9 @@ class Quality:
             scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
         return distributed.from_main(scores)
 
-    def batches(self, images):
+    def batches(self, images, order=None):
         """The `feature_batches` of images, on the CPU."""
-        batches = fid.feature_batches(images, self.inception, self.batch_size)
+        batches = fid.feature_batches(images, self.inception, self.batch_size, order)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
 
 

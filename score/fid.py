@@ -58,7 +58,7 @@ def pixel_features(images):
 
 
 @torch.no_grad()
-def feature_batches(images, inception=None, batch_size=50):
+def feature_batches(images, inception=None, batch_size=50, order=None):
     """Yield (features (B, D), class probabilities (B, 1008)) of the batches of images that fall to this process.
 
     Batch j is that of process j mod P, so that what is in a batch does not depend on P.
@@ -67,8 +67,10 @@ def feature_batches(images, inception=None, batch_size=50):
         images: (N, 3, H, W) uint8.
         inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
         batch_size: images per call of it.
+        order: (N,) int64, the order to take the images in; None for their own.
     """
-    batches, P = images.split(batch_size if inception else PIXEL_BATCH), distributed.world_size()
+    size, P = batch_size if inception else PIXEL_BATCH, distributed.world_size()
+    batches = images.split(size) if order is None else (images[rows] for rows in order.split(size))
     network = inception or (lambda batch: (pixel_features(batch), torch.empty(len(batch), 0)))
     with distributed.bar(desc="Inception", total=len(images), unit="image", disable=inception is None) as bar:
         for j, batch in enumerate(batches):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset import fingerprint
 from utils import distributed
 from utils.errors import DataError
 from utils.images import list_images, read_images, scan
@@ -25,6 +26,12 @@ def evenly_spaced(total, number):
     """The indices of at most `number` of `total` images, of all classes where these are in order: int64, ascending."""
     number = min(number, total)
     return torch.arange(number) * total // number
+
+
+def content_order(images):
+    """The images (N, 3, H, W) uint8 in the order of their hashes, whatever order they came in: indices, int64 (N,)."""
+    hashes = [fingerprint(image) for image in images]
+    return torch.tensor(sorted(range(len(images)), key=hashes.__getitem__))
 
 
 def save_pngs(folder, images):

@@ -1,5 +1,6 @@
 """all_in.py: as users run it where processes matter, else its main() called here, which saves the start."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 import all_in
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
+from score import evaluate
 from score.generate import generate_into
 from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
@@ -543,3 +545,60 @@ def test_several_checkpoints_and_repeated_images(tmp_path):
     counts = torch.load(tmp_path / "log/global_ckpt_round1.pt", weights_only=True)["index_array"]
     assert counts.shape == (48,) and counts.sum() > 0
     assert "skipped most in training" in (tmp_path / "grid/report.html").read_text()
+
+
+SCORES = ("fid", "is", "is_std", "fpd", "precision", "recall")
+
+
+def scores_of(directory):
+    return {key: value for key, value in result_of(directory).items() if key in SCORES}
+
+
+def test_scores_of_samples_do_not_depend_on_names_or_order(tmp_path, monkeypatch):
+    """The same images by class, shuffled, and as files with other names; of training images too."""
+    monkeypatch.setattr(evaluate, "COVER_IMAGES", 30)
+    rng = np.random.default_rng(0)
+    dark, bright = (rng.integers(low, low + 60, (60, 3, 8, 8), dtype=np.uint8) for low in (0, 190))
+    by_class, shuffle = np.concatenate([dark, bright]), rng.permutation(120)
+    np.save(tmp_path / "by_class.npy", by_class)
+    np.save(tmp_path / "shuffled.npy", by_class[shuffle])
+    save_pngs(tmp_path / "renamed", torch.from_numpy(by_class[shuffle[::-1]]))
+    training = torch.from_numpy(np.concatenate([dark[:40] + 3, bright[:40] - 3]))
+    save_pngs(tmp_path / "training", training)
+    save_pngs(tmp_path / "training2", training.flip(0))
+    weights = write_weights(tmp_path / "inception.pth")
+    features = {"pixels": ["--fid_features=pixels"], "inception": [f"--inception_weights={weights}"]}
+    for kind, flags in features.items():
+        found = []
+        for samples, root in (("by_class.npy", "training"), ("shuffled.npy", "training"), ("renamed", "training2")):
+            data = ["--dataset=folder", f"--data_root={tmp_path / root}", "--num_train=0"]
+            out = tmp_path / kind / samples
+            call(*TINY_FLAGS, *data, *flags, f"--samples={tmp_path / samples}", "--stages=score", *eval_flags(out))
+            found.append(scores_of(out))
+        assert found[0] == found[1]
+        assert found[0] == pytest.approx(found[2], rel=1e-6), "training images of other names are summed otherwise"
+
+    def first(images):
+        hashes = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
+        return images[np.argsort(hashes)[:30]].reshape(30, -1) / 255.0
+
+    real, generated = first(training.numpy()), first(by_class)
+    between = ((real[:, None] - generated) ** 2).sum(-1)
+    radius = np.sort(((generated[:, None] - generated) ** 2).sum(-1), axis=1)[:, 3]
+    assert scores_of(tmp_path / "pixels/by_class.npy")["recall"] == (between <= radius).any(axis=1).mean()
+
+
+def test_scores_that_an_earlier_version_made_of_samples_are_not_shown(evaluated, tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.load(evaluated / "generate/generate.npy"))
+    flags = [*PIXELS, f"--samples={tmp_path / 'images.npy'}", *eval_flags(tmp_path)]
+    call(*flags)
+    new = result_of(tmp_path)
+    assert new["scored_with"]["samples_order"] == 1
+    assert "samples_order" not in result_of(evaluated)["scored_with"], "scores of generated images stay"
+    old = {**new, "recall": 0.12345, "scored_with": result_of(evaluated)["scored_with"]}
+    (tmp_path / "grid/result.json").write_text(json.dumps(old))
+    call(*flags, "--stages=report")
+    assert scores_of(tmp_path) == {} and "12.3%" not in (tmp_path / "grid/report.html").read_text()
+    assert "scores of an earlier version are left out: run the score stage" in capsys.readouterr().err
+    call(*flags, "--stages=score")
+    assert scores_of(tmp_path) == {key: new[key] for key in SCORES if key in new}

@@ -246,9 +246,10 @@ def main():
             what = f"{len(source)} prompts for the {len(images)} images of --samples"
             raise UsageError(f"--prompts={FLAGS.prompts}: {what}: give one for each")
     number = len(images if FLAGS.samples else prompts.texts)
-    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
+    by_content = bool(FLAGS.samples)
+    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache, by_content=by_content)}
     if heldout is not None:
-        scorers["heldout_"] = Quality(heldout, number, weights, device)
+        scorers["heldout_"] = Quality(heldout, number, weights, device, by_content=by_content)
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
