@@ -112,17 +112,19 @@ def names_of(paths):
     return ",".join(map(str, paths))
 
 
-def generate_images(net, paths, device):
-    """Images of a network, kept in --generate_dir with what they were made from.
+def generate_images(net, paths, data, device):
+    """Images of a network, of classes that training images have, kept in --generate_dir with what made them.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
     origin = {**weights_of(paths), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
     origin |= {"num_labels": flags.labels_of(FLAGS), "legacy_labels": FLAGS.legacy_labels}
+    classes = flags.classes_of(FLAGS, data)
+    origin |= {"classes": classes} if classes else {}
     sampler = GaussianDiffusionSampler(torch.compile(net) if FLAGS.compile else net, **flags.sampler(FLAGS)).to(device)
 
     def batches(first):
-        return generate_batches(sampler, **flags.generation(FLAGS), first=first)
+        return generate_batches(sampler, **flags.generation(FLAGS, data), first=first)
 
     about = {"checkpoint": names_of(paths), "training": training_settings(paths[0]), "flags": flags.as_dict(FLAGS)}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
@@ -272,7 +274,7 @@ def main():
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, paths, device)
+        images = generate_images(net, paths, data, device)
     about = distributed.from_main(about_images(images, paths) if distributed.is_main() else None)
     if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(

@@ -138,7 +138,7 @@ class Quality:
 
     @functools.cached_property
     def real_features(self):
-        """Those of reference images, evenly spaced or the first by content, made when they are needed first, on rank 0."""
+        """Those of evenly spaced reference images, or the first by content, made when first needed, on rank 0."""
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):

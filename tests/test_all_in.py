@@ -18,7 +18,7 @@ from PIL import Image
 import all_in
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from score import evaluate
+from score import evaluate, generate
 from score.generate import generate_into
 from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
@@ -27,7 +27,7 @@ from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import flags as training_flags
 from utils.errors import DataError, UsageError
 from utils.files import lock_directory
-from utils.seeding import sample_noise
+from utils.seeding import derive_seed, sample_noise
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
 
@@ -230,6 +230,41 @@ def test_iet_checkpoint_conditional_guided_and_legacy(tmp_path):
         images[name] = np.load(out / "generate/generate.npy")
     assert (images["plain"] != images["guided"]).mean() > 0.05
     assert (images["plain"] != images["legacy"]).mean() > 0.05
+
+
+def test_only_classes_of_training_images_are_drawn(checkpoint, tmp_path, monkeypatch):
+    """Of more labels than classes, and of classes without an image; where all have images, as ever."""
+    drawn, plain = [], [derive_seed(12, "label", i) % 10 for i in range(24)]
+    draw = generate.draw_labels
+    monkeypatch.setattr(generate, "draw_labels", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    for name in ("a", "b", "c"):
+        save_pngs(tmp_path / "images" / name, torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    net = visible(tiny_unet(3, T=20, num_labels=10)).state_dict()
+    torch.save({"net_model": net, "ema_model": net, "step": 1}, tmp_path / "ckpt1.pt")
+    sub_folders = ["--dataset=folder", f"--data_root={tmp_path / 'images'}", "--num_train=0"]
+    digits = load_dataset("digits", ".", 8, num_train=3, subset_seed=4).train.labels.tolist()
+    for flags, classes in ((sub_folders, {0, 1, 2}), (["--num_train=3", "--subset_seed=4"], set(digits)), ([], None)):
+        out = eval_flags(tmp_path / str(classes))
+        conditional = ["--use_labels", "--num_labels=10", f"--unet_dir={tmp_path}/ckpt1.pt"]
+        drawn.clear()
+        call(*PIXELS, "--batch_size=24", *flags, *conditional, "--stages=generate", *out)
+        (labels,) = drawn
+        origin = json.loads((tmp_path / str(classes) / "generate/generate.json").read_text())["origin"]
+        if classes is None:
+            assert labels.tolist() == plain and "classes" not in origin, "what was made before is not made again"
+        else:
+            assert set(labels.tolist()) == classes == set(origin["classes"])
+
+
+def test_sample_grids_show_classes_of_training_images(tmp_path):
+    values = absl_flags.FLAGS
+    values.unparse_flags()
+    training_flags.parse(values, ["main.py", *TINY_FLAGS, "--num_train=3", "--use_labels", "--num_labels=10"])
+    few, all_classes = (load_dataset("digits", ".", 8, num_train=number) for number in (3, 48))
+    labels = training_flags.sample_grid(values, few, "cpu")[1].tolist()
+    assert len(labels) == 64 and set(labels) == set(few.train.labels.tolist())
+    before = [derive_seed(12, "label", i) % 10 for i in range(64)]
+    assert training_flags.sample_grid(values, all_classes, "cpu")[1].tolist() == before
 
 
 def test_fid_and_inception_score(checkpoint, tmp_path, capsys):

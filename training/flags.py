@@ -13,7 +13,7 @@ from absl import flags
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
 from model import UNet
-from score.generate import generate_batches
+from score.generate import generate_batches, grid_noise
 from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
 from training.agc import ANTI_GRADS, AntiGradientControl
@@ -364,6 +364,12 @@ def labels_of(values):
     return values.num_labels if values.use_labels else None
 
 
+def classes_of(values, data):
+    """The classes that training images have, ascending, of a conditional network; None where these are all."""
+    classes = data.train.labels.unique().tolist()
+    return classes if values.use_labels and len(classes) < values.num_labels else None
+
+
 def unet(values, checkpoint=None, path=None):
     """The `UNet` of the flags, with the groups that `norm_groups` finds."""
     groups = norm_groups(values, checkpoint, path)
@@ -382,9 +388,15 @@ def sampler(values):
     return arguments(values, GaussianDiffusionSampler, steps=values.sample_steps)
 
 
-def generation(values):
+def generation(values, data):
     """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
-    return arguments(values, generate_batches, num_labels=labels_of(values), dtype=PRECISIONS[values.precision])
+    of_classes = {"num_labels": labels_of(values), "classes": classes_of(values, data)}
+    return arguments(values, generate_batches, **of_classes, dtype=PRECISIONS[values.precision])
+
+
+def sample_grid(values, data, device):
+    """The `grid_noise` of a training on the data."""
+    return call(values, grid_noise, device, num_labels=labels_of(values), classes=classes_of(values, data))
 
 
 def embedding(values, features, device, flag):
