@@ -10,7 +10,7 @@ from PIL import Image
 from dataset import fingerprint
 from utils import distributed
 from utils.errors import DataError
-from utils.images import list_images, read_images, scan
+from utils.images import SUFFIXES, list_images, read_images, scan, size_of
 from utils.safe_files import check_memory, one_line
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
@@ -82,6 +82,7 @@ def load_samples(path, img_size=None):
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder; give an .npy, an .npz or a folder of images")
     elif zipfile.is_zipfile(path):
+        refuse_other_archives(path)
         images = to_images(path, next(iter(read_npz(path, ("images", "arr_0")).values())))
     else:
         try:
@@ -89,10 +90,24 @@ def load_samples(path, img_size=None):
         except Exception as error:  # a hostile file can make NumPy raise anything
             raise DataError(f"{path}: no .npy or .npz of numbers that can be read ({one_line(error)})") from None
         images = to_images(path, array)
-    size = "x".join(map(str, images.shape[2:]))
-    if img_size is not None and size != f"{img_size}x{img_size}":
-        raise DataError(f"{path}: holds {size} images, not {img_size}x{img_size}; give --img_size or resize them")
+    if img_size is not None and images.shape[2:] != (img_size, img_size):
+        what = f"holds {size_of(images)} images (width x height), not {img_size}x{img_size}"
+        raise DataError(f"{path}: {what}; give --img_size or resize them")
     return images
+
+
+def refuse_other_archives(path):
+    """Raise a DataError for zip archives that are no .npz: of image files, or of torch.save."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # a hostile file can make zipfile raise anything, which `read_npz` says
+        return
+    number = sum(name.lower().endswith(SUFFIXES) for name in names)
+    if number:
+        raise DataError(f"{path}: a zip of {number:,} image files: unpack it, and name the folder")
+    if any(name.endswith("/data.pkl") for name in names):
+        raise DataError(f"{path}: written by torch.save: write the images by numpy.save, as (N, 3, H, W) uint8")
 
 
 def read_npz(path, names):
@@ -107,7 +122,9 @@ def read_npz(path, names):
         with np.load(path, allow_pickle=False) as archive:
             chosen = archive.files if len(archive.files) == 1 else [name for name in names if name in archive.files]
             if not chosen:
-                raise DataError(f"{path}: holds {sorted(archive.files)}, none is called {' or '.join(names)}")
+                found = [name[:40] for name in sorted(archive.files)[:5]]
+                more = f" and {len(archive.files) - 5:,} more" if len(archive.files) > 5 else ""
+                raise DataError(f"{path}: holds {found}{more}, none is called {' or '.join(names)}")
             return {name: np.asarray(archive[name]) for name in chosen}
     except DataError:
         raise

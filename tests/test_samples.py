@@ -110,6 +110,9 @@ def test_img_size_is_checked(tmp_path):
     assert load_samples(tmp_path / "images.npy", img_size=8).shape == (5, 3, 8, 8)
     with pytest.raises(DataError, match=r"images\.npy.*8x8.*--img_size"):
         load_samples(tmp_path / "images.npy", img_size=32)
+    np.save(tmp_path / "images.npy", random_images(height=8, width=9))
+    with pytest.raises(DataError, match=r"holds 9x8 images \(width x height\), not 8x8"):
+        load_samples(tmp_path / "images.npy", img_size=8)
 
 
 BAD_ARRAYS = {
@@ -241,7 +244,7 @@ def refuse_beside_a_good_image(folder, name):
 
 def test_image_of_another_size_is_named(tmp_path):
     Image.new("RGB", (6, 7)).save(tmp_path / "bad.png")
-    refuse_beside_a_good_image(tmp_path, "bad.png: is 7x6, 0.png is 6x7")
+    refuse_beside_a_good_image(tmp_path, "bad.png: is 6x7, 0.png is 7x6 (width x height)")
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
@@ -288,7 +291,9 @@ def test_all_bad_files_of_a_folder_are_named_together(tmp_path):
     save_pngs(tmp_path, torch.from_numpy(random_images(20)))
     (tmp_path / "00000.png").write_bytes(b"")
     Image.new("RGB", (9, 9)).save(tmp_path / "00007.png")
-    message = r"00000\.png: cannot be read as an image.*; .*00007\.png: is 9x9, 00001\.png is 6x7: .* them"
+    message = (
+        r"00000\.png: cannot be read as an image.*; .*00007\.png: is 9x9, 00001\.png is 7x6 \(width x height\): .* them"
+    )
     with pytest.raises(DataError, match=message):
         load_samples(tmp_path)
 

@@ -42,7 +42,7 @@ from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import atomic_write, lock_directory, read_json, write_json
-from utils.images import list_images, to_uint8
+from utils.images import list_images, size_of, to_uint8
 from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
@@ -147,8 +147,8 @@ def read_images(flag):
         raise DataError(f"--{flag}={path}: no such file or folder")
     images = load_samples(path)
     if images.shape[2:] != (side, side):
-        size = "x".join(map(str, images.shape[2:]))
-        raise UsageError(f"--{flag}={path}: holds {size} images, not {side}x{side}: give their --resolution")
+        what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
+        raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
     return images
 
 

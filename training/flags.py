@@ -232,7 +232,9 @@ def check(values):
     levels = len(values.ch_mult)
     for level in values.attn:
         if level >= levels:
-            raise UsageError(f"--attn={level}: --ch_mult has {levels} levels, 0 to {levels - 1}")
+            default = "" if values["attn"].present else " (the default)"
+            there = f"{levels} levels, 0 to {levels - 1}" if levels > 1 else "one, level 0: give --attn=0"
+            raise UsageError(f"--attn={level}{default}: there is no level {level}: --ch_mult makes {there}")
     if values.img_size % 2 ** (levels - 1):
         raise UsageError(
             f"--img_size={values.img_size}: {levels} levels of --ch_mult need a multiple of {2 ** (levels - 1)}"

@@ -104,12 +104,17 @@ def read_images(paths, img_size=None, num_workers=0):
             if found.shape == images.shape[1:]:
                 images[row] = found
             else:
-                sizes = ["x".join(map(str, shape[-2:])) for shape in (found.shape, images.shape)]
-                bad.append(f"{paths[row]}: is {sizes[0]}, {first} is {sizes[1]}")
+                sizes = f"is {size_of(found)}, {first} is {size_of(images)} (width x height)"
+                bad.append(f"{paths[row]}: {sizes}")
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
     return images
+
+
+def size_of(images):
+    """Width x height of images (..., H, W), for messages."""
+    return f"{images.shape[-1]}x{images.shape[-2]}"
 
 
 def try_image(path, img_size):
