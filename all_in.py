@@ -20,7 +20,7 @@ from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
-from score.samples import evenly_spaced, load_samples, png_names, save_pngs
+from score.samples import evenly_spaced, load_samples, png_names, save_pngs, warn_of_odd_values
 from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
@@ -265,6 +265,7 @@ def main():
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
     if "gap" in stages:
         flags.heldout_images(FLAGS, data, "stages=gap")
+    odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     locks = take_directories(stages) if distributed.is_main() else []
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
@@ -286,7 +287,7 @@ def main():
         result = {"seconds": {}, **sets}
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
-    result |= {"N": len(images), "training_set_size": len(training)}
+    result |= {"N": len(images), "training_set_size": len(training), "samples_warning": odd}
     is_new = False
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)

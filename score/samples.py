@@ -9,12 +9,17 @@ from PIL import Image
 
 from dataset import fingerprint
 from utils import distributed
-from utils.errors import DataError
+from utils.errors import DataError, warn
 from utils.images import SUFFIXES, list_images, read_images, scan, size_of
 from utils.safe_files import check_memory, one_line
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
 TOLERANCE = 1e-3
+LOOKED_AT = 10_000  # images, at most, whose values `odd_values` looks at
+# by how much more of the samples than of the training images may be so
+ODD_SHARES = {"are black": 0.01, "have one colour only": 0.01, "are grey": 0.5}
+ODD_LEVELS = 0.25  # the same of values that are 0, and of those that are 255
+ODD_RANGE = 0.6  # the range of 98 % of the values may be so much of the training images'
 
 
 def non_finite_images(x):
@@ -94,6 +99,61 @@ def load_samples(path, img_size=None):
         what = f"holds {size_of(images)} images (width x height), not {img_size}x{img_size}"
         raise DataError(f"{path}: {what}; give --img_size or resize them")
     return images
+
+
+def warn_of_odd_values(path, images, training):
+    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says, or None.
+
+    images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+    """
+    found = odd_values(images, training) if distributed.is_main() else []
+    said = f"--samples={path}: odd, are they what is meant? {'; '.join(found)}" if found else None
+    if said:
+        warn(f"warning: {said}")
+    return said
+
+
+def odd_values(images, training):
+    """What is odd in the values of images beside those of training images, as texts."""
+    (shares, levels), (known, known_levels) = values_of(images), values_of(training)
+    kinds = (what for what, allowed in ODD_SHARES.items() if shares[what] > known[what] + allowed)
+    what = next(kinds, None)  # the others follow from it
+    found = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
+    (low, high), (known_low, known_high) = most_levels(levels), most_levels(known_levels)
+    more = (levels - known_levels)[[0, 255]]
+    if high - low < ODD_RANGE * (known_high - known_low):
+        lie = f"98% of the values lie between {low} and {high}"
+        found.append(f"{lie}, of the training images' between {known_low} and {known_high}")
+    elif more.max() > ODD_LEVELS:
+        level = 255 * int(more.argmax())
+        found.append(
+            f"{levels[level]:.1%} of the values are {level}, of the training images' {known_levels[level]:.1%}"
+        )
+    rows = evenly_spaced(len(images), LOOKED_AT)
+    different = len({fingerprint(images[row]) for row in rows})
+    if len(rows) > 1 and different <= len(rows) / 2:
+        found.append(f"only {different:,} of {len(rows):,} are different" if different > 1 else "all are equal")
+    return found
+
+
+def values_of(images):
+    """Of images (N, 3, H, W) uint8, the shares of those that are as `ODD_SHARES` says, and of each level: (256,)."""
+    levels, kinds = torch.zeros(256, dtype=torch.int64), []
+    for rows in evenly_spaced(len(images), LOOKED_AT).split(256):
+        block = images[rows]
+        levels += torch.bincount(block.flatten(), minlength=256)
+        low, high = block.flatten(2).aminmax(dim=2)
+        one_colour, black = (low == high).all(dim=1), (high == 0).all(dim=1)
+        grey = (block == block[:, :1]).flatten(1).all(dim=1)
+        kinds.append(torch.stack([black, one_colour, grey], dim=1))
+    shares = torch.cat(kinds).double().mean(dim=0).tolist()
+    return dict(zip(ODD_SHARES, shares, strict=True)), levels.double() / levels.sum()
+
+
+def most_levels(levels):
+    """The lowest and the highest level without the outer 1 % of each end; levels: the share of each, (256,)."""
+    below = levels.cumsum(0)
+    return [int((below < share).sum()) for share in (0.01, 0.99)]
 
 
 def refuse_other_archives(path):

@@ -18,7 +18,7 @@ from PIL import Image
 import all_in
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
-from score import evaluate, generate
+from score import evaluate, fid, generate
 from score.generate import generate_into
 from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
@@ -637,3 +637,32 @@ def test_scores_that_an_earlier_version_made_of_samples_are_not_shown(evaluated,
     assert "scores of an earlier version are left out: run the score stage" in capsys.readouterr().err
     call(*flags, "--stages=score")
     assert scores_of(tmp_path) == {key: new[key] for key in SCORES if key in new}
+
+
+def test_odd_samples_are_said_on_terminal_and_page(tmp_path):
+    images = load_dataset("digits", ".", 8, num_train=0).train.images[48:98]
+    np.save(tmp_path / "images.npy", (images > 127).to(torch.uint8).numpy())
+    flags = [*PIXELS, "--num_train=48", "--samples=images.npy", *eval_flags(tmp_path)]
+    printed = run("all_in.py", *flags, cwd=tmp_path)
+    result, page = result_of(tmp_path), (tmp_path / "grid/report.html").read_text()
+    said = "--samples=images.npy: odd, are they what is meant? 98% of the values lie between 0 and 1, of the training"
+    assert result["samples_warning"].startswith(said) and result["warning"] is None
+    assert printed.stderr.count("warning: ") == 1 and f"warning: {result['samples_warning']}\n" in printed.stderr
+    assert "98% of the values lie between 0 and 1, of the training images" in page
+    np.save(tmp_path / "images.npy", images.numpy())
+    assert "warning" not in run("all_in.py", *flags, cwd=tmp_path).stderr
+    assert result_of(tmp_path)["samples_warning"] is None
+    assert "of the values lie" not in (tmp_path / "grid/report.html").read_text()
+
+
+def test_long_scores_have_a_bar(tmp_path, monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    flags = [*PIXELS, f"--samples={tmp_path / 'images.npy'}", "--stages=score"]
+    call(*flags, *eval_flags(tmp_path / "short"))
+    assert "precision" not in capsys.readouterr().err
+    monkeypatch.setattr(fid, "LONG_COVER", 400)
+    monkeypatch.setattr(fid, "LONG_POOLING", 200 * 3 * 8 * 8)
+    call(*flags, *eval_flags(tmp_path / "long"))
+    bars = capsys.readouterr().err
+    assert "precision, recall: 100%|##########| 496/496" in bars and "pooled pixels: 100%|##########| 200/200" in bars

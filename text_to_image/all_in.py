@@ -22,7 +22,7 @@ from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.report import summary, write_similarity_report
-from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs
+from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
 from score.similarity import COPY, background, clip_scores, detection, embed, load_clip, measures, memorized
 from text_to_image import flags
 from text_to_image.data import load_folder, load_images
@@ -212,7 +212,7 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
 
     # whatever can be wrong shows here, before the long work
-    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
+    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = odd = None
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
         what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
@@ -239,6 +239,7 @@ def main():
         pipeline.to(device)
     if FLAGS.samples:
         images = read_images("samples")
+        odd = warn_of_odd_values(FLAGS.samples, images, training)
     if FLAGS.prompts or not FLAGS.samples:
         number = len(images) if FLAGS.samples else flags.num_images(FLAGS)
         prompts, source = flags.call(FLAGS, make_prompts, data, pipeline and pipeline.tokenizer, number)
@@ -278,7 +279,7 @@ def main():
     space = embed(embedding, training), embedding
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
-    result |= {"warning": scorers[""].warning, **background(space[0])}
+    result |= {"warning": scorers[""].warning, "samples_warning": odd, **background(space[0])}
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers
     for name, (others, theirs) in floors.items():
