@@ -13,14 +13,14 @@ from absl import flags as absl_flags
 
 from dataset import equal_images, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import Quality, evaluate, identity, known_neighbors
+from score.evaluate import SAMPLES_ORDER, Quality, evaluate, identity, known_neighbors
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, generate_batches, generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
-from score.samples import evenly_spaced, load_samples, png_names, save_pngs
+from score.samples import evenly_spaced, load_samples, png_names, save_pngs, warn_of_odd_values
 from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
@@ -31,7 +31,7 @@ from utils.files import atomic_write, file_hash, lock_directory, read_json, writ
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
-    "score": ("fid", "is", "is_std", "fpd", "swd_floor"),
+    "score": ("fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"),
     "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells", "feature_space"),
 }
 
@@ -43,6 +43,15 @@ def earlier_result():
     if not isinstance(result, dict) or "images_sha256" not in result:
         raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
     return result
+
+
+def forget_old_scores(result):
+    """Leave out scores of --samples that an earlier version has made, since they depended on the names of the files."""
+    if result.get("scored_with", {}).get("samples_order") != SAMPLES_ORDER:
+        gone = [result.pop(key) for key in (*OPTIONAL["score"], "scored_with") if key in result]
+        result["seconds"].pop("score", None)
+        if gone and distributed.is_main():
+            warn(f"{FLAGS.grid_dir}: scores of an earlier version are left out: run the score stage for new ones")
 
 
 def add(result, stage, find):
@@ -113,17 +122,21 @@ def names_of(paths):
     return ",".join(map(str, paths))
 
 
-def generate_images(net, paths, settings, device):
-    """Images of a network, kept in --generate_dir with what they were made from; settings: of its training, or None.
+def generate_images(net, paths, settings, data, device):
+    """Images of a network, of classes that training images have, kept in --generate_dir with what made them.
+
+    settings: of the training of the network, or None.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
     origin = {**weights_of(paths), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
     origin |= {"num_labels": flags.labels_of(FLAGS), "legacy_labels": FLAGS.legacy_labels}
+    classes = flags.classes_of(FLAGS, data)
+    origin |= {"classes": classes} if classes else {}
     sampler = GaussianDiffusionSampler(torch.compile(net) if FLAGS.compile else net, **flags.sampler(FLAGS)).to(device)
 
     def batches(first):
-        return generate_batches(sampler, **flags.generation(FLAGS), first=first)
+        return generate_batches(sampler, **flags.generation(FLAGS, data), first=first)
 
     about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS)}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
@@ -141,7 +154,11 @@ def existing_images(needed):
         if needed and not is_there:
             raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
         size = FLAGS.img_size
-        images = load_samples(FLAGS.samples or path, size) if is_there else torch.empty(0, 3, size, size).byte()
+        images = (
+            load_samples(FLAGS.samples or path, size, FLAGS.resize)
+            if is_there
+            else torch.empty(0, 3, size, size).byte()
+        )
         is_ours = is_there and not FLAGS.samples
         if is_ours and read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
             raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
@@ -271,18 +288,21 @@ def main():
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
     if "gap" in stages:
         flags.heldout_images(FLAGS, data, "stages=gap")
+    odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     notes = {"settings_warning": about_settings, "repeats_warning": repeats["warning"]}
     for note in filter(None, notes.values() if distributed.is_main() else ()):
         warn(f"warning: {note}")
+    notes["samples_warning"] = odd
     locks = take_directories(stages) if distributed.is_main() else []
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = flags.call(FLAGS, Quality, reference, number, weights, device, heldout=heldout)
+        scorer = (reference, number, weights, device)
+        quality = flags.call(FLAGS, Quality, *scorer, by_content=bool(FLAGS.samples), heldout=heldout)
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, paths, settings, device)
+        images = generate_images(net, paths, settings, data, device)
     about = distributed.from_main(about_images(images, paths, settings) if distributed.is_main() else None)
     if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(
@@ -296,6 +316,8 @@ def main():
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
     result |= {"N": len(images), "training_set_size": len(training), **repeats["counts"], **notes}
     is_new = False
+    if FLAGS.samples and "score" not in stages:
+        forget_old_scores(result)
 
     if "score" in stages and result.get("scored_with") != quality.scored_with:
         about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}

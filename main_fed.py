@@ -15,7 +15,6 @@ from absl import flags as absl_flags
 
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.generate import grid_noise
 from training import checkpoint, flags
 from training.averaging import average_learners
 from training.batches import ShardBatches
@@ -73,7 +72,7 @@ def train(data, device, logdir):
                         round_ends = learner.step == last
                         logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
                         if due(step, FLAGS.sample_step):
-                            logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
+                            logger.images(f"shard{k}_step{step}", step, sample(learner.ema, data))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(), "norm_groups": net.groups, "seconds": logger.seconds}
@@ -94,7 +93,9 @@ def train(data, device, logdir):
             if distributed.is_main():
                 if FLAGS.sample_step and not exchanges:
                     with shards[0].learner.on_device():
-                        logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema))
+                        logger.images(
+                            f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema, data)
+                        )
                 logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts}
                 state |= {"norm_groups": net.groups, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
@@ -135,11 +136,11 @@ def make_shards_of_this_process(data, images, slots, device):
     return shards
 
 
-def sample(net):
-    """A grid of images of a network, from the same noise at all times of the run."""
+def sample(net, data):
+    """A grid of images of a network trained on the data, from the same noise at all times of the run."""
     device = next(net.parameters()).device
     sampler = GaussianDiffusionSampler(net, **flags.sampler(FLAGS)).to(device)
-    return sampler(*flags.call(FLAGS, grid_noise, device, num_labels=flags.labels_of(FLAGS)))
+    return sampler(*flags.sample_grid(FLAGS, data, device))
 
 
 def main():

@@ -85,7 +85,7 @@ def matched(result, least=LEAST_SEEDS):
 
 def with_interval(difference, measure):
     """A mean and its interval, shares in percent."""
-    form, scale = ("{:+.2f}", 100) if measure == "f_mem" else ("{:+.1f}", 1)
+    form, scale = ("{:+z.2f}", 100) if measure == "f_mem" else ("{:+z.1f}", 1)
     mean, low, high = (None if x is None else form.format(scale * x) for x in difference)
     return mean if low is None else f"{mean} [{low}, {high}]"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import fingerprint
+from dataset import equal_images, fingerprint
 from score import fid, memorization
 from score.inception import FEATURES, Inception
-from score.samples import evenly_spaced, read_npz
+from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
@@ -20,7 +20,9 @@ SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 SWD = "Karras et al. 2018"  # what scores that earlier versions have written lack
+LEAST_HELDOUT = 4  # for two halves of two
 COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
+SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 
 
 def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
@@ -108,13 +110,24 @@ class Quality:
         fid_cache: as `cache` of `reference_statistics`.
         batch_size: images per call of the network.
         heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach; None for none.
+        by_content: take images in their `content_order`, so that no score depends on the order in which they come.
 
     Raises:
         DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
-    def __init__(self, reference, num_images, weights=None, device="cpu", fid_cache=None, batch_size=50, heldout=None):
+    def __init__(
+        self,
+        reference,
+        num_images,
+        weights=None,
+        device="cpu",
+        fid_cache=None,
+        batch_size=50,
+        heldout=None,
+        by_content=False,
+    ):
         least = SPLITS if weights else 2
         for name, number in (("generated", num_images), ("real", len(reference))):
             if number < least:
@@ -127,18 +140,22 @@ class Quality:
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
                 warn(f"warning: {self.warning}")
-        self.batch_size, self.device, self.heldout = batch_size, device, heldout
+        if heldout is not None and by_content:
+            heldout = heldout[content_order(heldout)]
+        self.batch_size, self.device, self.heldout, self.by_content = batch_size, device, heldout, by_content
         self.inception = Inception(weights, device) if weights else None
         self.scored_with = fid.provenance_of(reference, self.inception) | {"swd": SWD}
+        self.scored_with |= {"samples_order": SAMPLES_ORDER} if by_content else {}
         if heldout is not None:
             self.scored_with["heldout"] = fingerprint(heldout)
         self.reference = fid.reference_statistics(reference, self.inception, fid_cache, batch_size)
-        self.all_real = reference
-        self.real = reference[evenly_spaced(len(reference), COVER_IMAGES)]
+        self.all_real = reference[content_order(reference)] if by_content else reference
+        rows = torch.arange(len(reference)) if by_content else evenly_spaced(len(reference), COVER_IMAGES)
+        self.real = self.all_real[rows[:COVER_IMAGES]]
 
     @functools.cached_property
     def real_features(self):
-        """Those of evenly spaced reference images, made when they are needed first, on rank 0."""
+        """Those of evenly spaced reference images, or the first by content, made when first needed, on rank 0."""
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
@@ -147,7 +164,8 @@ class Quality:
         All processes take part, with the same images, and are given the scores. Precision and recall are of the first
         `COVER_IMAGES`, and of as many reference images.
         """
-        real, batches, scores = self.real_features, self.batches(images), None
+        order = content_order(images) if self.by_content else None
+        real, batches, scores = self.real_features, self.batches(images, order), None
         dimension, device = fid.space_of(self.inception)
         statistics = fid.mean_and_covariance((features for features, _ in batches), dimension, device)
         features, probs = in_order(batches)
@@ -157,26 +175,39 @@ class Quality:
             if self.inception:
                 score, spread = fid.inception_score(probs, SPLITS)
                 scores = {"fid": distance, "is": score, "is_std": spread}
-            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device)) | self.swd(images)
-        return distributed.from_main(scores)
+            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
+            levels = sliced_wasserstein(self.all_real, images if order is None else images[order], self.device, True)
+            if levels:
+                scores |= {"swd": mean_of(levels)} | {f"swd_{side}": value for side, value in levels.items()}
+        return distributed.from_main(scores) | self.floors(len(images))
 
-    def swd(self, images):
-        """The sliced Wasserstein distance to the reference: "swd", the mean over the levels, which are "swd_16", ...
+    @functools.cache  # noqa: B019 - as long as the process lives there are one or two of these
+    def floors(self, number):
+        """What held-out images reach in the place of `number` generated ones: {} without any.
 
-        "swd_floor" is that of two halves of the held-out images. {} where images are smaller than 16 pixels.
+        "precision_floor" and "recall_floor" are against the reference, or where that is these images themselves, of
+        one half of them against the other; "swd_floor" is always between halves.
         """
-        levels = sliced_wasserstein(self.all_real, images, self.device, progress=True)
-        if not levels:
+        if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
-        floor = {}
-        if self.heldout is not None and len(self.heldout) > 1:
-            halves = (half[evenly_spaced(len(half), len(images))] for half in (self.heldout[::2], self.heldout[1::2]))
-            floor = {"swd_floor": mean_of(sliced_wasserstein(*halves, self.device))}
-        return {"swd": mean_of(levels), **{f"swd_{side}": distance for side, distance in levels.items()}, **floor}
+        halves = self.heldout[::2], self.heldout[1::2]
+        group = equal_images(torch.cat([self.all_real, self.heldout]))
+        of_real, of_heldout = group.split([len(self.all_real), len(self.heldout)])
+        overlaps = bool((of_heldout <= of_real.max()).any())
+        real, others = halves if overlaps else (self.all_real, self.heldout)
+        sets = (part[evenly_spaced(len(part), most)] for part, most in ((real, COVER_IMAGES), (others, number)))
+        features, floors = [in_order(self.batches(part[:COVER_IMAGES]))[0] for part in sets], None
+        if distributed.is_main():
+            _, device = fid.space_of(self.inception)
+            covered = fid.precision_recall(*(part.to(device) for part in features))
+            floors = {f"{name}_floor": share for name, share in covered.items()}
+            levels = sliced_wasserstein(*(half[evenly_spaced(len(half), number)] for half in halves), self.device)
+            floors |= {"swd_floor": mean_of(levels)} if levels else {}
+        return distributed.from_main(floors)
 
-    def batches(self, images):
+    def batches(self, images, order=None):
         """The `feature_batches` of images, on the CPU."""
-        batches = fid.feature_batches(images, self.inception, self.batch_size)
+        batches = fid.feature_batches(images, self.inception, self.batch_size, order)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
 
 

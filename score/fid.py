@@ -19,6 +19,7 @@ from utils.files import atomic_write, make_directory
 POOLED_SIZE = 8
 DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
 PIXEL_BATCH = 1024
+LONG_POOLING, LONG_COVER = 3e8, 10_000  # from so many values, and images, on it takes seconds and has a bar
 CACHE = Path("results/stats")
 
 
@@ -58,7 +59,7 @@ def pixel_features(images):
 
 
 @torch.no_grad()
-def feature_batches(images, inception=None, batch_size=50):
+def feature_batches(images, inception=None, batch_size=50, order=None):
     """Yield (features (B, D), class probabilities (B, 1008)) of the batches of images that fall to this process.
 
     Batch j is that of process j mod P, so that what is in a batch does not depend on P.
@@ -67,10 +68,14 @@ def feature_batches(images, inception=None, batch_size=50):
         images: (N, 3, H, W) uint8.
         inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
         batch_size: images per call of it.
+        order: (N,) int64, the order to take the images in; None for their own.
     """
-    batches, P = images.split(batch_size if inception else PIXEL_BATCH), distributed.world_size()
+    size, P = batch_size if inception else PIXEL_BATCH, distributed.world_size()
+    batches = images.split(size) if order is None else (images[rows] for rows in order.split(size))
     network = inception or (lambda batch: (pixel_features(batch), torch.empty(len(batch), 0)))
-    with distributed.bar(desc="Inception", total=len(images), unit="image", disable=inception is None) as bar:
+    is_short = inception is None and images.numel() < LONG_POOLING
+    name = "Inception" if inception else "pooled pixels"
+    with distributed.bar(desc=name, total=len(images), unit="image", disable=is_short) as bar:
         for j, batch in enumerate(batches):
             if j % P == distributed.rank():
                 features, logits = network(batch)
@@ -160,12 +165,19 @@ def precision_recall(real, generated, k=3, block=1024):
 
     def covered(points, by):
         nearest = min(k, len(by) - 1) + 1  # the first is the point itself
-        radius = torch.cat([sq_distance(rows, by).kthvalue(nearest, dim=1).values for rows in by.split(block)])
-        inside = torch.cat([(sq_distance(rows, by) <= radius).any(dim=1) for rows in points.split(block)])
+        radius = torch.cat([sq_distance(rows, by).kthvalue(nearest, dim=1).values for rows in blocks(by)])
+        inside = torch.cat([(sq_distance(rows, by) <= radius).any(dim=1) for rows in blocks(points)])
         return inside.double().mean().item()
 
+    def blocks(points):
+        for rows in points.split(block):
+            yield rows
+            bar.update(len(rows))
+
     real, generated = real.double(), generated.double()
-    return {"precision": covered(generated, real), "recall": covered(real, generated)}
+    total = 2 * (len(real) + len(generated))
+    with distributed.bar(total=total, desc="precision, recall", unit="image", disable=total < LONG_COVER) as bar:
+        return {"precision": covered(generated, real), "recall": covered(real, generated)}
 
 
 def load_statistics(path):

@@ -32,21 +32,31 @@ class MeanPrediction(nn.Module):
         return sum(net(x, t, labels) for net in self.nets) / len(self.nets)
 
 
-def draw_labels(seed, indices, num_labels):
-    """The classes of images `indices`, uniform over 0..num_labels-1: int64 (B,)."""
-    return torch.tensor([derive_seed(seed, "label", i) % num_labels for i in indices])
+def draw_labels(seed, indices, num_labels, classes=None):
+    """The classes of images `indices`, uniform over the list `classes`, None for 0..num_labels-1: int64 (B,)."""
+    classes = classes or range(num_labels)
+    return torch.tensor([classes[derive_seed(seed, "label", i) % len(classes)] for i in indices])
 
 
-def grid_noise(device, sample_size, img_size, seed, num_labels=None):
+def grid_noise(device, sample_size, img_size, seed, num_labels=None, classes=None):
     """x_T (B, 3, H, W) and classes (B,), or None, of the sample grids of a training: the same at all times of it."""
     x_T = torch.randn((sample_size, 3, img_size, img_size), generator=generator("cpu", seed, "x_T"))
-    labels = None if num_labels is None else draw_labels(seed, range(sample_size), num_labels).to(device)
+    labels = None if num_labels is None else draw_labels(seed, range(sample_size), num_labels, classes).to(device)
     return x_T.to(device), labels
 
 
 @torch.no_grad()
 def generate_batches(
-    sampler, num_images, batch_size, seed, *, first=0, num_labels=None, legacy_labels=False, dtype=torch.float32
+    sampler,
+    num_images,
+    batch_size,
+    seed,
+    *,
+    first=0,
+    num_labels=None,
+    classes=None,
+    legacy_labels=False,
+    dtype=torch.float32,
 ):
     """Generate images first..num_images-1 batch by batch with a progress bar, the network in evaluation mode.
 
@@ -57,7 +67,8 @@ def generate_batches(
         num_images, batch_size: how many in all, and per call of the sampler.
         seed: of x_T, of the classes, and of the noise of stochastic samplers.
         first: images before this one are there already.
-        num_labels: draw a class for every image; None for an unconditional network.
+        num_labels, classes: draw a class for every image, as `draw_labels`; num_labels is None for an unconditional
+            network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
         dtype: of autocast; float32 for none.
 
@@ -76,7 +87,7 @@ def generate_batches(
             if indices:
                 labels = None
                 if num_labels is not None:
-                    labels = draw_labels(seed, indices, num_labels).to(device) - int(legacy_labels)
+                    labels = draw_labels(seed, indices, num_labels, classes).to(device) - int(legacy_labels)
                 noise = sample_noise(seed, indices, shape, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     x_0 = sampler(noise(), labels, noise)

@@ -36,21 +36,22 @@ def similarity(name):
 
 
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
+# z, where a value can be below 0: a rounded -0.0 is 0.0
 COLUMNS = {
     **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
-    **{f"@{p} above floor": (under("mq_above_floor", p), "{:+.1%}") for p in ("15", "30", "50")},
+    **{f"@{p} above floor": (under("mq_above_floor", p), "{:+z.1%}") for p in ("15", "30", "50")},
     "f_mem": (under("share_sqrt_d1_d2_below_third"), "{:.1%}"),
     "extracted": (under("extracted"), "{:.0f}"),
     "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
     "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
-    "similarity": (similarity("sim_mean"), "{:.3f}"),
+    "similarity": (similarity("sim_mean"), "{:z.3f}"),
     "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
     "own image": (similarity("own_image"), "{:.1%}"),
     "f_mem of features": (similarity("f_mem"), "{:.1%}"),
     "detector's AUC": (detector_auc, "{:.3f}"),
-    "CLIP score": (under("clip_score"), "{:.1f}"),
+    "CLIP score": (under("clip_score"), "{:z.1f}"),
     "AuthPct": (under("auth_pct"), "{:.1f}"),
-    "C_T": (under("c_t"), "{:.1f}"),
+    "C_T": (under("c_t"), "{:z.1f}"),
     "AUC of losses": (under("gap", "auc"), "{:.3f}"),
     "TPR at 1% FPR": (under("gap", "tpr"), "{:.1%}"),
     "FID": (under("fid"), "{:.3f}"),
@@ -198,7 +199,7 @@ def similarities(result):
     rows = []
     for name in SIMILARITIES:
         values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
-        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+        rows.append([name, *("" if value is None else f"{value:z.3f}" for value in values)])
     f_mem = [numbers["f_mem"] for numbers in sets.values()]
     rows.append(["f_mem", *(f"{value:.3f}" for value in f_mem), ""])
     series = {name: numbers["sim_histogram"] for name, numbers in sets.items()} | {"training": result["bg_histogram"]}
@@ -252,7 +253,7 @@ def thresholds(result):
     for p, count in result["mq"].items():
         rows.append([p, count, f"{result['mq_fraction'][p]:.1%}"])
         if "holdout" in result:
-            rows[-1] += [f"{result['holdout']['mq_fraction'][p]:.1%}", f"{result['mq_above_floor'][p]:+.1%}"]
+            rows[-1] += [f"{result['holdout']['mq_fraction'][p]:.1%}", f"{result['mq_above_floor'][p]:+z.1%}"]
     return table(header, rows)
 
 
@@ -274,8 +275,6 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
         "generator that copies nothing may reach."
     )
-    if result.get("warning"):
-        note += f"</p><p class=note>{escape(result['warning'])}."
 
     def caption(i, j):
         return f"ratio {100 * ratio[i]:.1f}&thinsp;%, training {j}, generated {i}"
@@ -292,7 +291,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
-        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
+        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>{warnings_of(result)}"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(of_features))] if of_features else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
@@ -302,6 +301,12 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     ]
     write_text(path, page(title, sections))
     return str(path)
+
+
+def warnings_of(result):
+    """What is to be said of the numbers of an evaluation, as HTML."""
+    texts = [result[key] for key in ("warning", "samples_warning") if result.get(key)]
+    return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 
 
 def settings(result):
@@ -319,17 +324,16 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         prompts: N texts, or None; captions: of the training images.
     """
     source = result["checkpoint"] or result["samples"]
-    warning = f"<p class=note>{escape(result['warning'])}.</p>" if result["warning"] else ""
     shares = {name: [numbers["mq_curve"]] for name, numbers in sets_of(result).items()}
 
     def caption(i, j):
         texts = f"<br>training: {escape(captions[j])}<br>prompt: {escape(prompts[i])}" if prompts else ""
-        return f"similarity {similarity[i]:.3f}{texts}"
+        return f"similarity {similarity[i]:z.3f}{texts}"
 
     order = similarity.argsort(descending=True, stable=True)
     shown = pairs(generated, training, nearest, order, caption)
     sections = [
-        ("Summary", all_columns(result) + warning),
+        ("Summary", all_columns(result) + warnings_of(result)),
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
         *([("Detector of copies", detector(result["detector"]))] if "detector" in result else []),

@@ -7,13 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset import fingerprint, resized
 from utils import distributed
-from utils.errors import DataError
-from utils.images import list_images, read_images, scan
+from utils.errors import DataError, warn
+from utils.images import CHANGES, SUFFIXES, central_square, list_images, read_images, scan, size_of
 from utils.safe_files import check_memory, one_line
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
 TOLERANCE = 1e-3
+LOOKED_AT = 10_000  # images, at most, whose values `odd_values` looks at
+# by how much more of the samples than of the training images may be so
+ODD_SHARES = {"are black": 0.01, "have one colour only": 0.01, "are grey": 0.5}
+ODD_LEVELS = 0.25  # the same of values that are 0, and of those that are 255
+ODD_RANGE = 0.6  # the range of 98 % of the values may be so much of the training images'
 
 
 def non_finite_images(x):
@@ -25,6 +31,12 @@ def evenly_spaced(total, number):
     """The indices of at most `number` of `total` images, of all classes where these are in order: int64, ascending."""
     number = min(number, total)
     return torch.arange(number) * total // number
+
+
+def content_order(images):
+    """The images (N, 3, H, W) uint8 in the order of their hashes, whatever order they came in: indices, int64 (N,)."""
+    hashes = [fingerprint(image) for image in images]
+    return torch.tensor(sorted(range(len(images)), key=hashes.__getitem__))
 
 
 def save_pngs(folder, images):
@@ -54,7 +66,7 @@ def png_names(folder, number):
     return names
 
 
-def load_samples(path, img_size=None):
+def load_samples(path, img_size=None, resize="crop"):
     """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 tensor (N, 3, H, W) on the CPU.
 
     Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to uint8), NCHW or NHWC.
@@ -63,7 +75,8 @@ def load_samples(path, img_size=None):
 
     Args:
         path: of the file or folder.
-        img_size: height and width that the images must have; any if None.
+        img_size: height and width that square images must have; None: they stay as they are.
+        resize: what becomes of images that are not square where there is an img_size, one of `utils.images.RESIZES`.
 
     Raises:
         DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than fits in memory,
@@ -71,10 +84,12 @@ def load_samples(path, img_size=None):
     """
     path = Path(path)
     if path.is_dir():
-        images = torch.from_numpy(read_images([image for group in list_images(path) for image in group]))
+        paths = [image for group in list_images(path) for image in group]
+        images = torch.from_numpy(read_images(paths, img_size, resize=resize, keeps_squares=True))
     elif not path.is_file():
         raise DataError(f"{path}: no such file or folder; give an .npy, an .npz or a folder of images")
     elif zipfile.is_zipfile(path):
+        refuse_other_archives(path)
         images = to_images(path, next(iter(read_npz(path, ("images", "arr_0")).values())))
     else:
         try:
@@ -82,10 +97,84 @@ def load_samples(path, img_size=None):
         except Exception as error:  # a hostile file can make NumPy raise anything
             raise DataError(f"{path}: no .npy or .npz of numbers that can be read ({one_line(error)})") from None
         images = to_images(path, array)
-    size = "x".join(map(str, images.shape[2:]))
-    if img_size is not None and size != f"{img_size}x{img_size}":
-        raise DataError(f"{path}: holds {size} images, not {img_size}x{img_size}; give --img_size or resize them")
+    height, width = images.shape[2:]
+    if img_size is not None and height != width:
+        left, top, right, bottom = central_square(width, height) if resize == "crop" else (0, 0, width, height)
+        warn(f"{path}: images of {size_of(images)} (width x height) are not square and are {CHANGES[resize]}")
+        images = resized(images[:, :, top:bottom, left:right], img_size)
+    if img_size is not None and images.shape[2:] != (img_size, img_size):
+        what = f"holds {size_of(images)} images (width x height), not {img_size}x{img_size}"
+        raise DataError(f"{path}: {what}; give --img_size or resize them")
     return images
+
+
+def warn_of_odd_values(path, images, training):
+    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says, or None.
+
+    images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
+    """
+    found = odd_values(images, training) if distributed.is_main() else []
+    said = f"--samples={path}: odd, are they what is meant? {'; '.join(found)}" if found else None
+    if said:
+        warn(f"warning: {said}")
+    return said
+
+
+def odd_values(images, training):
+    """What is odd in the values of images beside those of training images, as texts."""
+    (shares, levels), (known, known_levels) = values_of(images), values_of(training)
+    kinds = (what for what, allowed in ODD_SHARES.items() if shares[what] > known[what] + allowed)
+    what = next(kinds, None)  # the others follow from it
+    found = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
+    (low, high), (known_low, known_high) = most_levels(levels), most_levels(known_levels)
+    more = (levels - known_levels)[[0, 255]]
+    if high - low < ODD_RANGE * (known_high - known_low):
+        lie = f"98% of the values lie between {low} and {high}"
+        found.append(f"{lie}, of the training images' between {known_low} and {known_high}")
+    elif more.max() > ODD_LEVELS:
+        level = 255 * int(more.argmax())
+        found.append(
+            f"{levels[level]:.1%} of the values are {level}, of the training images' {known_levels[level]:.1%}"
+        )
+    rows = evenly_spaced(len(images), LOOKED_AT)
+    different = len({fingerprint(images[row]) for row in rows})
+    if len(rows) > 1 and different <= len(rows) / 2:
+        found.append(f"only {different:,} of {len(rows):,} are different" if different > 1 else "all are equal")
+    return found
+
+
+def values_of(images):
+    """Of images (N, 3, H, W) uint8, the shares of those that are as `ODD_SHARES` says, and of each level: (256,)."""
+    levels, kinds = torch.zeros(256, dtype=torch.int64), []
+    for rows in evenly_spaced(len(images), LOOKED_AT).split(256):
+        block = images[rows]
+        levels += torch.bincount(block.flatten(), minlength=256)
+        low, high = block.flatten(2).aminmax(dim=2)
+        one_colour, black = (low == high).all(dim=1), (high == 0).all(dim=1)
+        grey = (block == block[:, :1]).flatten(1).all(dim=1)
+        kinds.append(torch.stack([black, one_colour, grey], dim=1))
+    shares = torch.cat(kinds).double().mean(dim=0).tolist()
+    return dict(zip(ODD_SHARES, shares, strict=True)), levels.double() / levels.sum()
+
+
+def most_levels(levels):
+    """The lowest and the highest level without the outer 1 % of each end; levels: the share of each, (256,)."""
+    below = levels.cumsum(0)
+    return [int((below < share).sum()) for share in (0.01, 0.99)]
+
+
+def refuse_other_archives(path):
+    """Raise a DataError for zip archives that are no .npz: of image files, or of torch.save."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # a hostile file can make zipfile raise anything, which `read_npz` says
+        return
+    number = sum(name.lower().endswith(SUFFIXES) for name in names)
+    if number:
+        raise DataError(f"{path}: a zip of {number:,} image files: unpack it, and name the folder")
+    if any(name.endswith("/data.pkl") for name in names):
+        raise DataError(f"{path}: written by torch.save: write the images by numpy.save, as (N, 3, H, W) uint8")
 
 
 def read_npz(path, names):
@@ -100,7 +189,9 @@ def read_npz(path, names):
         with np.load(path, allow_pickle=False) as archive:
             chosen = archive.files if len(archive.files) == 1 else [name for name in names if name in archive.files]
             if not chosen:
-                raise DataError(f"{path}: holds {sorted(archive.files)}, none is called {' or '.join(names)}")
+                found = [name[:40] for name in sorted(archive.files)[:5]]
+                more = f" and {len(archive.files) - 5:,} more" if len(archive.files) > 5 else ""
+                raise DataError(f"{path}: holds {found}{more}, none is called {' or '.join(names)}")
             return {name: np.asarray(archive[name]) for name in chosen}
     except DataError:
         raise

@@ -1,5 +1,6 @@
 """all_in.py: as users run it where processes matter, else its main() called here, which saves the start."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 import all_in
 from dataset import load_dataset
 from diffusion import GaussianDiffusionSampler
+from score import evaluate, fid, generate
 from score.generate import generate_into
 from score.samples import save_pngs
 from tests.commands import ROOT, environment, eval_flags, run, run_module
@@ -25,7 +27,7 @@ from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import flags as training_flags
 from utils.errors import DataError, UsageError
 from utils.files import lock_directory
-from utils.seeding import sample_noise
+from utils.seeding import derive_seed, sample_noise
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
 
@@ -228,6 +230,41 @@ def test_iet_checkpoint_conditional_guided_and_legacy(tmp_path):
         images[name] = np.load(out / "generate/generate.npy")
     assert (images["plain"] != images["guided"]).mean() > 0.05
     assert (images["plain"] != images["legacy"]).mean() > 0.05
+
+
+def test_only_classes_of_training_images_are_drawn(checkpoint, tmp_path, monkeypatch):
+    """Of more labels than classes, and of classes without an image; where all have images, as ever."""
+    drawn, plain = [], [derive_seed(12, "label", i) % 10 for i in range(24)]
+    draw = generate.draw_labels
+    monkeypatch.setattr(generate, "draw_labels", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    for name in ("a", "b", "c"):
+        save_pngs(tmp_path / "images" / name, torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8))
+    net = visible(tiny_unet(3, T=20, num_labels=10)).state_dict()
+    torch.save({"net_model": net, "ema_model": net, "step": 1}, tmp_path / "ckpt1.pt")
+    sub_folders = ["--dataset=folder", f"--data_root={tmp_path / 'images'}", "--num_train=0"]
+    digits = load_dataset("digits", ".", 8, num_train=3, subset_seed=4).train.labels.tolist()
+    for flags, classes in ((sub_folders, {0, 1, 2}), (["--num_train=3", "--subset_seed=4"], set(digits)), ([], None)):
+        out = eval_flags(tmp_path / str(classes))
+        conditional = ["--use_labels", "--num_labels=10", f"--unet_dir={tmp_path}/ckpt1.pt"]
+        drawn.clear()
+        call(*PIXELS, "--batch_size=24", *flags, *conditional, "--stages=generate", *out)
+        (labels,) = drawn
+        origin = json.loads((tmp_path / str(classes) / "generate/generate.json").read_text())["origin"]
+        if classes is None:
+            assert labels.tolist() == plain and "classes" not in origin, "what was made before is not made again"
+        else:
+            assert set(labels.tolist()) == classes == set(origin["classes"])
+
+
+def test_sample_grids_show_classes_of_training_images(tmp_path):
+    values = absl_flags.FLAGS
+    values.unparse_flags()
+    training_flags.parse(values, ["main.py", *TINY_FLAGS, "--num_train=3", "--use_labels", "--num_labels=10"])
+    few, all_classes = (load_dataset("digits", ".", 8, num_train=number) for number in (3, 48))
+    labels = training_flags.sample_grid(values, few, "cpu")[1].tolist()
+    assert len(labels) == 64 and set(labels) == set(few.train.labels.tolist())
+    before = [derive_seed(12, "label", i) % 10 for i in range(64)]
+    assert training_flags.sample_grid(values, all_classes, "cpu")[1].tolist() == before
 
 
 def test_fid_and_inception_score(checkpoint, tmp_path, capsys):
@@ -543,3 +580,89 @@ def test_several_checkpoints_and_repeated_images(tmp_path):
     counts = torch.load(tmp_path / "log/global_ckpt_round1.pt", weights_only=True)["index_array"]
     assert counts.shape == (48,) and counts.sum() > 0
     assert "skipped most in training" in (tmp_path / "grid/report.html").read_text()
+
+
+SCORES = ("fid", "is", "is_std", "fpd", "precision", "recall")
+
+
+def scores_of(directory):
+    return {key: value for key, value in result_of(directory).items() if key in SCORES}
+
+
+def test_scores_of_samples_do_not_depend_on_names_or_order(tmp_path, monkeypatch):
+    """The same images by class, shuffled, and as files with other names; of training images too."""
+    monkeypatch.setattr(evaluate, "COVER_IMAGES", 30)
+    rng = np.random.default_rng(0)
+    dark, bright = (rng.integers(low, low + 60, (60, 3, 8, 8), dtype=np.uint8) for low in (0, 190))
+    by_class, shuffle = np.concatenate([dark, bright]), rng.permutation(120)
+    np.save(tmp_path / "by_class.npy", by_class)
+    np.save(tmp_path / "shuffled.npy", by_class[shuffle])
+    save_pngs(tmp_path / "renamed", torch.from_numpy(by_class[shuffle[::-1]]))
+    training = torch.from_numpy(np.concatenate([dark[:40] + 3, bright[:40] - 3]))
+    save_pngs(tmp_path / "training", training)
+    save_pngs(tmp_path / "training2", training.flip(0))
+    weights = write_weights(tmp_path / "inception.pth")
+    features = {"pixels": ["--fid_features=pixels"], "inception": [f"--inception_weights={weights}"]}
+    for kind, flags in features.items():
+        found = []
+        for samples, root in (("by_class.npy", "training"), ("shuffled.npy", "training"), ("renamed", "training2")):
+            data = ["--dataset=folder", f"--data_root={tmp_path / root}", "--num_train=0"]
+            out = tmp_path / kind / samples
+            call(*TINY_FLAGS, *data, *flags, f"--samples={tmp_path / samples}", "--stages=score", *eval_flags(out))
+            found.append(scores_of(out))
+        assert found[0] == found[1]
+        assert found[0] == pytest.approx(found[2], rel=1e-6), "training images of other names are summed otherwise"
+
+    def first(images):
+        hashes = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
+        return images[np.argsort(hashes)[:30]].reshape(30, -1) / 255.0
+
+    real, generated = first(training.numpy()), first(by_class)
+    between = ((real[:, None] - generated) ** 2).sum(-1)
+    radius = np.sort(((generated[:, None] - generated) ** 2).sum(-1), axis=1)[:, 3]
+    assert scores_of(tmp_path / "pixels/by_class.npy")["recall"] == (between <= radius).any(axis=1).mean()
+
+
+def test_scores_that_an_earlier_version_made_of_samples_are_not_shown(evaluated, tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.load(evaluated / "generate/generate.npy"))
+    flags = [*PIXELS, f"--samples={tmp_path / 'images.npy'}", *eval_flags(tmp_path)]
+    call(*flags)
+    new = result_of(tmp_path)
+    assert new["scored_with"]["samples_order"] == 1
+    assert "samples_order" not in result_of(evaluated)["scored_with"], "scores of generated images stay"
+    old = {**new, "recall": 0.12345, "scored_with": result_of(evaluated)["scored_with"]}
+    (tmp_path / "grid/result.json").write_text(json.dumps(old))
+    call(*flags, "--stages=report")
+    assert scores_of(tmp_path) == {} and "12.3%" not in (tmp_path / "grid/report.html").read_text()
+    assert "scores of an earlier version are left out: run the score stage" in capsys.readouterr().err
+    call(*flags, "--stages=score")
+    assert scores_of(tmp_path) == {key: new[key] for key in SCORES if key in new}
+
+
+def test_odd_samples_are_said_on_terminal_and_page(tmp_path):
+    images = load_dataset("digits", ".", 8, num_train=0).train.images[48:98]
+    np.save(tmp_path / "images.npy", (images > 127).to(torch.uint8).numpy())
+    flags = [*PIXELS, "--num_train=48", "--samples=images.npy", *eval_flags(tmp_path)]
+    printed = run("all_in.py", *flags, cwd=tmp_path)
+    result, page = result_of(tmp_path), (tmp_path / "grid/report.html").read_text()
+    said = "--samples=images.npy: odd, are they what is meant? 98% of the values lie between 0 and 1, of the training"
+    assert result["samples_warning"].startswith(said) and result["warning"] is None
+    assert printed.stderr.count("warning: ") == 1 and f"warning: {result['samples_warning']}\n" in printed.stderr
+    assert "98% of the values lie between 0 and 1, of the training images" in page
+    np.save(tmp_path / "images.npy", images.numpy())
+    assert "warning" not in run("all_in.py", *flags, cwd=tmp_path).stderr
+    assert result_of(tmp_path)["samples_warning"] is None
+    assert "of the values lie" not in (tmp_path / "grid/report.html").read_text()
+
+
+def test_long_scores_have_a_bar(tmp_path, monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    flags = [*PIXELS, f"--samples={tmp_path / 'images.npy'}", "--stages=score"]
+    call(*flags, *eval_flags(tmp_path / "short"))
+    assert "precision" not in capsys.readouterr().err
+    monkeypatch.setattr(fid, "LONG_COVER", 400)
+    monkeypatch.setattr(fid, "LONG_POOLING", 200 * 3 * 8 * 8)
+    call(*flags, *eval_flags(tmp_path / "long"))
+    bars = capsys.readouterr().err
+    assert "precision, recall: 100%|##########| 496/496" in bars and "pooled pixels: 100%|##########| 200/200" in bars

@@ -134,7 +134,8 @@ USAGE = [
     ("main.py", "--train --T=1", "--T=1"),
     ("main.py", "--train --beta_1=0.5", "--beta_1=0.5 is above --beta_T=0.02"),
     ("main.py", "--train --sample_steps=21", "--sample_steps=21: with --T=20 at most 20"),
-    ("main.py", "--train --attn=1", "--attn=1: --ch_mult has 1 levels"),
+    ("main.py", "--train --ch_mult=2 --attn=5", "--attn=5: there is no level 5: --ch_mult makes 2 levels, 0 to 1"),
+    ("main.py", "--train --attn=1", "--attn=1: there is no level 1: --ch_mult makes one, level 0: give --attn=0"),
     ("main.py", "--train --ch=136", "--ch=136: must be a multiple of the 32 groups of a GroupNorm"),
     ("main.py", "--train --ch_mult=1 --ch_mult=2 --ch_mult=2 --img_size=10", "--img_size=10"),
     ("main.py", "--train --mean_type=noise", "--mean_type=noise"),
@@ -198,7 +199,12 @@ FILES = [
     ("all_in.py", f"{SAMPLES}a.npy", {"a.npy": npy(np.full((4, 3, 8, 8), 255.0))}, "a.npy: values from 255"),
     ("all_in.py", f"{SAMPLES}a.npy", {"a.npy": npy(np.zeros((4, 3, 9, 9), np.uint8))}, "a.npy: holds 9x9 images"),
     ("all_in.py", f"{SAMPLES}a.npz", {"a.npz": npz(a=np.zeros(1), b=np.zeros(1))}, "a.npz: holds ['a', 'b']"),
-    ("all_in.py", f"{SAMPLES}a", {"a": directory_of(picture(), picture(size=(9, 8)))}, "1.png: is 8x9, 0.png is 8x8"),
+    (
+        "all_in.py",
+        f"{SAMPLES}a",
+        {"a": directory_of(picture(), picture(size=(9, 8)))},
+        "1.png: is 9x8, 0.png is 8x8 (width x height)",
+    ),
     ("all_in.py", f"{SAMPLES}a", {"a": directory_of()}, "a: no images in it"),
     ("all_in.py", "--fid_features=inception --inception_weights=w.pth --samples=a.npy", {}, "w.pth"),
     ("all_in.py", f"{SAMPLES}a.npy --stages=grid", {"a.npy": npy(np.zeros((4, 3, 8, 8), np.uint8))}, "memorise stage"),
@@ -231,6 +237,36 @@ def test_wrong_flags(script, flags, message, tmp_path):
 @pytest.mark.parametrize(("script", "flags", "files", "message"), FILES)
 def test_wrong_files(script, flags, files, message, tmp_path):
     refuse(script, flags, files, 1, message, tmp_path)
+
+
+def test_one_level_without_attn_says_what_to_give(tmp_path):
+    result = run("main.py", "--train", "--dataset=digits", "--ch_mult=1", cwd=tmp_path, code=2)
+    said = "--attn=1 (the default): there is no level 1: --ch_mult makes one, level 0: give --attn=0"
+    assert result.stderr == f"main.py: error: {said}\n"
+
+
+@pytest.mark.parametrize("kind", ["zip", "pt", "old pt", "npz"])
+def test_archives_of_many_files_are_refused_in_a_short_line(kind, tmp_path):
+    path, many = tmp_path / "samples", 2000
+    if kind == "zip":  # as of StyleGAN and EDM
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("dataset.json", "{}")
+            for i in range(many):
+                archive.writestr(f"00000/img{i:08d}.PNG", b"pixels")
+    elif kind == "npz":
+        with path.open("wb") as file:
+            np.savez(file, **{f"image{i}" + 200 * "_": np.zeros(1, np.uint8) for i in range(many)})
+    else:
+        torch.save(torch.zeros(3, 3, 8, 8), path, _use_new_zipfile_serialization=kind == "pt")
+    result = run("all_in.py", *TINY_FLAGS, "--fid_features=pixels", f"--samples={path}", cwd=tmp_path, code=1)
+    (line,) = [line for line in result.stderr.splitlines() if "image/s" not in line]
+    said = {
+        "zip": "a zip of 2,000 image files: unpack it, and name the folder",
+        "pt": "written by torch.save: write the images by numpy.save",
+        "old pt": "no .npy or .npz of numbers",
+        "npz": "and 1,995 more, none is called images or arr_0",
+    }
+    assert said[kind] in line and str(path) in line and len(line) < 500 + len(str(path))
 
 
 def test_odd_kinds_of_images_are_trained_on_in_silence(tmp_path):

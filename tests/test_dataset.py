@@ -428,14 +428,41 @@ def test_cache_follows_the_contents(tmp_path, no_decoding, monkeypatch):
         path.write_bytes(content)
         os.utime(path, ns=(10**18, 10**18))
     read()
-    assert len(cache_files(tmp_path)) == 3
+    assert len(cache_files(tmp_path)) == 2, "the newest of each size"
     monkeypatch.setattr("PIL.__version__", "another")
     read()
-    assert len(cache_files(tmp_path)) == 4
+    assert len(cache_files(tmp_path)) == 2
     os.utime(paths[0])
     paths[1] = paths[1].rename(tmp_path / "cat" / "other.png")
     no_decoding()
     read()
+
+
+def test_the_newest_cache_of_each_size_stays_and_what_others_wrote(tmp_path):
+    (path,) = write_folder(tmp_path, ["cat"], per_class=1)
+    before = load_dataset("folder", tmp_path, img_size=16).train.images
+    foreign = {
+        "0" * 31 + ".npy",
+        f"text_{'0' * 32}.npy",
+        f"{'0' * 32}.npy",
+        f".{'0' * 32}.npy.12345678.tmp",
+        "notes.txt",
+    }
+    for name in foreign:
+        with (tmp_path / ".cache" / name).open("wb") as file:
+            np.save(file, np.zeros((1, 4, 16, 16), np.float16))
+    foreign = {file.name for file in cache_files(tmp_path)}
+    mapped = before.clone()
+    for number in range(3):
+        Image.fromarray(random_images(1, 20, 20, seed=number)[0]).save(path, "BMP")
+        for size in (16, 8):
+            np.testing.assert_array_equal(
+                load_dataset("folder", tmp_path, img_size=size).train.images, reference_pixels([path], size)
+            )
+        assert len(cache_files(tmp_path)) == len(foreign) + 1
+    kept = {file.name for file in cache_files(tmp_path)}
+    assert len(foreign - kept) == 1, "of the files of another program none is gone"
+    assert torch.equal(before, mapped), "a run keeps the images that it has mapped"
 
 
 def test_cache_moves_with_the_folder(tmp_path, no_decoding):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.tables import shown as shown_in_tables
 from score.compare import floors_of
 from score.evaluate import evaluate
 from score.memorization import measures, memorization_ratio
-from score.report import SERIES, training_seconds, write_report
+from score.report import SERIES, SIMILARITIES, training_seconds, write_report
 from tests.browser import CHROMIUM, assert_readable, needs_chromium
 from tests.commands import run_module
 
@@ -118,6 +119,23 @@ def test_the_curve_against_numpy():
     sq_distance = torch.stack([ratio, 2 - ratio], dim=1)  # of mean 1
     found = measures(sq_distance, torch.zeros(504, 2, dtype=torch.int64), torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     np.testing.assert_allclose(found["mq_curve"], expected)
+
+
+def test_no_zero_has_a_sign_of_minus(tmp_path):
+    result, *shown = evaluation(60, 40, 8)
+    result["mq_above_floor"] = dict.fromkeys(result["mq_above_floor"], -0.0004)
+    result |= {"c_t": -0.04, "clip_score": -0.04}
+    of_features = {f"{set_}_{name}": -0.0004 for set_ in ("sim", "bg") for name in SIMILARITIES}
+    histograms = {"sim_histogram": [1.0], "bg_histogram": [1.0], "f_mem": 0.0}
+    result["feature_space"] = {"features": "pixels", "preprocess": None, **of_features, **histograms}
+    result["feature_space"]["sim_gt_05pc"] = 0.0
+    write_report(tmp_path / "report.html", result, *shown)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    printed = run_module("score.compare", tmp_path, "--html=both.html", cwd=tmp_path).stdout
+    shown_at = [printed, *((tmp_path / name).read_text() for name in ("report.html", "both.html"))]
+    for text in shown_at:
+        assert "+0.0%" in text and not re.search(r"-0\.?0*[^0-9.-]", re.sub('src="[^"]*"|<style>.*?</style>', "", text))
+    assert shown_in_tables((-0.00004, -0.00004, 0.01), "f_mem") == "+0.00 [+0.00, +1.00]"
 
 
 @needs_chromium

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from score.grids import save_grids
-from score.samples import load_samples, non_finite_images, save_pngs
+from score.samples import load_samples, non_finite_images, odd_values, save_pngs
 from utils import safe_files
 from utils.errors import DataError
 from utils.images import to_uint8
@@ -110,6 +110,9 @@ def test_img_size_is_checked(tmp_path):
     assert load_samples(tmp_path / "images.npy", img_size=8).shape == (5, 3, 8, 8)
     with pytest.raises(DataError, match=r"images\.npy.*8x8.*--img_size"):
         load_samples(tmp_path / "images.npy", img_size=32)
+    np.save(tmp_path / "images.npy", random_images(height=8, width=9))
+    with pytest.raises(DataError, match=r"holds 9x8 images \(width x height\), not 8x8"):
+        load_samples(tmp_path / "images.npy", img_size=8)
 
 
 BAD_ARRAYS = {
@@ -241,7 +244,7 @@ def refuse_beside_a_good_image(folder, name):
 
 def test_image_of_another_size_is_named(tmp_path):
     Image.new("RGB", (6, 7)).save(tmp_path / "bad.png")
-    refuse_beside_a_good_image(tmp_path, "bad.png: is 7x6, 0.png is 6x7")
+    refuse_beside_a_good_image(tmp_path, "bad.png: is 6x7, 0.png is 7x6 (width x height)")
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
@@ -288,7 +291,9 @@ def test_all_bad_files_of_a_folder_are_named_together(tmp_path):
     save_pngs(tmp_path, torch.from_numpy(random_images(20)))
     (tmp_path / "00000.png").write_bytes(b"")
     Image.new("RGB", (9, 9)).save(tmp_path / "00007.png")
-    message = r"00000\.png: cannot be read as an image.*; .*00007\.png: is 9x9, 00001\.png is 6x7: .* them"
+    message = (
+        r"00000\.png: cannot be read as an image.*; .*00007\.png: is 9x9, 00001\.png is 7x6 \(width x height\): .* them"
+    )
     with pytest.raises(DataError, match=message):
         load_samples(tmp_path)
 
@@ -324,3 +329,50 @@ def test_few_images_make_few_grids_and_remove_old_ones(tmp_path):
     assert paths == [tmp_path / "grid_image0.png", tmp_path / "grid_image1.png"]
     # With equal ratios the images keep their order: the second picture shows images 128, 129 and 130.
     np.testing.assert_array_equal(tile(Image.open(paths[1]), 0, 5, 4), generated[130])
+
+
+def photographs(N, seed):
+    """Images (N, 3, 8, 8) float64 in [0, 1] with all levels, some of them at the ends, and colours."""
+    rng = np.random.default_rng(seed)
+    return np.clip(0.5 + 0.2 * rng.normal(size=(N, 3, 8, 8)) + 0.16 * rng.normal(size=(N, 1, 8, 8)), 0, 1)
+
+
+ODD = {
+    "0..1 as uint8": (lambda x: (x > 0.5).astype(np.uint8), "between 0 and 1, of"),
+    "0..1 twice divided": (lambda x: x / 255, "between 0 and 1, of"),
+    "0..15 as uint8": (lambda x: (16 * x).clip(0, 15).astype(np.uint8), "between 0 and 15, of"),
+    "half the range": (lambda x: x.astype("f2") / 2, "between 0 and 12"),
+    "0..1 taken for -1..1": (lambda x: (x + 1) / 2, "between 12[78] and 255, of"),
+    "-1..1 clipped": (
+        lambda x: (2 * x - 1).clip(0, 1),
+        "(49|5.).*% of the values are 0, of the training images' [0-9]\\.",
+    ),
+    "a channel is missing": (lambda x: x * [[[1]], [[1]], [[0]]], "3.*% of the values are 0"),
+    "black and white": (lambda x: (x > 0.4).astype(float), "% of the values are 255, of"),
+    "grey": (lambda x: x[:, :1], "^100.0% are grey, of the training images 0.0%$"),
+    "channels are equal": (lambda x: x[:, [1, 1, 1]], "^100.0% are grey, of the training images 0.0%$"),
+    "black": (lambda x: 0 * x, "100.0% are black.*; all are equal"),
+    "some are black": (lambda x: np.concatenate([x[:95], 0 * x[:5]]), "^5.0% are black, of the training images 0.0%$"),
+    "one colour": (lambda x: x[..., :1, :1].repeat(8, 2).repeat(8, 3), "^100.0% have one colour only"),
+    "all equal": (lambda x: x[:1].repeat(100, 0), "^all are equal$"),
+    "three only": (lambda x: x[:3].repeat(40, 0), "^only 3 of 120 are different$"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_values_that_can_hardly_be_meant(kind, tmp_path):
+    change, said = ODD[kind]
+    np.save(tmp_path / "images.npy", change(photographs(100, 0)))
+    training = to_uint8(torch.from_numpy(2 * photographs(200, 1) - 1))
+    assert re.search(said, "; ".join(odd_values(load_samples(tmp_path / "images.npy"), training)))
+
+
+def test_values_that_can_be_meant():
+    training = to_uint8(torch.from_numpy(2 * photographs(200, 1) - 1))
+    grey = training[:, :1].repeat(1, 3, 1, 1)
+    black = torch.zeros(40, 3, 8, 8, dtype=torch.uint8)
+    for images in (photographs(100, 0), 0.2 + 0.6 * photographs(100, 0), 1 - photographs(100, 0), photographs(1, 0)):
+        assert odd_values(to_uint8(torch.from_numpy(2 * images - 1)), training) == []
+    assert odd_values(grey[:50], grey[50:]) == []
+    assert odd_values(torch.cat([training[:98], black[:2]]), torch.cat([training[98:], black])) == []
+    assert odd_values(black + 7, black[:1]) == ["all are equal"]

@@ -22,7 +22,7 @@ from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.report import summary, write_similarity_report
-from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs
+from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
 from score.similarity import COPY, background, clip_scores, detection, embed, load_clip, measures, memorized
 from text_to_image import flags
 from text_to_image.data import load_folder, load_images
@@ -42,7 +42,7 @@ from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import atomic_write, lock_directory, read_json, write_json
-from utils.images import list_images, to_uint8
+from utils.images import list_images, size_of, to_uint8
 from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
@@ -147,8 +147,8 @@ def read_images(flag):
         raise DataError(f"--{flag}={path}: no such file or folder")
     images = load_samples(path)
     if images.shape[2:] != (side, side):
-        size = "x".join(map(str, images.shape[2:]))
-        raise UsageError(f"--{flag}={path}: holds {size} images, not {side}x{side}: give their --resolution")
+        what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
+        raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
     return images
 
 
@@ -212,7 +212,7 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
 
     # whatever can be wrong shows here, before the long work
-    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = None
+    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = odd = None
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
         what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
@@ -239,6 +239,7 @@ def main():
         pipeline.to(device)
     if FLAGS.samples:
         images = read_images("samples")
+        odd = warn_of_odd_values(FLAGS.samples, images, training)
     if FLAGS.prompts or not FLAGS.samples:
         number = len(images) if FLAGS.samples else flags.num_images(FLAGS)
         prompts, source = flags.call(FLAGS, make_prompts, data, pipeline and pipeline.tokenizer, number)
@@ -246,9 +247,10 @@ def main():
             what = f"{len(source)} prompts for the {len(images)} images of --samples"
             raise UsageError(f"--prompts={FLAGS.prompts}: {what}: give one for each")
     number = len(images if FLAGS.samples else prompts.texts)
-    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
+    by_content = bool(FLAGS.samples)
+    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache, heldout=heldout, by_content=by_content)}
     if heldout is not None:
-        scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout)
+        scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout, by_content=by_content)
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
@@ -277,7 +279,7 @@ def main():
     space = embed(embedding, training), embedding
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
-    result |= {"warning": scorers[""].warning, **background(space[0])}
+    result |= {"warning": scorers[""].warning, "samples_warning": odd, **background(space[0])}
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers
     for name, (others, theirs) in floors.items():

@@ -14,7 +14,7 @@ from absl import flags
 from dataset import DATASETS, fingerprint
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
 from model import UNet
-from score.generate import generate_batches
+from score.generate import generate_batches, grid_noise
 from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
 from training import checkpoint
@@ -70,9 +70,7 @@ flags.DEFINE_integer("duplicates", 0, "so many training images, of all classes, 
 flags.DEFINE_integer("copies", 1, "how often each of the --duplicates stands in the training set", lower_bound=1)
 flags.DEFINE_bool("hflip", None, "mirror images, all_in: find mirrored copies; default: CIFAR's only")
 flags.DEFINE_enum("resize", None, RESIZES, "what becomes of images that are not square; default: crop, their centre")
-flags.DEFINE_string(
-    "heldout", None, "folder of real images not trained on; default: those left by --num_train"
-)
+flags.DEFINE_string("heldout", None, "folder of real images not trained on; default: those left by --num_train")
 flags.DEFINE_bool("download", False, "fetch CIFAR into --data_root if it is missing; no effect on other data sets")
 flags.DEFINE_integer("num_workers", 4, "threads that decode image files, once", lower_bound=0)
 
@@ -244,7 +242,9 @@ def check(values):
     levels = len(values.ch_mult)
     for level in values.attn:
         if level >= levels:
-            raise UsageError(f"--attn={level}: --ch_mult has {levels} levels, 0 to {levels - 1}")
+            default = "" if values["attn"].present else " (the default)"
+            there = f"{levels} levels, 0 to {levels - 1}" if levels > 1 else "one, level 0: give --attn=0"
+            raise UsageError(f"--attn={level}{default}: there is no level {level}: --ch_mult makes {there}")
     if values.img_size % 2 ** (levels - 1):
         raise UsageError(
             f"--img_size={values.img_size}: {levels} levels of --ch_mult need a multiple of {2 ** (levels - 1)}"
@@ -448,6 +448,12 @@ def labels_of(values):
     return values.num_labels if values.use_labels else None
 
 
+def classes_of(values, data):
+    """The classes that training images have, ascending, of a conditional network; None where these are all."""
+    classes = data.train.labels.unique().tolist()
+    return classes if values.use_labels and len(classes) < values.num_labels else None
+
+
 def unet(values, checkpoint=None, path=None):
     """The `UNet` of the flags, with the groups that `norm_groups` finds."""
     groups = norm_groups(values, checkpoint, path)
@@ -466,9 +472,15 @@ def sampler(values):
     return arguments(values, GaussianDiffusionSampler, steps=values.sample_steps)
 
 
-def generation(values):
+def generation(values, data):
     """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
-    return arguments(values, generate_batches, num_labels=labels_of(values), dtype=PRECISIONS[values.precision])
+    of_classes = {"num_labels": labels_of(values), "classes": classes_of(values, data)}
+    return arguments(values, generate_batches, **of_classes, dtype=PRECISIONS[values.precision])
+
+
+def sample_grid(values, data, device):
+    """The `grid_noise` of a training on the data."""
+    return call(values, grid_noise, device, num_labels=labels_of(values), classes=classes_of(values, data))
 
 
 def embedding(values, features, device, flag):

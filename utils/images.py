@@ -22,7 +22,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # PIL would refuse a PNG for the workflow that a generator has written into it, of a megabyte or more
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
-RESIZES = ("crop", "squeeze")
+CHANGES = {"crop": "cut to their central square", "squeeze": "squeezed"}
+RESIZES = tuple(CHANGES)  # what may become of images that are not square
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
@@ -92,10 +93,10 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
 
     Args:
         paths: of the files.
-        img_size: side in pixels that they are resized to; None: those that are square stay as they are.
+        img_size: side in pixels that they are resized to; None: they stay as they are, and must have one size.
         num_workers: threads.
         resize: what becomes of images that are not square, one of `RESIZES`; how many these are is said.
-        keeps_squares: only those are resized that are not square. All that are read must have one size then.
+        keeps_squares: only those are resized that are not square; the others must have one size.
 
     Raises:
         DataError: they do not fit into memory; once all have been tried, for those that are bad or of another size.
@@ -114,15 +115,20 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
             if found.shape == images.shape[1:]:
                 images[row] = found
             else:
-                sizes = ["x".join(map(str, shape[-2:])) for shape in (found.shape, images.shape)]
-                bad.append(f"{paths[row]}: is {sizes[0]}, {first} is {sizes[1]}")
+                sizes = f"is {size_of(found)}, {first} is {size_of(images)} (width x height)"
+                bad.append(f"{paths[row]}: {sizes}")
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
     if changed and distributed.is_main():
-        what = "squeezed" if resize == "squeeze" else "cut to their central square"
-        warn(f"{Path(paths[0]).parent}: {changed} of {len(paths)} images are not square and are {what}, see --resize")
+        what = f"{changed} of {len(paths)} images are not square and are {CHANGES[resize]}, see --resize"
+        warn(f"{Path(paths[0]).parent}: {what}")
     return images
+
+
+def size_of(images):
+    """Width x height of images (..., H, W), for messages."""
+    return f"{images.shape[-1]}x{images.shape[-2]}"
 
 
 def try_image(path, img_size, resize, keeps_squares):
@@ -131,12 +137,12 @@ def try_image(path, img_size, resize, keeps_squares):
         image = read_image(path)
     except DataError as error:
         return error, True
-    is_square, box = image.width == image.height, (0, 0, *image.size)
-    if resize == "crop":
-        box = central_square(*image.size)
-    side = box[2] - box[0] if img_size is None or (is_square and keeps_squares) else img_size
-    # PIL's filter grows with the scale: antialiased
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box)).transpose(2, 0, 1), is_square
+    is_square = image.width == image.height
+    if img_size and not (is_square and keeps_squares):
+        box = central_square(*image.size) if resize == "crop" else None
+        # PIL's filter grows with the scale: antialiased
+        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR, box)
+    return np.asarray(image).transpose(2, 0, 1), is_square or not img_size
 
 
 def central_square(width, height):
