@@ -21,7 +21,7 @@ from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
 from score.samples import evenly_spaced, load_samples, png_names, save_pngs
-from score.similarity import background, embed, measures
+from score.similarity import background, copy_threshold, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
@@ -165,12 +165,13 @@ def find_gap(net, paths, data, device):
 
 def find_copies(images, training, heldout, embedding):
     """What the search in the feature space of --memorise_features finds, and for held-out images or None the floor."""
-    features = embed(embedding, training)
+    features, threshold = embed(embedding, training), copy_threshold(FLAGS.memorise_features)
     numbers = {"features": FLAGS.memorise_features}
     numbers["preprocess"] = FLAGS.preprocess if FLAGS.memorise_features == "sscd" else None
-    numbers |= measures(embed(embedding, images), features)[0] | background(features)
+    numbers |= measures(embed(embedding, images), features, threshold=threshold)[0] | background(features, threshold)
     if heldout is not None:
-        numbers["holdout"] = {"N": len(heldout), **measures(embed(embedding, heldout), features)[0]}
+        floor = measures(embed(embedding, heldout), features, threshold=threshold)[0]
+        numbers["holdout"] = {"N": len(heldout), **floor}
     return {"feature_space": numbers}
 
 

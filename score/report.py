@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import logging
+import re
 from html import escape
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def similarity(name):
     return lambda result: result.get("feature_space", result).get(name)
 
 
+def above_half(result):
+    """The share above 0.5; None of pixels, of which older results have it too though it does not tell copies."""
+    return None if similarity("features")(result) == "pixels" else similarity("sim_gt_05pc")(result)
+
+
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
 COLUMNS = {
     **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
@@ -44,7 +50,7 @@ COLUMNS = {
     "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
     "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
     "similarity": (similarity("sim_mean"), "{:.3f}"),
-    "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
+    "above 0.5": (above_half, "{:.1%}"),
     "own image": (similarity("own_image"), "{:.1%}"),
     "f_mem of features": (similarity("f_mem"), "{:.1%}"),
     "detector's AUC": (detector_auc, "{:.3f}"),
@@ -85,21 +91,33 @@ def summary(result):
     return {name: form.format(value) for name, (value, form) in values.items() if value is not None}
 
 
-def page(title, sections):
-    """A whole HTML page; sections: [(heading, html)]."""
+def page(title, sections, kind="report"):
+    """A whole HTML page; sections: [(heading, html)]; kind: its class in report.css."""
     body = "".join(f"<section><h2>{escape(heading)}</h2>{html}</section>" for heading, html in sections)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f"<body class={kind}><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
+
+
+def shortened(text):
+    """The text with the first digits only of every SHA-256 in it."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", text)
+
+
+def cell(tag, value):
+    """A cell of a table as HTML; what is shortened is whole in its title."""
+    whole, short = str(value), shortened(str(value))
+    title = "" if short == whole else f' title="{escape(whole, quote=True)}"'
+    return f"<{tag}{title}>{escape(short)}</{tag}>"
 
 
 def table(header, rows):
     """A table as HTML."""
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(cell("th", value) for value in header)
+    body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -195,8 +213,8 @@ def all_columns(result):
 def similarities(result):
     """The statistics of similarity to training images by their published names, and their histograms."""
     sets = sets_of(result)
-    rows = []
-    for name in SIMILARITIES:
+    rows, is_pixels = [], result["features"] == "pixels"
+    for name in SIMILARITIES[:-1] if is_pixels else SIMILARITIES:
         values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
         rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
     f_mem = [numbers["f_mem"] for numbers in sets.values()]
@@ -205,8 +223,13 @@ def similarities(result):
     how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
     note = (
         f"The largest cosine similarity of each image to the training images, by {result['features']}{how}; of a "
-        "training image to the others. Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
-        "only the floors say how much that means."
+        "training image to the others. "
+    )
+    note += (
+        "Unrelated images may be as alike by their pixels: only the floors say how much that means."
+        if is_pixels
+        else "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features only the floors say how "
+        "much that means."
     )
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
@@ -220,8 +243,8 @@ def histograms(series):
             axes.stairs(shares, edges, color=SERIES[i % len(SERIES)], linewidth=1.5)
         axes.set(xlim=(0, 1))
 
-    above = [f"{name}: {sum(shares[len(shares) // 2 :]):.1%} above 0.5" for name, shares in series.items()]
-    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(above)}.")
+    most = [f"{name}: most at {shares.index(max(shares)) / len(shares):.2f}" for name, shares in series.items()]
+    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(most)}.")
 
 
 def pairs(generated, training, nearest, order, say):
@@ -332,7 +355,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         ("Summary", all_columns(result) + warning),
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
-        *([("Detector of copies", detector(result["detector"]))] if "detector" in result else []),
+        *([("Detector of copies", detector(result))] if "detector" in result else []),
         ("The most similar pairs: training image, generated image", shown),
         ("Settings", settings(result)),
     ]
@@ -340,11 +363,12 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     return str(path)
 
 
-def detector(found):
+def detector(result):
     """What Wen et al.'s detector makes of the generated images, as HTML."""
     names = {"above_05": "similarity above 0.5", "f_mem": "f_mem"}
-    rows = []
-    for name, numbers in found.items():
+    rows, found = [], result["detector"]
+    for name in ("f_mem",) if result["features"] == "pixels" else found:
+        numbers = found[name]
         values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])
         rows.append([names[name], numbers["copies"], *("" if value is None else f"{value:.3f}" for value in values)])
     note = (
