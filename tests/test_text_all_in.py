@@ -131,7 +131,14 @@ def test_page_and_comparison(directory, result):
     found = run_module("score.compare", "ours=all/grid", "twice=all/grid", "--html=both.html", cwd=directory)
     header = found.stdout.splitlines()[0]
     assert {"own image", "similarity", "fpd to held-out"} <= {cell.strip() for cell in header.split("|")}
-    assert "Similarity to training images" in (directory / "both.html").read_text()
+    page = (directory / "both.html").read_text()
+    assert "Similarity to training images" in page and "generated image of pair 8 of twice" in page
+    assert not found.stderr
+    other = result | {"holdout": result["holdout"] | {"images_sha256": "0" * 64}}
+    (directory / "other").mkdir()
+    (directory / "other/result.json").write_text(json.dumps(other))
+    found = run_module("score.compare", "ours=all/grid", "other=other", "--floors", cwd=directory)
+    assert found.stderr.count("\n") == 1 and "differ in held-out images: ours: " in found.stderr
 
 
 def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(directory, result):

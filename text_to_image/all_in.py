@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
+from dataset import fingerprint
 from score.evaluate import Quality, identity
 from score.generate import generate_into
 from score.grids import save_grids
@@ -287,12 +288,14 @@ def main():
     space = embed(embedding, training), embedding, copy_threshold(features)
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
-    result |= {"warning": scorers[""].warning, **background(space[0])}
+    result |= {"warning": scorers[""].warning, "scored_with": scorers[""].scored_with}
+    result |= background(space[0], space[2])
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        result[name] = {"N": len(others), **measure(others, theirs, space, fitting, clip)[0]}
+        result[name] = {"N": len(others), "images_sha256": fingerprint(others)}
+        result[name] |= measure(others, theirs, space, fitting, clip)[0]
     if norms is not None:
         copies = {"f_mem": memorized(found[0])}
         if space[2] is not None:
