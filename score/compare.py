@@ -103,7 +103,8 @@ def separate(groups):
         of_label = dict(zip(names, kinds, strict=False))
         what = ", ".join(differing(results_in(of_label), facts_of_repeats))
         files = "; ".join(f"{name}: {', '.join(str(path) for path, _ in kind)}" for name, kind in of_label.items())
-        notes.append(f"{label} has a row for each kind of its results, no mean, since they differ in {what}: {files}")
+        note = f"{label} has a row for each kind of its results, no mean, since they differ in {what}: {files}"
+        notes.append(printable(note))
         rows |= of_label
     return rows, notes
 
@@ -135,7 +136,7 @@ def facts_of(result):
         "number of held-out images": heldout.get("N"),
         "features of similarity": similarity("features")(result),
         "preprocessing of similarity": similarity("preprocess")(result),
-        "reference": result.get("fid_reference"),
+        "fid_reference": result.get("fid_reference"),
         **{
             "reference images" if name == "images" else f"scores: {name}": value
             for name, value in (result.get("scored_with") or {}).items()
@@ -283,15 +284,20 @@ def pictures(rows):
         for number, (path, result) in enumerate(members, 1):
             name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
             grid = path.with_name("grid_image0.png")
-            if "grids" not in result or not grid.exists():  # else an older one of other images
-                missing.append(name)
+            if "grids" not in result or not grid.exists():  # a grid that the result does not know is of other images
+                missing.append(f"{name}: no grid_image0.png of these images beside {path}")
+                continue
+            try:
+                found = closest_pairs(grid, result["N"])
+            except DataError as error:
+                missing.append(f"{name}: {error}")
                 continue
             images = []
-            for place, pair in enumerate(closest_pairs(grid, result["N"]), 1):
+            for place, pair in enumerate(found, 1):
                 what = f"of pair {place} of {name}"
                 images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
             shown.append((escape(name), images))
-    note = f"<p class=note>No grid_image0.png beside the result of {escape(', '.join(missing))}.</p>" if missing else ""
+    note = "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
     return figures(shown) + note
 
 

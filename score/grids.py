@@ -45,7 +45,7 @@ def closest_pairs(path, N):
     """The pairs in the first row of a grid_image0.png of N images, at most 8: (P, 2, 3, H, H) uint8."""
     grid, columns = read_image(path), min(IMAGES_PER_ROW, 2 * N)
     step = (grid.width - GAP) // columns
-    row = torch.from_numpy(np.array(grid)[GAP:step, GAP:]).permute(2, 0, 1)
+    row = torch.from_numpy(np.array(grid.crop((GAP, GAP, grid.width, step)))).permute(2, 0, 1)
     images = [row[..., i * step : (i + 1) * step - GAP] for i in range(columns)]
     return torch.stack(images).unflatten(0, (-1, 2))
 

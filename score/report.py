@@ -134,9 +134,10 @@ def figures(shown):
         tags = []
         for image, alt in images:
             picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"  # what is made smaller is not exact anyway
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            picture.save(file, format="PNG", optimize=True)
-            tags.append(image_tag(file, "png", alt))
+            picture.save(file, format=kind, optimize=True, quality=90)
+            tags.append(image_tag(file, kind, alt))
         html += f"<figure>{' '.join(tags)}<figcaption>{caption}</figcaption></figure>"
     return f'<div class="pictures">{html or "None."}</div>'
 

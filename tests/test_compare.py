@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from score.report import SERIES
 from tests.browser import assert_readable, needs_chromium, seen_at
 from tests.commands import eval_flags, run, run_module
 from tests.test_report import Tags, charts_of
+from tests.test_startup import ODD
 
 SHA, OTHER = "12345678" + "a" * 56, "87654321" + "b" * 56
 SIMILARITY = {"sim_mean": 0.5, "sim_gt_05pc": 0.25, "sim_histogram": [0.5, 0.5]}
@@ -71,7 +73,7 @@ def first_cells(table):
         ({"holdout": {"images_sha256": OTHER}}, "held-out images: A: 12345678…; B: 87654321…"),
         ({"holdout": {"N": 19}}, "number of held-out images: A: 20; B: 19"),
         ({"holdout": None}, "held-out images: A: 12345678…; B: none"),
-        ({"fid_reference": "heldout"}, "reference: A: train; B: heldout"),
+        ({"fid_reference": "heldout"}, "fid_reference: A: train; B: heldout"),
         ({"scored_with": {"images": OTHER}}, "reference images: A: 12345678…; B: 87654321…"),
         ({"scored_with": {"weights": OTHER}}, "scores: weights: A: 12345678…; B: 87654321…"),
         ({"feature_space": {"features": "clip"}}, "features of similarity: A: sscd; B: clip"),
@@ -147,6 +149,14 @@ def test_a_row_of_its_own_takes_no_other_label(tmp_path):
     write_run(tmp_path / "b", {**RESULT, "N": 8})
     found = run_module("score.compare", "x=a", "x=b", "x (1)=a", cwd=tmp_path)
     assert first_cells(found.stdout) == ["x (2)", "x (3)", "x (1)"]
+
+
+def test_paths_of_any_kind(tmp_path):
+    write_run(tmp_path / ODD, RESULT)
+    write_run(tmp_path / f"{ODD}2", {**RESULT, "N": 8})
+    found = run_module("score.compare", f"x={ODD}", f"x={ODD}2", "--html=both.html", cwd=tmp_path)
+    assert found.stderr.count("\n") == 2 and r"\udcff" in found.stderr
+    assert r"x (2): no grid_image0.png of these images beside \udcff" in (tmp_path / "both.html").read_text()
 
 
 def test_evaluations_against_other_training_images(tmp_path):
@@ -249,7 +259,7 @@ def test_the_page_shows_the_closest_pairs_of_every_run(compared):
         for kind in ("training", "generated"):
             found = decoded(images[f"{kind} image of pair 8 of {name}"])
             assert (found == training).flatten(1).all(dim=1).sum() == 1, "they are copies"
-    assert "No grid_image0.png beside the result of plus." in page
+    assert f"plus: no grid_image0.png of these images beside {directory}/plus6/grid/result.json<" in page
 
 
 def decoded(source):
@@ -265,3 +275,18 @@ def test_the_page_fits_every_screen(compared, tmp_path):
     for width in (800, 1200, 1920):
         seen = seen_at(width, page, tmp_path)
         assert seen["wide"] <= width and seen["cut"] == 0 == seen["broken"], (width, seen)
+
+
+def test_the_page_of_large_images_is_small(tmp_path):
+    """Photographs are smooth, so these are."""
+    images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(images, (256, 256), mode="bicubic").clamp(0, 1).mul(255).byte()
+    paths = save_grids(tmp_path / "a", images, images, torch.arange(8), torch.rand(8))
+    for name in "ab":
+        write_run(tmp_path / name / "grid", changed(RESULT, {"N": 8, "grids": list(map(str, paths))}))
+        shutil.copy(paths[0], tmp_path / name / "grid")
+    (tmp_path / "b/grid/grid_image0.png").write_bytes(b"no picture")
+    run_module("score.compare", tmp_path / "a/grid", tmp_path / "b/grid", "--html=both.html", cwd=tmp_path)
+    page = (tmp_path / "both.html").read_text()
+    assert len(page) < 100_000 and page.count("data:image/jpeg") == 16
+    assert "b: " in page and "grid_image0.png: cannot be read as an image" in page
