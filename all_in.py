@@ -8,6 +8,7 @@ python all_in.py --dataset=folder --data_root=my/training/images --samples=my/ge
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from absl import flags as absl_flags
 
@@ -15,13 +16,13 @@ from dataset import equal_images, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import SAMPLES_ORDER, Quality, evaluate, identity, known_neighbors
 from score.gap import denoising_gap
-from score.generate import MeanPrediction, generate_batches, generate_into
+from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.memorization import memorization_ratio
 from score.report import summary, write_report
-from score.samples import evenly_spaced, load_samples, png_names, save_pngs, warn_of_odd_values
-from score.similarity import background, embed, measures
+from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
+from score.similarity import background, copy_threshold, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
@@ -29,6 +30,7 @@ from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 
 FLAGS = absl_flags.FLAGS
+ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
     "score": ("fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"),
@@ -139,6 +141,9 @@ def generate_images(net, paths, settings, data, device):
         return generate_batches(sampler, **flags.generation(FLAGS, data), first=first)
 
     about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS)}
+    if FLAGS.use_labels:
+        labels = draw_labels(FLAGS.seed, range(FLAGS.num_images), FLAGS.num_labels, classes)
+        about |= {"labels": labels.tolist(), "class_names": data.class_names}
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -194,12 +199,13 @@ def find_gap(net, paths, data, device):
 
 def find_copies(images, training, heldout, embedding):
     """What the search in the feature space of --memorise_features finds, and for held-out images or None the floor."""
-    features = embed(embedding, training)
+    features, threshold = embed(embedding, training), copy_threshold(FLAGS.memorise_features)
     numbers = {"features": FLAGS.memorise_features}
     numbers["preprocess"] = FLAGS.preprocess if FLAGS.memorise_features == "sscd" else None
-    numbers |= measures(embed(embedding, images), features)[0] | background(features)
+    numbers |= measures(embed(embedding, images), features, threshold=threshold)[0] | background(features, threshold)
     if heldout is not None:
-        numbers["holdout"] = {"N": len(heldout), **measures(embed(embedding, heldout), features)[0]}
+        floor = measures(embed(embedding, heldout), features, threshold=threshold)[0]
+        numbers["holdout"] = {"N": len(heldout), **floor}
     return {"feature_space": numbers}
 
 
@@ -207,6 +213,11 @@ def memorise(images, training, heldout, embedding, **search):
     """What the memorise stage finds, in pixels and, with an embedding, in its features."""
     numbers, _ = evaluate(images, training, heldout, **search)
     return numbers | (find_copies(images, training, heldout, embedding) if embedding else {})
+
+
+def numbers(images):
+    """The numbers of images in the place of names: str (N,)."""
+    return np.arange(len(images)).astype(str)
 
 
 def neighbors_to_show(result, sets):
@@ -290,6 +301,9 @@ def main():
         flags.heldout_images(FLAGS, data, "stages=gap")
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     notes = {"settings_warning": about_settings, "repeats_warning": repeats["warning"]}
+    notes["floor_warning"] = None
+    if heldout is not None and len(heldout) < ROUGH:
+        notes["floor_warning"] = f"{len(heldout)} held-out images: with less than {ROUGH} the floors are rough"
     for note in filter(None, notes.values() if distributed.is_main() else ()):
         warn(f"warning: {note}")
     notes["samples_warning"] = odd
@@ -310,6 +324,8 @@ def main():
             "name those, or other directories"
         )
     sets = identity(images, training)
+    names = sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers(images)
+    names = names, numbers(training) if data.train.names is None else data.train.names
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
@@ -325,7 +341,7 @@ def main():
     if "memorise" in stages:
         on_device = training.to(flags.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
-        search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip}
+        search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip, "names": names}
         is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, embedding, **search))
     if "gap" in stages:
         add(result, "gap", lambda: find_gap(net, paths, data, device))
@@ -337,7 +353,7 @@ def main():
         if "report" in stages:
             page = Path(FLAGS.grid_dir) / "report.html"
             skips = skip_counts(result["checkpoint"], slot_group)
-            add(result, "report", lambda: {"report": write_report(page, result, *shown, skips)})
+            add(result, "report", lambda: {"report": write_report(page, result, *shown, skips, names)})
         if is_new:
             append_published_format(result)
         print_summary(result)

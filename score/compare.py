@@ -4,15 +4,22 @@ python -m score.compare runs/a/grid runs/b/grid --html=both.html
 python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
 """
 
+import itertools
 import os
+import re
 import statistics
+from html import escape
 from pathlib import Path
 
-from score.grids import save_comparison
-from score.report import COLUMNS, FLOORS, curves, histograms, page, similarity, table
+from score.grids import closest_pairs, save_comparison
+from score.report import COLUMNS, FLOORS, curves, figures, histograms, page, shortened, similarity, table, under
 from utils import startup
-from utils.errors import DataError, printable
+from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
+
+NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution")  # of `origin`: said elsewhere, or free
+OF_REPEATS = ("seed", "_dir", "(sha256)")  # ends of the names of settings that repeats of a training differ in
+STEPS_IN_NAME = r"(global_)?(ckpt|checkpoint)\w*\d"  # a checkpoint called by its steps or rounds, not by its user
 
 
 def summarize(results):
@@ -31,7 +38,9 @@ def rows_of(summaries):
     columns = [column for column in COLUMNS if any(column in summary for summary in summaries.values())]
 
     def cell(column, numbers):
-        return " ± ".join(COLUMNS[column][1].format(x) for x in numbers.values() if x is not None) or "-"
+        form = COLUMNS[column][1]
+        forms = {"mean": form, "std": form.replace("+", "")}
+        return " ± ".join(forms[name].format(x) for name, x in numbers.items() if x is not None) or "-"
 
     rows = [[label, *(cell(c, summary.get(c, {})) for c in columns)] for label, summary in summaries.items()]
     return ["method", *columns], rows
@@ -71,27 +80,195 @@ def split_label(argument):
     raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
-def compare_page(results, summaries):
-    """Everything of several runs that fits side by side, as HTML; results: {label: [result of each repeat]}."""
-    measured = {label: [r["mq_curve"] for r in repeats if "mq_curve" in r] for label, repeats in results.items()}
-    floors = [r["holdout"]["mq_curve"] for repeats in results.values() for r in repeats if "holdout" in r]
-    measured["held-out real images"] = floors[:1]
+def separate(groups):
+    """The groups of `read_results`, with a row for each kind of results where those of a label are not repeats.
+
+    Returns:
+        rows: {label, or "label (1)" and so on: [(path, result)]}.
+        notes: a line for each label with several rows.
+    """
+    rows, notes = {}, []
+    for label, members in groups.items():
+        kinds = []
+        for member in members:
+            fitting = [kind for kind in kinds if all(are_repeats(member[1], result) for _, result in kind)]
+            if fitting:
+                fitting[0].append(member)
+            else:
+                kinds.append([member])
+        if len(kinds) == 1:
+            rows[label] = members
+            continue
+        names = (name for i in itertools.count(1) if (name := f"{label} ({i})") not in groups)
+        of_label = dict(zip(names, kinds, strict=False))
+        what = ", ".join(differing(results_in(of_label), facts_of_repeats))
+        files = "; ".join(f"{name}: {', '.join(str(path) for path, _ in kind)}" for name, kind in of_label.items())
+        note = f"{label} has a row for each kind of its results, no mean, since they differ in {what}: {files}"
+        notes.append(printable(note))
+        rows |= of_label
+    return rows, notes
+
+
+def results_in(rows):
+    """{label: [result of each repeat]} of {label: [(path, result)]}."""
+    return {label: [result for _, result in members] for label, members in rows.items()}
+
+
+def are_repeats(result, other):
+    """Whether two results say the same of all `facts_of_repeats` that both know."""
+    facts, others = facts_of_repeats(result), facts_of_repeats(other)
+    return all(others.get(name, value) == value for name, value in facts.items())
+
+
+def facts_of(result):
+    """{name: value} of what results share if all their numbers compare; an older result does not know all of it."""
+    is_text = "features" in result
+    has_copies = is_text or "mq" in result  # else the search was not run yet
+    settings, heldout, origin = (result.get(name) or {} for name in ("flags", "holdout", "origin"))
+    facts = {
+        "evaluation": "text_to_image.all_in" if is_text else "all_in",
+        "training images": result.get("training_sha256"),
+        "number of training images": result.get("training_set_size"),
+        "image size": settings.get("resolution" if is_text else "img_size"),
+        "number of images": result["N"] or None,
+        "mirror images": "mirrored" in result if "extracted" in result else None,
+        "held-out images": heldout.get("images_sha256") if heldout or not has_copies else "none",
+        "number of held-out images": heldout.get("N"),
+        "features of similarity": similarity("features")(result),
+        "preprocessing of similarity": similarity("preprocess")(result),
+        "fid_reference": result.get("fid_reference"),
+        **{
+            "reference images" if name == "images" else f"scores: {name}": value
+            for name, value in (result.get("scored_with") or {}).items()
+        },
+        "weights": result.get("weights") or origin.get("weights"),
+        **{f"sampling: {name}": value for name, value in origin.items() if name not in NO_SAMPLING},
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def facts_of_repeats(result):
+    """`facts_of` a result, and of its training and checkpoint what repeats share."""
+    training = {k: v for k, v in (result.get("training") or {}).items() if not k.endswith(OF_REPEATS)}
+    name = checkpoint_of(result)
+    return facts_of(result) | ({"checkpoint": name} if re.match(STEPS_IN_NAME, name or "") else {}) | training
+
+
+def checkpoint_of(result):
+    """The name of a result's checkpoint, or None."""
+    return Path(result["checkpoint"]).name if result.get("checkpoint") else None
+
+
+def settings_of(result):
+    """{name: value} of what made a result, as far as it is known: `facts_of`, training and the seed of the images."""
+    origin = result.get("origin") or {}
+    seed = {"sampling: seed": origin["seed"]} if "seed" in origin else {}
+    name = checkpoint_of(result)
+    checkpoint = {"checkpoint": name} if name else {}
+    return checkpoint | facts_of(result) | (result.get("training") or {}) | seed
+
+
+def differing(results, values_of):
+    """{name: {label: text}} of the values that differ between labels, those of a label's repeats side by side.
+
+    Args:
+        results: {label: [result of each repeat]}.
+        values_of: a function of a result that returns {name: value}; a label none of whose results has a name has "".
+    """
+    values, found = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}, {}
+    for name in dict.fromkeys(name for of_label in values.values() for known in of_label for name in known):
+        cells = {label: dict.fromkeys(str(v[name]) for v in values[label] if name in v) for label in results}
+        if len({frozenset(cell) for cell in cells.values() if cell}) > 1:
+            found[name] = {label: " / ".join(cell) for label, cell in cells.items()}
+    return found
+
+
+def warnings_about(results):
+    """A line for each of the `facts_of` results in which labels differ; results: as for `differing`."""
+    lines = []
+    for name, texts in differing(results, facts_of).items():
+        labels_of = {}
+        for label, text in texts.items():
+            labels_of.setdefault(text, []).append(label)
+        said = "; ".join(f"{', '.join(labels)}: {text}" for text, labels in labels_of.items() if text)
+        lines.append(f"not all numbers compare, since these differ in {name}: {said}")
+    return lines
+
+
+def shared(name, values):
+    """{label: value} with equal values once: as `name` if all are equal, else with the labels they are of."""
+    labels_of = []
+    for label, value in values.items():
+        same = next((labels for labels, other in labels_of if other == value), None)
+        if same is None:
+            labels_of.append(([label], value))
+        else:
+            same.append(label)
+    one = len(labels_of) == 1
+    return {name if one else f"{name} ({', '.join(labels)})": value for labels, value in labels_of}
+
+
+def floors_of(results):
+    """{name: summary} of what is measured in the place of generated images; labels with equal floors share one.
+
+    results: {label: [result of each repeat]}.
+    """
+    found, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
+    for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
+        floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
+        summaries = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
+        found |= shared(name, {label: summary for label, summary in summaries.items() if summary})
+    return found
+
+
+def once(values):
+    """One of them if all are equal, else all."""
+    return values[:1] if all(value == values[0] for value in values) else values
+
+
+def floor_under(key):
+    """A function that finds the floor under a key of a result, with the features that its similarities are of."""
+    return lambda result: {"features": result.get("features"), **result[key]} if key in result else None
+
+
+def similarity_of_training(result):
+    """How similar training images are to each other, by the names that similarities of generated images have."""
+    found = {f"sim_{name[3:]}": value for name, value in result.items() if name.startswith("bg_")}
+    return {"features": result.get("features"), **found} if found else None
+
+
+def compare_page(rows, summaries, notes):
+    """Everything of several runs that fits side by side, as HTML.
+
+    Args:
+        rows: {label: [(path, result) of each repeat]}.
+        summaries: {label: summary} of these, and of floors if they are wanted.
+        notes: lines that are to be said of them.
+    """
+    results = results_in(rows)
+    floors = {label: once(found) for label, found in curves_under(results, "holdout", "mq_curve").items()}
+    drawn = curves_under(results, "mq_curve") | shared("held-out real images", floors)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}
+    said = "".join(f"<p class=warning>{escape(shortened(note))}</p>" for note in notes)
+    (_, *columns), scores = rows_of(summaries)
+    labels, *measures = zip(*scores, strict=True)
+    cells = [[text.replace("± ", "±\N{NO-BREAK SPACE}") for text in row] for row in measures]
+    scores = table(["measure", *labels], [[name, *row] for name, row in zip(columns, cells, strict=True)])
     sections = [
-        ("Scores", table(*rows_of(summaries)) + "<p class=note>Mean ± standard deviation over repeats.</p>"),
-        ("Memorised quantity over all thresholds", curves({label: c for label, c in measured.items() if c})),
+        ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
+        ("Memorised quantity over all thresholds", curves(drawn)),
         *([("Similarity to training images", histograms(similar))] if similar else []),
+        ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", differing_settings(results)),
     ]
-    return page("Runs compared", sections)
+    return page("Runs compared", sections, "comparison")
 
 
-def floors_of(result):
-    """The summaries of what a result says of other images than the generated ones."""
-    floors = {name: result[key] for name, key in FLOORS.items() if key in result}
-    floors["training, of each other"] = {f"sim_{name[3:]}": result[name] for name in result if name.startswith("bg_")}
-    return {label: summary for label, floor in floors.items() if (summary := summarize([floor]))}
+def curves_under(results, *keys):
+    """{label: [curve of each repeat that has one under these keys]}, without labels that have none."""
+    found = {label: [under(*keys)(result) for result in repeats] for label, repeats in results.items()}
+    return {label: [curve for curve in of_label if curve] for label, of_label in found.items() if any(of_label)}
 
 
 def mean_histogram(repeats):
@@ -100,21 +277,36 @@ def mean_histogram(repeats):
     return [statistics.fmean(bin) for bin in zip(*found, strict=True)] if found else None
 
 
-def settings_of(result):
-    """{name: value} of what made a result's images, as far as it is known: training and sampling of the network."""
-    checkpoint = Path(result["checkpoint"]).name if result["checkpoint"] else None
-    sampling = {f"sampling: {k}": v for k, v in (result.get("origin") or {}).items() if k != "checkpoint_sha256"}
-    return {"checkpoint": checkpoint, **(result.get("training") or {}), **sampling}
+def pictures(rows):
+    """The closest pairs of every result, as its first grid shows them, as figures side by side."""
+    shown, missing = [], []
+    for label, members in rows.items():
+        for number, (path, result) in enumerate(members, 1):
+            name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
+            grid = path.with_name("grid_image0.png")
+            if "grids" not in result or not grid.exists():  # a grid that the result does not know is of other images
+                missing.append(f"{name}: no grid_image0.png of these images beside {path}")
+                continue
+            try:
+                found = closest_pairs(grid, result["N"])
+            except DataError as error:
+                missing.append(f"{name}: {error}")
+                continue
+            images = []
+            for place, pair in enumerate(found, 1):
+                what = f"of pair {place} of {name}"
+                images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
+            shown.append((escape(name), images))
+    note = "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
+    return figures(shown) + note
 
 
 def differing_settings(results):
     """A table of the settings that differ between labels, the values of a label's repeats side by side."""
-    settings = {label: [settings_of(result) for result in repeats] for label, repeats in results.items()}
-    rows = []
-    for name in dict.fromkeys(name for of_label in settings.values() for values in of_label for name in values):
-        cells = [dict.fromkeys(str(v[name]) for v in of_label if name in v) for of_label in settings.values()]
-        if len({frozenset(cell) for cell in cells if cell}) > 1:
-            rows.append([name, *(" / ".join(cell) or "unknown" for cell in cells)])
+    rows = [
+        [name, *(text or "unknown" for text in texts.values())]
+        for name, texts in differing(results, settings_of).items()
+    ]
     return table(["setting", *results], rows) if rows else "<p>None that are known.</p>"
 
 
@@ -122,26 +314,31 @@ def main(arguments=None):
     """Print the table, and write it where the arguments say."""
     parser = startup.Parser(prog="python -m score.compare", description="Several evaluations in one table.")
     parser.add_argument(
-        "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; equal labels are repeats"
+        "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; repeats have equal labels"
     )
     path = {"type": os.path.expanduser, "metavar": "FILE"}
     parser.add_argument("--json", **path, help="also write the numbers")
-    parser.add_argument("--html", **path, help="also write a page with the table and the curves")
+    parser.add_argument("--html", **path, help="also write a page: the table, curves and pictures")
     parser.add_argument("--picture", **path, help="also write the most memorised pairs of every label, as PNG")
-    parser.add_argument("--floors", action="store_true", help="rows of what the first run measured beside its images")
+    parser.add_argument(
+        "--floors", action="store_true", help="rows of what the runs measured in the place of generated images"
+    )
     options = parser.parse_args(arguments)
-    groups = read_results(options.results)
-    results = {label: [result for _, result in members] for label, members in groups.items()}
+    rows, notes = separate(read_results(options.results))
+    results = results_in(rows)
+    notes += warnings_about(results)
+    for note in notes:
+        warn(f"warning: {shortened(note)}")
     summaries = {label: summarize(repeats) for label, repeats in results.items()}
     if options.floors:
-        summaries |= floors_of(next(iter(results.values()))[0])
+        summaries |= floors_of(results)
     print(markdown_table(*rows_of(summaries)), end="")
     if options.json:
         write_json(options.json, summaries)
     if options.html:
-        write_text(options.html, compare_page(results, summaries))
+        write_text(options.html, compare_page(rows, summaries, notes))
     if options.picture:
-        grids = {label: members[0][0].with_name("grid_image0.png") for label, members in groups.items()}
+        grids = {label: members[0][0].with_name("grid_image0.png") for label, members in rows.items()}
         save_comparison(options.picture, grids)
 
 

@@ -1,6 +1,8 @@
 """All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
 
+import csv
 import functools
+import io
 import itertools
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
-from utils.files import atomic_write
+from utils.files import atomic_write, write_text
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
@@ -25,7 +27,7 @@ COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square
 SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 
 
-def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, **search):
+def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, names=None, **search):
     """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
 
     Args:
@@ -37,6 +39,7 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
+        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too; None for not.
         search: settings of `nearest_neighbors`.
 
     Returns:
@@ -46,9 +49,9 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
         found: (sq_distance, index), as `nearest_neighbors` returns them.
     """
 
-    def measured(images, name, sets):
+    def measured(images, name, sets, about=None):
         path = folder and Path(folder) / f"{name}.npz"
-        found = neighbors(images, training, path, sets, **search)
+        found = neighbors(images, training, path, sets, about, **search)
         numbers = memorization.measures(*found, training)
         if hflip:
             path = path and path.with_stem(f"{name}_mirrored")
@@ -56,7 +59,10 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
             numbers["mirrored"] = memorization.extraction(*memorization.nearer_of_both(found, mirrored))
         return numbers, found
 
-    numbers, found = measured(images, "memorization", sets)
+    about = dict(zip(("image_names", "training_names"), names, strict=True)) if names else None
+    numbers, found = measured(images, "memorization", sets, about)
+    if names and distributed.is_main():
+        write_nearest(Path(folder) / "nearest.csv", *found, *names)
     numbers |= scores(images) if scores else {}
     if heldout is not None:
         of_these = {"images_sha256": fingerprint(heldout)}
@@ -73,14 +79,30 @@ def identity(images, training):
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
 
 
-def neighbors(images, training, path=None, sets=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there."""
+def write_nearest(path, sq_distance, index, image_names, training_names):
+    """Write a table of the nearest training image of every image, the most alike first.
+
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 / d_2 is empty.
+    """
+    ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(["image", "nearest training image", "ratio", "d_1 / d_2"])
+    for i in ratio.argsort(stable=True).tolist():
+        second = d[i, 1].item() if d.shape[1] > 1 else 0.0
+        quotient = f"{d[i, 0].item() / second:.6f}" if second else ""
+        table.writerow([image_names[i], training_names[index[i, 0].item()], f"{ratio[i].item():.6f}", quotient])
+    write_text(path, file.getvalue())
+
+
+def neighbors(images, training, path=None, sets=None, about=None, device=None, **search):
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there with `about`, arrays."""
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     found = known or memorization.neighbors_by_all(images, training, device=device, **search)
     if path and not known and distributed.is_main():
         arrays = {"ratio": memorization.memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
         with atomic_write(path) as file:
-            np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets)
+            np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets, **(about or {}))
     return tuple(array.to(device or training.device) for array in found)
 
 

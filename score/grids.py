@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -11,6 +12,7 @@ from utils.images import image_grid, read_image
 IMAGES_PER_ROW = 16
 PAIRS_PER_PICTURE = 128
 PICTURES = 5
+GAP = 2  # pixels between images, of `image_grid`
 SHOWN, ENLARGED, CAPTION = 96, 4, 28  # of each grid in a comparison: its first pixels, so many times; pixels of text
 
 
@@ -37,6 +39,15 @@ def save_grids(folder, generated, training, nearest, ratio):
     for path in paths[len(chosen) :]:
         path.unlink(missing_ok=True)
     return paths[: len(chosen)]
+
+
+def closest_pairs(path, N):
+    """The pairs in the first row of a grid_image0.png of N images, at most 8: (P, 2, 3, H, H) uint8."""
+    grid, columns = read_image(path), min(IMAGES_PER_ROW, 2 * N)
+    step = (grid.width - GAP) // columns
+    row = torch.from_numpy(np.array(grid.crop((GAP, GAP, grid.width, step)))).permute(2, 0, 1)
+    images = [row[..., i * step : (i + 1) * step - GAP] for i in range(columns)]
+    return torch.stack(images).unflatten(0, (-1, 2))
 
 
 def save_comparison(path, grids):

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import logging
+import re
 from html import escape
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def similarity(name):
     return lambda result: result.get("feature_space", result).get(name)
 
 
+def above_half(result):
+    """The share above 0.5; None of pixels, of which older results have it too though it does not tell copies."""
+    return None if similarity("features")(result) == "pixels" else similarity("sim_gt_05pc")(result)
+
+
 # what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
 # z, where a value can be below 0: a rounded -0.0 is 0.0
 COLUMNS = {
@@ -45,7 +51,7 @@ COLUMNS = {
     "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
     "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
     "similarity": (similarity("sim_mean"), "{:z.3f}"),
-    "above 0.5": (similarity("sim_gt_05pc"), "{:.1%}"),
+    "above 0.5": (above_half, "{:.1%}"),
     "own image": (similarity("own_image"), "{:.1%}"),
     "f_mem of features": (similarity("f_mem"), "{:.1%}"),
     "detector's AUC": (detector_auc, "{:.3f}"),
@@ -61,6 +67,10 @@ COLUMNS = {
     "fpd to held-out": (under("heldout_fpd"), "{:.3f}"),
     "precision": (under("precision"), "{:.1%}"),
     "recall": (under("recall"), "{:.1%}"),
+    "precision floor": (under("precision_floor"), "{:.1%}"),
+    "recall floor": (under("recall_floor"), "{:.1%}"),
+    "SWD": (under("swd"), "{:.1f}"),
+    "SWD floor": (under("swd_floor"), "{:.1f}"),
     "images": (under("N"), "{:.0f}"),
     "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
     "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
@@ -86,21 +96,33 @@ def summary(result):
     return {name: form.format(value) for name, (value, form) in values.items() if value is not None}
 
 
-def page(title, sections):
-    """A whole HTML page; sections: [(heading, html)]."""
+def page(title, sections, kind="report"):
+    """A whole HTML page; sections: [(heading, html)]; kind: its class in report.css."""
     body = "".join(f"<section><h2>{escape(heading)}</h2>{html}</section>" for heading, html in sections)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.read_text()}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f"<body class={kind}><h1>{escape(title)}</h1>{body}</body></html>\n"
     )
+
+
+def shortened(text):
+    """The text with the first digits only of every SHA-256 in it."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", text)
+
+
+def cell(tag, value):
+    """A cell of a table as HTML; what is shortened is whole in its title."""
+    whole, short = str(value), shortened(str(value))
+    title = "" if short == whole else f' title="{escape(whole, quote=True)}"'
+    return f"<{tag}{title}>{escape(short)}</{tag}>"
 
 
 def table(header, rows):
     """A table as HTML."""
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(cell("th", value) for value in header)
+    body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -117,9 +139,10 @@ def figures(shown):
         tags = []
         for image, alt in images:
             picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"  # what is made smaller is not exact anyway
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-            picture.save(file, format="PNG", optimize=True)
-            tags.append(image_tag(file, "png", alt))
+            picture.save(file, format=kind, optimize=True, quality=90)
+            tags.append(image_tag(file, kind, alt))
         html += f"<figure>{' '.join(tags)}<figcaption>{caption}</figcaption></figure>"
     return f'<div class="pictures">{html or "None."}</div>'
 
@@ -196,8 +219,8 @@ def all_columns(result):
 def similarities(result):
     """The statistics of similarity to training images by their published names, and their histograms."""
     sets = sets_of(result)
-    rows = []
-    for name in SIMILARITIES:
+    rows, is_pixels = [], result["features"] == "pixels"
+    for name in SIMILARITIES[:-1] if is_pixels else SIMILARITIES:
         values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
         rows.append([name, *("" if value is None else f"{value:z.3f}" for value in values)])
     f_mem = [numbers["f_mem"] for numbers in sets.values()]
@@ -206,8 +229,13 @@ def similarities(result):
     how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
     note = (
         f"The largest cosine similarity of each image to the training images, by {result['features']}{how}; of a "
-        "training image to the others. Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
-        "only the floors say how much that means."
+        "training image to the others. "
+    )
+    note += (
+        "Unrelated images may be as alike by their pixels: only the floors say how much that means."
+        if is_pixels
+        else "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features only the floors say how "
+        "much that means."
     )
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
@@ -221,8 +249,8 @@ def histograms(series):
             axes.stairs(shares, edges, color=SERIES[i % len(SERIES)], linewidth=1.5)
         axes.set(xlim=(0, 1))
 
-    above = [f"{name}: {sum(shares[len(shares) // 2 :]):.1%} above 0.5" for name, shares in series.items()]
-    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(above)}.")
+    most = [f"{name}: most at {shares.index(max(shares)) / len(shares):.2f}" for name, shares in series.items()]
+    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(most)}.")
 
 
 def pairs(generated, training, nearest, order, say):
@@ -235,13 +263,18 @@ def pairs(generated, training, nearest, order, say):
     return figures(shown)
 
 
-def most(counts, training, copies, skips):
+def most(counts, training, copies, skips, names):
     """The training images with the largest counts (M,) above 0, as figures; copies, skips: (M,), skips may be None."""
     shown = []
     for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
         if counts[j] > 0:
             skipped = "" if skips is None else f", skipped {skips[j]}×"
-            shown.append((f"training {j}: copied {copies[j]}×{skipped}", [(training[j], f"training image {j}")]))
+            shown.append(
+                (
+                    f"training {escape(str(names[j]))}: copied {copies[j]}×{skipped}",
+                    [(training[j], f"training image {j}")],
+                )
+            )
     return figures(shown)
 
 
@@ -257,7 +290,7 @@ def thresholds(result):
     return table(header, rows)
 
 
-def write_report(path, result, generated, training, nearest, ratio, skips=None):
+def write_report(path, result, generated, training, nearest, ratio, skips=None, names=None):
     """Write the page of one evaluation; returns its path as text.
 
     Args:
@@ -266,7 +299,9 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
         generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
         skips: (M,) int64, how often training left each image out; None if it did not count.
+        names: of generated and training images; None for their numbers.
     """
+    image_names, training_names = names or (range(len(generated)), range(len(training)))
     all_thresholds = {"generated": [result["mq_curve"]]}
     if "holdout" in result:
         all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
@@ -277,16 +312,17 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     )
 
     def caption(i, j):
-        return f"ratio {100 * ratio[i]:.1f}&thinsp;%, training {j}, generated {i}"
+        of_files = f"training {escape(str(training_names[j]))}, generated {escape(str(image_names[i]))}"
+        return f"ratio {100 * ratio[i]:.1f}&thinsp;%, {of_files}"
 
     copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
     of_training = (
         f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
-        f"<h3>Those copied most</h3>{most(copies, training, copies, skips)}"
+        f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
     )
     if skips is not None:
-        of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips)}"
+        of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips, training_names)}"
     of_features = result.get("feature_space")
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
@@ -305,7 +341,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
 
 def warnings_of(result):
     """What is to be said of the numbers of an evaluation, as HTML."""
-    texts = [result[key] for key in ("warning", "samples_warning") if result.get(key)]
+    texts = [text for key, text in result.items() if key.endswith("warning") and text]
     return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 
 
@@ -336,7 +372,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         ("Summary", all_columns(result) + warnings_of(result)),
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
-        *([("Detector of copies", detector(result["detector"]))] if "detector" in result else []),
+        *([("Detector of copies", detector(result))] if "detector" in result else []),
         ("The most similar pairs: training image, generated image", shown),
         ("Settings", settings(result)),
     ]
@@ -344,11 +380,12 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     return str(path)
 
 
-def detector(found):
+def detector(result):
     """What Wen et al.'s detector makes of the generated images, as HTML."""
     names = {"above_05": "similarity above 0.5", "f_mem": "f_mem"}
-    rows = []
-    for name, numbers in found.items():
+    rows, found = [], result["detector"]
+    for name in ("f_mem",) if result["features"] == "pixels" else found:
+        numbers = found[name]
         values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])
         rows.append([names[name], numbers["copies"], *("" if value is None else f"{value:.3f}" for value in values)])
     note = (

@@ -1,5 +1,6 @@
 """Generated images in and out: uint8, N x 3 x H x W, the ones that a user would publish."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -161,6 +162,14 @@ def most_levels(levels):
     """The lowest and the highest level without the outer 1 % of each end; levels: the share of each, (256,)."""
     below = levels.cumsum(0)
     return [int((below < share).sum()) for share in (0.01, 0.99)]
+
+
+def sample_names(path, number):
+    """What the images that `load_samples` reads are called, str (N,): the paths in a folder, else their numbers."""
+    if not Path(path).is_dir():
+        return np.arange(number).astype(str)
+    paths = (image for group in list_images(path, quiet=True) for image in group)
+    return np.array([os.path.relpath(image, path) for image in paths])
 
 
 def refuse_other_archives(path):

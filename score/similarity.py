@@ -180,16 +180,20 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
     return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
-def statistics(similarity, prefix):
-    """Mean, standard deviation, percentiles and the share of copies of (N,) similarities, by their published names."""
+def copy_threshold(features):
+    """The similarity above which an image counts as a copy, or None of pixels: unrelated ones may be as alike."""
+    return None if features == "pixels" else COPY
+
+
+def statistics(similarity, prefix, threshold=COPY):
+    """Mean, standard deviation, percentiles and the share of copies of (N,) similarities, by their published names.
+
+    threshold: of `copy_threshold`; None: no share of copies.
+    """
     values = similarity.double().cpu().numpy()
     percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
-    return {
-        f"{prefix}_mean": float(values.mean()),
-        f"{prefix}_std": float(values.std()),
-        **percentiles,
-        f"{prefix}_gt_05pc": float((values > COPY).mean()),
-    }
+    above = {} if threshold is None else {f"{prefix}_gt_05pc": float((values > threshold).mean())}
+    return {f"{prefix}_mean": float(values.mean()), f"{prefix}_std": float(values.std()), **percentiles, **above}
 
 
 def squared_distance(similarity):
@@ -207,12 +211,13 @@ def histogram(similarity):
     return (torch.histc(similarity.float().clamp(0, 1).cpu(), BINS, 0, 1) / len(similarity)).tolist()
 
 
-def measures(queries, training, own=None):
+def measures(queries, training, own=None, threshold=COPY):
     """Criteria of one set of images in feature space, as JSON values, and their nearest training images.
 
     Args:
         queries, training: features (N, D) and (M, D), of length 1.
         own: (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
+        threshold: of `copy_threshold`.
 
     Returns:
         numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and mq_curve as in
@@ -221,7 +226,7 @@ def measures(queries, training, own=None):
         found: (similarity, index), (N, k), as `most_similar` returns them.
     """
     similarity, index = most_similar(queries, training, NEIGHBORS)
-    numbers = statistics(similarity[:, 0], "sim") | {"sim_histogram": histogram(similarity[:, 0])}
+    numbers = statistics(similarity[:, 0], "sim", threshold) | {"sim_histogram": histogram(similarity[:, 0])}
     ratio = memorization_ratio(squared_distance(similarity))
     for name, thresholds in (("mq_fraction", THRESHOLDS), ("mq_curve", range(101))):
         numbers[name] = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio, thresholds).items()}
@@ -248,7 +253,7 @@ def detection(scores, copies):
     return numbers
 
 
-def background(training):
+def background(training, threshold=COPY):
     """`statistics` of the second largest similarity of every training image to all of them: the largest is itself."""
     similarity = most_similar(training, training, 2)[0][:, -1]
-    return statistics(similarity, "bg") | {"bg_histogram": histogram(similarity)}
+    return statistics(similarity, "bg", threshold) | {"bg_histogram": histogram(similarity)}

@@ -19,16 +19,20 @@ def browse(page, *flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def seen_on_a_phone(page, tmp_path):
-    """What a page is like in a frame of PHONE pixels: its width, pictures, charts, and how many have no description."""
+def seen_at(width, page, tmp_path):
+    """What a page is like in a frame of so many pixels.
+
+    Its width, pictures, charts, how many have no description, and how many tables do not fit.
+    """
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<iframe id="f" src="{page.as_uri()}" style="width:{PHONE}px;height:800px;border:0"></iframe>'
+        f'<iframe id="f" src="{page.as_uri()}" style="width:{width}px;height:800px;border:0"></iframe>'
         '<pre id="o"></pre><script>f.onload = () => { const d = f.contentDocument; const images = [...d.images];'
         "const charts = [...d.querySelectorAll('.chart img')];"
         "o.textContent = JSON.stringify({wide: d.documentElement.scrollWidth, images: images.length,"
         "broken: images.filter(i => !i.naturalWidth).length, charts: charts.length,"
-        "chart: charts[0].getBoundingClientRect().width, mute: images.filter(i => !i.alt).length}) }</script>"
+        "chart: charts[0].getBoundingClientRect().width, mute: images.filter(i => !i.alt).length,"
+        "cut: [...d.querySelectorAll('.scroll')].filter(t => t.scrollWidth > t.clientWidth).length}) }</script>"
     )
     dom = browse(frame, "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom")
     return json.loads(re.search(r'<pre id="o">(.*?)</pre>', dom)[1])
@@ -36,7 +40,7 @@ def seen_on_a_phone(page, tmp_path):
 
 def assert_readable(page, tmp_path):
     """Fits a phone, shows all its pictures, describes them, and has a dark side; returns what was seen."""
-    seen = seen_on_a_phone(page, tmp_path)
+    seen = seen_at(PHONE, page, tmp_path)
     assert seen["wide"] <= PHONE and seen["broken"] == 0 and seen["mute"] == 0, seen
     assert 300 < seen["chart"] <= PHONE
     corners = []

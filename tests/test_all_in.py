@@ -506,21 +506,27 @@ def test_mirror_images_of_training_images_are_copies_where_training_flips(tmp_pa
     assert len(np.load(tmp_path / "similar/memorization_mirrored.npz")["index"]) == 20
 
 
-def test_copies_in_feature_space(tmp_path):
-    """Correlations of pixels: a copy with other contrast is one there, and not for distances of pixels."""
+def test_copies_in_feature_space(tmp_path, capsys):
+    """Correlations of pixels: a copy with other contrast is one there, and not for distances of pixels.
+
+    They have no threshold: nothing is said of a share above 0.5.
+    """
     data = load_dataset("digits", ".", 8, num_train=48)
     training = data.train.images.numpy()
     images = np.concatenate([training[:5] // 2, data.heldout.images.numpy()[:7]])
     np.save(tmp_path / "images.npy", images)
     flags = [*TINY_FLAGS, f"--samples={tmp_path / 'images.npy'}", "--stages=memorise,report", *eval_flags(tmp_path)]
+    capsys.readouterr()
     call(*flags, "--memorise_features=pixels")
     result = result_of(tmp_path)
     found = result["feature_space"]
+    page, said = (tmp_path / "grid/report.html").read_text(), capsys.readouterr().out
+    assert "similarity" in said and "Similarity of features" in page
+    assert not any(words in text for words in ("bove 0.5", "gt_05pc") for text in (said, page, json.dumps(result)))
     products = np.corrcoef(images.reshape(12, -1), training.reshape(48, -1))[:12, 12:]
     assert found["sim_mean"] == pytest.approx(products.max(axis=1).mean(), abs=1e-5)
     assert found["f_mem"] >= 5 / 12 > result["share_sqrt_d1_d2_below_third"]
     assert found["features"] == "pixels" and found["holdout"]["N"] == len(data.heldout.images)
-    assert "Similarity of features" in (tmp_path / "grid/report.html").read_text()
     call(*flags)
     assert "feature_space" not in result_of(tmp_path)
     with pytest.raises(UsageError, match=r"give --sscd, .* --memorise_features=pixels"):

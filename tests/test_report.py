@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.tables import shown as shown_in_tables
-from score.compare import floors_of
+from experiments.tables import with_interval
 from score.evaluate import evaluate
 from score.memorization import measures, memorization_ratio
-from score.report import SERIES, SIMILARITIES, training_seconds, write_report
-from tests.browser import CHROMIUM, assert_readable, needs_chromium
+from score.report import SIMILARITIES, all_columns, detector, similarities, training_seconds, write_report
+from tests.browser import assert_readable, needs_chromium
 from tests.commands import run_module
 
 
@@ -135,7 +134,7 @@ def test_no_zero_has_a_sign_of_minus(tmp_path):
     shown_at = [printed, *((tmp_path / name).read_text() for name in ("report.html", "both.html"))]
     for text in shown_at:
         assert "+0.0%" in text and not re.search(r"-0\.?0*[^0-9.-]", re.sub('src="[^"]*"|<style>.*?</style>', "", text))
-    assert shown_in_tables((-0.00004, -0.00004, 0.01), "f_mem") == "+0.00 [+0.00, +1.00]"
+    assert with_interval((-0.00004, -0.00004, 0.01), "f_mem") == "+0.00 [+0.00, +1.00]"
 
 
 @needs_chromium
@@ -144,38 +143,13 @@ def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
     assert seen["images"] > 80 and seen["charts"] == 2
 
 
-def test_compare_has_rows_of_floors():
-    result = {"own_image": 0.7, "sim_mean": 0.9, "bg_mean": 0.4, "base": {"own_image": 0.1, "sim_mean": 0.3}}
-    rows = {label: {c: n["mean"] for c, n in row.items()} for label, row in floors_of(result).items()}
-    assert rows == {
-        "base model": {"own image": 0.1, "similarity": 0.3},
-        "training, of each other": {"similarity": 0.4},
-    }
-    assert floors_of({"N": 4, "checkpoint": None}) == {}
-
-
-def test_compare_puts_runs_on_one_page(tmp_path):
-    runs = []
-    for name, repeats in (("default", 2), ("IET & AGC", 1)):
-        for seed in range(repeats):
-            result, *_ = evaluation(30, 20, 8, seed)
-            directory = tmp_path / f"{name}{seed}" / "grid"
-            directory.mkdir(parents=True)
-            result["flags"] |= {"grid_dir": str(directory), "lr": 1.0}
-            result["training"] = {"lr": 1e-3 if name == "default" else 2e-3, "ch": 32, "seed": 4}
-            result["origin"] = {"steps": 50 if name == "default" else 20, "seed": seed, "checkpoint_sha256": name}
-            (directory / "result.json").write_text(json.dumps(result))
-            runs.append(f"{name}={directory}")
-    found = run_module("score.compare", *runs, "--html=both.html", cwd=tmp_path)
-    assert "above floor" in found.stdout and " ± " in found.stdout
-    page = (tmp_path / "both.html").read_text()
-    (chart,) = charts_of(Tags(page))
-    drawn = [len(re.findall(f"fill: none; stroke: {colour};", chart)) for colour in SERIES[:4]]
-    assert drawn == [2, 1, 1, 0] and "IET &amp; AGC" in page and "held-out real images" in page
-    differ = page[page.index("Settings that differ") :]
-    assert "<td>lr</td><td>0.001</td><td>0.002</td>" in differ and "<td>sampling: steps</td><td>50</td>" in differ
-    assert "<td>sampling: seed</td><td>0 / 1</td><td>0</td>" in differ and differ.count("<tr>") == 4
-    if CHROMIUM:
-        assert assert_readable(tmp_path / "both.html", tmp_path)["charts"] == 1
-    by_name = run_module("score.compare", tmp_path / "default0" / "grid", cwd=tmp_path)
-    assert "| default0 |" in by_name.stdout
+def test_pixels_have_no_threshold_in_older_results_either():
+    of_copies = {"copies": 3, "mean_of_copies": 1.0, "mean_of_others": 0.5, "auc": 0.75}
+    numbers = {f"{kind}_{name}": 0.5 for kind in ("sim", "bg") for name in SIMILARITIES}
+    result = numbers | {"sim_histogram": [0.25, 0.75], "bg_histogram": [1.0, 0.0], "f_mem": 0.5, "preprocess": None}
+    result |= {"N": 4, "holdout": result, "detector": {"above_05": of_copies, "f_mem": of_copies}}
+    for features in ("sscd", "clip", "pixels"):
+        result["features"] = features
+        html = similarities(result) + detector(result) + all_columns(result)
+        assert [text in html for text in ("gt_05pc", "bove 0.5", "above_05")] == [features != "pixels"] * 2 + [False]
+        assert "<td>f_mem</td><td>3</td>" in html

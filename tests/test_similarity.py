@@ -10,7 +10,9 @@ from torchvision.models import resnet50
 
 from score import similarity
 from score.similarity import (
+    FEATURES,
     background,
+    copy_threshold,
     detection,
     embed,
     load_sscd,
@@ -109,6 +111,9 @@ def test_statistics_against_numpy():
     for q in (75, 90, 95):
         assert found[f"sim_{q}pc"] == pytest.approx(np.quantile(values, q / 100))
     assert found["sim_gt_05pc"] == pytest.approx((values > 0.5).mean())
+    del found["sim_gt_05pc"]
+    assert statistics(torch.from_numpy(values), "sim", copy_threshold("pixels")) == found
+    assert [copy_threshold(name) for name in FEATURES if name != "pixels"] == [0.5] * 3
 
 
 def test_measures_against_distances_of_features():

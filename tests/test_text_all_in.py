@@ -124,12 +124,21 @@ def test_page_and_comparison(directory, result):
     text = (directory / "all/grid/report.html").read_text()
     tags = Tags(text)
     assert all(image["alt"] for image in tags.images) and len(tags.images) == 2 + 2 * 20
-    for words in ("picture number 11", "base model", "round trip", "gt_05pc", "Detector of copies", "own image"):
+    for words in ("picture number 11", "base model", "round trip", "95pc", "Detector of copies", "own image"):
         assert words in text
+    numbers = (directory / "all/grid/result.json").read_text()
+    assert not any(words in text + numbers for words in ("bove 0.5", "above_05", "gt_05pc")), "they are of pixels"
     found = run_module("score.compare", "ours=all/grid", "twice=all/grid", "--html=both.html", cwd=directory)
     header = found.stdout.splitlines()[0]
     assert {"own image", "similarity", "fpd to held-out"} <= {cell.strip() for cell in header.split("|")}
-    assert "Similarity to training images" in (directory / "both.html").read_text()
+    page = (directory / "both.html").read_text()
+    assert "Similarity to training images" in page and "generated image of pair 8 of twice" in page
+    assert not found.stderr
+    other = result | {"holdout": result["holdout"] | {"images_sha256": "0" * 64}}
+    (directory / "other").mkdir()
+    (directory / "other/result.json").write_text(json.dumps(other))
+    found = run_module("score.compare", "ours=all/grid", "other=other", "--floors", cwd=directory)
+    assert found.stderr.count("\n") == 1 and "differ in held-out images: ours: " in found.stderr
 
 
 def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(directory, result):
@@ -164,7 +173,7 @@ def test_images_of_others(directory, tmp_path_factory):
     flags = [f"--samples={folder}", "--prompts=prompts.txt", *DATA, "--features=pixels", *directories("theirs")]
     run_module(MODULE, *flags, cwd=directory)
     result = json.loads((directory / "theirs/grid/result.json").read_text())
-    assert result["sim_mean"] == pytest.approx(1, abs=1e-5) and result["f_mem"] == 1 == result["sim_gt_05pc"]
+    assert result["sim_mean"] == pytest.approx(1, abs=1e-5) and result["f_mem"] == 1
     assert result["own_image"] == 1  # of the 11 whose prompt is a caption
     assert "base" not in result and "detector" not in result and result["samples"] == str(folder)
     assert not (directory / "theirs/generate").exists()

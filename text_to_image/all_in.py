@@ -17,13 +17,23 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
+from dataset import fingerprint
 from score.evaluate import Quality, identity
 from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
 from score.report import summary, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
-from score.similarity import COPY, background, clip_scores, detection, embed, load_clip, measures, memorized
+from score.similarity import (
+    background,
+    clip_scores,
+    copy_threshold,
+    detection,
+    embed,
+    load_clip,
+    measures,
+    memorized,
+)
 from text_to_image import flags
 from text_to_image.data import load_folder, load_images
 from text_to_image.pipeline import (
@@ -165,11 +175,12 @@ def measure(images, prompts, space, scorers, clip):
 
     Args:
         prompts: `Prompts`, or None.
-        space: (features of the training images, the function that makes such).
+        space: (features of the training images, the function that makes such, their `copy_threshold`).
         scorers: {prefix of their scores' names: `Quality`}.
         clip: of `load_clip`, or None.
     """
-    numbers, found = measures(embed(space[1], images), space[0], prompts and prompts.own)
+    features, embedding, threshold = space
+    numbers, found = measures(embed(embedding, images), features, prompts and prompts.own, threshold)
     for prefix, scorer in scorers.items():
         numbers |= {prefix + name: value for name, value in scorer(images).items()}
     if clip and prompts:
@@ -276,17 +287,21 @@ def main():
         floors["round_trip"] = round_trip(pipeline, training[rows]), Prompts(own, own, rows)
 
     begin = time.perf_counter()
-    space = embed(embedding, training), embedding
+    space = embed(embedding, training), embedding, copy_threshold(features)
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
-    result |= {"warning": scorers[""].warning, "samples_warning": odd, **background(space[0])}
+    result |= {"warning": scorers[""].warning, "samples_warning": odd, "scored_with": scorers[""].scored_with}
+    result |= background(space[0], space[2])
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        result[name] = {"N": len(others), **measure(others, theirs, space, fitting, clip)[0]}
+        result[name] = {"N": len(others), "images_sha256": fingerprint(others)}
+        result[name] |= measure(others, theirs, space, fitting, clip)[0]
     if norms is not None:
-        copies = {"above_05": found[0][:, 0] > COPY, "f_mem": memorized(found[0])}
+        copies = {"f_mem": memorized(found[0])}
+        if space[2] is not None:
+            copies = {"above_05": found[0][:, 0] > space[2], **copies}
         result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
     result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
     result["flags"] = flags.as_dict(FLAGS)

@@ -32,11 +32,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
-def list_images(folder, classes=False):
+def list_images(folder, classes=False, quiet=False):
     """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
 
     An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
-    passed over is named on stderr: other files, sub-folders without images, and sub-folders beside images.
+    passed over is named on stderr, unless quiet: other files, sub-folders without images, and sub-folders beside images.
 
     Raises:
         DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
@@ -51,7 +51,7 @@ def list_images(folder, classes=False):
         others += others_below if found else [path + os.sep]
     if not groups:
         raise DataError(f"{folder}: no images in it, no names that end in {' '.join(SUFFIXES)}")
-    if others and distributed.is_main():
+    if others and not quiet and distributed.is_main():
         names = ", ".join(path.removeprefix(os.path.join(folder, "")) for path in others[:5])  # noqa: PTH118
         more = ", ..." if len(others) > 5 else ""
         warn(f"{folder}: passed over {len(others)} other files or sub-folders: {names}{more}")
