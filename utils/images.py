@@ -36,7 +36,7 @@ def list_images(folder, classes=False, quiet=False):
     """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
 
     An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
-    passed over is named on stderr, unless quiet: other files, sub-folders without images, and sub-folders beside images.
+    passed over is named on stderr, if not quiet: other files, sub-folders without images, sub-folders beside images.
 
     Raises:
         DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
