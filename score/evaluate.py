@@ -96,7 +96,7 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
 
 
 def neighbors(images, training, path=None, sets=None, about=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there with what is `about`."""
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there, and so is `about`."""
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     found = known or memorization.neighbors_by_all(images, training, device=device, **search)
     if path and not known and distributed.is_main():
