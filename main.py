@@ -42,7 +42,8 @@ def train(data, quality, device, logdir):
     learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, share_batches=True)
     x_T, x_T_labels = flags.sample_grid(FLAGS, data, device)
     sampler = GaussianDiffusionSampler(learner.ema, **flags.sampler(FLAGS)).to(device)
-    announce(device, net, len(images), FLAGS.batch_size, steps_per_epoch=batches.steps_per_epoch)
+    steps = {"steps_per_epoch": batches.steps_per_epoch, "steps_in_all": FLAGS.total_steps}
+    announce(device, net, len(images), FLAGS.batch_size, **steps)
     check_warmup(warmup, FLAGS.total_steps)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
@@ -60,7 +61,7 @@ def train(data, quality, device, logdir):
             last = step == FLAGS.total_steps
             logger.step(step, numbers, now=last or stop)
             if due(step, FLAGS.sample_step) and writes:
-                logger.images(f"ema_step{step}", step, sampler(x_T, x_T_labels))
+                logger.images(f"ema_step{step}", step, partial(sampler, x_T, x_T_labels))
             if due(step, FLAGS.eval_step):
                 for name, network in (("net", learner.net), ("ema", learner.ema)):
                     logger.write({"step": step, "weights": name, **score(network, data, quality)})

@@ -39,8 +39,9 @@ def train(data, device, logdir):
     sizes = [len(index) for index in slots]
     steps_per_round = [FLAGS.local_epoch * (size // FLAGS.batch_size) for size in sizes]
     net = shards[0].learner.net
-    steps_per_epoch = sum(steps_per_round) // FLAGS.local_epoch
-    announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), steps_per_epoch=steps_per_epoch)
+    steps = {"steps_per_epoch": sum(steps_per_round) // FLAGS.local_epoch}
+    steps |= {"steps_in_all": sum(steps_per_round) * FLAGS.total_round}
+    announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), **steps)
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
@@ -72,7 +73,7 @@ def train(data, device, logdir):
                         round_ends = learner.step == last
                         logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
                         if due(step, FLAGS.sample_step):
-                            logger.images(f"shard{k}_step{step}", step, sample(learner.ema, data))
+                            logger.images(f"shard{k}_step{step}", step, partial(sample, learner.ema, data))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(), "norm_groups": net.groups, "seconds": logger.seconds}
@@ -93,9 +94,8 @@ def train(data, device, logdir):
             if distributed.is_main():
                 if FLAGS.sample_step and not exchanges:
                     with shards[0].learner.on_device():
-                        logger.images(
-                            f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema, data)
-                        )
+                        draw = partial(sample, shards[0].learner.ema, data)
+                        logger.images(f"average_round{r}", sum(steps_per_round) * r, draw)
                 logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts}
                 state |= {"norm_groups": net.groups, "round": r, "averaged": not exchanges, "seconds": logger.seconds}

@@ -48,7 +48,8 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
     shards = make_shards_of_this_process(data, pipeline, folder, slots, device)
     sizes = [len(index) for index in slots]
     steps_per_round = [FLAGS.local_steps] * len(slots)
-    announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, shards=len(slots))
+    steps = {"shards": len(slots), "steps_in_all": FLAGS.total_round * sum(steps_per_round)}
+    announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, **steps)
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
     if FLAGS.fresh and distributed.is_main():
@@ -83,7 +84,7 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
                         round_ends = learner.step == last
                         logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
                         if due(step, FLAGS.sample_step):
-                            logger.images(f"shard{k}_step{step}", step, sample(learner.ema))
+                            logger.images(f"shard{k}_step{step}", step, partial(sample, learner.ema))
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(), "seconds": logger.seconds}
@@ -104,7 +105,8 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
             if distributed.is_main():
                 if FLAGS.sample_step and not exchanges:
                     with shards[0].learner.on_device():
-                        logger.images(f"average_round{r}", sum(steps_per_round) * r, sample(shards[0].learner.ema))
+                        draw = partial(sample, shards[0].learner.ema)
+                        logger.images(f"average_round{r}", sum(steps_per_round) * r, draw)
                 logger.flush()
                 state = {"global_model": average, "global_ema_model": ema_average, "index_array": all_counts}
                 state |= {"round": r, "averaged": not exchanges, "seconds": logger.seconds}

@@ -11,11 +11,15 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
+from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import DataError, printable
 from utils.files import atomic_write, sync, writable, write_json
 from utils.images import image_grid, to_uint8
+
+MUCH = 0.1  # of the time of a training, for its sample grids
+TIMED = (10, 20)  # the steps between which a start is timed, to say how long the rest will take
 
 
 def due(count, every):
@@ -72,7 +76,8 @@ class Logger:
                 self.events = EventsWriter(str(events / "events"), ".iet_agc")
         self.since = time.perf_counter()
         self.start = self.since - seconds
-        self.bad_row = self.longest_bad_row = 0
+        self.bad_row = self.longest_bad_row = self.made = 0
+        self.total, self.done, self.drawing = total, done, 0.0  # seconds of sample grids, in this start
         self.clear()
 
     def clear(self):
@@ -108,6 +113,10 @@ class Logger:
         if keep is not None:
             self.skipped = self.skipped + (~keep).sum()
         self.bar.update()
+        self.made += 1
+        if self.made in TIMED:
+            float(numbers["loss"])  # the device has made the steps that are timed
+            self.say_how_long()
         if not (due(step, self.log_step) or now):
             return
 
@@ -128,6 +137,16 @@ class Logger:
             raise DataError(f"{self.logdir}: {what}, learning rate {line['lr']:.3g}; {advice}")
         self.since, self.longest_bad_row = at, self.bad_row
         self.clear()
+
+    def say_how_long(self):
+        """Say how long the rest of the run will take, by the steps in `TIMED`."""
+        now, (first, last) = time.perf_counter() - self.drawing, TIMED
+        if self.made == first:
+            self.first_timed = now
+        elif distributed.is_main():
+            left = self.total - self.done - last
+            seconds = left * (now - self.first_timed) / (last - first)
+            tqdm.write(f"{left:,} more steps will take about {tqdm.format_interval(seconds)}, sample grids aside")
 
     def write(self, line):
         """Write a line to metrics.jsonl and, with its shard or kind of weights in the tag, to TensorBoard."""
@@ -152,12 +171,14 @@ class Logger:
             sync(self.metrics)
             sync(self.events)
 
-    def images(self, tag, step, images):
-        """Write a grid of images (B, 3, H, W) in [-1, 1] to sample/ and TensorBoard."""
-        grid = image_grid(to_uint8(images)).cpu().numpy()
+    def images(self, tag, step, draw):
+        """Write a grid to sample/ and TensorBoard of what draw() returns, images (B, 3, H, W) in [-1, 1]."""
+        begin = time.perf_counter()
+        grid = image_grid(to_uint8(draw())).cpu().numpy()
         with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:
             Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="PNG")
         self.event(step, summary.image(tag.split("_step")[0], grid))
+        self.drawing += time.perf_counter() - begin
 
     def memorization(self, skip_counts, banks, r):
         """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: bank} as curves over its entries."""
@@ -174,7 +195,11 @@ class Logger:
         if distributed.is_main():
             write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
             self.bar.close()
-            print(f"{printable(self.logdir)}: {steps} steps done")
+            took = f" in {tqdm.format_interval(self.seconds)}"
+            if self.drawing > MUCH * self.seconds:
+                drawing = tqdm.format_interval(self.drawing)
+                took += f", {drawing} of it for sample grids: --sample_step=0 draws none"
+            print(f"{printable(self.logdir)}: {steps} steps done{took}")
 
     def __enter__(self):
         return self
