@@ -178,7 +178,7 @@ def test_clip_score_is_that_of_transformers(clip):
     captions = ["a cat", "a dog", "an icon of yo-yo", "x " * 100, ""]
     loaded = similarity.load_clip(clip)
     ours = similarity.clip_scores(loaded, images, captions, batch_size=2)
-    mean, std = (torch.tensor(values)[:, None, None] for values in similarity.CLIP_PREPROCESS[2:])
+    mean, std = (torch.tensor(values)[:, None, None] for values in similarity.CLIP_NORMALIZE)
     for image, caption, score in zip(images, captions, ours, strict=True):
         tokens = loaded[1]([caption], truncation=True, max_length=77, return_tensors="pt")
         output = model(**tokens, pixel_values=((image / 255 - mean) / std)[None])
