@@ -3,6 +3,7 @@
 import ast
 import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -163,8 +164,8 @@ def file_and_text(row):
 def read_table(text):
     """The rows of a table with a header, [(column, value)] each; commas, semicolons, tabs or bars part its columns."""
     first = text.partition("\n")[0]
-    rows = csv.reader(text.split("\n"), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
-    header = [column.strip().lower() for column in next(rows)]
+    rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
+    header = [column.strip().lower() for column in next(rows, [])]
     for row in rows:
         if row and len(row) != len(header):
             what = f"line {rows.line_num} has {len(row)} columns and the first {len(header)}"

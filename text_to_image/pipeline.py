@@ -65,12 +65,12 @@ def find_folder(name, download=False):
                 huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, local_files_only=not download)
             )
         except Exception as error:  # of the network, the hub, or a name that cannot be one of its
-            what = "no such folder"
+            what = "no such folder:"
             if download:
-                what = f"cannot be downloaded ({one_line(error)})"
-            elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-                what += ", nor has a model of this name been downloaded from the hub: add --download if it is one, or"
-            raise DataError(f"--pretrained={name}: {what}: name a folder in diffusers' format") from error
+                what = f"cannot be downloaded ({one_line(error)}):"
+            elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):  # as the hub's names are
+                what = "no such folder, and no model of the hub that was downloaded: add --download to fetch it, or"
+            raise DataError(f"--pretrained={name}: {what} name a folder in diffusers' format") from error
     if not (folder / "model_index.json").is_file():
         advice = "name a folder in diffusers' format"
         if (folder / "config.json").is_file():
