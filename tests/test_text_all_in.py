@@ -181,7 +181,7 @@ def test_images_of_others(directory, tmp_path_factory):
 
 
 def test_images_that_are_not_finite_are_named(directory, tmp_path):
-    """Wherever they come from; here the VAE makes nothing else. And where no run.json says what a UNet is, that is said."""
+    """Wherever they come from; here the VAE makes nothing else. That no run.json says what a UNet is, is said, too."""
     folder = copy_pipeline(directory / "pipeline", tmp_path)
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -245,7 +245,7 @@ def test_similarity_and_fid_of_inception(directory, tmp_path):
         (
             ["--features=pixels", "--sample_steps=1500"],
             2,
-            "--sample_steps=1500: the pipeline's DDIMScheduler has 1000 timesteps and steps_offset 1: give at most 1000",
+            "--sample_steps=1500: the pipeline's DDIMScheduler has 1000 timesteps and steps_offset 1: give at",
         ),
         (
             ["--features=pixels", "--resolution=12"],

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -42,7 +43,7 @@ def libraries():
     except ImportError as error:
         raise UsageError(f"text_to_image needs {error.name}: pip install -r requirements-text.txt") from error
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is an exception, too
         library.utils.logging.disable_progress_bar()
     return diffusers, transformers
 
