@@ -62,7 +62,9 @@ flags.DEFINE_string("unet", None, "folder of a UNet for the pipeline's place, or
 flags.DEFINE_bool("unet_from_scratch", False, "start from random weights of the UNet's configuration")
 
 # data
-flags.DEFINE_string("captions", None, "JSON {image: [captions]}, or metadata.jsonl, the default in --data_root")
+flags.DEFINE_string(
+    "captions", None, "JSON {image: [captions]}, .csv, .tsv or .jsonl; default: metadata.jsonl in --data_root"
+)
 flags.DEFINE_integer("resolution", 256, "side of the images: resized, then the centre cut out", lower_bound=8)
 flags.DEFINE_string("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
 flags.DEFINE_enum("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob")
