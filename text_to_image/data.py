@@ -136,6 +136,8 @@ def read_captions(path, flag="captions"):
                 pairs = [file_and_text(row) for row in pairs]
         for name, value in pairs:
             texts = [value] if isinstance(value, str) else value
+            if not isinstance(name, str) or not parts_of(name):
+                raise ValueError(f"{name!r} is no name of an image")
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name} has no list of texts")
             captions.setdefault(name, []).extend(texts)
@@ -183,9 +185,9 @@ def parts_of(path):
 def match(captions, paths, name, folder=""):
     """The captions of every path: those of its key, else of the key that has most of its last parts in common with it.
 
-    A key in folders may have the file name alone in common, such as in a folder with another name elsewhere. But not
-    where its folders are names in `folder` too, or where other keys show that their folders are those of the paths:
-    then it is of another image.
+    A key in folders may have the file name alone in common, as a path of another machine has. It is of another image,
+    and not taken, where other keys show that their folders are those of the paths, or where both are in folders and
+    the key is relative.
 
     Args:
         captions: {path of an image: its captions}.
