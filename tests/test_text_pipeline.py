@@ -183,7 +183,7 @@ def test_training_has_the_noise_of_the_sampler(tmp_path):
         ({}, 1000, "DDIMScheduler has 1000 timesteps and steps_offset 1: cannot take so many"),
         ({"num_train_timesteps": 20}, 50, "DDIMScheduler has 20 timesteps and steps_offset 1: give at most 20"),
         ({"_class_name": "PNDMScheduler"}, 2, "PNDMScheduler has 1000 timesteps"),
-        ({"_class_name": "LCMScheduler"}, 60, "LCMScheduler has 1000 timesteps and steps_offset 0: cannot take so"),
+        ({"_class_name": "LCMScheduler"}, 60, "LCMScheduler has 1000 timesteps and steps_offset 1: cannot take so"),
         ({}, 999, None),
         ({"steps_offset": 0}, 1000, None),
         ({"_class_name": "EulerAncestralDiscreteScheduler"}, 20, None),

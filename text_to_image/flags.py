@@ -150,11 +150,14 @@ def recorded_flags(logdir):
 
 
 def check_pipeline_of_training(values, settings, folder, unet_folder):
-    """Raise a UsageError where a pipeline is not that which a UNet was trained with.
+    """Check that a UNet is used with the pipeline that it was trained with.
 
     Args:
         settings: of the training, as `settings_of` returns them.
         folder, unet_folder: of the pipeline and of the UNet.
+
+    Raises:
+        UsageError: it is another.
     """
     logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
     if known not in (None, content_hash(folder, *FROZEN)):
@@ -211,9 +214,12 @@ def check_data(values, data):
 
 
 def check_pipeline(values, pipeline, steps):
-    """Raise a UsageError where flags do not fit a pipeline.
+    """Check that flags fit a pipeline.
 
     steps: of `--sample_steps`, or 0 where no image is made.
+
+    Raises:
+        UsageError: they do not.
     """
     factor, T = math.lcm(pipeline.vae_scale_factor, LATENT_SIDE), pipeline.scheduler.config.num_train_timesteps
     if values.resolution % factor:

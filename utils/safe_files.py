@@ -19,10 +19,7 @@ MARKS = {  # that editors put before a text; UTF-32's begins as UTF-16's does
 
 
 def one_line(error):
-    """What an exception says, on one line and without the path that an `OSError` repeats; its type if it is silent.
-
-    Of more than `LONGEST` characters, as of one that quotes a file, the beginning.
-    """
+    """What an exception says, on one line, at most `LONGEST` characters, without an `OSError`'s path; else its type."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
