@@ -27,7 +27,7 @@ PREPROCESS = {
     "published": (256, 224, (0.5,) * 3, (0.5,) * 3),
     "recommended": (288, 288, *IMAGENET),
 }
-CLIP_PREPROCESS = 224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_NORMALIZE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class GeM(nn.Module):
@@ -58,7 +58,7 @@ def load_sscd(path, allow_torchscript=False):
         if not allow_torchscript:
             what = "is TorchScript, which runs code: take the .torchvision.pt file, or trust it by --allow_torchscript"
             raise UsageError(f"--sscd={path}: {what}")
-        return torch.jit.load(path, map_location="cpu").eval()
+        return torch.jit.load(path, map_location="cpu").float().eval()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         weights = {name.removeprefix("backbone."): value for name, value in weights.items()}
@@ -82,10 +82,10 @@ def preprocess(images, shorter, side, mean, std):
 
 
 def load_clip(folder, device="cpu"):
-    """transformers' CLIPModel and its tokenizer in a folder, from safetensors only.
+    """transformers' CLIPModel in float32 and its tokenizer in a folder, from safetensors only.
 
     Raises:
-        DataError: missing or damaged files.
+        DataError: missing or damaged files, or weights of another model.
         UsageError: transformers is not installed.
     """
     try:
@@ -93,8 +93,14 @@ def load_clip(folder, device="cpu"):
     except ImportError as error:
         raise UsageError(f"--clip needs {error.name}: pip install -r requirements-text.txt") from error
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device)
-        return model.eval().requires_grad_(False), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        settings = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        model, info = CLIPModel.from_pretrained(folder, **settings)
+        if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+            raise ValueError(f"weights of another model: {len(wrong)} such as {min(wrong)} do not fit")
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        if max(tokenizer.get_vocab().values()) >= model.config.text_config.vocab_size:
+            raise ValueError("its tokenizer has more tokens than the vocab_size of the model")
+        return model.float().to(device).eval().requires_grad_(False), tokenizer
     except Exception as error:  # of files that are missing or damaged
         raise DataError(f"--clip={folder}: cannot be read as CLIP ({one_line(error)[:200]})") from error
 
@@ -123,7 +129,8 @@ def make_embedding(features, device, *, sscd=None, how="published", allow_torchs
 
 def image_features(model, images):
     """CLIP's features of uint8 images (B, 3, H, W): (B, D)."""
-    pixels = preprocess(images.to(model.device), *CLIP_PREPROCESS)
+    side = model.config.vision_config.image_size
+    pixels = preprocess(images.to(model.device), side, side, *CLIP_NORMALIZE)
     return model.visual_projection(model.vision_model(pixels).pooler_output)
 
 
@@ -136,7 +143,8 @@ def clip_scores(clip, images, captions, batch_size=64):
     (model, tokenizer), scores = clip, []
     for start in range(0, len(images), batch_size):
         texts = list(captions[start : start + batch_size])
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(model.device)
+        limit = model.config.text_config.max_position_embeddings
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
         text = model.text_projection(model.text_model(**tokens).pooler_output)
         image = image_features(model, images[start : start + batch_size])
         scores.append(100 * F.cosine_similarity(image, text).cpu())

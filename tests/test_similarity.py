@@ -81,6 +81,18 @@ def test_files_that_are_not_sscd(tmp_path, sscd):
     torch.testing.assert_close(load_sscd(path, allow_torchscript=True)(x), load_sscd(sscd[0])(x))
 
 
+def test_sscd_in_half_precision(sscd, tmp_path):
+    weights = {name: value.half() for name, value in torch.load(sscd[0], weights_only=True).items()}
+    torch.save(weights, tmp_path / "half.pt")
+    torch.jit.trace(load_sscd(sscd[0]), torch.randn(1, 3, 32, 32)).half().save(str(tmp_path / "script.pt"))
+    x = torch.randn(1, 3, 32, 32)
+    expected = load_sscd(sscd[0])(x)
+    for name in ("half.pt", "script.pt"):
+        found = load_sscd(str(tmp_path / name), allow_torchscript=True)(x)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_embeddings_have_length_one(sscd, tmp_path):
     for kind, settings in (
         ("sscd", {"sscd": sscd[0]}),
@@ -178,7 +190,7 @@ def test_clip_score_is_that_of_transformers(clip):
     captions = ["a cat", "a dog", "an icon of yo-yo", "x " * 100, ""]
     loaded = similarity.load_clip(clip)
     ours = similarity.clip_scores(loaded, images, captions, batch_size=2)
-    mean, std = (torch.tensor(values)[:, None, None] for values in similarity.CLIP_PREPROCESS[2:])
+    mean, std = (torch.tensor(values)[:, None, None] for values in similarity.CLIP_NORMALIZE)
     for image, caption, score in zip(images, captions, ours, strict=True):
         tokens = loaded[1]([caption], truncation=True, max_length=77, return_tensors="pt")
         output = model(**tokens, pixel_values=((image / 255 - mean) / std)[None])
@@ -186,3 +198,34 @@ def test_clip_score_is_that_of_transformers(clip):
         assert score.item() == pytest.approx(100 * expected.item(), abs=1e-3)
     with pytest.raises(DataError, match="--clip=nothing: cannot be read as CLIP"):
         similarity.load_clip("nothing")
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(336, torch.float32), (48, torch.float16)])
+def test_clip_of_another_size_or_precision(clip, tmp_path, side, dtype):
+    """Images are brought to the model's own size; what it was saved in does not matter."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig.from_pretrained(clip)
+    config.vision_config.image_size, config.text_config.max_position_embeddings = side, 20
+    model = transformers.CLIPModel(config).to(dtype).eval()
+    model.save_pretrained(tmp_path)
+    transformers.CLIPTokenizer.from_pretrained(clip).save_pretrained(tmp_path)
+    loaded = similarity.load_clip(tmp_path)
+    assert {value.dtype for value in loaded[0].parameters()} == {torch.float32}
+    assert similarity.clip_scores(loaded, IMAGES[:2], ["a cat", "x " * 100]).isfinite().all()
+    mean, std = (torch.tensor(values)[:, None, None] for values in similarity.CLIP_NORMALIZE)
+    x = F.interpolate(IMAGES / 255, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        expected = model.float().get_image_features(pixel_values=(x - mean) / std).pooler_output
+    ours = make_embedding("clip", "cpu", clip=tmp_path)(IMAGES)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_model_are_not_taken_for_clip(clip, tmp_path):
+    """transformers would draw at random what the file lacks."""
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPModel.from_pretrained(clip).text_model.save_pretrained(tmp_path)
+    for path in clip.iterdir():
+        if path.suffix == ".json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"--clip=.*: cannot be read as CLIP \(weights of another model"):
+        similarity.load_clip(tmp_path)

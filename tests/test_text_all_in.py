@@ -1,5 +1,6 @@
 """text_to_image.all_in as users run it, its images against a plain loop of diffusers, its numbers against numpy."""
 
+import html
 import json
 import signal
 import subprocess
@@ -179,6 +180,29 @@ def test_images_of_others(directory, tmp_path_factory):
     assert not (directory / "theirs/generate").exists()
 
 
+def test_images_that_are_not_finite_are_named(directory, tmp_path):
+    """Wherever they come from; here the VAE makes nothing else. That no run.json says what a UNet is, is said, too."""
+    folder = copy_pipeline(directory / "pipeline", tmp_path)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"].fill_(float("nan"))
+    save_file(weights, path, metadata={"format": "pt"})
+    flags = [f"--pretrained={folder}", f"--unet={folder / 'unet'}", "--sample_steps=2", "--device=cpu", *DATA]
+    flags += ["--num_images=3", "--features=pixels", *directories(tmp_path)]
+    for _ in range(2):  # the second takes the images of the first
+        said = run_module(MODULE, *flags, cwd=directory).stderr
+        result = json.loads((tmp_path / "grid/result.json").read_text())
+        assert result["non_finite_images"] == 3
+        for text in (
+            "3 of 3 generated images hold values that are not finite, black here",
+            "3 of 3 images of the base model hold values that are not finite, black here",
+            "3 of 3 training images after the VAE's round trip hold values that are not finite, black here",
+            f"--unet={folder / 'unet'}: no run.json beside it says which pipeline and images it was trained with",
+        ):
+            assert said.count(f"warning: {text}") == 1 and text in result["warning"]
+            assert html.escape(text) in (tmp_path / "grid/report.html").read_text()
+
+
 def test_similarity_and_fid_of_inception(directory, tmp_path):
     """FID of few images by singular values: with centred features A and B, the trace is the nuclear norm of A B^T."""
     training = np.stack([np.asarray(Image.open(directory / "images" / f"{i:02}.png")) for i in range(16)])
@@ -218,6 +242,21 @@ def test_similarity_and_fid_of_inception(directory, tmp_path):
             "--prompts=random draws captions for images",
         ),
         (["--features=pixels", "--logdir=log"], 2, "--logdir=log: is where training writes: give --unet"),
+        (
+            ["--features=pixels", "--sample_steps=1500"],
+            2,
+            "--sample_steps=1500: the pipeline's DDIMScheduler has 1000 timesteps and steps_offset 1: give at",
+        ),
+        (
+            ["--features=pixels", "--resolution=12"],
+            2,
+            "--resolution=12: pipeline has a VAE that makes images 2 times as",
+        ),
+        (
+            ["--features=pixels", "--samples=images", "--prompts=all"],
+            2,
+            "--prompts=all: 16 captions, a distinct image each, for the 17 images of --samples: give as many images",
+        ),
     ],
 )
 def test_what_a_person_can_correct_is_one_line(directory, flags, code, message):

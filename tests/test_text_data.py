@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -11,8 +12,19 @@ from PIL import Image
 
 from tests.text_files import CAPTIONS, NUMBER, SIDE, save_captions, save_images, tiny_pipeline
 from text_to_image import data
-from text_to_image.data import CaptionBatches, TextStates, captions_of_mode, duplicated, load_folder, match
+from text_to_image.data import (
+    CaptionBatches,
+    TextStates,
+    captions_of_mode,
+    check_length,
+    duplicated,
+    load_folder,
+    match,
+    random_tokens,
+    read_captions,
+)
 from text_to_image.pipeline import encode_captions, encode_images
+from text_to_image.tiny import make_tokenizer
 from utils.errors import DataError, UsageError
 
 
@@ -51,6 +63,28 @@ def test_the_shorter_side_is_resized_and_the_centre_cut_out(tmp_path):
     assert images.shape == (2, 3, 4, 4) and images[..., 1:3, 1:3].eq(200).all()
 
 
+def test_a_line_of_pixels_takes_no_memory(tmp_path):
+    for size in ((20_000, 1), (1, 20_000)):
+        Image.new("RGB", size, "white").save(tmp_path / "line.png")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert data.square(tmp_path / "line.png", 64).shape == (3, 64, 64)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KB"
+    pixels = np.zeros((9, 709, 3), np.uint8)
+    pixels[:, 350:359] = 200  # the centre
+    Image.fromarray(pixels).save(tmp_path / "line.png")
+    assert (data.square(tmp_path / "line.png", 18)[:, :, 2:-2] == 200).all()
+
+
+def test_all_bad_images_are_named_at_once(tmp_path):
+    files = [save_images(tmp_path, [f"{i:02}.png"]) / f"{i:02}.png" for i in range(14)]
+    for path in files[2:]:
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(DataError) as error:
+        data.load_images(files, SIDE, num_workers=2)
+    named = [path.name for path in files if path.name in str(error.value)]
+    assert named == [path.name for path in files[2:12]] and "; and 2 more: remove or replace them" in str(error.value)
+
+
 def test_classes_are_sub_folders(tmp_path):
     save_images(tmp_path / "images", ["dog/1.png", "cat/2.png"])
     file = save_captions(tmp_path / "captions.json", {"1.png": ["one"], "2.png": ["two"]})
@@ -76,6 +110,11 @@ def test_keys_are_paths_of_another_machine_or_file_names():
     assert match(published, ["images/1.jpg", "other/1.jpg"], "c") == [["one"], ["two"]]
     assert match({"/a/b/1.jpg": ["one"], "2.jpg": ["two"]}, ["x/2.jpg", "x/1.jpg"], "c") == [["two"], ["one"]]
     assert match({"1.jpg": ["file"], "x/1.jpg": ["path"]}, ["x/1.jpg"], "c") == [["path"]]
+    assert match({"a\\b\\1.jpg": ["one"], "./a/b/2.jpg": ["two"]}, ["b/1.jpg", "b/2.jpg"], "c") == [["one"], ["two"]]
+    # the same letter in two ways of writing it: one of most editors, one of a Mac's file names
+    assert match({"caf\u00e9.png": ["one"]}, ["cafe\u0301.png"], "c") == [["one"]]
+    assert match({"a/1.png": ["one"], "b/2.png": ["two"]}, ["1.png", "2.png"], "c") == [["one"], ["two"]], "flat now"
+    assert match({"train/1.png": ["one"], "val/1.png": ["two"]}, ["1.png"], "c", "x/train") == [["one"]]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +123,17 @@ def test_keys_are_paths_of_another_machine_or_file_names():
         ({"a/1.jpg": ["x"]}, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], "no caption for 2 of 3 images, first b/2.jpg"),
         ({"a/1.jpg": ["x"], "b/1.jpg": ["y"]}, ["1.jpg"], "a/1.jpg and b/1.jpg could both be of 1.jpg"),
         ({"1.jpg": ["x"]}, ["a/1.jpg", "b/1.jpg"], "1.jpg could be of a/1.jpg and of b/1.jpg"),
+        ({"1.jpg": ["x"], "./1.jpg": ["y"]}, ["1.jpg"], "./1.jpg and 1.jpg could both be of 1.jpg"),
+        # of an image that is not there, in a folder beside that of the paths
+        ({"dog/0.png": ["x"], "cat/1.png": ["y"]}, ["dog/0.png", "dog/1.png"], "no caption for 1 of 2 .* dog/1.png"),
+        ({"/x/dog/0.png": ["x"], "/x/cat/1.png": ["y"]}, ["dog/0.png", "dog/1.png"], "no caption for 1 of 2 .*"),
+        ({"cat/0.png": ["x"], "cat/1.png": ["y"]}, ["dog/0.png", "dog/1.png"], "no caption for 2 of 2 .*"),
+        ({"train/0.png": ["x"], "val/1.png": ["y"]}, ["0.png", "1.png"], "no caption for 1 of 2 images, first 1.png"),
     ],
 )
 def test_captions_that_do_not_fit(captions, paths, message):
     with pytest.raises(DataError, match=f"^--captions=c.json: {message}$"):
-        match(captions, paths, "c.json")
+        match(captions, paths, "c.json", "/somewhere/train")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a.png": 3}', '{"a.png": []}', '{"a.png": [3]}', '{"a.png": "x"'])
@@ -98,6 +143,80 @@ def test_captions_that_cannot_be_read(tmp_path, text):
         data.read_captions(tmp_path / "captions.json")
     with pytest.raises(DataError, match=r"nothing\.json: cannot be read"):
         data.read_captions(tmp_path / "nothing.json")
+
+
+LINES = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": "zwölf\u0085\u2028!"}]
+LINES.append({"file_name": "a.png", "text": "two, three"})
+TABLE = [("file_name", "text"), *(tuple(line.values()) for line in LINES)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_captions_as_any_editor_writes_them(tmp_path, encoding, end):
+    """An image may have several lines; what Unicode calls a line end may stand in a caption."""
+    quoted = [[f'"{cell}"' for cell in row] for row in TABLE]
+    for name, lines in (
+        ("m.jsonl", [json.dumps(line, ensure_ascii=False) for line in LINES]),
+        ("m.JSONL", [json.dumps(line) for line in LINES] + ["", ""]),
+        ("m.json", ["[", ",".join(json.dumps(line) for line in LINES), "]"]),
+        ("c.json", ['{"a.png": "one",', f'"b.png": ["{LINES[1]["text"]}"],', '"a.png": ["two, three"]}']),
+        ("m.csv", [",".join(row) for row in quoted]),
+        ("m.tsv", ["\t".join(row) for row in TABLE]),
+        ("semicolons.csv", ["; ".join(row) for row in TABLE]),
+        ("other.csv", ["Image_Name| comment_number| comment", *("| ".join((a, "0", b)) for a, b in TABLE[1:])]),
+    ):
+        (tmp_path / name).write_bytes(end.join(lines).encode(encoding))
+        found = read_captions(tmp_path / name)
+        assert found == {"a.png": ["one", "two, three"], "b.png": ["zwölf\u0085\u2028!"]}, name
+    (tmp_path / "c.csv").write_bytes(f'text,file_name{end}"two{end}lines",a.png{end}'.encode(encoding))
+    assert read_captions(tmp_path / "c.csv") == {"a.png": ["two\nlines"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.json", '{"a.png": ["café"]}'.encode("latin-1"), "byte 15 is no utf-8: save it in UTF-8"),
+        ("c.json", '{"a.png": ["x"]}'.encode("utf-16-le"), "it holds zero bytes: save it as text in UTF-8"),
+        ("c.jsonl", b'{"file_name": "a.png", "text": "x", "text": "y"}', "a column of file_name, text, text is there"),
+        ("c.jsonl", b'{"image": "a.png", "path": "b.png", "text": "y"}', "of the columns image, path, text, which is"),
+        ("c.jsonl", b'{"file_name": "a.png", "label": 3}', "of the columns file_name, label, which is text"),
+        ("c.jsonl", b'{"file_name": "a.png", "text": null}', "a.png has no list of texts"),
+        ("c.jsonl", b'{"file_name": 3, "text": "x"}', "3 is no name of an image"),
+        ("c.csv", b"file_name,text\n,x\n", "'' is no name of an image"),
+        ("c.jsonl", b'"a"', ""),
+        ("c.csv", b"file_name,text\na.png,a dog, brown\n", "line 2 has 3 columns and the first 2: put texts in quotes"),
+        ("c.csv", b"file_name,text\n", "there are none in it"),
+        ("c.csv", b"", "there are none in it"),
+        ("c.parquet", b"PAR1\x00\x00", "it holds zero bytes"),
+        ("c.json", b"[" * 100_000, ""),
+    ],
+)
+def test_captions_that_are_ambiguous_or_of_another_form(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"--captions=.*{name}: cannot be read \(.*{message}"):
+        read_captions(tmp_path / name)
+    assert (tmp_path / name).exists()
+
+
+def test_captions_that_are_empty_or_not_read_to_the_end(capsys):
+    tokenizer = tiny_pipeline().tokenizer
+    check_length(["a cat", "word " * 75], tokenizer, "captions")
+    assert capsys.readouterr().err == ""
+    check_length(["", " ", "a cat", "word " * 76, "word " * 2000], tokenizer, "captions")
+    empty, long = capsys.readouterr().err.splitlines()
+    assert empty == "warning: 2 of 5 captions are empty"
+    assert long.startswith("warning: 2 of 5 captions have more than 77 tokens: the text encoder reads 77 and no more")
+
+
+def test_random_tokens_of_a_tokenizer_that_pads_with_an_ordinary_token():
+    """Stable Diffusion 2's pads with '!', number 0; the words that others draw do not change."""
+    tokenizer = make_tokenizer()
+    before = [random_tokens(tokenizer, 4, random.Random(i)) for i in range(20)]
+    draw = random.Random(0)
+    assert before[0] == tokenizer.decode([draw.randrange(49406) for _ in range(4)])
+    tokenizer.pad_token = "!"
+    assert tokenizer.pad_token_id == 0
+    assert [random_tokens(tokenizer, 4, random.Random(i)) for i in range(20)] == before
 
 
 def test_captions_of_token_numbers(captioned):

@@ -1,5 +1,6 @@
 """text_to_image.main_fed as users run it."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.commands import ROOT, check, environment, read_jsonl, run_module
-from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline, tiny_pipeline
+from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline, tiny_pipeline
 from text_to_image.data import CaptionBatches, TextStates, load_folder
 from text_to_image.pipeline import encode_images, libraries
 from training.shards import make_shards
@@ -103,6 +104,40 @@ def test_skips_are_counted_per_image_and_the_banks_filled(straight):
 
 
 @pytest.fixture(scope="module")
+def other(directory):
+    """The pipeline with a scheduler of epsilon."""
+    folder = copy_pipeline(directory / "pipeline", directory / "other")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("v_prediction", "epsilon"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"), [(MODULE, FLAGS), ("text_to_image.all_in", ["--features=pixels", "--device=cpu"])]
+)
+def test_the_pipeline_is_that_of_the_training(directory, straight, other, module, flags):
+    """A UNet that predicts v makes noise with a scheduler of epsilon."""
+    flags = [*flags, "--unet=straight", f"--pretrained={other}", "--generate_dir=no", "--logdir=no"]
+    line = run_module(module, *flags, cwd=directory, code=2).stderr.splitlines()[-1]
+    what = "straight/run.json says that its UNet was trained with another scheduler: give the pipeline of that training"
+    assert f"--pretrained={other}: {what}" in line and not (directory / "no").exists()
+
+
+def test_an_evaluation_says_whether_its_data_is_that_of_the_training(directory, straight):
+    flags = ["--unet=straight", "--device=cpu", "--features=pixels", "--num_images=2", "--sample_steps=2"]
+    flags += [f"--{name}_dir=evaluated/{name}" for name in ("generate", "similar", "grid")]
+    module, about = "text_to_image.all_in", "--data_root=images: not the captions of the training"
+    line = run_module(module, *flags, "--resolution=32", cwd=directory, code=2).stderr.splitlines()[-1]
+    assert "--resolution=32: the UNet of straight was trained with 16: leave the flag out" in line
+    save_captions(directory / "others.json", {name: texts[:1] for name, texts in CAPTIONS.items()})
+    for captions, is_said in (("captions.json", False), ("others.json", True)):
+        said = run_module(module, *flags, f"--captions={captions}", cwd=directory).stderr
+        result = json.loads((directory / "evaluated/grid/result.json").read_text())
+        assert (about in said) == is_said == (about in (result["warning"] or ""))
+        assert (about in (directory / "evaluated/grid/report.html").read_text()) == is_said
+
+
+@pytest.fixture(scope="module")
 def plus(directory):
     run_module(MODULE, *FLAGS, *PLUS, "--logdir=plus", cwd=directory)
     return directory / "plus"
@@ -187,6 +222,9 @@ def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
         (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
         (["--pretrained=images"], 1, "--pretrained=images: no model_index.json in it"),
         (["--lr=1e-4", "--logdir=straight", *THREE], 2, "--lr=0.0001: the run in straight was started with 0.001"),
+        (["--resolution=12"], 2, "--resolution=12: pipeline has a VAE that makes images 2 times as small, so give"),
+        (["--bank_bins=1001"], 2, "--bank_bins=1001: the pipeline's scheduler has 1000 timesteps, give fewer"),
+        (["--sample_step=5", "--sample_steps=1000"], 2, "--sample_steps=1000: the pipeline's DDIMScheduler has 1000"),
     ],
 )
 def test_what_a_person_can_correct_is_one_line(directory, straight, flags, code, message):

@@ -56,6 +56,28 @@ def test_captions_in_turn_and_of_a_file(tmp_path):
     assert owners(["same", "one"], [["same"], ["same", "one"]]) == [-1, 1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_prompts_as_any_editor_writes_them(tmp_path, encoding, end):
+    """What Unicode calls a line end may stand in a prompt."""
+    for name, lines in (
+        ("p.txt", ["a cat", "", "ein Bär\u0085\u2028!", ""]),
+        ("p.json", ["[", '"a cat",', '"ein Bär\u0085\u2028!"', "]"]),
+        ("p.csv", ["file_name;text", "1.png;a cat", "2.png;ein Bär\u0085\u2028!", "1.png;another of its captions"]),
+    ):
+        (tmp_path / name).write_bytes(end.join(lines).encode(encoding))
+        assert read_prompts(tmp_path / name) == ["a cat", "ein Bär\u0085\u2028!"], name
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.txt", "p.csv"])
+def test_prompts_that_cannot_be_read_are_not_to_be_removed(tmp_path, name):
+    for content in (b'{"a": "\xff', "a cat\n".encode("utf-16-le"), b"", b"[" * 10**5 if name != "p.txt" else b"\n"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"--prompts=.*{name}: cannot be read \(") as error:
+            read_prompts(tmp_path / name)
+        assert "remove" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["rand_numb_add", "rand_word_add", "rand_word_repeat"])
 def test_additions_stand_between_the_words(kind):
     tokenizer = tiny_pipeline().tokenizer

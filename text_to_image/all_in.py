@@ -35,22 +35,24 @@ from score.similarity import (
     memorized,
 )
 from text_to_image import flags
-from text_to_image.data import load_folder, load_images
+from text_to_image.data import check_length, load_folder, load_images
 from text_to_image.pipeline import (
+    FROZEN,
+    as_scheduler,
     content_hash,
     find_folder,
     find_unet,
     generate,
     latent_moments,
-    libraries,
     load_pipeline,
     load_unet,
+    settings_of,
 )
 from text_to_image.prompts import Prompts, distinct, make_prompts
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, write_json
 from utils.images import list_images, size_of, to_uint8
 from utils.seeding import generator
@@ -73,8 +75,10 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
     origin |= {"prompts": "drawn" if flags.prompts_are_drawn(FLAGS) else "in turn"}
     origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
-    origin |= {"pipeline_sha256": content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler")}
+    origin |= {"pipeline_sha256": content_hash(folder, *FROZEN)}
     origin |= {"checkpoint_sha256": content_hash(unet_folder)}
+    if PRECISIONS[FLAGS.precision] != torch.float32:
+        origin |= {"autocast": "unet"}  # earlier versions had it around all of the pipeline
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept)
     number = len(prompts.texts)
@@ -95,7 +99,7 @@ def write_prompts(path, prompts):
 
 def generate_batches(pipeline, prompts, kept, first):
     """As `score.generate.generate_batches`; writes the detector's norms of all images so far into the file `kept`."""
-    side, number, device = FLAGS.resolution // pipeline.vae_scale_factor, len(prompts.texts), pipeline.device
+    side, number = FLAGS.resolution // pipeline.vae_scale_factor, len(prompts.texts)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
     dtype, block = PRECISIONS[FLAGS.precision], FLAGS.batch_size * distributed.world_size()
     watched = []
@@ -117,10 +121,8 @@ def generate_batches(pipeline, prompts, kept, first):
                 shape = (pipeline.unet.config.in_channels, side, side)
                 latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
                 texts = prompts.texts[indices.start : indices.stop]
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    x = generate(
-                        pipeline, texts, latents, FLAGS.sample_steps, FLAGS.guidance, streams, FLAGS.text_noise
-                    )
+                noise, steps = FLAGS.text_noise, FLAGS.sample_steps
+                x = generate(pipeline, texts, latents, steps, FLAGS.guidance, streams, noise, dtype)
                 found = torch.stack(watched).mean(dim=0).cpu() if watched else found
             made = distributed.gather((to_uint8(2 * x - 1).cpu(), non_finite_images(x).cpu(), found))
             if distributed.is_main():
@@ -134,12 +136,18 @@ def generate_batches(pipeline, prompts, kept, first):
 
 @torch.no_grad()
 def round_trip(pipeline, images, batch_size=16):
-    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks like."""
-    decoded = []
+    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks like.
+
+    Returns:
+        The images, uint8, and how many of them are not finite.
+    """
+    decoded, bad = [], 0
     for block in distributed.bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
-        decoded.append(to_uint8(pipeline.vae.decode(latents, return_dict=False)[0]).cpu())
-    return torch.cat(decoded)
+        x = pipeline.vae.decode(latents, return_dict=False)[0]
+        decoded.append(to_uint8(x).cpu())
+        bad += int(non_finite_images(x).sum())
+    return torch.cat(decoded), bad
 
 
 def read_images(flag):
@@ -164,10 +172,8 @@ def read_images(flag):
 
 def about_training(unet_folder):
     """What result.json says of the training that a UNet comes from."""
-    path = unet_folder.parent.parent / "run.json"
     checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
-    training = read_json(path)["settings"] if FLAGS.unet and path.is_file() else None
-    return {"checkpoint": str(checkpoint), "training": training}
+    return {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
 
 
 def measure(images, prompts, space, scorers, clip):
@@ -186,6 +192,19 @@ def measure(images, prompts, space, scorers, clip):
     if clip and prompts:
         numbers["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
     return numbers, found
+
+
+def note(notes, text):
+    """Add to what is to be said of an evaluation, and say it."""
+    notes.append(text)
+    if distributed.is_main():
+        warn(f"warning: {text}")
+
+
+def note_non_finite(notes, what, bad, number):
+    """`note` that so many of a number of images are not finite, if any are."""
+    if bad:
+        note(notes, f"{bad:,} of {number:,} {what} hold values that are not finite, black here")
 
 
 def take_directories(base_dir):
@@ -222,6 +241,7 @@ def main():
     flags.check(FLAGS)
     device = pick_device(FLAGS.device, FLAGS.precision)
 
+    notes = []  # what the page and result.json say, too
     # whatever can be wrong shows here, before the long work
     folder = unet_folder = pipeline = images = norms = prompts = source = heldout = odd = None
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
@@ -229,7 +249,7 @@ def main():
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
-        flags.take_flags(FLAGS, unet_folder.parent.parent)
+        flags.take_flags(FLAGS, unet_folder)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
@@ -238,25 +258,35 @@ def main():
     embedding = flags.embedding(FLAGS, features, device, "features")
     weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
-    data = distinct(flags.call(FLAGS, load_folder, FLAGS.data_root))
+    if folder:
+        pipeline = load_pipeline(folder, unet_folder)
+        if FLAGS.unet:
+            flags.check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+        if FLAGS.scheduler == "dpm":
+            pipeline.scheduler = as_scheduler("DPMSolverMultistepScheduler", pipeline.scheduler, "--scheduler=dpm")
+        flags.check_pipeline(FLAGS, pipeline, 0 if FLAGS.samples else FLAGS.sample_steps)
+        pipeline.to(device)
+    data = flags.call(FLAGS, load_folder, FLAGS.data_root)
+    for text in flags.differences(FLAGS, settings_of(unet_folder), data) if FLAGS.unet else ():
+        note(notes, text)
+    data = distinct(data)
     training = data.images
     if FLAGS.heldout:
         heldout = read_images("heldout")
-    if folder:
-        pipeline = load_pipeline(folder, unet_folder)
-        flags.check_pipeline(FLAGS, pipeline)
-        if FLAGS.scheduler == "dpm":
-            pipeline.scheduler = libraries()[0].DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.to(device)
     if FLAGS.samples:
         images = read_images("samples")
         odd = warn_of_odd_values(FLAGS.samples, images, training)
     if FLAGS.prompts or not FLAGS.samples:
         number = len(images) if FLAGS.samples else flags.num_images(FLAGS)
         prompts, source = flags.call(FLAGS, make_prompts, data, pipeline and pipeline.tokenizer, number)
-        if FLAGS.samples and len(images) != len(source) and FLAGS.prompts not in ("random", "all"):
-            what = f"{len(source)} prompts for the {len(images)} images of --samples"
-            raise UsageError(f"--prompts={FLAGS.prompts}: {what}: give one for each")
+        in_turn = FLAGS.prompts == "all"  # several times, maybe
+        if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
+            kind = "captions, a distinct image each," if in_turn else "prompts"
+            what = f"{len(source)} {kind} for the {len(images)} images of --samples"
+            advice = "give as many images of each, or a file with a prompt for each" if in_turn else "give one for each"
+            raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice}")
+        if pipeline:
+            check_length(prompts.texts, pipeline.tokenizer, "prompts")
     number = len(images if FLAGS.samples else prompts.texts)
     by_content = bool(FLAGS.samples)
     scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache, heldout=heldout, by_content=by_content)}
@@ -275,22 +305,29 @@ def main():
             record = read_json(Path(FLAGS.generate_dir) / "generate.json")
             names = ("checkpoint", "training", "origin", "non_finite_images", "seconds")
             result |= {name: record[name] for name in names}
+            note_non_finite(notes, "generated images", result["non_finite_images"], len(images))
     floors = {}
     if base_dir:
         pipeline.unet = load_unet(folder / "unet").to(device)
         floors["base"] = generated(pipeline, folder, folder / "unet", directory=base_dir)[0], prompts
+        if distributed.is_main():
+            bad = read_json(Path(base_dir) / "generate.json")["non_finite_images"]
+            note_non_finite(notes, "images of the base model", bad, len(images))
     if heldout is not None:
         floors["holdout"] = heldout, None
     if pipeline:
         rows = evenly_spaced(len(training), len(images))
         own = [data.captions[row][0] for row in rows]
-        floors["round_trip"] = round_trip(pipeline, training[rows]), Prompts(own, own, rows)
+        decoded, bad = round_trip(pipeline, training[rows])
+        note_non_finite(notes, "training images after the VAE's round trip", bad, len(rows))
+        floors["round_trip"] = decoded, Prompts(own, own, rows)
 
     begin = time.perf_counter()
     space = embed(embedding, training), embedding, copy_threshold(features)
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
-    result |= {"warning": scorers[""].warning, "samples_warning": odd, "scored_with": scorers[""].scored_with}
+    notes += [scorers[""].warning] if scorers[""].warning else []
+    result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, "scored_with": scorers[""].scored_with}
     result |= background(space[0], space[2])
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers

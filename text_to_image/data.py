@@ -1,9 +1,13 @@
 """Captioned images in, and what of them belongs to a training step: latents, text states, t and eps."""
 
 import ast
+import csv
 import hashlib
+import io
 import json
+import os
 import random
+import unicodedata
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
@@ -20,8 +24,8 @@ from training.batches import Batch, to_device
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write
-from utils.images import in_threads, list_images, read_image
-from utils.safe_files import check_memory, one_line
+from utils.images import in_threads, list_images, read_image, refuse
+from utils.safe_files import check_memory, one_line, read_text
 from utils.seeding import derive_seed, generator
 
 CAPTION_MODES = (
@@ -29,6 +33,10 @@ CAPTION_MODES = (
 )  # fmt: skip
 DUPLICATIONS = ("nodup", "dup_both", "dup_image")
 RAND_AUGS = ("none", "rand_numb_add", "rand_word_add", "rand_word_repeat")
+# columns of a table of captions; where there is no first one, one of the others, if that is clear
+FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_path")
+TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description")
+THIN = 64  # of the longer side to the shorter: such images are cut before they are resized
 
 
 class CaptionedImages(NamedTuple):
@@ -57,24 +65,45 @@ def load_folder(folder, captions, resolution, num_workers=0):
     groups = list_images(folder, classes=True)
     files = [Path(path) for group in groups for path in group]
     paths = [path.relative_to(folder).as_posix() for path in files]
-    captions = match(read_captions(captions or folder / "metadata.jsonl"), paths, captions or "metadata.jsonl")
+    found = read_captions(captions or folder / "metadata.jsonl")
+    captions = match(found, paths, captions or "metadata.jsonl", folder)
     images = load_images(files, resolution, num_workers)
     return CaptionedImages(images, captions, [path.parent.name for path in files], paths)
 
 
 def load_images(files, resolution, num_workers=0):
-    """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it; raises a DataError."""
+    """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it.
+
+    Raises:
+        DataError: they do not fit into memory; once all have been tried, for those that are bad.
+    """
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
-    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
-    with closing(in_threads(partial(square, side=resolution), files, num_workers)) as results:
-        for i, image in enumerate(distributed.bar(results, "decoding", total=len(files), unit="image", delay=1)):
-            images[i] = image
+    images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
+    with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
+        for i, found in enumerate(distributed.bar(results, "decoding", total=len(files), unit="image", delay=1)):
+            if isinstance(found, DataError):
+                bad.append(str(found))
+            else:
+                images[i] = found
+    refuse(bad)
     return torch.from_numpy(images)
+
+
+def try_square(path, side):
+    """`square`, or what is wrong with the file."""
+    try:
+        return square(path, side)
+    except DataError as error:
+        return error
 
 
 def square(path, side):
     """An image file as uint8 (3, side, side): its shorter side resized to `side`, and the centre of the longer one."""
     image = read_image(path)
+    shorter, longer = sorted(image.size)
+    if longer > THIN * shorter:  # resized as a whole, it could fill the memory
+        left, top = ((length - min(length, THIN * shorter)) // 2 for length in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     scale = side / min(image.size)
     width, height = (max(side, round(scale * length)) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
@@ -83,45 +112,111 @@ def square(path, side):
 
 
 def read_captions(path, flag="captions"):
-    """{name of an image: its captions} of a JSON file of that form, or of a metadata.jsonl as diffusers reads it.
+    """{name of an image: its captions, in the order of the file}, not empty.
+
+    The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv. An image may
+    have several lines.
 
     flag: that names the file.
 
     Raises:
         DataError: missing, or of another form.
     """
-    path = Path(path)
+    path, captions = Path(path), {}
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            content = {line["file_name"]: line["text"] for line in lines}
+        text, kind = read_text(path), path.suffix.lower()
+        if kind == ".jsonl":
+            lines = [line for line in text.split("\n") if line.strip()]
+            pairs = [file_and_text(json.loads(line, object_pairs_hook=list)) for line in lines]
+        elif kind in (".csv", ".tsv"):
+            pairs = [file_and_text(row) for row in read_table(text)]
         else:
-            content = json.loads(text)
-        content = {name: [value] if isinstance(value, str) else value for name, value in content.items()}
-        for name, texts in content.items():
+            pairs = json.loads(text, object_pairs_hook=list)  # a dict could not have a key twice
+            if text.lstrip().startswith("["):
+                pairs = [file_and_text(row) for row in pairs]
+        for name, value in pairs:
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(name, str) or not parts_of(name):
+                raise ValueError(f"{name!r} is no name of an image")
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name} has no list of texts")
-        return content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        form = '{"image.png": ["caption", ...]}, or lines of {"file_name": ..., "text": ...} in a .jsonl'
+            captions.setdefault(name, []).extend(texts)
+        if not captions:
+            raise ValueError("there are none in it")
+        return captions
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        form = '{"image.png": ["caption", ...]}, or lines of {"file_name": ..., "text": ...} in a .jsonl, .csv or .tsv'
         raise DataError(f"--{flag}={path}: cannot be read ({one_line(error)}): needs {form}") from error
 
 
-def match(captions, paths, name):
-    """The captions of every path: those of the same path or of one that ends in it, else those of its file name.
+def file_and_text(row):
+    """The name of an image and its caption in a row of a table, [(column, value)]; raises a ValueError."""
+    columns, values = [column for column, _ in row], dict(row)
+    if len(values) < len(columns):
+        raise ValueError(f"a column of {', '.join(columns)} is there twice")
+    found = []
+    for names in (FILE_COLUMNS, TEXT_COLUMNS):
+        known = names[:1] if names[0] in values else [name for name in names if name in values]
+        if len(known) != 1:
+            raise ValueError(f"of the columns {', '.join(columns)}, which is {names[0]}?")
+        found.append(values[known[0]])
+    return found
+
+
+def read_table(text):
+    """The rows of a table with a header, [(column, value)] each; commas, semicolons, tabs or bars part its columns."""
+    first = text.partition("\n")[0]
+    rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
+    header = [column.strip().lower() for column in next(rows, [])]
+    for row in rows:
+        if row and len(row) != len(header):
+            what = f"line {rows.line_num} has {len(row)} columns and the first {len(header)}"
+            raise ValueError(f"{what}: put texts in quotes")
+        if row:
+            yield list(zip(header, (value.strip() for value in row), strict=True))
+
+
+def parts_of(path):
+    """The parts of a path of any system, as the letters that they show: some systems write letters and accents."""
+    parts = unicodedata.normalize("NFC", str(path)).replace("\\", "/").split("/")
+    return [part for part in parts if part not in ("", ".")]
+
+
+def match(captions, paths, name, folder=""):
+    """The captions of every path: those of its key, else of the key that has most of its last parts in common with it.
+
+    A key in folders may have the file name alone in common, as a path of another machine has. It is of another image,
+    and not taken, where other keys show that their folders are those of the paths, or where both are in folders and
+    the key is relative.
+
+    Args:
+        captions: {path of an image: its captions}.
+        paths: of the images, in `folder`.
+        name: of the file of captions.
+        folder: its own parts may be those of keys.
 
     Raises:
         DataError: a path has no captions, or it is not clear which are its.
     """
-    endings = defaultdict(set)  # the last parts of a key's path -> keys
+    whole, endings = defaultdict(set), defaultdict(set)  # a key's path, or the last parts of it -> keys
     for key in captions:
-        parts = key.replace("\\", "/").split("/")
+        parts = parts_of(key)
+        whole[tuple(parts)].add(key)
         for start in range(len(parts)):
-            endings["/".join(parts[start:])].add(key)
-    path_of, missing = {}, []
+            endings[tuple(parts[start:])].add(key)
+    in_folders = {key for parts, keys in whole.items() if len(parts) > 1 for key in keys}
+    above, found, missing = parts_of(os.path.abspath(folder)), [], []  # noqa: PTH100 - of links, the names given
     for path in paths:
-        keys = {path} if path in captions else endings.get(path) or endings.get(path.rsplit("/", 1)[-1], ())
+        parts = [*above, *parts_of(path)]
+        start = next((start for start in range(len(parts)) if tuple(parts[start:]) in endings), len(parts))
+        keys = whole.get(tuple(parts_of(path))) or endings.get(tuple(parts[start:]), set())
+        found.append((path, keys, start == len(parts) - 1))
+    are_known = any(keys & in_folders and not by_name for _, keys, by_name in found)
+    path_of = {}
+    for path, keys, by_name in found:
+        is_relative = not any(key[:1] in "/\\" or key[1:2] == ":" for key in keys)
+        if by_name and (are_known or (is_relative and "/" in path)):
+            keys = keys - in_folders
         if len(keys) > 1:
             raise DataError(f"--captions={name}: {' and '.join(sorted(keys)[:2])} could both be of {path}")
         for key in keys:
@@ -169,8 +264,23 @@ def add_words(text, words, draw):
 
 
 def random_tokens(tokenizer, number, draw):
-    """The text of so many random tokens, special ones aside."""
-    return tokenizer.decode([draw.randrange(min(tokenizer.all_special_ids)) for _ in range(number)])
+    """The text of so many random tokens, those before the first special one."""
+    special = {*tokenizer.all_special_ids} - {0, tokenizer.pad_token_id}  # Stable Diffusion 2 pads with '!', number 0
+    return tokenizer.decode([draw.randrange(min(special)) for _ in range(number)])
+
+
+def check_length(captions, tokenizer, what):
+    """Say which of the captions, a list of texts, are empty, and which the text encoder does not read to the end."""
+    captions = list(captions)
+    empty = sum(not text.strip() for text in captions)
+    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+    limit = tokenizer.model_max_length
+    long = [text for text, length in zip(captions, lengths, strict=True) if length > limit]
+    if empty and distributed.is_main():
+        warn(f"warning: {empty:,} of {len(captions):,} {what} are empty")
+    if long and distributed.is_main():
+        begin = f"the text encoder reads {limit} and no more, such as of {long[0][:60]!r}"
+        warn(f"warning: {len(long):,} of {len(captions):,} {what} have more than {limit} tokens: {begin}")
 
 
 def cached(path, make):

@@ -2,13 +2,16 @@
 default. --help, flagfile.txt and result files show these and no others.
 """
 
+import math
+from pathlib import Path
+
 import torch
 from absl import flags
 
 from dataset import fingerprint
 from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
-from text_to_image.pipeline import content_hash
+from text_to_image.pipeline import FROZEN, LATENT_SIDE, check_steps, content_hash, settings_of
 from training import flags as shared
 from training.flags import agc, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
 from utils import distributed
@@ -28,6 +31,7 @@ DEFAULTS = {
     "batch_size": 8, "ema_decay": 0.0, "hflip": True, "logdir": "logs/text", "num_images": 4000,
     "guidance": 7.5, "sample_size": 4, "sample_step": 2000,
     "use_labels": True, "num_labels": 1,  # what training.flags.check wants for --guidance
+    "T": 10**9,  # and for steps and bins, whose number is the scheduler's: see check_pipeline
 }  # fmt: skip
 for _name, _value in DEFAULTS.items():
     FLAGS.set_default(_name, _value)
@@ -58,7 +62,9 @@ flags.DEFINE_string("unet", None, "folder of a UNet for the pipeline's place, or
 flags.DEFINE_bool("unet_from_scratch", False, "start from random weights of the UNet's configuration")
 
 # data
-flags.DEFINE_string("captions", None, "JSON {image: [captions]}, or metadata.jsonl, the default in --data_root")
+flags.DEFINE_string(
+    "captions", None, "JSON {image: [captions]}, .csv, .tsv or .jsonl; default: metadata.jsonl in --data_root"
+)
 flags.DEFINE_integer("resolution", 256, "side of the images: resized, then the centre cut out", lower_bound=8)
 flags.DEFINE_string("cache_dir", None, "directory of latents and text states; default: .cache in --data_root")
 flags.DEFINE_enum("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob")
@@ -114,24 +120,69 @@ def check(values):
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
 
 
-def take_flags(values, logdir):
+def take_flags(values, unet_folder):
     """Give the flags of the pipeline and the training images the values of a training, unless they were given.
 
     Args:
-        logdir: directory of the training; where it has no flagfile, nothing is taken.
+        unet_folder: of the UNet; where there is no flagfile in its log directory, nothing is taken.
 
     Raises:
-        UsageError: no pipeline is known, and images are to be generated.
+        UsageError: no pipeline is known, and images are to be generated, or another resolution was given for them.
     """
-    path = logdir / "flagfile.txt"
-    lines = shared.read_flagfile(path) if path.is_file() else []
-    recorded = dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
+    logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
+    recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
+    if values["resolution"].present and values.resolution != resolution and not values.samples:
+        what = f"the UNet of {logdir} was trained with {resolution}"
+        raise UsageError(f"--resolution={values.resolution}: {what}: leave the flag out")
     names = ["data_root", "captions", "resolution", "cache_dir", "caption_mode"]
     for name in names + ([] if values.samples else ["pretrained"]):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])
     if not values.pretrained and not values.samples:
         raise UsageError(f"give --pretrained: {logdir} does not say of which pipeline --unet={values.unet} is")
+
+
+def recorded_flags(logdir):
+    """{name: text} of the flags in the flagfile of a log directory, none where it has no flagfile."""
+    path = logdir / "flagfile.txt"
+    lines = shared.read_flagfile(path) if path.is_file() else []
+    return dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
+
+
+def check_pipeline_of_training(values, settings, folder, unet_folder):
+    """Check that a UNet is used with the pipeline that it was trained with.
+
+    Args:
+        settings: of the training, as `settings_of` returns them.
+        folder, unet_folder: of the pipeline and of the UNet.
+
+    Raises:
+        UsageError: it is another.
+    """
+    logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
+    if known not in (None, content_hash(folder, *FROZEN)):
+        first = Path(recorded_flags(logdir).get("pretrained", ""))
+        parts = [part for part in FROZEN if (first / part).is_dir()]
+        parts = [part for part in parts if content_hash(first, part) != content_hash(folder, part)]
+        what = f"{logdir}/run.json says that its UNet was trained with another {' and '.join(parts) or 'pipeline'}"
+        advice = f"give the pipeline of that training, or --unet a copy of {unet_folder} that lies elsewhere"
+        raise UsageError(f"--pretrained={values.pretrained}: {what}: {advice}")
+
+
+def differences(values, settings, data):
+    """What is to be said of an evaluation whose data may not be that of the training, a list of texts.
+
+    Args:
+        settings: as for `check_pipeline_of_training`.
+        data: the `CaptionedImages`.
+    """
+    of_run = settings or {}
+    if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
+        what = "no run.json beside it says which pipeline and images it was trained with: these may be others"
+        return [f"--unet={values.unet}: {what}"]
+    now = content_of(data)
+    others = [name.partition(" (")[0] for name, sha in now.items() if of_run.get(name, sha) != sha]
+    return [f"--data_root={values.data_root}: not the {' and '.join(others)} of the training"] if others else []
 
 
 def prompts_are_drawn(values):
@@ -162,12 +213,28 @@ def check_data(values, data):
         )
 
 
-def check_pipeline(values, pipeline):
-    """Raise a UsageError where the resolution does not fit the VAE."""
-    factor = pipeline.vae_scale_factor
+def check_pipeline(values, pipeline, steps):
+    """Check that flags fit a pipeline.
+
+    steps: of `--sample_steps`, or 0 where no image is made.
+
+    Raises:
+        UsageError: they do not.
+    """
+    factor, T = math.lcm(pipeline.vae_scale_factor, LATENT_SIDE), pipeline.scheduler.config.num_train_timesteps
     if values.resolution % factor:
-        what = f"{values.pretrained} has a VAE that makes images {factor} times as small"
+        what = f"{values.pretrained} has a VAE that makes images {pipeline.vae_scale_factor} times as small"
         raise UsageError(f"--resolution={values.resolution}: {what}, so give a multiple of {factor}")
+    if values.bank_bins > T:
+        raise UsageError(f"--bank_bins={values.bank_bins}: the pipeline's scheduler has {T} timesteps, give fewer")
+    if steps:
+        check_steps(pipeline.scheduler, steps)
+
+
+def content_of(data):
+    """What run.json says of the `CaptionedImages` of a training."""
+    captions = torch.frombuffer(bytearray(repr(data.captions).encode()), dtype=torch.uint8)
+    return {"training images (sha256)": fingerprint(data.images), "captions (sha256)": fingerprint(captions)}
 
 
 def split_of(values):
@@ -185,9 +252,8 @@ def logdir(values, data, folder, unet_folder):
     settings = {"script": "text_to_image.main_fed"} | {name: values[name].value for name in FIXED + CHANGEABLE}
     settings["split"] = split_of(values)
     content = {
-        "training images (sha256)": fingerprint(data.images),
-        "captions (sha256)": fingerprint(torch.frombuffer(bytearray(repr(data.captions).encode()), dtype=torch.uint8)),
-        "pipeline (sha256)": content_hash(folder, "vae", "text_encoder", "tokenizer", "scheduler"),
+        **content_of(data),
+        "pipeline (sha256)": content_hash(folder, *FROZEN),
         "unet (sha256)": content_hash(unet_folder),
     }
     once = {name: values[name].value for name in shared.ONCE}

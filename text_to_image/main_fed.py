@@ -14,19 +14,29 @@ import torch
 from absl import flags as absl_flags
 
 from dataset import fingerprint
+from score.samples import non_finite_images
 from text_to_image import flags
-from text_to_image.data import CaptionBatches, TextStates, cached, captions_of_mode, duplicated, load_folder
+from text_to_image.data import (
+    CaptionBatches,
+    TextStates,
+    cached,
+    captions_of_mode,
+    check_length,
+    duplicated,
+    load_folder,
+)
 from text_to_image.pipeline import (
     LatentTrainer,
+    as_scheduler,
     content_hash,
     encode_images,
     find_folder,
     find_unet,
     generate,
-    libraries,
     load_pipeline,
     remove_unets,
     save_unet,
+    settings_of,
 )
 from training import checkpoint
 from training.averaging import average_learners
@@ -36,16 +46,16 @@ from training.learner import Learner
 from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
-from utils.errors import UsageError
+from utils.errors import UsageError, warn
 from utils.seeding import derive_seed, sample_noise
 
 FLAGS = absl_flags.FLAGS
 
 
-def train(data, pipeline, folder, unet_folder, device, logdir):
+def train(data, pipeline, scheduler, folder, unet_folder, device, logdir):
     # what the run is made of
     slots = slots_of_round(len(data.images), 1)
-    shards = make_shards_of_this_process(data, pipeline, folder, slots, device)
+    shards = make_shards_of_this_process(data, pipeline, scheduler, folder, slots, device)
     sizes = [len(index) for index in slots]
     steps_per_round = [FLAGS.local_steps] * len(slots)
     steps = {"shards": len(slots), "steps_in_all": FLAGS.total_round * sum(steps_per_round)}
@@ -123,10 +133,8 @@ def slots_of_round(number, r):
     return make_shards(torch.zeros(number), FLAGS.client_num, flags.split_of(FLAGS), FLAGS.seed, r=r)
 
 
-def make_shards_of_this_process(data, pipeline, folder, slots, device):
+def make_shards_of_this_process(data, pipeline, scheduler, folder, slots, device):
     """Shard k is trained by process k mod P; all K sub-models start from the pipeline's UNet."""
-    diffusers, _ = libraries()
-    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     objective = partial(LatentTrainer, scheduler=scheduler, parts=FLAGS.accumulate)
     T = scheduler.config.num_train_timesteps
     with distributed.main_first():
@@ -153,7 +161,12 @@ def encode(data, pipeline, folder):
     key = f"{content_hash(folder, 'vae')[:16]}_{fingerprint(data.images)[:16]}"
     moments = cached(directory / f"latents_{key}.npy", lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, FLAGS.caption_mode, pipeline.tokenizer)
+    are_drawn = FLAGS.caption_mode in ("all", "allcaps") or FLAGS.duplication == "dup_image"
+    used = [text for texts in captions for text in (texts if are_drawn else texts[:1])]
+    check_length(used, pipeline.tokenizer, "captions")
     key = content_hash(folder, "text_encoder", "tokenizer")
+    if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
+        key += " masked"  # earlier versions did not mask
     return moments, captions, TextStates(pipeline, [texts[0] for texts in captions], directory, key)
 
 
@@ -163,7 +176,10 @@ def preview(pipeline, captions, unet):
     prompts = [texts[0] for texts in captions[: FLAGS.sample_size]]
     side = FLAGS.resolution // pipeline.vae_scale_factor
     latents = sample_noise(FLAGS.seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
-    return 2 * generate(pipeline, prompts, latents, FLAGS.sample_steps, FLAGS.guidance) - 1
+    x = generate(pipeline, prompts, latents, FLAGS.sample_steps, FLAGS.guidance)
+    if bad := int(non_finite_images(x).sum()):
+        warn(f"warning: {bad} of {len(x)} images of the first captions hold values that are not finite, black here")
+    return 2 * x - 1
 
 
 def main():
@@ -173,11 +189,14 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
-    data = flags.call(FLAGS, load_folder, FLAGS.data_root)
-    flags.check_data(FLAGS, data)
     unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
     pipeline = load_pipeline(folder, unet_folder)
-    flags.check_pipeline(FLAGS, pipeline)
+    if FLAGS.unet:
+        flags.check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+    flags.check_pipeline(FLAGS, pipeline, FLAGS.sample_steps if FLAGS.sample_step else 0)
+    scheduler = as_scheduler("DDPMScheduler", pipeline.scheduler, "training")
+    data = flags.call(FLAGS, load_folder, FLAGS.data_root)
+    flags.check_data(FLAGS, data)
     if FLAGS.unet_from_scratch:
         torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
         pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
@@ -185,7 +204,7 @@ def main():
         pipeline.unet.enable_gradient_checkpointing()
     pipeline.vae.to(device)
     pipeline.text_encoder.to(device)
-    train(data, pipeline, folder, unet_folder, device, Path(FLAGS.logdir))
+    train(data, pipeline, scheduler, folder, unet_folder, device, Path(FLAGS.logdir))
 
 
 if __name__ == "__main__":

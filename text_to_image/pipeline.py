@@ -1,11 +1,16 @@
 """Stable Diffusion in diffusers' format: read from a folder without running what is in it, trained, sampled, saved."""
 
+import contextlib
+import copy
 import hashlib
+import json
+import logging
 import re
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -13,12 +18,21 @@ from torch.utils.checkpoint import checkpoint as recompute
 from training.batches import normalize
 from utils import distributed
 from utils.errors import DataError, UsageError
-from utils.files import file_hash, read_json, writable
-from utils.safe_files import one_line
+from utils.files import file_hash, writable
+from utils.safe_files import one_line, read_text
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
+FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts of a pipeline that are not trained
 PREDICTIONS = ("epsilon", "v_prediction")
+# that take Stable Diffusion from noise to image, besides diffusers' KarrasDiffusionSchedulers
+SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
+# what else than latents, time and text a UNet can be told: nothing here knows what to say
+CONDITIONS = (
+    "class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim",
+    "encoder_hid_dim_type",
+)  # fmt: skip
 ROUND = r"checkpoint_round(\d+)"
+LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
 
 def libraries():
@@ -29,7 +43,7 @@ def libraries():
     except ImportError as error:
         raise UsageError(f"text_to_image needs {error.name}: pip install -r requirements-text.txt") from error
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what fails is an exception, too
         library.utils.logging.disable_progress_bar()
     return diffusers, transformers
 
@@ -41,6 +55,9 @@ def find_folder(name, download=False):
         DataError: it is neither here nor in the hub's cache, and not to be downloaded, or not Stable Diffusion.
     """
     folder = Path(name)
+    if folder.is_file():
+        how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise DataError(f"--pretrained={name}: is a file: convert it with diffusers, {how}, and give the folder")
     if not folder.is_dir():
         import huggingface_hub
 
@@ -49,11 +66,20 @@ def find_folder(name, download=False):
                 huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, local_files_only=not download)
             )
         except Exception as error:  # of the network, the hub, or a name that cannot be one of its
-            what = f"cannot be downloaded ({one_line(error)})" if download else "no such folder"
-            raise DataError(f"--pretrained={name}: {what}: name a folder in diffusers' format") from error
+            what = "no such folder:"
+            if download:
+                what = f"cannot be downloaded ({one_line(error)}):"
+            elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):  # as the hub's names are
+                what = "no such folder, and no model of the hub that was downloaded: add --download to fetch it, or"
+            raise DataError(f"--pretrained={name}: {what} name a folder in diffusers' format") from error
     if not (folder / "model_index.json").is_file():
-        raise DataError(f"--pretrained={name}: no model_index.json in it: name a folder in diffusers' format")
-    kind = read_json(folder / "model_index.json").get("_class_name")
+        advice = "name a folder in diffusers' format"
+        if (folder / "config.json").is_file():
+            advice = "it holds one part of a pipeline, give the whole (a UNet alone is for --unet)"
+        for inside in sorted([*folder.glob("*/model_index.json"), *folder.glob("snapshots/*/model_index.json")]):
+            advice = f"give {inside.parent}"
+        raise DataError(f"--pretrained={name}: no model_index.json in it: {advice}")
+    kind = read_config(folder / "model_index.json").get("_class_name")
     if kind != "StableDiffusionPipeline":
         raise DataError(f"--pretrained={name}: is a {kind}: give a StableDiffusionPipeline (1.x or 2.x)")
     return folder
@@ -67,27 +93,122 @@ def load_pipeline(folder, unet_folder):
         unet_folder: of the UNet.
 
     Raises:
-        DataError: a part is missing, damaged, or only there as a pickle; the scheduler's prediction is unknown.
+        DataError: a part is missing, damaged, only there as a pickle, or does not fit the others.
     """
     diffusers, transformers = libraries()
+    scheduler = read_scheduler(folder / "scheduler")
     unet = load_unet(unet_folder)
     vae = read_part(diffusers.AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     text_encoder = read_part(transformers.CLIPTextModel, folder / "text_encoder").eval().requires_grad_(False)
-    settings = read_json(folder / "scheduler" / "scheduler_config.json")
-    if settings.get("prediction_type", "epsilon") not in PREDICTIONS:
-        raise DataError(f"{folder}/scheduler: prediction_type must be {' or '.join(PREDICTIONS)}")
-    scheduler = getattr(diffusers, str(settings.get("_class_name")), None)
-    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise DataError(f"{folder}/scheduler: {settings.get('_class_name')} is no scheduler of diffusers")
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # of files that are no JSON, or lack something
         raise DataError(f"{folder}/tokenizer: cannot be read ({one_line(error)})") from error
+    # a tokenizer that does not say what the text encoder takes would pad to 10^30 tokens
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer)
     pipeline = diffusers.StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler.from_config(settings), None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer):
+    """Raise a DataError where parts of a pipeline are not made for each other, which names both."""
+    for name in CONDITIONS:
+        if unet.config.get(name) is not None:
+            what = f"{name} is {unet.config[name]}, so it wants more than latents, time and text, as {folder} gives it"
+            raise DataError(f"{unet_folder}: its {what}: give a UNet of Stable Diffusion 1.x or 2.x")
+    tokens, width = max(tokenizer.get_vocab().values()) + 1, unet.config.cross_attention_dim
+    if isinstance(width, (list, tuple)) and len(set(width)) == 1:  # the same in all its blocks
+        width = width[0]
+    channels = f"latent_channels of {folder}/vae", vae.config.latent_channels
+    encoder = f"{folder}/text_encoder"
+    for of, name, value, (other, wanted) in (
+        (unet_folder, "in_channels", unet.config.in_channels, channels),
+        (unet_folder, "out_channels", unet.config.out_channels, channels),
+        (unet_folder, "cross_attention_dim", width, (f"hidden_size of {encoder}", text_encoder.config.hidden_size)),
+        (f"{folder}/vae", "in_channels", vae.config.in_channels, ("channels of an image", 3)),
+        (f"{folder}/vae", "out_channels", vae.config.out_channels, ("channels of an image", 3)),
+    ):
+        if value != wanted:
+            raise DataError(f"{of}: its {name} is {value}, the {other} {wanted}: give one that fits the other")
+    if tokens > text_encoder.config.vocab_size:
+        what = f"has {tokens} tokens, the vocab_size of {encoder} is {text_encoder.config.vocab_size}"
+        raise DataError(f"{folder}/tokenizer: {what}: give one that fits the other")
+
+
+def read_scheduler(folder):
+    """diffusers' scheduler in a folder, one of those that sample Stable Diffusion.
+
+    Raises:
+        DataError: it is none, cannot be made, or its noise is not that of a network that predicts epsilon or v.
+    """
+    diffusers, _ = libraries()
+    settings = read_config(folder / "scheduler_config.json")
+    name, prediction = settings.get("_class_name"), settings.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise DataError(f"{folder}: prediction_type must be {' or '.join(PREDICTIONS)}")
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise DataError(f"{folder}: {name} is no scheduler of diffusers")
+    try:
+        scheduler = kind.from_config(settings)
+    except Exception as error:  # of settings that the class does not know
+        raise DataError(f"{folder}: {name} cannot be made of its settings ({one_line(error)[:200]})") from error
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    known = {*SCHEDULERS, *diffusers.schedulers.KarrasDiffusionSchedulers.__members__}
+    if alphas is None or name not in known or settings.get("use_flow_sigmas"):
+        what = f"{name} has not the betas of noise that Stable Diffusion is trained with"
+        raise DataError(f"{folder}: {what}: give a scheduler such as DDIMScheduler or PNDMScheduler")
+    T = scheduler.config.num_train_timesteps
+    if len(alphas) != T or not ((alphas >= 0) & (alphas <= 1)).all():
+        raise DataError(f"{folder}: its betas are not {T} numbers in [0, 1], one for each of num_train_timesteps")
+    if prediction == "epsilon" and (settings.get("rescale_betas_zero_snr") or alphas[-1] == 0):
+        what = "its last timestep is noise alone (zero terminal SNR), of which epsilon says nothing"
+        raise DataError(f"{folder}: {what}: give a pipeline of v_prediction, or betas without rescale_betas_zero_snr")
+    return scheduler
+
+
+def as_scheduler(kind, scheduler, use):
+    """A scheduler of another kind with the noise of a pipeline's scheduler.
+
+    Args:
+        kind: name of the class.
+        use: what it is for.
+
+    Raises:
+        DataError: it cannot have that noise.
+    """
+    name = type(scheduler).__name__
+    try:
+        made = getattr(libraries()[0], kind).from_config(scheduler.config)
+    except Exception as error:  # of settings that the class does not know
+        raise DataError(f"{kind}, for {use}, cannot be made of the pipeline's {name} ({one_line(error)})") from error
+    ours, theirs = made.alphas_cumprod, scheduler.alphas_cumprod
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
+        what = f"{kind}, for {use}, has other betas than the pipeline's {name} has"
+        advice = "write beta_schedule, beta_start and beta_end into scheduler_config.json, or give another scheduler"
+        raise DataError(f"{what}: {advice}")
+    return made
+
+
+def check_steps(scheduler, steps):
+    """Raise a UsageError where a scheduler cannot make an image in so many steps: it is tried, without a network."""
+    T, reason = scheduler.config.num_train_timesteps, f"give at most {scheduler.config.num_train_timesteps}"
+    if steps <= T:
+        x, scheduler, reason = torch.zeros(1, 1, 1, 1), copy.deepcopy(scheduler), None
+        try:
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
+        except Exception as error:  # such as an index beyond the last timestep
+            reason = f"cannot take so many ({one_line(error)[:200]}), give another number"
+    if reason:
+        name, offset = type(scheduler).__name__, scheduler.config.get("steps_offset", 0)
+        what = f"the pipeline's {name} has {T} timesteps and steps_offset {offset}"
+        raise UsageError(f"--sample_steps={steps}: {what}: {reason}")
 
 
 def load_unet(folder):
@@ -96,15 +217,30 @@ def load_unet(folder):
 
 
 def read_part(kind, folder, **settings):
-    """A network of a pipeline, from safetensors only, with every one of its weights in the file."""
+    """A network of a pipeline in float32, from safetensors only: its weights are those of the file, all of them."""
     settings |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         network, info = kind.from_pretrained(folder, **settings)
     except Exception as error:  # a damaged file can make the libraries raise anything
+        variants = [path.name for path in sorted(Path(folder).glob("*model.*.safetensors"))]
+        if variants and not list(Path(folder).glob("*model.safetensors")):
+            ours = f"{variants[0].split('.')[0]}.safetensors"
+            raise DataError(f"{folder}: holds {variants[0]} only: rename it to {ours}, or add that file") from error
         raise DataError(f"{folder}: cannot be read ({one_line(error)[:300]}); pickles are refused") from error
     if info["missing_keys"]:
         raise DataError(f"{folder}: the weights lack {min(info['missing_keys'])} of its {kind.__name__}")
-    return network
+    if info["unexpected_keys"]:
+        what = f"{min(info['unexpected_keys'])} in the weights has no place in its {kind.__name__}"
+        raise DataError(f"{folder}: {what}: config.json beside it is of another network")
+    return network.float()
+
+
+def read_config(path):
+    """The dict in a JSON file of a pipeline; raises a DataError."""
+    try:
+        return dict(json.loads(read_text(path)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({one_line(error)}): fetch it again") from error
 
 
 def find_unet(name):
@@ -121,16 +257,36 @@ def find_unet(name):
     raise DataError(f"--unet={name}: no UNet in diffusers' format in it: name a folder with checkpoint_round*/unet")
 
 
+def settings_of(unet_folder):
+    """The settings in the run.json of the log directory that a UNet lies in, a dict; None where there is none."""
+    path = Path(unet_folder).parent.parent / "run.json"
+    settings = read_config(path).get("settings") if path.is_file() else None
+    return settings if isinstance(settings, dict) else None
+
+
 def save_unet(unet, weights, folder):
     """Write `folder`/unet as diffusers does, with weights for this UNet; it is there as a whole or not at all."""
     place, temporary = Path(folder) / "unet", Path(folder) / ".unet.tmp"
-    with writable(folder, "check the directory and its space"):
+    weights = {name: value.cpu().contiguous() for name, value in weights.items()}
+    try:
+        with writable_weights(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            unet.save_config(temporary)
+            save_file(weights, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            shutil.rmtree(place, ignore_errors=True)  # of a start that has been killed since: the same weights
+            temporary.rename(place)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        unet.save_config(temporary)
-        weights = {name: value.cpu().contiguous() for name, value in weights.items()}
-        save_file(weights, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(place, ignore_errors=True)  # of a start that has been killed since: the same weights
-        temporary.rename(place)
+
+
+@contextlib.contextmanager
+def writable_weights(folder):
+    """As `utils.files.writable`, also for safetensors, whose errors of the disk are no OSError."""
+    with writable(folder, "check the directory and its space"):
+        try:
+            yield
+        except SafetensorError as error:
+            raise OSError(one_line(error)) from error
 
 
 def remove_unets(logdir):
@@ -161,20 +317,25 @@ def encode_images(vae, images, batch_size=16):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
     blocks = distributed.bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
     both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
-    return torch.cat(both)
+    moments = torch.cat(both)
+    if bad := int((~moments.isfinite()).flatten(1).any(dim=1).sum()):
+        raise DataError(f"the VAE's latents of {bad} of {len(images)} images are not finite in float16: give another")
+    return moments
 
 
 @torch.no_grad()
 def encode_captions(pipeline, captions, batch_size=64):
-    """The text encoder's last hidden states of B captions: (B, L, D) float16, on the text encoder's device."""
-    tokens = pipeline.tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=pipeline.tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(pipeline.text_encoder.device)
-    return torch.cat([pipeline.text_encoder(block)[0].half() for block in tokens.split(batch_size)])
+    """The text states of B captions that the pipeline samples with: (B, L, D) float16, on the text encoder's device.
+
+    Raises:
+        DataError: they are not finite.
+    """
+    device, blocks = pipeline.text_encoder.device, range(0, len(captions), batch_size)
+    texts = [list(captions[start : start + batch_size]) for start in blocks]
+    states = torch.cat([pipeline.encode_prompt(block, device, 1, False)[0].half() for block in texts])
+    if not states.isfinite().all():
+        raise DataError("the text encoder's states of captions are not finite in float16: give another --pretrained")
+    return states
 
 
 class LatentTrainer(nn.Module):
@@ -209,13 +370,14 @@ class LatentTrainer(nn.Module):
 
 
 @torch.no_grad()
-def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noise=0.0):
+def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noise=0.0, dtype=torch.float32):
     """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
 
     Args:
         steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and with it.
         streams: B generators on the CPU, for the noise of the scheduler and of the text.
         text_noise: standard deviation of noise on the text states, with and without the prompt.
+        dtype: of the UNet's autocast; all else is in float32.
     """
     text = pipeline.encode_prompt(prompts, pipeline.device, 1, guidance > 1)
     if text_noise:
@@ -223,10 +385,30 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
             None if states is None else states + text_noise * torch.stack([noise_like(states[0], s) for s in streams])
             for states in text
         ]
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": streams, "output_type": "pt"}
-    settings |= {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": streams}
+    settings |= {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "output_type": "latent"}
     height, width = (pipeline.vae_scale_factor * side for side in latents.shape[-2:])
-    return pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images.float()
+    with autocast_unet(pipeline, dtype):
+        latents = pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images
+    images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    return (images * 0.5 + 0.5).clamp(0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def autocast_unet(pipeline, dtype):
+    """Within it the pipeline's UNet computes in a dtype, and gives its predictions in float32."""
+    unet, autocast = pipeline.unet, torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
+    forward = unet.forward
+
+    def cast(*inputs, **settings):
+        with autocast:
+            return (forward(*inputs, **settings)[0].float(),)
+
+    unet.forward = cast
+    try:
+        yield
+    finally:
+        del unet.forward  # that of the class is there again
 
 
 def noise_like(states, stream):

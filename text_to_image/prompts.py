@@ -1,6 +1,7 @@
 """What a text-conditioned generator is asked for, and whose captions that is."""
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,7 @@ import torch
 
 from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens, read_captions
 from utils.errors import DataError
-from utils.files import read_json
-from utils.safe_files import one_line
+from utils.safe_files import one_line, read_text
 from utils.seeding import derive_seed
 
 
@@ -45,19 +45,19 @@ def read_prompts(path):
     Raises:
         DataError: it cannot be read as any of these.
     """
-    path = Path(path)
+    path, kind = Path(path), Path(path).suffix.lower()
     try:
-        content = read_json(path) if path.suffix == ".json" else None
-        if path.suffix == ".jsonl" or isinstance(content, dict):
+        content = json.loads(read_text(path)) if kind == ".json" else None
+        if kind in (".jsonl", ".csv", ".tsv") or isinstance(content, dict):
             lines = [texts[0] for texts in read_captions(path, "prompts").values()]
-        elif path.suffix == ".json":
+        elif kind == ".json":
             lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
         else:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in read_text(path).split("\n") if line.strip()]
         if not lines or not all(isinstance(line, str) for line in lines):
             raise ValueError("no list of texts")
         return lines
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
         raise DataError(f"--prompts={path}: {what}") from error
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from text_to_image.data import CaptionBatches, CaptionedImages, TextStates
-from text_to_image.pipeline import LatentTrainer, encode_images, libraries
+from text_to_image.pipeline import LatentTrainer, encode_images, libraries, writable_weights
 from training.batches import normalize
 from training.learner import Learner
 from utils import distributed, startup
@@ -193,7 +193,8 @@ def main():
     train_vae(pipeline.vae, rest.images, args.vae_steps)
     if args.unet_steps:
         train_unet(pipeline, rest, args.unet_steps, args.out / ".cache")
-    pipeline.save_pretrained(args.out / "pipeline")
+    with writable_weights(args.out / "pipeline"):
+        pipeline.save_pretrained(args.out / "pipeline")
     names = f"--pretrained={args.out}/pipeline --data_root={args.out}/train --captions={args.out}/train.json"
     print(f"{names}: {TRAIN} emoji; {args.out}/heldout: {HELDOUT} others")
 

@@ -117,13 +117,18 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
             else:
                 sizes = f"is {size_of(found)}, {first} is {size_of(images)} (width x height)"
                 bad.append(f"{paths[row]}: {sizes}")
-    if bad:
-        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
+    refuse(bad)
     if changed and distributed.is_main():
         what = f"{changed} of {len(paths)} images are not square and are {CHANGES[resize]}, see --resize"
         warn(f"{Path(paths[0]).parent}: {what}")
     return images
+
+
+def refuse(bad):
+    """Raise a DataError that says what is wrong with images, a text each, if there are any."""
+    if bad:
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
 
 
 def size_of(images):

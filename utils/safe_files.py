@@ -1,5 +1,6 @@
 """Files from elsewhere: CIFAR's pickles and archives, of which nothing is run, and whether there is memory for them."""
 
+import codecs
 import io
 import math
 import pickle
@@ -11,6 +12,10 @@ import numpy as np
 from utils.errors import DataError
 
 LONGEST = 300  # characters of an exception in a message
+MARKS = {  # that editors put before a text; UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 def one_line(error):
@@ -43,6 +48,22 @@ def read_file(path):
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)}): fetch it again") from None
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; all its lines end in a line feed.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is in another encoding.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode(next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no {error.encoding}: save it in UTF-8") from error
+    if "\0" in text:
+        raise ValueError("it holds zero bytes: save it as text in UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_archive(path, names):
