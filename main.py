@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality
+from score.fid import CACHE
 from score.generate import generate, grid_noise
 from score.inception import find_weights
 from training import checkpoint, flags
@@ -23,6 +24,7 @@ from training.logger import Logger, due
 from utils import distributed
 from utils.errors import UsageError
 from utils.files import make_directory, write_json
+from utils.images import keep_apart
 from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
@@ -111,6 +113,10 @@ def main():
         weights = find_weights(FLAGS.inception_weights)
     if FLAGS.eval and not FLAGS.train:
         checkpoint.find(FLAGS.unet_dir or logdir)
+    written = {"logdir": logdir}
+    if FLAGS.eval or FLAGS.eval_step:
+        written["fid_cache"] = FLAGS.fid_cache or CACHE
+    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {}, written)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)

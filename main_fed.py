@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.generate import grid_noise
 from training import checkpoint, flags
@@ -26,6 +26,7 @@ from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
+from utils.images import keep_apart
 from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
@@ -147,6 +148,7 @@ def main():
         raise UsageError("nothing to do: add --train (all_in.py evaluates)")
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
     device = pick_device(FLAGS.device, FLAGS.precision)
+    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {}, {"logdir": logdir})
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)

@@ -18,6 +18,7 @@ import torch
 from absl import flags as absl_flags
 
 from score.evaluate import Quality, identity
+from score.fid import CACHE
 from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
@@ -42,7 +43,7 @@ from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import atomic_write, lock_directory, read_json, write_json
-from utils.images import list_images, to_uint8
+from utils.images import keep_apart, list_images, to_uint8
 from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
@@ -177,12 +178,17 @@ def measure(images, prompts, space, scorers, clip):
     return numbers, found
 
 
-def take_directories(base_dir):
-    """Make the directories that are written, and take them until the files that are returned are closed."""
+def directories(base_dir):
+    """{flag: directory} of those that are written."""
     written = {"similar_dir": FLAGS.similar_dir, "grid_dir": FLAGS.grid_dir}
     if not FLAGS.samples:
         written |= {"generate_dir": FLAGS.generate_dir} | ({"base_dir": base_dir} if base_dir else {})
-    paths = {Path(path).resolve(): flag for flag, path in written.items()}  # some may be the same
+    return written
+
+
+def take_directories(base_dir):
+    """Make the directories that are written, and take them until the files that are returned are closed."""
+    paths = {Path(path).resolve(): flag for flag, path in directories(base_dir).items()}  # some may be the same
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
@@ -219,6 +225,10 @@ def main():
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
         flags.take_flags(FLAGS, unet_folder.parent.parent)
+    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
+    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
+    written = {**directories(base_dir), "fid_cache": FLAGS.fid_cache or CACHE}
+    keep_apart([FLAGS.data_root], {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
@@ -249,8 +259,6 @@ def main():
     scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache)}
     if heldout is not None:
         scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout)
-    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
-    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
 

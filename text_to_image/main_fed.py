@@ -37,6 +37,7 @@ from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
+from utils.images import keep_apart
 from utils.seeding import derive_seed, sample_noise
 
 FLAGS = absl_flags.FLAGS
@@ -168,6 +169,7 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
     flags.check(FLAGS)
+    keep_apart([FLAGS.data_root], {}, {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir})
     device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
