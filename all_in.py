@@ -26,7 +26,7 @@ from score.similarity import background, embed, measures
 from training import checkpoint, flags
 from training.launch import announce, pick_device, run
 from utils import distributed
-from utils.errors import DataError, UsageError, printable
+from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 from utils.images import keep_apart
 
@@ -92,11 +92,10 @@ def load_network(device):
 
 def training_settings(path):
     """What run.json of a checkpoint's log directory says of its training, or None; JSON values."""
-    path = (path.parent.parent if path.parent.name == "state" else path.parent) / "run.json"
-    run = read_json(path) if path.exists() else None
-    if not isinstance(run, dict) or "settings" not in run:
+    run = checkpoint.read_run(checkpoint.run_file(path))
+    if run is None:
         return None
-    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run.get("changes", [])]
+    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run["changes"]]
     return run["settings"] | ({"changed": changes} if changes else {})
 
 
@@ -105,13 +104,20 @@ def weights_of(paths):
     return {"checkpoint_sha256": " ".join(map(file_hash, paths)), "weights": "ema" if FLAGS.use_ema else "raw"}
 
 
+def ema_warning(paths):
+    """What is to be said of the EMA weights of these checkpoints, or None; of raw weights nothing is."""
+    found = [checkpoint.young_ema(path, checkpoint.ema_start(path)) for path in paths if FLAGS.use_ema]
+    texts = list(filter(None, found))
+    return f"{'; '.join(texts)}; raw weights are measured with --use_ema=False" if texts else None
+
+
 def names_of(paths):
     """Checkpoint files as --unet_dir takes them."""
     return ",".join(map(str, paths))
 
 
-def generate_images(net, paths, device):
-    """Images of a network, kept in --generate_dir with what they were made from.
+def generate_images(net, paths, young, device):
+    """Images of a network, kept in --generate_dir with what they were made from; young: of `ema_warning`.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
@@ -123,6 +129,7 @@ def generate_images(net, paths, device):
         return generate_batches(sampler, **flags.generation(FLAGS), first=first)
 
     about = {"checkpoint": names_of(paths), "training": training_settings(paths[0]), "flags": flags.as_dict(FLAGS)}
+    about["ema_warning"] = young
     images = generate_into(FLAGS.generate_dir, origin, batches, FLAGS.num_images, FLAGS.img_size, about)
     if FLAGS.save_png and distributed.is_main():
         save_pngs(FLAGS.generate_dir, images)
@@ -146,17 +153,21 @@ def existing_images(needed):
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images(images, paths):
-    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured."""
+def about_images(images, paths, young):
+    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured.
+
+    young: `ema_warning` of that network.
+    """
     if FLAGS.samples:
-        return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
+        nothing = dict.fromkeys(("checkpoint", "weights", "training", "origin", "ema_warning"))
+        return {**nothing, "samples": FLAGS.samples}
     if not len(images):
-        training = training_settings(paths[0])
-        return {"checkpoint": names_of(paths), **weights_of(paths), "training": training, "origin": None}
+        about = {"training": training_settings(paths[0]), "origin": None, "ema_warning": young}
+        return {"checkpoint": names_of(paths), **weights_of(paths), **about}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-    return {name: record[name] for name in names} | weights
+    return {name: record[name] for name in names} | weights | {"ema_warning": record.get("ema_warning")}
 
 
 def find_gap(net, paths, data, device):
@@ -250,6 +261,9 @@ def main():
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
         net, paths = load_network(device)
+    young = ema_warning(paths or [])
+    if young and distributed.is_main():
+        warn(f"warning: {young}")
     written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
     keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {"samples": FLAGS.samples}, written)
     if "generate" not in stages:
@@ -272,8 +286,10 @@ def main():
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, paths, device)
-    about = distributed.from_main(about_images(images, paths) if distributed.is_main() else None)
+        images = generate_images(net, paths, young, device)
+    about = distributed.from_main(about_images(images, paths, young) if distributed.is_main() else None)
+    if about["ema_warning"] and not young and distributed.is_main():
+        warn(f"warning: {about['ema_warning']}")
     if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(
             f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "

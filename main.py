@@ -22,7 +22,7 @@ from training.launch import Interruption, announce, check_warmup, pick_device, r
 from training.learner import Learner
 from training.logger import Logger, due
 from utils import distributed
-from utils.errors import UsageError
+from utils.errors import UsageError, warn
 from utils.files import make_directory, write_json
 from utils.images import keep_apart
 from utils.seeding import derive_seed
@@ -48,6 +48,7 @@ def train(data, quality, device, logdir):
     check_warmup(warmup, FLAGS.total_steps)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
+    checkpoint.say_young_ema(logdir, FLAGS.total_steps)
     writes = distributed.is_main()
     logger = flags.call(FLAGS, Logger, logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes)
 
@@ -89,7 +90,10 @@ def evaluate(data, quality, device, logdir):
     net = flags.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size)
-    results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
+    young = checkpoint.young_ema(path, checkpoint.ema_start(path))
+    if young and distributed.is_main():
+        warn(f"warning: {young}")
+    results = {"checkpoint": str(path), "num_images": FLAGS.num_images, "ema_warning": young}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
         results[name] = score(net, quality)

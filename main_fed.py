@@ -46,6 +46,7 @@ def train(data, device, logdir):
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    checkpoint.say_young_ema(logdir, FLAGS.total_round * min(steps_per_round))
     slots = exchanged or slots
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)

@@ -274,8 +274,6 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
         "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
         "generator that copies nothing may reach."
     )
-    if result.get("warning"):
-        note += f"</p><p class=note>{escape(result['warning'])}."
 
     def caption(i, j):
         return f"ratio {100 * ratio[i]:.1f}&thinsp;%, training {j}, generated {i}"
@@ -292,7 +290,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     source = result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
-        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>"),
+        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>{warnings_of(result)}"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(of_features))] if of_features else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
@@ -302,6 +300,12 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None):
     ]
     write_text(path, page(title, sections))
     return str(path)
+
+
+def warnings_of(result):
+    """What is to be said of the numbers of an evaluation, as HTML: all that ends in "warning" in its result.json."""
+    texts = [text for key, text in result.items() if key.endswith("warning") and text]
+    return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 
 
 def settings(result):
@@ -319,7 +323,6 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         prompts: N texts, or None; captions: of the training images.
     """
     source = result["checkpoint"] or result["samples"]
-    warning = f"<p class=note>{escape(result['warning'])}.</p>" if result["warning"] else ""
     shares = {name: [numbers["mq_curve"]] for name, numbers in sets_of(result).items()}
 
     def caption(i, j):
@@ -329,7 +332,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     order = similarity.argsort(descending=True, stable=True)
     shown = pairs(generated, training, nearest, order, caption)
     sections = [
-        ("Summary", all_columns(result) + warning),
+        ("Summary", all_columns(result) + warnings_of(result)),
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
         *([("Detector of copies", detector(result["detector"]))] if "detector" in result else []),

@@ -28,6 +28,7 @@ from score.similarity import COPY, background, clip_scores, detection, embed, lo
 from text_to_image import flags
 from text_to_image.data import load_folder, load_images
 from text_to_image.pipeline import (
+    ROUND,
     content_hash,
     find_folder,
     find_unet,
@@ -38,10 +39,11 @@ from text_to_image.pipeline import (
     load_unet,
 )
 from text_to_image.prompts import Prompts, distinct, make_prompts
+from training import checkpoint
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
-from utils.errors import DataError, UsageError
+from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, write_json
 from utils.images import keep_apart, list_images, to_uint8
 from utils.seeding import generator
@@ -156,9 +158,19 @@ def read_images(flag):
 def about_training(unet_folder):
     """What result.json says of the training that a UNet comes from."""
     path = unet_folder.parent.parent / "run.json"
-    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    folder = unet_folder.parent if unet_folder.name == "unet" else unet_folder
     training = read_json(path)["settings"] if FLAGS.unet and path.is_file() else None
-    return {"checkpoint": str(checkpoint), "training": training}
+    return {"checkpoint": str(folder), "training": training, "ema_warning": ema_warning(unet_folder)}
+
+
+def ema_warning(unet_folder):
+    """What is to be said of the EMA weights of a round, or None; without --unet_from_scratch nothing is."""
+    run = checkpoint.read_run(unet_folder.parent.parent / "run.json")
+    found = re.fullmatch(ROUND, unet_folder.parent.name)
+    if not run or not found or not run["settings"].get("unet_from_scratch"):
+        return None
+    share = checkpoint.random_start(run, int(found[1]) * run["settings"]["local_steps"])
+    return checkpoint.young_ema(unet_folder.parent, share)
 
 
 def measure(images, prompts, space, scorers, clip):
@@ -225,6 +237,9 @@ def main():
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
         flags.take_flags(FLAGS, unet_folder.parent.parent)
+        young = ema_warning(unet_folder)
+        if young and distributed.is_main() and not FLAGS.samples:
+            warn(f"warning: {young}")
     base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     written = {**directories(base_dir), "fid_cache": FLAGS.fid_cache or CACHE}
@@ -262,13 +277,14 @@ def main():
     locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
 
-    result = {"samples": FLAGS.samples, "checkpoint": None, "training": None, "origin": None, "seconds": {}}
+    nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
+    result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
     if not FLAGS.samples:
         generated = partial(generate_images, prompts=prompts, source=source)
         images, norms = generated(pipeline, folder, unet_folder, directory=FLAGS.generate_dir)
         if distributed.is_main():
             record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-            names = ("checkpoint", "training", "origin", "non_finite_images", "seconds")
+            names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
             result |= {name: record[name] for name in names}
     floors = {}
     if base_dir:

@@ -55,6 +55,7 @@ def train(data, pipeline, folder, unet_folder, device, logdir):
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    checkpoint.say_young_ema(logdir, FLAGS.total_round * FLAGS.local_steps)
     slots = exchanged or slots
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)

@@ -43,6 +43,8 @@ def export(name, out):
 
     network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}
     metadata = {"format": "pt", "checkpoint": path.name, "flags": json.dumps(training | network)}
+    share = checkpoint.ema_start(path) if FLAGS.use_ema else None
+    metadata |= {} if share is None else {"ema_start": str(share)}  # of the EMA weights, from 0 to 1
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     with atomic_write(out) as file:
         file.write(save(weights, metadata))
