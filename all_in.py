@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-from dataset import equal_images, load_dataset
+from dataset import equal_images, image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import SAMPLES_ORDER, Quality, evaluate, identity, known_neighbors
+from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
@@ -28,6 +29,7 @@ from training.launch import announce, pick_device, run
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
+from utils.images import keep_apart
 
 FLAGS = absl_flags.FLAGS
 ROUGH = 500  # held-out images, below which a floor is rough
@@ -72,10 +74,15 @@ def add(result, stage, find):
     return is_new
 
 
+def directories(stages):
+    """{flag: directory} of those that the stages write."""
+    written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
+    return {flag: FLAGS[flag].value for flag, writes in written.items() if writes}
+
+
 def take_directories(stages):
     """Make the directories that the stages write, and take them until the files that are returned are closed."""
-    written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
-    paths = {Path(FLAGS[flag].value).resolve(): flag for flag, writes in written.items() if writes}  # may be one
+    paths = {Path(path).resolve(): flag for flag, path in directories(stages).items()}  # some may be the same
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
@@ -119,15 +126,22 @@ def weights_of(paths):
     return {"checkpoint_sha256": " ".join(map(file_hash, paths)), "weights": "ema" if FLAGS.use_ema else "raw"}
 
 
+def ema_warning(paths):
+    """What is to be said of the EMA weights of these checkpoints, or None; of raw weights nothing is."""
+    found = [checkpoint.young_ema(path, checkpoint.ema_start(path)) for path in paths if FLAGS.use_ema]
+    texts = list(filter(None, found))
+    return f"{'; '.join(texts)}; raw weights are measured with --use_ema=False" if texts else None
+
+
 def names_of(paths):
     """Checkpoint files as --unet_dir takes them."""
     return ",".join(map(str, paths))
 
 
-def generate_images(net, paths, settings, data, device):
+def generate_images(net, paths, settings, young, data, device):
     """Images of a network, of classes that training images have, kept in --generate_dir with what made them.
 
-    settings: of the training of the network, or None.
+    settings: of the training of the network, or None; young: of `ema_warning`.
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
@@ -140,7 +154,7 @@ def generate_images(net, paths, settings, data, device):
     def batches(first):
         return generate_batches(sampler, **flags.generation(FLAGS, data), first=first)
 
-    about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS)}
+    about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS), "ema_warning": young}
     if FLAGS.use_labels:
         labels = draw_labels(FLAGS.seed, range(FLAGS.num_images), FLAGS.num_labels, classes)
         about |= {"labels": labels.tolist(), "class_names": data.class_names}
@@ -171,19 +185,21 @@ def existing_images(needed):
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images(images, paths, settings):
+def about_images(images, paths, settings, young):
     """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured.
 
-    settings: of the training of that network, or None.
+    settings: of the training of that network, or None; young: `ema_warning` of it.
     """
     if FLAGS.samples:
-        return {"checkpoint": None, "weights": None, "training": None, "origin": None, "samples": FLAGS.samples}
+        nothing = dict.fromkeys(("checkpoint", "weights", "training", "origin", "ema_warning"))
+        return {**nothing, "samples": FLAGS.samples}
     if not len(images):
-        return {"checkpoint": names_of(paths), **weights_of(paths), "training": settings, "origin": None}
+        about = {"training": settings, "origin": None, "ema_warning": young}
+        return {"checkpoint": names_of(paths), **weights_of(paths), **about}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-    return {name: record[name] for name in names} | weights
+    return {name: record[name] for name in names} | weights | {"ema_warning": record.get("ema_warning")}
 
 
 def find_gap(net, paths, data, device):
@@ -286,6 +302,12 @@ def main():
     elif not FLAGS.samples:
         take_earlier_training()
     flags.default_resize(FLAGS)
+    young = ema_warning(paths or [])
+    if young and distributed.is_main():
+        warn(f"warning: {young}")
+    written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
+    folders = flags.call(FLAGS, image_folders, FLAGS.dataset)
+    keep_apart(folders, {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if "generate" not in stages:
         images = existing_images(needed=stages != {"gap"})
     elif FLAGS.save_png:
@@ -316,8 +338,10 @@ def main():
     announce(device, net, len(training), FLAGS.batch_size)
 
     if "generate" in stages:
-        images = generate_images(net, paths, settings, data, device)
-    about = distributed.from_main(about_images(images, paths, settings) if distributed.is_main() else None)
+        images = generate_images(net, paths, settings, young, data, device)
+    about = distributed.from_main(about_images(images, paths, settings, young) if distributed.is_main() else None)
+    if about["ema_warning"] and not young and distributed.is_main():
+        warn(f"warning: {about['ema_warning']}")
     if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
         raise UsageError(
             f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "

@@ -29,6 +29,7 @@ PACKAGED = {
 }
 CIFAR_SIZE = 32
 CACHE_NAME = r"[0-9a-f]{32}\.npy"
+AFHQ_PARTS = ("train", "val", "test")
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
 
@@ -130,7 +131,7 @@ def load_dataset(
         train, class_names = read_folder(data_root, **from_files)
         num_classes = len(class_names)
     elif name == "afhq":
-        train_folder, *others = (data_root / "afhq" / part / "dog" for part in ("train", "val", "test"))
+        train_folder, *others = image_folders(name, data_root)
         train, num_classes = read_folder(train_folder, **from_files)[0], 1
         if found := [folder for folder in others if folder.is_dir()]:
             test, _ = read_folder(found[0], **from_files)
@@ -167,6 +168,13 @@ def select(part, rows):
     """The images of a set in some rows: indices or bool, tensors or arrays."""
     names = None if part.names is None else part.names[np.asarray(rows)]
     return ImageSet(part.images[rows], part.labels[rows], names)
+
+
+def image_folders(name, data_root):
+    """The folders whose files `load_dataset` lists as images, that of the training images first; [] without such."""
+    if name == "afhq":
+        return [Path(data_root) / "afhq" / part / "dog" for part in AFHQ_PARTS]
+    return [Path(data_root)] if name == "folder" else []
 
 
 def join(parts):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality
+from score.fid import CACHE
 from score.generate import generate
 from score.inception import find_weights
 from training import checkpoint, flags
@@ -23,6 +24,7 @@ from training.logger import Logger, due
 from utils import distributed
 from utils.errors import UsageError, warn
 from utils.files import make_directory, write_json
+from utils.images import keep_apart
 from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
@@ -47,6 +49,7 @@ def train(data, quality, device, logdir):
     check_warmup(warmup, FLAGS.total_steps)
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
     seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
+    checkpoint.say_young_ema(logdir, FLAGS.total_steps)
     writes = distributed.is_main()
     logger = flags.call(FLAGS, Logger, logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes)
 
@@ -91,7 +94,11 @@ def evaluate(data, settings, quality, device, logdir):
     net = flags.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size)
-    results = {"checkpoint": str(path), "num_images": FLAGS.num_images, "settings_warning": note}
+    young = checkpoint.young_ema(path, checkpoint.ema_start(path))
+    if young and distributed.is_main():
+        warn(f"warning: {young}")
+    results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
+    results |= {"settings_warning": note, "ema_warning": young}
     for name, use_ema in (("net", False), ("ema", True)):
         checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
         results[name] = score(net, data, quality)
@@ -116,6 +123,10 @@ def main():
     if FLAGS.eval and not FLAGS.train:
         flags.take_trainings(FLAGS, [checkpoint.find(FLAGS.unet_dir or logdir)])
     flags.default_resize(FLAGS, logdir)
+    written = {"logdir": logdir}
+    if FLAGS.eval or FLAGS.eval_step:
+        written["fid_cache"] = FLAGS.fid_cache or CACHE
+    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {"heldout": FLAGS.heldout}, written)
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from training import checkpoint, flags
 from training.averaging import average_learners
@@ -25,6 +25,7 @@ from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError
+from utils.images import keep_apart
 from utils.seeding import derive_seed
 
 FLAGS = absl_flags.FLAGS
@@ -45,6 +46,7 @@ def train(data, device, logdir):
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
     directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    checkpoint.say_young_ema(logdir, FLAGS.total_round * min(steps_per_round))
     slots = exchanged or slots
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
@@ -149,6 +151,8 @@ def main():
     logdir = Path(FLAGS.logdir or "logs/iet_agc")
     device = pick_device(FLAGS.device, FLAGS.precision)
     flags.default_resize(FLAGS, logdir)
+    folders = flags.call(FLAGS, image_folders, FLAGS.dataset)
+    keep_apart(folders, {"heldout": FLAGS.heldout}, {"logdir": logdir})
     with distributed.main_first():
         data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
     flags.check_data(FLAGS, data)

@@ -340,7 +340,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
 
 def warnings_of(result):
-    """What is to be said of the numbers of an evaluation, as HTML."""
+    """What is to be said of the numbers of an evaluation, as HTML: all that ends in "warning" in its result.json."""
     texts = [text for key, text in result.items() if key.endswith("warning") and text]
     return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 

@@ -82,7 +82,7 @@ def test_a_log_file_gets_plain_lines(tmp_path):
         f"cpu, 1 process, {parameters:,} parameters, 48 images, 6 steps per epoch, 30 steps in all, 8 images per batch"
     )
     first, rest, last = result.stdout.splitlines()
-    assert first == expected
+    assert first == f"{expected}, 8 images per batch"
     assert re.fullmatch(r"10 more steps will take about 00:\d\d, sample grids aside", rest)
     assert re.fullmatch(r"a: 30 steps done in 00:\d\d", last)
     command = [sys.executable, "-c", "from utils.distributed import bar; list(bar(range(30)))"]

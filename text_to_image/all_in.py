@@ -19,6 +19,7 @@ from absl import flags as absl_flags
 
 from dataset import fingerprint
 from score.evaluate import Quality, identity
+from score.fid import CACHE
 from score.generate import generate_into
 from score.grids import save_grids
 from score.inception import find_weights
@@ -38,6 +39,7 @@ from text_to_image import flags
 from text_to_image.data import check_length, load_folder, load_images
 from text_to_image.pipeline import (
     FROZEN,
+    ROUND,
     as_scheduler,
     content_hash,
     find_folder,
@@ -49,12 +51,13 @@ from text_to_image.pipeline import (
     settings_of,
 )
 from text_to_image.prompts import Prompts, distinct, make_prompts
+from training import checkpoint
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, write_json
-from utils.images import list_images, size_of, to_uint8
+from utils.images import keep_apart, list_images, size_of, to_uint8
 from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
@@ -172,8 +175,19 @@ def read_images(flag):
 
 def about_training(unet_folder):
     """What result.json says of the training that a UNet comes from."""
-    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
-    return {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
+    folder = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    about = {"checkpoint": str(folder), "training": settings_of(unet_folder) if FLAGS.unet else None}
+    return about | {"ema_warning": ema_warning(unet_folder)}
+
+
+def ema_warning(unet_folder):
+    """What is to be said of the EMA weights of a round, or None; without --unet_from_scratch nothing is."""
+    run = checkpoint.read_run(unet_folder.parent.parent / "run.json")
+    found = re.fullmatch(ROUND, unet_folder.parent.name)
+    if not run or not found or not run["settings"].get("unet_from_scratch"):
+        return None
+    share = checkpoint.random_start(run, int(found[1]) * run["settings"]["local_steps"])
+    return checkpoint.young_ema(unet_folder.parent, share)
 
 
 def measure(images, prompts, space, scorers, clip):
@@ -207,12 +221,17 @@ def note_non_finite(notes, what, bad, number):
         note(notes, f"{bad:,} of {number:,} {what} hold values that are not finite, black here")
 
 
-def take_directories(base_dir):
-    """Make the directories that are written, and take them until the files that are returned are closed."""
+def directories(base_dir):
+    """{flag: directory} of those that are written."""
     written = {"similar_dir": FLAGS.similar_dir, "grid_dir": FLAGS.grid_dir}
     if not FLAGS.samples:
         written |= {"generate_dir": FLAGS.generate_dir} | ({"base_dir": base_dir} if base_dir else {})
-    paths = {Path(path).resolve(): flag for flag, path in written.items()}  # some may be the same
+    return written
+
+
+def take_directories(base_dir):
+    """Make the directories that are written, and take them until the files that are returned are closed."""
+    paths = {Path(path).resolve(): flag for flag, path in directories(base_dir).items()}  # some may be the same
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
@@ -250,6 +269,13 @@ def main():
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
         flags.take_flags(FLAGS, unet_folder)
+        young = ema_warning(unet_folder)
+        if young and distributed.is_main() and not FLAGS.samples:
+            warn(f"warning: {young}")
+    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
+    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
+    written = {**directories(base_dir), "fid_cache": FLAGS.fid_cache or CACHE}
+    keep_apart([FLAGS.data_root], {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
@@ -292,18 +318,17 @@ def main():
     scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache, heldout=heldout, by_content=by_content)}
     if heldout is not None:
         scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout, by_content=by_content)
-    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
-    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
     locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
 
-    result = {"samples": FLAGS.samples, "checkpoint": None, "training": None, "origin": None, "seconds": {}}
+    nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
+    result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
     if not FLAGS.samples:
         generated = partial(generate_images, prompts=prompts, source=source)
         images, norms = generated(pipeline, folder, unet_folder, directory=FLAGS.generate_dir)
         if distributed.is_main():
             record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-            names = ("checkpoint", "training", "origin", "non_finite_images", "seconds")
+            names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
             result |= {name: record[name] for name in names}
             note_non_finite(notes, "generated images", result["non_finite_images"], len(images))
     floors = {}

@@ -13,7 +13,7 @@ from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import FROZEN, LATENT_SIDE, check_steps, content_hash, settings_of
 from training import flags as shared
-from training.flags import agc, as_dict, as_flagfile, call, embedding  # noqa: F401 - some are for the scripts
+from training.flags import agc, as_dict, as_flagfile, call, embedding, recorded_flags  # noqa: F401 - some for scripts
 from utils import distributed
 from utils.errors import UsageError
 
@@ -140,13 +140,6 @@ def take_flags(values, unet_folder):
             values[name].parse(recorded[name])
     if not values.pretrained and not values.samples:
         raise UsageError(f"give --pretrained: {logdir} does not say of which pipeline --unet={values.unet} is")
-
-
-def recorded_flags(logdir):
-    """{name: text} of the flags in the flagfile of a log directory, none where it has no flagfile."""
-    path = logdir / "flagfile.txt"
-    lines = shared.read_flagfile(path) if path.is_file() else []
-    return dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
 
 
 def check_pipeline_of_training(values, settings, folder, unet_folder):

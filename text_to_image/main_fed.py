@@ -47,6 +47,7 @@ from training.logger import Logger, due
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError, warn
+from utils.images import keep_apart
 from utils.seeding import derive_seed, sample_noise
 
 FLAGS = absl_flags.FLAGS
@@ -65,6 +66,7 @@ def train(data, pipeline, scheduler, folder, unet_folder, device, logdir):
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)
     rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    checkpoint.say_young_ema(logdir, FLAGS.total_round * FLAGS.local_steps)
     slots = exchanged or slots
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)
@@ -186,6 +188,7 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
     flags.check(FLAGS)
+    keep_apart([FLAGS.data_root], {}, {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir})
     device = pick_device(FLAGS.device, FLAGS.precision)
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)

@@ -11,6 +11,7 @@ from score.compare import split_label
 from score.grids import save_picture
 from score.samples import load_samples
 from utils import startup
+from utils.images import keep_apart
 
 COLUMNS, SIDE, CAPTION = 12, 64, 24  # images of a row, pixels of an image and of the text above a row
 
@@ -33,6 +34,7 @@ def main():
     parser.add_argument("sets", nargs="+", metavar="LABEL=IMAGES", help="a folder of images, or an .npy or .npz")
     options = parser.parse_args()
     sets = [split_label(argument) for argument in options.sets]
+    keep_apart([path for _, path in sets if path.is_dir()], {}, {"": options.out})
     save_picture(options.out, picture({label: load_samples(path) for label, path in sets}))
 
 

@@ -26,6 +26,7 @@ from utils.files import atomic_write, lock_directory, read_json, remove, write_j
 from utils.safe_files import one_line
 
 FORMAT = 4  # of what a run needs to continue
+YOUNG_EMA = 0.05  # the share of their random start in EMA weights from which on it is said
 FOR_RESUMING = ("optim", "scaler", "seconds", "milestone")  # what main.py's older checkpoints lack
 
 # the files of a run by their paths in its log directory, the number in parentheses
@@ -123,7 +124,8 @@ def load_exported(path, device):
     try:
         flags = json.loads(metadata["flags"])
         kind = "ema_model" if flags["use_ema"] else "net_model"
-        return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags}
+        share = {"ema_start": float(metadata["ema_start"])} if "ema_start" in metadata else {}
+        return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags, **share}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("its metadata does not say what network it is of: use python -m training.export") from error
 
@@ -179,6 +181,68 @@ def load_weights(net, state_dict, path):
         problem = str(error).splitlines()[1:] or [str(error)]
         what = "does not fit the network of the flags (--ch, --ch_mult, --attn, --num_labels, ...)"
         raise DataError(f"{path}: {what}: {problem[0].strip()[:300]}") from error
+
+
+# ---- how much of the EMA weights is still what a training started from
+
+
+def random_start(run, steps):
+    """The share of the EMA weights that is the random start of a training after so many steps of a network.
+
+    run: of `read_run`.
+    """
+    settings, share, done = run["settings"], 1.0, 0
+    if settings.get("check_dir") or not settings.get("unet_from_scratch", True):
+        return 0.0
+    for change in run["changes"]:
+        if change["flag"] == "ema_decay":
+            own_step = change["step"] // settings.get("client_num", 1)  # it is recorded for all shards together
+            until = max(done, min(steps, own_step))
+            share *= change["before"] ** (until - done)
+            done = until
+    return share * settings["ema_decay"] ** (steps - done)
+
+
+def steps_of(state, settings):
+    """The steps that a network in a checkpoint has made, of averages those of a shard, or None.
+
+    settings: of the training, where the checkpoint is an average.
+    """
+    if "round" not in state:
+        return state.get("step")
+    slots, split = len(state["index_array"]), settings["split"]
+    size = slots if split == "all" else slots // settings["client_num"]
+    return state["round"] * settings["local_epoch"] * (size // settings["batch_size"])
+
+
+def ema_start(path):
+    """`random_start` of the EMA weights in a checkpoint, or None where that is not known, as of published ones."""
+    if path.suffix == ".safetensors":
+        return load(path).get("ema_start")
+    run = read_run(run_file(path))
+    if run is None:
+        return None
+    with suppress(KeyError, TypeError):  # of a version that recorded less, or a file that does not say its steps
+        return random_start(run, steps_of(load(path, check=False), run["settings"]))
+
+
+def young_ema(path, share):
+    """What is to be said of EMA weights in a file, of which a share is their random start; None if nothing is."""
+    if share is None or share <= YOUNG_EMA:
+        return None
+    advice = "train longer, or with a lower --ema_decay"
+    return f"{path}: {share:.1%} of the EMA weights are still the random start of the training: {advice}"
+
+
+def say_young_ema(logdir, steps):
+    """Print at the start of a run how much of the EMA weights its random start will be at its end, if it is too much.
+
+    steps: of a network, in the whole run.
+    """
+    share = random_start(read_run(Path(logdir) / "run.json"), steps) if distributed.is_main() else 0.0
+    if share > YOUNG_EMA:
+        what = f"after all {steps:,} steps {share:.1%} of the EMA weights will still be the random start"
+        print(f"{what}: train longer, or with a lower --ema_decay")
 
 
 # ---- the log directory of a run

@@ -14,10 +14,12 @@ import torch
 from absl import flags as absl_flags
 from safetensors.torch import save
 
+from dataset import image_folders
 from training import checkpoint, flags
 from training.launch import run
 from utils.errors import UsageError
 from utils.files import atomic_write, read_json
+from utils.images import keep_apart
 
 FLAGS = absl_flags.FLAGS
 
@@ -27,6 +29,7 @@ def export(name, out):
     out = Path(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: give it the suffix .safetensors, which all_in.py knows it by")
+    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {}, {"": out})
     if out.exists():
         raise UsageError(f"{out}: is there already: remove it, or choose another name")
     path = checkpoint.find(name)
@@ -40,6 +43,8 @@ def export(name, out):
 
     network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}
     metadata = {"format": "pt", "checkpoint": path.name, "flags": json.dumps(training | network)}
+    share = checkpoint.ema_start(path) if FLAGS.use_ema else None
+    metadata |= {} if share is None else {"ema_start": str(share)}  # of the EMA weights, from 0 to 1
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     with atomic_write(out) as file:
         file.write(save(weights, metadata))

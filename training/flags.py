@@ -236,6 +236,13 @@ def read_flagfile(path):
     return [line for line in lines if line and not line.startswith(("#", "//"))]
 
 
+def recorded_flags(logdir):
+    """{name: text} of the flags in the flagfile of a log directory, none where it has no flagfile."""
+    path = logdir / "flagfile.txt"
+    lines = read_flagfile(path) if path.is_file() else []
+    return dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
+
+
 def check(values):
     """Raise a UsageError where two flags contradict each other; `values` is absl's FLAGS."""
     norm_groups(values)
@@ -333,10 +340,8 @@ def take_trainings(values, paths):
             if other.get(name) != settings[0].get(name):
                 values_of_both = f"{paths[0]} was trained with {settings[0].get(name)}, {path} with {other.get(name)}"
                 raise UsageError(f"--{name}: {values_of_both}: evaluate them one by one")
-    flagfile = checkpoint.run_file(paths[0]).with_name("flagfile.txt")
-    lines = read_flagfile(flagfile) if flagfile.is_file() else []
-    given = dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line)
-    take_training(values, settings[0], given, checkpoint.run_file(paths[0]))
+    run_file = checkpoint.run_file(paths[0])
+    take_training(values, settings[0], recorded_flags(run_file.parent), run_file)
     return settings[0]
 
 

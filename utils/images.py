@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from utils import distributed
-from utils.errors import DataError, warn
+from utils.errors import DataError, UsageError, warn
 from utils.safe_files import check_memory, one_line
 
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
@@ -71,7 +71,7 @@ def scan(folder, deep=False):
             path = pending.pop()
             for entry in os.scandir(path):
                 path, name = entry.path, entry.name.lower()
-                if name.startswith(".") or name in SYSTEM_FILES:
+                if is_hidden(name):
                     continue
                 if entry.is_dir() and entry.is_symlink():
                     raise DataError(f"{path}: a symbolic link to a directory, put the directory there")
@@ -86,6 +86,48 @@ def scan(folder, deep=False):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): repair or remove it") from None
     return sorted(images), sorted(folders), sorted(others)
+
+
+def is_hidden(name):
+    """Whether `scan` passes over what has this name, and all below it."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def is_within(path, folder):
+    """Whether `path` is a folder or lies in it, where `scan` sees it; links and .. are resolved, neither need exist."""
+    path, folder = (Path(os.path.realpath(place)) for place in (path, folder))
+    return path.is_relative_to(folder) and not any(map(is_hidden, path.relative_to(folder).parts))
+
+
+def keep_apart(folders, others, written):
+    """Refuse places where images would be taken for other ones, in this run or in the next.
+
+    Args:
+        folders: whose files are listed as images, that of the training images first; [] for other kinds of data sets.
+        others: {flag: images to measure, or None}. Those of `samples` may be the training images themselves.
+        written: {flag, or "" for an argument: what will be written, or None}.
+
+    Raises:
+        UsageError: one of `others` is a folder in that of the training images, or has it in it, or one of `written`
+            lies in any of these folders.
+    """
+    others = {flag: path for flag, path in others.items() if path and Path(path).is_dir()}
+    for flag, path in others.items():
+        for folder in folders[:1]:
+            inside, around = is_within(path, folder), is_within(folder, path)
+            if inside and around and flag != "samples":
+                raise UsageError(f"--{flag}={path}: these are the training images: name others")
+            if inside != around:
+                what = f"lies in {folder}" if inside else f"has {folder} in it"
+                raise UsageError(f"--{flag}={path}: {what}, the training images: keep the two apart")
+    for flag, path in written.items():
+        # a log directory has its images one level down
+        places = [path, Path(path) / "sample"] if flag == "logdir" else [path]
+        for folder in (*folders, *others.values()):
+            if path and any(is_within(place, folder) for place in places):
+                name, hidden = f"--{flag}={path}" if flag else path, Path(folder) / ".out"
+                what = f"what is written there would be among the images in {folder}"
+                raise UsageError(f"{name}: {what}: choose another place, or a hidden one such as {hidden}")
 
 
 def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_squares=False):
