@@ -1,18 +1,16 @@
-"""Memorisation at matched quality: a method that has merely learned less also memorises less.
+"""The statistics of the experiments: a method that has merely learned less also memorises less.
 
 A training is a path of (quality, memorisation) over its checkpoints: a list of points in the order of its steps, each
-{"fpd", "images", measure: number}. Quality is a Frechet distance: less is better.
+{"steps", "fpd", measure: number}. Quality is a distance to held-out images: less is better.
 """
 
-import math
+import operator
 
 import numpy as np
 from scipy import stats
 
-BASELINE = "default"
-MEMORISES = 0.01  # f_mem of the baseline, below which nothing can be compared
 LEAST_SEEDS = 3  # of which an interval says something
-NEAR_BEST = 1.5  # times the baseline's best fpd, above which nothing is compared
+COPIES = "MQ@30 above", 0.02  # a checkpoint copies if this measure is above this number
 
 
 def paths_of(points, arm, network=None):
@@ -27,56 +25,57 @@ def at_quality(path, quality, measure, axis="fpd"):
     Between the first checkpoint at or below `quality` and the one before it both change linearly; a training that
     begins there is given its first number. axis: which distance is the quality.
     """
-    first = next((i for i, point in enumerate(path) if point[axis] <= quality), None)
+    return at_first(path, axis, operator.le, quality, measure)
+
+
+def onset(path):
+    """The steps after which a training begins to copy, linear between its checkpoints; NaN if it never does."""
+    measure, limit = COPIES
+    return at_first(path, measure, operator.gt, limit, "steps")
+
+
+def at_first(path, axis, compare, level, measure):
+    """The measure where the number `axis` of a path first comes to a level, as `at_quality` says; or NaN."""
+    first = next((i for i, point in enumerate(path) if compare(point[axis], level)), None)
     if first is None:
         return float("nan")
     if first == 0:
         return float(path[0][measure])
-    ends = path[first], path[first - 1]
-    return float(np.interp(quality, [end[axis] for end in ends], [end[measure] for end in ends]))
+    ends = sorted((end[axis], end[measure]) for end in path[first - 1 : first + 1])
+    return float(np.interp(level, *zip(*ends, strict=True)))
 
 
-def best_common(*paths, axis="fpd"):
-    """The best quality that all of the trainings reach."""
-    return max(min(point[axis] for point in path) for path in paths)
+def best_without_copying(path, axis):
+    """The best quality of the checkpoints of a training that do not copy; NaN if all of them do."""
+    measure, limit = COPIES
+    return min((point[axis] for point in path if point[measure] <= limit), default=float("nan"))
 
 
-def interval(values):
-    """Mean of numbers, one a seed, and its 95 % interval by Student's t: (mean, low, high); of too few None."""
-    mean = float(np.mean(values))
-    if len(values) < LEAST_SEEDS:
-        return mean, None, None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+def welch(values, others):
+    """Numbers of one arm against those of another, one a seed, by Welch's t: (difference, low, high, p).
 
-
-def comparison(points, arm, axis="fpd"):
-    """An arm against the baseline, seed by seed, each pair at the best quality that both reach: a row of JSON values.
-
-    `untested` says why it is no test, or is None: there are fewer than three pairs, the baseline does not memorise
-    there, or the arm is never near the baseline's best quality.
+    The difference of the means, its 95 % interval and the p-value. The last three are None where there is no test: of
+    fewer than three seeds, or if all seeds of each arm are alike. A NaN makes all of it NaN and None.
     """
-    paths, others = paths_of(points, arm), paths_of(points, BASELINE)
-    pairs = [(paths[seed], others[seed]) for seed in paths if seed in others]
-    qualities = [best_common(*pair, axis=axis) for pair in pairs]
-    row = {"arm": arm, "seeds": len(pairs), axis: float(np.mean(qualities)), "untested": None}
-    for measure in ("f_mem", "extracted"):
-        both = zip(pairs, qualities, strict=True)
-        values = np.array([[at_quality(path, quality, measure, axis) for path in pair] for pair, quality in both])
-        row[measure], row[f"{BASELINE} {measure}"] = values.mean(axis=0).tolist()
-        row[f"{measure} difference"] = interval(values[:, 0] - values[:, 1])
-    if len(pairs) < LEAST_SEEDS:
-        row["untested"] = f"{len(pairs)} of {LEAST_SEEDS} seeds"
-    elif row[axis] > NEAR_BEST * np.mean([best_common(path, axis=axis) for path in others.values()]):
-        row["untested"] = f"above {NEAR_BEST:g} times {BASELINE}'s best"
-    elif row[f"{BASELINE} f_mem"] < MEMORISES:
-        row["untested"] = f"{BASELINE} does not copy there"
-    return row
+    difference = float(np.mean(values) - np.mean(others))
+    too_few = min(len(values), len(others)) < LEAST_SEEDS
+    if too_few or np.isnan(difference) or np.ptp(values) == np.ptp(others) == 0:
+        return difference, None, None, None
+    found = stats.ttest_ind(values, others, equal_var=False)
+    return difference, *map(float, found.confidence_interval()), float(found.pvalue)
 
 
-def verdict(row, measure):
-    """What a comparison says of a measure, in a word or two."""
-    if row["untested"]:
-        return f"not tested: {row['untested']}"
-    _, low, high = row[f"{measure} difference"]
-    return "less" if high < 0 else "more" if low > 0 else "not shown"
+def holm(p_values):
+    """Holm's correction: the p-values, in the order given, each for all of them together."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.minimum(1, factors * np.asarray(p_values, float)[order]))
+    return corrected.tolist()
+
+
+def corrected(comparisons):
+    """{key: what `welch` returns} with the p-values of all of them corrected by `holm`."""
+    tested = [key for key, (*_, p) in comparisons.items() if p is not None]
+    p_values = dict(zip(tested, holm([comparisons[key][-1] for key in tested]), strict=True))
+    return {key: (*found[:3], p_values.get(key)) for key, found in comparisons.items()}

@@ -1,8 +1,9 @@
-"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and a figure.
+"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and figures.
 
 python -m experiments.tables
 """
 
+import functools
 import math
 import re
 import statistics
@@ -11,190 +12,275 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.digits import FINE_TUNED, LARGER, MAIN, OTHERS, STEPS, K
-from experiments.matched import LEAST_SEEDS, at_quality, comparison, interval, paths_of, verdict
-from experiments.runs import ROOT
+from experiments import cifar10, digits
+from experiments.matched import COPIES, at_quality, best_without_copying, corrected, onset, paths_of, welch
+from experiments.runs import EXPERIMENTS, ROOT
 from score.compare import markdown_table
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
 DOCUMENT = ROOT / "docs/RESULTS.md"
-DRAWN = (*MAIN, "spread IET", "spread IET-AGC", "clustered score ensemble", "spread score ensemble", "local SGD")
-AXES = ("fpd", "fpd of others")  # of quality
-GRID = (0.3, 0.2, 0.15, 0.12, 0.1)  # of "fpd of others"
-FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "f_mem": "{:.2%}", "extracted": "{:.1f}", "near copies": "{:.1%}"}
-FORMS |= {"steps": "{:,.0f}", "sequential": "{:,.0f}"}
+FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "swd": "{:.1f}", "f_mem": "{:.2%}", "extracted": "{:.1f}"}
+FORMS |= {"near copies": "{:.1%}", "steps": "{:,.0f}", "MQ@15": "{:.1%}"}
+FORMS |= {f"MQ@{p} above": "{:+.1%}" for p in ("15", "30", "50")}
+NAMES = {"swd": "SWD"}  # of measures that are called otherwise in a table
+SHOWN_BELOW = 0.05  # p after Holm's correction
+
+# Of each quality the best hundredth that default training and more than half of the other arms reach in all seeds.
+QUALITY = {"fpd of others": 0.12, "fpd": 0.3}
+COMPARED = {"fpd of others": ("f_mem", "MQ@15"), "fpd": ("f_mem", "extracted")}  # there
+ALL_DIGITS = digits.MAIN | digits.OTHERS
+DRAWN = (
+    *digits.MAIN, "spread IET", "spread IET-AGC", "clustered score ensemble", "spread score ensemble", "local SGD"
+)  # fmt: skip
+
+SIZES = {"250 images": 250, "default": cifar10.DATA["num_train"], "1000 images": 1000}
+ALL_CIFAR10 = [arm for arm in cifar10.ARMS if arm == "default" or arm not in SIZES]
+IN_A_ROW = cifar10.ENSEMBLE["steps"] // cifar10.K  # all steps of an ensemble
 
 
-def trainings(result, names, network=None):
+def trainings(result, names):
     """[(arm, {seed: its points})] of those of `names` that the results have."""
-    found = [(arm, paths_of(result["points"], arm, network)) for arm in names]
+    found = [(arm, paths_of(result["points"], arm)) for arm in names]
     return [(arm, paths) for arm, paths in found if paths]
 
 
-def spread(values, form):
-    """Mean ± standard deviation over seeds, if there are several."""
-    deviation = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+def spread(values, measure):
+    """Mean ± standard deviation over seeds, if there are several; or how many of these have a number."""
+    reached = sum(map(math.isfinite, values))
+    if reached < len(values):
+        return f"{reached} of {len(values)} seeds" if reached else "never"
+    form = FORMS[measure]
+    deviation = f" ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + deviation
 
 
 def cells(points, measures):
     """The `spread` of each of the measures over points, one a seed."""
-    return [spread([point[m] for point in points], FORMS[m]) for m in measures]
+    return [spread([point[m] for point in points], m) for m in measures]
 
 
-def nearest(paths, count, steps):
-    """The point of each path whose `count` of steps is nearest to `steps`."""
-    return [min(path, key=lambda point: abs(point[count] - steps)) for path in paths]
+def with_interval(comparison, measure):
+    """A difference and its interval, shares in percentage points; nothing of a NaN."""
+    scale, form = (100, "{:+z.1f}") if "%" in FORMS[measure] else (1, FORMS[measure].replace(":", ":+z"))
+    difference, low, high = (None if x is None else form.format(scale * x) for x in comparison[:3])
+    if math.isnan(comparison[0]):
+        return ""
+    return difference if low is None else f"{difference} [{low}, {high}]"
 
 
-def same_steps(result):
-    """All arms after as many gradient steps in all as default training, and after as many one after the other."""
-    measures, rows = ("fpd of others", "f_mem", "extracted", "near copies"), []
-    counts = (("steps", STEPS, "in all"), ("sequential", STEPS // 2, "in a row"))
-    for arm, paths in trainings(result, MAIN | OTHERS):
-        rows.append([arm, len(paths)])
-        for count, steps, _ in counts:
-            points = nearest(paths.values(), count, steps)
-            near = abs(points[0][count] - steps) <= steps / 5
-            rows[-1] += cells(points, measures) if near else ["-"] * len(measures)
-    return ["arm", "seeds", *(f"{m}, {steps:,} {how}" for _, steps, how in counts for m in measures)], rows
+def differences(values, baseline):
+    """What `welch` returns of every arm against the baseline, p-values corrected; values: {(arm, ...): numbers}."""
+    others = [key for key in values if key[0] != baseline and (baseline, *key[1:]) in values]
+    return corrected({key: welch(values[key], values[baseline, *key[1:]]) for key in others})
 
 
-def matched(result, least=LEAST_SEEDS):
-    """Every arm with so many seeds at least against default training, at the best quality that both reach.
+def in_bold(comparison, measure):
+    """A difference and its interval, bold if it is shown."""
+    text, p = with_interval(comparison, measure), comparison[-1]
+    return f"**{text}**" if p is not None and p < SHOWN_BELOW else text
 
-    By the fpd and, beside it, by that of images that are not near repeated ones.
+
+def p_value(p):
+    """A p-value as text; None is that of a comparison that is no test."""
+    return "shown, not compared" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def after_steps(paths, count, steps, measures):
+    """The `cells` of the points whose `count` of steps is nearest to `steps`; dashes if they are far from it."""
+    points = [min(path, key=lambda point: abs(point[count] - steps)) for path in paths.values()]
+    near = abs(points[0][count] - steps) <= steps / 5
+    return cells(points, measures) if near else ["-"] * len(measures)
+
+
+def digits_arms(result):
+    """All arms after as many steps in a row, and at two fixed qualities, where all but default are differences to it.
+
+    By Welch's t; bold is what Holm's correction over the table leaves.
     """
-    header, rows, seeds = ["arm", "seeds"], [], set(paths_of(result["points"], "default"))
-    for axis in AXES:
-        header += [axis, "f_mem", "default's", "difference", "extracted", "default's", "difference"]
-    for arm, paths in trainings(result, MAIN | OTHERS):
-        pairs = len(seeds & set(paths))
-        if arm == "default" or pairs < least:
-            continue
-        rows.append([arm, pairs])
-        for axis in AXES:
-            row = comparison(result["points"], arm, axis=axis)
-            rows[-1].append(FORMS[axis].format(row[axis]))
-            for measure in ("f_mem", "extracted"):
-                rows[-1] += [FORMS[measure].format(row[name]) for name in (measure, f"default {measure}")]
-                rows[-1].append(f"{with_interval(row[f'{measure} difference'], measure)}: {verdict(row, measure)}")
-    return header, rows
+    steps, measures = digits.ENSEMBLE["steps"] // digits.K, ("fpd of others", "f_mem", "MQ@15")
+    columns = [(axis, measure) for axis in COMPARED for measure in COMPARED[axis]]
+    found = dict(trainings(result, ALL_DIGITS))
+    values = {
+        (arm, *column): [at_quality(path, QUALITY[column[0]], column[1], column[0]) for path in paths.values()]
+        for arm, paths in found.items()
+        for column in columns
+    }
+    compared = differences(values, "default")
 
+    def cell(key):
+        is_difference = key in compared and np.isfinite(values[key]).all()
+        return in_bold(compared[key], key[-1]) if is_difference else spread(values[key], key[-1])
 
-def with_interval(difference, measure):
-    """A mean and its interval, shares in percent."""
-    form, scale = ("{:+z.2f}", 100) if measure == "f_mem" else ("{:+z.1f}", 1)
-    mean, low, high = (None if x is None else form.format(scale * x) for x in difference)
-    return mean if low is None else f"{mean} [{low}, {high}]"
-
-
-def frontier(result):
-    """f_mem of the arms in the figure where their images that are not near repeated ones first reach a quality."""
     rows = []
-    for arm, paths in trainings(result, DRAWN):
+    for arm, paths in found.items():
+        after = after_steps(paths, "sequential", steps, measures)
+        rows.append([f"{arm}, {len(paths)}", *after, *(cell((arm, *column)) for column in columns)])
+    header = [*(f"{m}, {steps:,} in a row" for m in measures), *(f"{m} at {x} {QUALITY[x]:g}" for x, m in columns)]
+    return ["arm, seeds", *header], rows
+
+
+def digits_fine_tuned(result):
+    """Arms that go on from default training: their ends, and the differences to that of default training."""
+    measures, compared = ("fpd of others", "f_mem", "MQ@15", "extracted"), ("f_mem", "MQ@15")
+    found = trainings(result, digits.FINE_TUNED)
+    ends = {arm: [path[-1] for path in paths.values()] for arm, paths in found}
+    values = {(arm, m): [point[m] for point in points] for arm, points in ends.items() for m in compared}
+    against = differences(values, next(iter(digits.FINE_TUNED)))
+    rows = [["start", len(paths), *cells([p[0] for p in paths.values()], measures), "", ""] for _, paths in found[:1]]
+    for arm, points in ends.items():
+        less = [in_bold(against[arm, m], m) if (arm, m) in against else "" for m in compared]
+        rows.append([arm, len(points), *cells(points, measures), *less])
+    return ["arm", "seeds", *measures, *(f"difference of {m}" for m in compared)], rows
+
+
+def cifar10_primary(result):
+    """The best quality without copying of every arm, and its difference to default training, by Welch's t.
+
+    AGC is compared with random skip too. p is that after Holm's correction over the table.
+    """
+    axes, found = ("fpd", "swd"), dict(trainings(result, ALL_CIFAR10))
+    best = {(arm, axis): [best_without_copying(p, axis) for p in found[arm].values()] for arm in found for axis in axes}
+    pairs = [(arm, "default") for arm in found if arm != "default"] + [("AGC", "random skip")]
+    pairs = [pair for pair in pairs if set(pair) <= set(found)]
+    compared = corrected({(*pair, x): welch(best[pair[0], x], best[pair[1], x]) for pair in pairs for x in axes})
+
+    def against(arm, other, axis):
+        if (arm, other, axis) not in compared:
+            return "", ""
+        difference = compared[arm, other, axis]
+        return with_interval(difference, axis), p_value(difference[-1])
+
+    rows = []
+    for arm, paths in found.items():
         rows.append([arm, len(paths)])
-        for quality in GRID:
-            values = [at_quality(path, quality, "f_mem", "fpd of others") for path in paths.values()]
-            rows[-1].append("never" if any(map(math.isnan, values)) else spread(values, FORMS["f_mem"]))
-    return ["arm", "seeds", *(f"at {quality:g}" for quality in GRID)], rows
+        for axis in axes:
+            rows[-1] += [spread(best[arm, axis], axis), *against(arm, "default", axis)]
+    if ("AGC", "random skip") in pairs:
+        rows.append(["AGC, to random skip", ""])
+        for axis in axes:
+            rows[-1] += ["", *against("AGC", "random skip", axis)]
+    header = [(f"best {NAMES.get(x, x)} without copying", "difference to default", "p") for x in axes]
+    return ["arm", "seeds", *header[0], *header[1]], rows
 
 
-def fine_tuned(result):
-    """Arms that go on from default training: where they begin and end, and f_mem at the end less that of default."""
-    measures = ("fpd", "fpd of others", "f_mem", "extracted")
-    header = ["arm", "seeds", *(f"{m}, {when}" for when in ("start", "end") for m in measures), "difference of f_mem"]
-    rows, baseline = [], paths_of(result["points"], "default (fine-tuned)")
-    for arm, paths in trainings(result, FINE_TUNED):
-        starts, ends = zip(*((path[0], path[-1]) for path in paths.values()), strict=True)
-        rows.append([arm, len(paths), *cells(starts, measures), *cells(ends, measures)])
-        less = [paths[seed][-1]["f_mem"] - baseline[seed][-1]["f_mem"] for seed in paths if seed in baseline]
-        rows[-1].append(with_interval(interval(less), "f_mem") if less and arm != "default (fine-tuned)" else "")
-    return header, rows
+def cifar10_steps(result, count, steps, how):
+    """All arms after as many gradient steps."""
+    measures = ("MQ@15 above", "MQ@30 above", "MQ@50 above", "f_mem", "near copies", "fpd", "swd")
+    rows = [[arm, *after_steps(paths, count, steps, measures)] for arm, paths in trainings(result, ALL_CIFAR10)]
+    return [f"after {steps:,} steps {how}", *(NAMES.get(m, m) for m in measures)], rows
 
 
-def larger(result):
-    """Images of 16x16 pixels: the end of the trainings."""
-    measures, rows = ("steps", "sequential", "fpd", "fpd of others", "f_mem", "extracted", "near copies"), []
-    for arm, paths in trainings(result, LARGER):
-        ends = [path[-1] for path in paths.values()]
-        rows.append([arm, len(ends), *cells(ends, measures)])
-    return ["arm", "seeds", *measures], rows
-
-
-def sub_models(result):
-    """Every second point of a shard's network: does it generalise before it memorises its shard?"""
-    measures, rows = ("fpd", "fpd of others", "f_mem", "extracted"), []
-    for arm, paths in trainings(result, ("clustered score ensemble", "spread score ensemble"), "sub-model"):
-        for points in list(zip(*paths.values(), strict=True))[1::2]:
-            single = spread([p["f_mem"] - p["f_mem of copies"] for p in points], FORMS["f_mem"])
-            steps = f"{points[0]['steps']:,}"
-            rows.append([arm.split()[0], len(paths), steps, *cells(points, measures), single])
-    return ["copies", "seeds", "steps", *measures, "f_mem of single images"], rows
+def cifar10_sizes(result):
+    """How default training grows with the number of images: when it begins to copy, and its best quality."""
+    rows = []
+    for arm, paths in trainings(result, SIZES):
+        rows.append([SIZES[arm], len(paths), spread([onset(path) for path in paths.values()], "steps")])
+        for axis in ("fpd", "swd"):
+            best = [min(path, key=lambda point: point[axis]) for path in paths.values()]
+            rows[-1] += cells(best, (axis, "steps"))
+    return ["images", "seeds", "copies from step", "best fpd", "at step", "best SWD", "at step"], rows
 
 
 TABLES = {
-    "steps": same_steps, "matched": matched, "frontier": frontier, "fine-tuned": fine_tuned, "sub-models": sub_models,
-    "larger": larger,
-}  # fmt: skip
+    "digits arms": digits_arms,
+    "digits fine-tuned": digits_fine_tuned,
+    "cifar10 primary": cifar10_primary,
+    "cifar10 in all": functools.partial(cifar10_steps, count="steps", steps=cifar10.STEPS, how="in all"),
+    "cifar10 in a row": functools.partial(cifar10_steps, count="sequential", steps=IN_A_ROW, how="in a row"),
+    "cifar10 sizes": cifar10_sizes,
+}
+PRINTED = {"digits": digits_arms, "cifar10": cifar10_primary}
 
 
-def filled(text, result):
-    """A document with its tables made anew: each stands between `<!-- table: NAME -->` and `<!-- end -->`."""
-    places = re.compile(r"(<!-- table: (.*?) -->).*?<!-- end -->", re.DOTALL)
-    return places.sub(lambda place: f"{place[1]}\n{markdown_table(*TABLES[place[2]](result))}<!-- end -->", text)
+def filled(text, results):
+    """A document with its tables made anew: each stands between `<!-- table: EXPERIMENT NAME -->` and `<!-- end -->`.
+
+    results: {experiment: what its file says}; a table of an experiment that is not among them stays as it is.
+    """
+
+    def table(place):
+        if place[2] not in results:
+            return place[0]
+        return f"{place[1]}\n{markdown_table(*TABLES[f'{place[2]} {place[3]}'](results[place[2]]))}<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\S+) (.*?) -->).*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def shown(experiment, result):
     """What the command prints of an experiment."""
-    return markdown_table(*matched(result, least=1)) if experiment == "digits" else ""
+    return markdown_table(*PRINTED[experiment](result))
 
 
 def plot(experiment, path, result):
     """The figure of an experiment, as a PNG file."""
-    if experiment == "digits":
-        plot_digits(path, result)
-
-
-def plot_digits(path, result):
-    """Memorisation over quality and over steps: means over seeds at every checkpoint, bars of a deviation."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for i, (arm, paths) in enumerate(trainings(result, DRAWN)):
-        length = min(map(len, paths.values()))
-        numbers = {
-            name: np.array([[point[name] for point in path[:length]] for path in paths.values()])
-            for name in ("fpd of others", "steps", "extracted", "f_mem")
-        }
-        for row, measure in enumerate(("extracted", "f_mem")):
-            y = numbers[measure]
-            for axis, name in zip(axes[row], ("fpd of others", "steps"), strict=True):
-                x = numbers[name]
-                bars = {
-                    "elinewidth": 0.7,
-                    "markersize": 3,
-                    "fmt": "o-" if i < 10 else "s:",
-                    "label": arm,
-                    "color": f"C{i}",
-                }
-                if len(paths) > 1:
-                    bars |= {"xerr": x.std(axis=0, ddof=1), "yerr": y.std(axis=0, ddof=1)}
-                axis.errorbar(x.mean(axis=0), y.mean(axis=0), **bars)
-    for row, label in enumerate((f"repeated images copied, of {result['data']['duplicates']}", "f_mem")):
-        what = "fpd of images not near repeated ones (less is better)"
-        axes[row, 0].set(xlabel=what, ylabel=label, xscale="log", xlim=(None, 1))
-        axes[row, 1].set(xlabel=f"gradient steps in all (over {K} shards)")
-    for axis in axes[1]:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure = Figure(layout="constrained")
+    axes = {"digits": draw_digits, "cifar10": draw_cifar10}[experiment](figure, result)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
 
+def draw(axis, x, y, result, arms):
+    """One measure over another: means over seeds at every checkpoint, bars of a deviation."""
+    for i, (arm, paths) in enumerate(trainings(result, arms)):
+        length = min(map(len, paths.values()))
+        means, bars = {}, {}
+        for name in (x, y):
+            values = np.array([[point[name] for point in path[:length]] for path in paths.values()])
+            means[name] = values.mean(axis=0)
+            bars[name] = values.std(axis=0, ddof=1) if len(paths) > 1 else None
+        look = {"elinewidth": 0.7, "markersize": 3, "fmt": "o-" if i < 10 else "s:", "color": f"C{i % 10}"}
+        axis.errorbar(means[x], means[y], xerr=bars[x], yerr=bars[y], label=arm, **look)
+
+
+def draw_digits(figure, result):
+    """Memorisation over quality and over steps; returns the axes."""
+    figure.set_size_inches(12, 8)
+    axes = figure.subplots(2, 2)
+    labels = {"extracted": f"repeated images copied, of {result['data']['duplicates']}", "f_mem": "f_mem"}
+    for row, (measure, label) in zip(axes, labels.items(), strict=True):
+        for axis, x in zip(row, ("fpd of others", "steps"), strict=True):
+            draw(axis, x, measure, result, DRAWN)
+        what = "fpd of images not near repeated ones (less is better)"
+        row[0].set(xlabel=what, ylabel=label, xscale="log", xlim=(None, 1))
+        row[1].set(xlabel=f"gradient steps in all (over {digits.K} shards)")
+    for axis in axes[1]:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return axes
+
+
+def draw_cifar10(figure, result):
+    """What is copied over two kinds of quality and over steps; lines: what held-out real images reach; the axes."""
+    measure, limit = COPIES
+    figure.set_size_inches(12, 5)
+    axes = figure.subplots(1, 3, sharey=True)
+    names = {
+        "fpd": "fpd to held-out images (less is better)",
+        "swd": "SWD to held-out images (less is better)",
+        "steps": f"gradient steps in all (over {cifar10.K} shards)",
+    }
+    for axis, (x, label) in zip(axes, names.items(), strict=True):
+        draw(axis, x, measure, result, ALL_CIFAR10)
+        axis.axhline(0, color="gray", linewidth=0.7)
+        axis.axhline(limit, color="gray", linewidth=0.7, linestyle="--")
+        if x in result["floor"]:
+            axis.axvline(result["floor"][x], color="gray", linewidth=0.7)
+        axis.set_xlabel(label)
+    axes[0].set(xscale="log", ylabel=f"{measure} the floor (dashed: copying begins)")
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    return axes
+
+
+def read_results():
+    """{experiment: what its file says} of those that have one."""
+    paths = {name: ROOT / f"results/{name}.json" for name in EXPERIMENTS}
+    return {name: read_json(path) for name, path in paths.items() if path.exists()}
+
+
 def main():
-    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_json(ROOT / "results/digits.json")))
+    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_results()))
 
 
 if __name__ == "__main__":

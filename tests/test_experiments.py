@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,72 +18,62 @@ import torch
 
 from experiments import __main__ as experiments
 from experiments import cifar10, digits, images, runs, tables
-from experiments.matched import at_quality, best_common, comparison, interval, verdict
+from experiments.matched import at_quality, best_without_copying, corrected, holm, onset, welch
 from score.swd import sliced_wasserstein
 from tests.commands import ROOT, environment
 from utils.errors import DataError, UsageError
 
 
-def point(fpd, f_mem, images=200, extracted=0, **about):
-    return {"fpd": fpd, "f_mem": f_mem, "images": images, "extracted": extracted, **about}
-
-
 def test_memorisation_at_a_quality_by_hand():
-    path = [point(*pair) for pair in ((4.0, 0.0), (2.0, 0.1), (1.0, 0.4), (1.5, 0.5), (0.5, 0.9))]
+    numbers = ((4.0, 0.0), (2.0, 0.1), (1.0, 0.4), (1.5, 0.5), (0.5, 0.9))
+    path = [{"fpd": fpd, "f_mem": f_mem, "other": 2 * fpd} for fpd, f_mem in numbers]
     by_hand = {2.0: 0.1, 3.0: 0.05, 1.25: 0.325, 0.75: 0.8, 5.0: 0.0, 0.4: np.nan}  # at 0.75 it got worse in between
     for quality, share in by_hand.items():
         np.testing.assert_allclose(at_quality(path, quality, "f_mem"), share)
-    assert best_common(path, path[:3]) == 1.0
-    doubled = [{**p, "other": 2 * p["fpd"]} for p in path]
-    assert at_quality(doubled, 4.0, "f_mem", "other") == at_quality(path, 2.0, "f_mem")
+    assert at_quality(path, 4.0, "f_mem", "other") == at_quality(path, 2.0, "f_mem")
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_the_best_quality_without_copying_and_the_onset_by_hand():
+    numbers = ((100, 3.0, -0.01), (200, 1.0, 0.02), (300, 2.0, 0.04), (400, 0.5, 0.10), (500, 0.8, 0.01))
+    path = [{"steps": steps, "fpd": fpd, "MQ@30 above": above} for steps, fpd, above in numbers]
+    assert best_without_copying(path, "fpd") == 0.8 and best_without_copying(path[:4], "fpd") == 1.0
+    assert np.isnan(best_without_copying(path[2:4], "fpd"))
+    assert onset(path) == 200  # where it passes 0.02, which is no copying yet
+    assert onset([path[0], path[3]]) == pytest.approx(100 + 300 * 3 / 11)
+    assert onset(path[3:]) == 400 and np.isnan(onset(path[:2]))
+
+
+def test_welch_by_its_formula():
     random = np.random.default_rng(0)
-    for n in (3, 5):
-        found = [interval(random.normal(0.1, 0.02, n)) for _ in range(400)]
-        assert 0.92 < np.mean([low <= 0.1 <= high for _, low, high in found]) < 0.98
-    values = [0.2, 0.5, 0.3]
-    by_scipy = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-    np.testing.assert_allclose(interval(values)[1:], by_scipy)
-    assert interval([0.25, 0.75]) == (0.5, None, None)
+    for sizes in ((3, 3), (5, 8), (3, 12)):
+        one, other = (random.normal(i, 1 + i, size) for i, size in enumerate(sizes))
+        of_means = np.array([np.var(x, ddof=1) / len(x) for x in (one, other)])
+        error = np.sqrt(of_means.sum())
+        freedom = of_means.sum() ** 2 / (of_means**2 / (np.array(sizes) - 1)).sum()
+        difference, half = one.mean() - other.mean(), scipy.stats.t.ppf(0.975, freedom) * error
+        p = 2 * scipy.stats.t.sf(abs(difference) / error, freedom)
+        np.testing.assert_allclose(welch(one, other), [difference, difference - half, difference + half, p])
+    one_sample = scipy.stats.ttest_1samp([-1, -2, -3], 0)  # the same where one side has no spread
+    expected = [-2, *one_sample.confidence_interval(), one_sample.pvalue]
+    np.testing.assert_allclose(welch([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]), expected)
+    assert welch([0.25, 0.75], [1.0, 2.0, 3.0]) == (-1.5, None, None, None)
+    assert welch([1.0] * 3, [3.0] * 4) == (-2.0, None, None, None)
+    difference, *test = welch([1.0, 2.0, np.nan], [1.0, 2.0, 3.0])
+    assert np.isnan(difference) and test == [None] * 3
 
 
-def test_each_seed_is_compared_with_its_own_baseline():
-    points = [
-        {"arm": arm, "seed": seed, **point(*pair)}
-        for arm, seed, path in (
-            ("default", 1, ((2.0, 0.0), (1.0, 0.4))),
-            ("default", 2, ((2.0, 0.0), (0.8, 0.6))),
-            ("default", 3, ((2.0, 0.0), (0.5, 0.9))),
-            ("x", 1, ((2.0, 0.0), (0.5, 0.3))),
-            ("x", 2, ((1.2, 0.1),)),
-            ("x", 3, ((2.0, 0.0), (1.5, 0.1))),
-        )
-        for pair in path
-    ]
-    row = comparison(points, "x")  # at 1.0, 1.2 and 1.5
-    assert row["seeds"] == 3 and row["fpd"] == pytest.approx(3.7 / 3)
-    own, of_default = np.array([0.2, 0.1, 0.1]), np.array([0.4, 0.4, 0.3])
-    np.testing.assert_allclose([row["f_mem"], row["default f_mem"]], [own.mean(), of_default.mean()])
-    expected = scipy.stats.ttest_rel(own, of_default).confidence_interval()
-    np.testing.assert_allclose(row["f_mem difference"], [(own - of_default).mean(), *expected])
-
-
-def test_what_cannot_be_told_apart_is_not_called_equal():
-    """A comparison is no test where the baseline copies nothing, far from its best, and with two seeds."""
-
-    def compared(own, baseline, seeds=3):
-        points = [{"arm": "x", "seed": s, **p} for s in range(seeds) for p in own]
-        return comparison(points + [{"arm": "default", "seed": s, **p} for s in range(seeds) for p in baseline], "x")
-
-    copying = [point(2.0, 0.0), point(1.0, 0.2, extracted=9)]
-    assert verdict(compared([point(1.0, 0.0)], copying), "f_mem") == "less"
-    assert verdict(compared([point(1.0, 0.4, extracted=12)], copying), "extracted") == "more"
-    assert verdict(compared(copying, copying), "f_mem") == "not shown"
-    assert "does not copy" in verdict(compared([point(1.0, 0.0)], [point(2.0, 0.0), point(0.9, 0.005)]), "f_mem")
-    assert "above 1.5 times" in verdict(compared([point(1.8, 0.0)], copying), "f_mem")
-    assert "2 of 3 seeds" in verdict(compared([point(1.0, 0.0)], copying, seeds=2), "f_mem")
+def test_holm_is_bonferroni_of_every_subset():
+    """Closed testing: a hypothesis is rejected if every set that holds it is, each by Bonferroni."""
+    random = np.random.default_rng(0)
+    for n in (1, 2, 5):
+        for p_values in (*random.uniform(0, 0.3, (5, n)), np.full(n, 0.02)):
+            sets = [np.flatnonzero([bits >> i & 1 for i in range(n)]) for bits in range(1, 2**n)]
+            by_set = {tuple(chosen): min(1, len(chosen) * p_values[chosen].min()) for chosen in sets}
+            expected = [max(p for chosen, p in by_set.items() if i in chosen) for i in range(n)]
+            np.testing.assert_allclose(holm(p_values), expected)
+    assert holm([]) == []
+    comparisons = {"a": (1.0, 0.0, 2.0, 0.01), "b": (1.0, None, None, None), "c": (1.0, 0.0, 2.0, 0.04)}
+    assert [found[-1] for found in corrected(comparisons).values()] == [0.02, None, 0.04]
 
 
 def test_the_measures_by_brute_force(monkeypatch):
@@ -195,9 +186,7 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     assert {p.get("network") for p in result["points"] if p["arm"] == "clustered score ensemble"} == {None, "sub-model"}
     assert all(0 <= p["f_mem"] <= 1 and p["fpd"] > 0 for p in result["points"])
     assert result["floor"]["fpd of the training set"] > result["floor"]["fpd of distinct training images"] > 0
-    for name, table in tables.TABLES.items():
-        header, rows = table(result)
-        assert all(len(row) == len(header) for row in rows), name
+    check_tables("digits", result)
     monkeypatch.setattr(runs, "work", None)
     shutil.rmtree(tmp_path / "runs")  # the file alone says what need not be made again
     experiments.main(command)
@@ -205,6 +194,77 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     assert again["points"] == result["points"] and again["trainings"] == result["trainings"]
     with pytest.raises(UsageError, match="other flags: choose another --out"):
         experiments.main([*command[:1], "--scale=0.01", *command[2:]])
+
+
+def check_tables(experiment, result):
+    """That all tables of an experiment can be made and read."""
+    for name, table in tables.TABLES.items():
+        if name.startswith(experiment):
+            header, rows = table(result)
+            assert rows and all(len(row) == len(header) <= 8 for row in rows), name
+
+
+def made_up_cifar10(seeds):
+    """A result of the experiment on CIFAR-10: {arm: (how many seeds, its fpd without copying)}."""
+    random, points = np.random.default_rng(0), []
+    names = ("fpd", "swd", "f_mem", "near copies", *(f"MQ@{p} above" for p in (15, 30, 50)))
+    for arm, (n, best) in seeds.items():
+        spec = cifar10.ARMS[arm]
+        for seed in range(1, n + 1):
+            for i in range(1, 21):
+                steps = i * spec["steps"] // 20
+                above = 0.01 * (i - 10) + 0.001 * seed
+                fpd = best + abs(i - 10) / 10 + random.normal(0, 0.01)
+                numbers = (fpd, 60 * fpd, max(above, 0), 0.3, above / 2, above, 2 * above)
+                about = {"arm": arm, "seed": seed, "steps": steps, "sequential": steps // spec["client_num"]}
+                points.append(about | dict(zip(names, numbers, strict=True)))
+    return {"points": points, "floor": {"fpd": 0.1, "swd": 19.0}, "data": cifar10.DATA}
+
+
+def test_the_tables_and_the_figure_of_cifar10(tmp_path):
+    arms = {"default": (3, 0.5), "AGC": (3, 0.4), "random skip": (3, 0.5), "IET-AGC": (3, 1.0), "IET": (1, 1.2)}
+    result = made_up_cifar10(arms | {"250 images": (1, 0.8), "1000 images": (1, 0.3)})
+    check_tables("cifar10", result)
+    _, rows = tables.cifar10_primary(result)
+    assert [row[0] for row in rows] == [*arms, "AGC, to random skip"]
+    paths = {arm: tables.paths_of(result["points"], arm) for arm in arms}
+    pairs = [(arm, "default") for arm in ("AGC", "random skip", "IET-AGC")] + [("AGC", "random skip")]
+    best = {
+        (arm, axis): [min(p[axis] for p in path if p["MQ@30 above"] <= 0.02) for path in paths[arm].values()]
+        for arm in arms
+        for axis in ("fpd", "swd")
+    }
+    tests = [scipy.stats.ttest_ind(best[a, x], best[b, x], equal_var=False) for x in ("fpd", "swd") for a, b in pairs]
+    p_values = holm([test.pvalue for test in tests])
+    expected = [f"{p:.3f}" if p >= 0.001 else "< 0.001" for p in p_values]
+    assert [row[column] for column in (4, 7) for row in (*rows[1:4], rows[5])] == expected
+    assert rows[1][2] == f"{np.mean(best['AGC', 'fpd']):.3f} ± {np.std(best['AGC', 'fpd'], ddof=1):.3f}"
+    low, high = tests[0].confidence_interval()
+    assert rows[1][3] == f"{np.subtract(*(np.mean(best[a, 'fpd']) for a in pairs[0])):+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert rows[4][4] == rows[4][7] == "shown, not compared" and "[" not in rows[4][3] and "±" not in rows[4][2]
+    assert tables.cifar10_sizes(result)[1][0][:3] == [250, 1, f"{11.9 * 8400 / 20:,.0f}"]
+    _, in_a_row = tables.TABLES["cifar10 in a row"](result)
+    assert in_a_row[0][2] == "+5.2% ± 0.1%" and in_a_row[3][2] == "+10.2% ± 0.1%"  # 12,600 steps: 15 of 20, and the end
+    tables.plot("cifar10", tmp_path / "cifar10.png", result)
+    assert (tmp_path / "cifar10.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arms", [{"AGC": (1, 0.5)}, {"default": (1, 0.5)}, {"250 images": (1, 0.5)}])
+def test_the_tables_of_cifar10_of_its_first_training(arms, tmp_path):
+    result = made_up_cifar10(arms)
+    assert tables.shown("cifar10", result)
+    for name, table in tables.TABLES.items():
+        if name.startswith("cifar10"):
+            table(result)
+    tables.plot("cifar10", tmp_path / "cifar10.png", result)
+
+
+def test_a_table_without_results_stays_as_it_is():
+    text = "a\n<!-- table: cifar10 primary -->\nb\n<!-- end -->\nc\n<!-- table: digits arms -->\n<!-- end -->\n"
+    assert tables.filled(text, {}) == text
+    filled = tables.filled(text, {"cifar10": made_up_cifar10({"default": (1, 0.5)})})
+    before, after = text.split("b\n")
+    assert filled.startswith(before + "| arm ") and filled.endswith(after) and filled.count("\n| default |") == 1
 
 
 def processes_of(session):
@@ -246,6 +306,8 @@ def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
 
 
 def test_the_document_says_what_the_results_say():
-    text, results = tables.DOCUMENT.read_text(), json.loads((ROOT / "results/digits.json").read_text())
+    text, results = tables.DOCUMENT.read_text(), tables.read_results()
     assert tables.filled(text, results) == text, f"{tables.DOCUMENT} differs: run python -m experiments.tables"
-    assert text.count("<!-- table: ") == len(tables.TABLES)
+    assert {f"digits {place}" for place in re.findall("<!-- table: digits (.*) -->", text)} == {
+        name for name in tables.TABLES if name.startswith("digits")
+    }

@@ -134,7 +134,7 @@ def test_no_zero_has_a_sign_of_minus(tmp_path):
     shown_at = [printed, *((tmp_path / name).read_text() for name in ("report.html", "both.html"))]
     for text in shown_at:
         assert "+0.0%" in text and not re.search(r"-0\.?0*[^0-9.-]", re.sub('src="[^"]*"|<style>.*?</style>', "", text))
-    assert with_interval((-0.00004, -0.00004, 0.01), "f_mem") == "+0.00 [+0.00, +1.00]"
+    assert with_interval((-0.00004, -0.00004, 0.01), "f_mem") == "+0.0 [+0.0, +1.0]"
 
 
 @needs_chromium
