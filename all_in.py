@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 from dataset import equal_images, image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import SAMPLES_ORDER, Quality, evaluate, identity, known_neighbors
+from score.evaluate import SAMPLES_ORDER, Quality, about_repeats, evaluate, identity, known_neighbors
 from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
@@ -86,18 +86,6 @@ def take_directories(stages):
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
-def without_repeats(data):
-    """The `distinct` images of a data set, and what is to be said of it: {"counts": for result.json, "warning"}."""
-    distinct = data.distinct()
-    before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (data, distinct))
-    repeated, in_training = before[0] - after[0], before[1] - after[1]
-    said = [f"{repeated:,} of {before[0]:,} training images equal others, and count once"] if repeated else []
-    if in_training:
-        said.append(f"{in_training:,} of {before[1]:,} held-out images equal training images, and are left out")
-    counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
-    return distinct, {"counts": counts, "warning": "; ".join(said) or None}
-
-
 def load_network(device):
     """The network that the flags name, its files, and the settings of its training or None.
 
@@ -105,9 +93,9 @@ def load_network(device):
     """
     names = FLAGS.unet_dir.split(",")
     paths = [checkpoint.find(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
+    states = [checkpoint.load(path, device) for path in paths]
     settings, nets = flags.take_trainings(FLAGS, paths), []
-    for path in paths:
-        state = checkpoint.load(path, device)
+    for path, state in zip(paths, states, strict=True):
         nets.append(flags.unet(FLAGS, state, path).to(device))
         checkpoint.load_weights(nets[-1], checkpoint.weights(state, FLAGS.use_ema, path), path)
     return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
@@ -317,12 +305,14 @@ def main():
     about_settings = flags.training_warning(settings, data, paths) if paths else None
     slot_group, data = equal_images(data.train.images), data.without_copies()
     flags.check_data(FLAGS, data)
-    reference, (data, repeats) = flags.reference_images(FLAGS, data), without_repeats(data)
+    reference, given, data = flags.reference_images(FLAGS, data), data, data.distinct()
     training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
+    before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (given, data))
+    repeats = about_repeats(*before, *after)
     if "gap" in stages:
         flags.heldout_images(FLAGS, data, "stages=gap")
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
-    notes = {"settings_warning": about_settings, "repeats_warning": repeats["warning"]}
+    notes = {"settings_warning": about_settings, "repeats_warning": repeats.pop("repeats_warning")}
     notes["floor_warning"] = None
     if heldout is not None and len(heldout) < ROUGH:
         notes["floor_warning"] = f"{len(heldout)} held-out images: with less than {ROUGH} the floors are rough"
@@ -354,7 +344,7 @@ def main():
         result = {"seconds": {}, **sets}
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
-    result |= {"N": len(images), "training_set_size": len(training), **repeats["counts"], **notes}
+    result |= {"N": len(images), "training_set_size": len(training), **repeats, **notes}
     is_new = False
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)

@@ -140,6 +140,7 @@ def facts_of(result):
         **{
             "reference images" if name == "images" else f"scores: {name}": value
             for name, value in (result.get("scored_with") or {}).items()
+            if name != "heldout"  # which the floor says
         },
         "weights": result.get("weights") or origin.get("weights"),
         **{f"sampling: {name}": value for name, value in origin.items() if name not in NO_SAMPLING},

@@ -74,6 +74,21 @@ def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None
     return distributed.from_main(numbers), found
 
 
+def about_repeats(training, heldout, training_left, heldout_left):
+    """What result.json says of the training images that equal others, and of the held-out ones that equal one of them.
+
+    Args:
+        training, heldout: how many images there are.
+        training_left, heldout_left: how many of them are measured.
+    """
+    repeated, in_training = training - training_left, heldout - heldout_left
+    said = [f"{repeated:,} of {training:,} training images equal others, and count once"] if repeated else []
+    if in_training:
+        said.append(f"{in_training:,} of {heldout:,} held-out images equal training images, and are left out")
+    counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
+    return {**counts, "repeats_warning": "; ".join(said) or None}
+
+
 def identity(images, training):
     """What two sets of images are known by in the files about them."""
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}

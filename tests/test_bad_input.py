@@ -202,8 +202,8 @@ FILES = [
     (
         "all_in.py",
         f"{SAMPLES}a",
-        {"a": directory_of(picture(), picture(size=(9, 8)))},
-        "1.png: is 9x8, 0.png is 8x8 (width x height)",
+        {"a": directory_of(picture(), picture(size=(9, 9)))},
+        "1.png: is 9x9, 0.png is 8x8 (width x height)",
     ),
     ("all_in.py", f"{SAMPLES}a", {"a": directory_of()}, "a: no images in it"),
     ("all_in.py", "--fid_features=inception --inception_weights=w.pth --samples=a.npy", {}, "w.pth"),

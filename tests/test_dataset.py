@@ -251,10 +251,13 @@ def test_afhq_without_test_split_or_without_anything(tmp_path):
 @pytest.mark.parametrize("format, size", [("png", (30, 21)), ("jpg", 64)])
 def test_folder_with_classes(tmp_path, format, size, num_workers):
     paths = write_folder(tmp_path, ["dog", "cat", "cat-2"], per_class=3, size=size, format=format)
-    loaded = load_dataset("folder", tmp_path, img_size=16, hflip=True, num_workers=num_workers)
+    settings = {"img_size": 16, "hflip": True, "num_workers": num_workers, "resize": "squeeze"}
+    loaded = load_dataset("folder", tmp_path, **settings)
     np.testing.assert_array_equal(loaded.train.images, reference_pixels(paths, 16))
     assert loaded.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert (loaded.num_classes, loaded.hflip, loaded.heldout) == (3, True, None)
+    assert loaded.class_names == ["cat", "cat-2", "dog"]
+    assert loaded.train.names.tolist() == [str(Path(path).relative_to(tmp_path)) for path in paths]
 
 
 def test_folder_without_classes_and_with_nested_directories(tmp_path):

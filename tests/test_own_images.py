@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset import load_dataset
+from score.fid import pixel_features, precision_recall
+from score.samples import content_order
 from tests.commands import eval_flags, run
 from training import checkpoint
 
@@ -40,6 +43,11 @@ def measure(tmp_path, out, *flags, code=0):
         "all_in.py", *MEASURING, f"--img_size={SIZE}", *flags, *eval_flags(tmp_path / out), cwd=tmp_path, code=code
     )
     return found, result_in(tmp_path / out) if not code else None
+
+
+def in_order(images):
+    """The images in the order in which those of --samples are scored."""
+    return images[content_order(images)]
 
 
 def test_training_images_in_two_files_count_once(tmp_path):
@@ -188,10 +196,16 @@ def test_floors_from_a_folder_of_held_out_images(tmp_path):
     write_images(tmp_path / "other", heldout, [f"{i % 2}/{i}.png" for i in range(30)])
     np.save(tmp_path / "samples.npy", noise(20, seed=2))
     flags = ["--dataset=folder", "--data_root=my", "--samples=samples.npy", "--num_train=20"]
+    loaded = load_dataset("folder", tmp_path / "my", SIZE, num_train=20, heldout=tmp_path / "other")
     for extra in ([], ["--fid_reference=heldout"]):
         found, result = measure(tmp_path, "out", *flags, "--heldout=other", *extra)
         assert result["holdout"]["N"] == 30 and "with less than 500 the floors are rough" in found.stderr
-        assert 0 <= result["recall_floor"] <= 1 and result["precision_floor"] < 1  # else against themselves
+        others = in_order(loaded.heldout.images)
+        sets = (
+            (others[::2], others[1::2]) if extra else (in_order(loaded.train.images), others[np.arange(20) * 30 // 20])
+        )
+        expected = precision_recall(*map(pixel_features, sets))
+        assert {name: result[f"{name}_floor"] for name in expected} == expected  # never the reference against itself
     assert measure(tmp_path, "out", *flags)[1]["holdout"]["N"] == 20
     said, _ = measure(tmp_path, "out", *flags, "--heldout=nowhere", code=1)
     assert "no directory nowhere" in said.stderr and "--heldout" in said.stderr

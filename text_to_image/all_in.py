@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-from dataset import fingerprint
-from score.evaluate import Quality, identity
+from dataset import equal_images, fingerprint
+from score.evaluate import Quality, about_repeats, identity
 from score.fid import CACHE
 from score.generate import generate_into
 from score.grids import save_grids
@@ -256,6 +256,24 @@ def write_results(result, images, data, found, prompts):
     print(f"  written to {grid_dir}")
 
 
+def without_repeats(given, training, heldout):
+    """What is to be said of repeats, and the held-out images that equal no training image, None if none are left.
+
+    Args:
+        given: how many training images there are, of which `training` (N, 3, H, W) are distinct.
+        heldout: (L, 3, H, W), or None.
+    """
+    if heldout is None:
+        repeats = about_repeats(given, 0, len(training), 0)
+    else:
+        others = heldout[equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)]
+        repeats = about_repeats(given, len(heldout), len(training), len(others))
+        heldout = others if len(others) else None
+    if repeats["repeats_warning"] and distributed.is_main():
+        warn(f"warning: {repeats['repeats_warning']}")
+    return repeats, heldout
+
+
 def main():
     flags.check(FLAGS)
     device = pick_device(FLAGS.device, FLAGS.precision)
@@ -295,10 +313,11 @@ def main():
     data = flags.call(FLAGS, load_folder, FLAGS.data_root)
     for text in flags.differences(FLAGS, settings_of(unet_folder), data) if FLAGS.unet else ():
         note(notes, text)
-    data = distinct(data)
+    given, data = len(data.images), distinct(data)
     training = data.images
     if FLAGS.heldout:
         heldout = read_images("heldout")
+    repeats, heldout = without_repeats(given, training, heldout)
     if FLAGS.samples:
         images = read_images("samples")
         odd = warn_of_odd_values(FLAGS.samples, images, training)
@@ -352,7 +371,12 @@ def main():
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
     result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
     notes += [scorers[""].warning] if scorers[""].warning else []
-    result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, "scored_with": scorers[""].scored_with}
+    result |= {
+        "warning": "; ".join(notes) or None,
+        "samples_warning": odd,
+        **repeats,
+        "scored_with": scorers[""].scored_with,
+    }
     result |= background(space[0], space[2])
     numbers, found = measure(images, prompts, space, scorers, clip)
     result |= numbers

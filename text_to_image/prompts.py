@@ -1,6 +1,5 @@
 """What a text-conditioned generator is asked for, and whose captions that is."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from dataset import equal_images, firsts
 from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens, read_captions
 from utils.errors import DataError
 from utils.safe_files import one_line, read_text
@@ -27,11 +27,10 @@ def distinct(data):
 
     A repeated image would be its own second neighbour.
     """
-    found = {}
-    for i, image in enumerate(data.images):
-        found.setdefault(hashlib.blake2b(image.numpy().tobytes()).digest(), []).append(i)
-    captions = [[text for i in copies for text in data.captions[i]] for copies in found.values()]
-    rows = [copies[0] for copies in found.values()]
+    group = equal_images(data.images)
+    rows, captions = firsts(group).nonzero().flatten().tolist(), [[] for _ in range(int(group.max()) + 1)]
+    for number, texts in zip(group.tolist(), data.captions, strict=True):
+        captions[number] += texts
     classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
     return CaptionedImages(data.images[rows], captions, classes, paths)
 

@@ -25,6 +25,7 @@ from utils.errors import DamagedError, DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, remove, write_json, write_text
 from utils.safe_files import one_line
 
+EXPORTED = ".safetensors"  # the suffix of what `training.export` writes
 FORMAT = 4  # of what a run needs to continue
 YOUNG_EMA = 0.05  # the share of their random start in EMA weights from which on it is said
 FOR_RESUMING = ("optim", "scaler", "seconds", "milestone")  # what main.py's older checkpoints lack
@@ -89,7 +90,7 @@ def load(path, device="cpu", check=True):
     """
     path, kind = Path(path), DataError
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == EXPORTED:
             return load_exported(path, device)
         with path.open("rb") as file:
             is_zip = file.read(1) != b"\x80"  # of torch's older format, which this program does not write
@@ -217,7 +218,7 @@ def steps_of(state, settings):
 
 def ema_start(path):
     """`random_start` of the EMA weights in a checkpoint, or None where that is not known, as of published ones."""
-    if path.suffix == ".safetensors":
+    if path.suffix == EXPORTED:
         return load(path).get("ema_start")
     run = read_run(run_file(path))
     if run is None:
@@ -258,7 +259,7 @@ def training_of(path):
 
     Settings that were changed on the way are told in "changed".
     """
-    if path.suffix == ".safetensors":
+    if path.suffix == EXPORTED:
         return load(path).get("flags")
     run = read_run(run_file(path))
     if run is None:

@@ -340,8 +340,8 @@ def take_trainings(values, paths):
             if other.get(name) != settings[0].get(name):
                 values_of_both = f"{paths[0]} was trained with {settings[0].get(name)}, {path} with {other.get(name)}"
                 raise UsageError(f"--{name}: {values_of_both}: evaluate them one by one")
-    run_file = checkpoint.run_file(paths[0])
-    take_training(values, settings[0], recorded_flags(run_file.parent), run_file)
+    where = paths[0] if paths[0].suffix == checkpoint.EXPORTED else checkpoint.run_file(paths[0])
+    take_training(values, settings[0], recorded_flags(where.parent), where)
     return settings[0]
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
-from tqdm import tqdm
 
 from utils import distributed
 from utils.errors import DataError, printable
@@ -146,7 +145,8 @@ class Logger:
         elif distributed.is_main():
             left = self.total - self.done - last
             seconds = left * (now - self.first_timed) / (last - first)
-            tqdm.write(f"{left:,} more steps will take about {tqdm.format_interval(seconds)}, sample grids aside")
+            how_long = self.bar.format_interval(seconds)
+            self.bar.write(f"{left:,} more steps will take about {how_long}, sample grids aside")
 
     def write(self, line):
         """Write a line to metrics.jsonl and, with its shard or kind of weights in the tag, to TensorBoard."""
@@ -195,9 +195,9 @@ class Logger:
         if distributed.is_main():
             write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
             self.bar.close()
-            took = f" in {tqdm.format_interval(self.seconds)}"
+            took = f" in {self.bar.format_interval(self.seconds)}"
             if self.drawing > MUCH * self.seconds:
-                drawing = tqdm.format_interval(self.drawing)
+                drawing = self.bar.format_interval(self.drawing)
                 took += f", {drawing} of it for sample grids: --sample_step=0 draws none"
             print(f"{printable(self.logdir)}: {steps} steps done{took}")
 
