@@ -12,7 +12,19 @@ from html import escape
 from pathlib import Path
 
 from score.grids import closest_pairs, save_comparison
-from score.report import COLUMNS, FLOORS, curves, figures, histograms, page, shortened, similarity, table, under
+from score.report import (
+    COLUMNS,
+    FLOORS,
+    curves,
+    figures,
+    floor_of,
+    histograms,
+    page,
+    shortened,
+    similarity,
+    table,
+    under,
+)
 from utils import startup
 from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
@@ -185,7 +197,10 @@ def differing(results, values_of):
 
 
 def warnings_about(results):
-    """A line for each of the `facts_of` results in which labels differ; results: as for `differing`."""
+    """A line for each of the `facts_of` results in which labels differ, and for each doubt about how one was trained.
+
+    results: as for `differing`.
+    """
     lines = []
     for name, texts in differing(results, facts_of).items():
         labels_of = {}
@@ -193,7 +208,10 @@ def warnings_about(results):
             labels_of.setdefault(text, []).append(label)
         said = "; ".join(f"{', '.join(labels)}: {text}" for text, labels in labels_of.items() if text)
         lines.append(f"not all numbers compare, since these differ in {name}: {said}")
-    return lines
+    doubts = {label: [result.get("settings_warning") for result in repeats] for label, repeats in results.items()}
+    return lines + [
+        f"{label}: {text}" for label, texts in doubts.items() for text in dict.fromkeys(filter(None, texts))
+    ]
 
 
 def shared(name, values):
@@ -229,7 +247,7 @@ def once(values):
 
 def floor_under(key):
     """A function that finds the floor under a key of a result, with the features that its similarities are of."""
-    return lambda result: {"features": result.get("features"), **result[key]} if key in result else None
+    return lambda result: {"features": result.get("features"), **floor_of(result, key)} if key in result else None
 
 
 def similarity_of_training(result):

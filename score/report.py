@@ -67,10 +67,7 @@ COLUMNS = {
     "fpd to held-out": (under("heldout_fpd"), "{:.3f}"),
     "precision": (under("precision"), "{:.1%}"),
     "recall": (under("recall"), "{:.1%}"),
-    "precision floor": (under("precision_floor"), "{:.1%}"),
-    "recall floor": (under("recall_floor"), "{:.1%}"),
     "SWD": (under("swd"), "{:.1f}"),
-    "SWD floor": (under("swd_floor"), "{:.1f}"),
     "images": (under("N"), "{:.0f}"),
     "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
     "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
@@ -203,7 +200,13 @@ def losses(gap):
 
 def sets_of(result):
     """{name: the numbers} of the generated images and of what is measured in their place."""
-    return {"generated": result} | {name: result[key] for name, key in FLOORS.items() if key in result}
+    return {"generated": result} | {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
+
+
+def floor_of(result, key):
+    """The numbers of what is measured in the place of generated images, under one of the keys of `FLOORS`."""
+    scores = ("precision", "recall", "swd") if key == "holdout" else ()
+    return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
 
 
 def all_columns(result):
