@@ -20,7 +20,7 @@ TINY = [*TINY_FLAGS, "--num_images=4", "--fid_features=pixels"]
 def flags_of(*arguments):
     """The flags of a command line, as absl's values; those of the test process stay as they are."""
     with flagsaver.flagsaver():
-        FLAGS(["test", *arguments])
+        flags.parse(FLAGS, ["test", *arguments])
         return SimpleNamespace(**FLAGS.flag_values_dict())
 
 
@@ -41,7 +41,8 @@ def test_every_block_sees_t_and_the_class(name):
         if isinstance(block, ResBlock):
             block.register_forward_pre_hook(lambda _, args, key=block_name: inputs.__setitem__(key, args[0]))
     labels = torch.tensor([3]) if num_labels else None
-    net(torch.randn(1, 3, 16, 16), torch.tensor([900]), labels)
+    side = max(16, 2 ** (len(values.ch_mult) - 1))
+    net(torch.randn(1, 3, side, side), torch.tensor([900]), labels)
 
     def outputs(t, label):
         cemb = net.cond_embedding(torch.tensor([label + 1])) if num_labels else None

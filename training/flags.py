@@ -509,7 +509,7 @@ def logdir(values, script, data, groups):
     settings |= {"norm_groups": groups, "training images (sha256)": fingerprint(data.train.images)}
     if script == "main_fed" or values.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
-    settings["hflip"] = data.hflip
+    settings |= {"hflip": data.hflip, "resize": values.resize or "crop"}
     if script == "main_fed":
         settings["split"] = split_of(values)
         fixed |= {"training images (sha256)", "classes (sha256)"}
