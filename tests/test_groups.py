@@ -20,6 +20,7 @@ TINY = [*TINY_FLAGS, "--num_images=4", "--fid_features=pixels"]
 def flags_of(*arguments):
     """The flags of a command line, as absl's values; those of the test process stay as they are."""
     with flagsaver.flagsaver():
+        FLAGS.unparse_flags()  # what an earlier test in this process has set
         flags.parse(FLAGS, ["test", *arguments])
         return SimpleNamespace(**FLAGS.flag_values_dict())
 
