@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-from dataset import equal_images, image_folders, load_dataset
+from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import SAMPLES_ORDER, Quality, about_repeats, evaluate, identity, known_neighbors
 from score.fid import CACHE
@@ -24,12 +24,14 @@ from score.memorization import memorization_ratio
 from score.report import summary, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import background, copy_threshold, embed, measures
-from training import checkpoint, flags
+from training import flags
 from training.launch import announce, pick_device, run
+from training.logdir import ema_start, young_ema
+from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
-from utils.images import keep_apart
+from utils.images import equal_images, keep_apart
 
 FLAGS = absl_flags.FLAGS
 ROUGH = 500  # held-out images, below which a floor is rough
@@ -92,12 +94,12 @@ def load_network(device):
     Of several checkpoints it is the mean of their predictions.
     """
     names = FLAGS.unet_dir.split(",")
-    paths = [checkpoint.find(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
-    states = [checkpoint.load(path, device) for path in paths]
+    paths = [find_checkpoint(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
+    states = [load_checkpoint(path, device) for path in paths]
     settings, nets = flags.take_trainings(FLAGS, paths), []
     for path, state in zip(paths, states, strict=True):
         nets.append(flags.unet(FLAGS, state, path).to(device))
-        checkpoint.load_weights(nets[-1], checkpoint.weights(state, FLAGS.use_ema, path), path)
+        load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)
     return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
 
 
@@ -116,7 +118,7 @@ def weights_of(paths):
 
 def ema_warning(paths):
     """What is to be said of the EMA weights of these checkpoints, or None; of raw weights nothing is."""
-    found = [checkpoint.young_ema(path, checkpoint.ema_start(path)) for path in paths if FLAGS.use_ema]
+    found = [young_ema(path, ema_start(path)) for path in paths if FLAGS.use_ema]
     texts = list(filter(None, found))
     return f"{'; '.join(texts)}; raw weights are measured with --use_ema=False" if texts else None
 
@@ -238,7 +240,7 @@ def skip_counts(path, slot_group):
 
     slot_group: (N,) int64, which of the M is in each slot of the training set.
     """
-    counts = checkpoint.load(path).get("index_array") if path and Path(path).exists() else None
+    counts = load_checkpoint(path).get("index_array") if path and Path(path).exists() else None
     if not isinstance(counts, torch.Tensor) or counts.shape != slot_group.shape:
         return None
     return torch.zeros(int(slot_group.max()) + 1, dtype=torch.int64).index_add(0, slot_group, counts)

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, features
+from PIL import features
 
 from utils import distributed
-from utils.errors import DataError, UsageError, warn
+from utils.bar import progress
+from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
-from utils.images import in_threads, list_images, read_images
-from utils.safe_files import one_line, read_archive, read_file, unpickle_dict
+from utils.images import equal_images, firsts, in_threads, list_images, read_images, resized
+from utils.safe_files import read_archive, read_file, unpickle_dict
 
 DATASETS = ("digits", "mnist5k", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
 # name: (package, its file, side of the images, their largest value)
@@ -184,25 +185,6 @@ def join(parts):
     return ImageSet(torch.cat(images), torch.cat(labels), names)
 
 
-def equal_images(images):
-    """The group of each of the images (N, ...) uint8 that are equal in pixels: int64 (N,), numbered by their firsts."""
-    numbers = {}
-    digests = (hashlib.sha256(image).digest() for image in images.contiguous().numpy())
-    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
-
-
-def firsts(group):
-    """Which of the images are the first of their group: bool (N,); group: as `equal_images` returns it."""
-    return torch.cat([torch.tensor([True]), group[1:] > torch.cummax(group, dim=0).values[:-1]])
-
-
-def fingerprint(images):
-    """SHA-256 (hex) of the shape and the bytes of a uint8 tensor, the same on every device and memory layout."""
-    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
-    digest.update(images.contiguous().cpu().numpy())
-    return digest.hexdigest()
-
-
 def stratified_subset(labels, size, seed):
     """Ascending indices, int64 (size,), of a random subset in which every class is as frequent as the others.
 
@@ -234,14 +216,6 @@ def read_packaged(name, img_size):
     levels = np.rint(rows[:, :-1].reshape(-1, 1, side, side) * 255 / top).astype(np.uint8)
     images = resized(torch.from_numpy(levels).expand(-1, 3, -1, -1), img_size)
     return ImageSet(images, torch.from_numpy(rows[:, -1]))
-
-
-def resized(images, img_size):
-    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear and antialiased: (N, 3, img_size, img_size)."""
-    pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
-    size, filter = (img_size, img_size), Image.Resampling.BILINEAR
-    rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])
-    return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
 
 
 def read_cifar(num_classes, data_root, download):
@@ -315,7 +289,7 @@ def read_cached(paths, root, img_size, num_workers, resize):
     decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
     key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders, resize)).encode())
     with contextlib.closing(in_threads(content_hash, paths, num_workers)) as hashes:
-        for digest in distributed.bar(hashes, "reading", total=len(paths), unit="image", delay=1):
+        for digest in progress(hashes, "reading", total=len(paths), unit="image", delay=1):
             key.update(digest)
     path = root / ".cache" / f"{key.hexdigest()[:32]}.npy"
     try:

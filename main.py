@@ -16,11 +16,14 @@ from score.evaluate import Quality
 from score.fid import CACHE
 from score.generate import generate
 from score.inception import find_weights
-from training import checkpoint, flags
+from training import flags
 from training.batches import ShardBatches
 from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
+from training.logdir import LogDirectory, ema_start, say_young_ema, training_of, young_ema
 from training.logger import Logger, due
+from training.resume import resume, save_step
+from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import UsageError, warn
 from utils.files import make_directory, write_json
@@ -47,9 +50,9 @@ def train(data, quality, device, logdir):
     steps = {"steps_per_epoch": batches.steps_per_epoch, "steps_in_all": FLAGS.total_steps}
     announce(device, net, len(images), FLAGS.batch_size, **steps)
     check_warmup(warmup, FLAGS.total_steps)
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
-    seconds = checkpoint.resume(learner, directory, FLAGS.total_steps)
-    checkpoint.say_young_ema(logdir, FLAGS.total_steps)
+    directory = LogDirectory(logdir, **flags.logdir(FLAGS, "main", data, net.groups))
+    seconds = resume(learner, directory, FLAGS.total_steps)
+    say_young_ema(logdir, FLAGS.total_steps)
     writes = distributed.is_main()
     logger = flags.call(FLAGS, Logger, logdir, FLAGS.total_steps, learner.step, seconds=seconds, writes=writes)
 
@@ -72,7 +75,7 @@ def train(data, quality, device, logdir):
             if (milestone or stop) and writes:
                 logger.flush()
                 state = {**learner.state_dict(), "norm_groups": net.groups, "x_T": x_T, "seconds": logger.seconds}
-                checkpoint.save_step(logdir, state, milestone, FLAGS.keep)
+                save_step(logdir, state, milestone, FLAGS.keep)
             if stop:
                 distributed.barrier()  # rank 0 has saved
                 interruption.exit(logdir)
@@ -86,21 +89,21 @@ def score(net, data, quality):
 
 
 def evaluate(data, settings, quality, device, logdir):
-    path = checkpoint.find(FLAGS.unet_dir or logdir)
+    path = find_checkpoint(FLAGS.unet_dir or logdir)
     note = flags.training_warning(settings, data, [path])
     if note and distributed.is_main():
         warn(f"warning: {note}")
-    state = checkpoint.load(path, device)
+    state = load_checkpoint(path, device)
     net = flags.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size)
-    young = checkpoint.young_ema(path, checkpoint.ema_start(path))
+    young = young_ema(path, ema_start(path))
     if young and distributed.is_main():
         warn(f"warning: {young}")
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images}
     results |= {"settings_warning": note, "ema_warning": young}
     for name, use_ema in (("net", False), ("ema", True)):
-        checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
+        load_weights(net, weights_in(state, use_ema, path), path)
         results[name] = score(net, data, quality)
         print(f"{path} {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in results[name].items()))
     if distributed.is_main():
@@ -121,7 +124,7 @@ def main():
     if (FLAGS.eval or FLAGS.eval_step) and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if FLAGS.eval and not FLAGS.train:
-        flags.take_trainings(FLAGS, [checkpoint.find(FLAGS.unet_dir or logdir)])
+        flags.take_trainings(FLAGS, [find_checkpoint(FLAGS.unet_dir or logdir)])
     flags.default_resize(FLAGS, logdir)
     written = {"logdir": logdir}
     if FLAGS.eval or FLAGS.eval_step:
@@ -139,7 +142,7 @@ def main():
         train(data, quality, device, logdir)
     if FLAGS.eval:
         make_directory(logdir, "logdir")
-        settings = checkpoint.training_of(checkpoint.find(FLAGS.unet_dir or logdir))
+        settings = training_of(find_checkpoint(FLAGS.unet_dir or logdir))
         evaluate(data, settings, quality, device, logdir)
 
 

@@ -15,14 +15,17 @@ from absl import flags as absl_flags
 
 from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from training import checkpoint, flags
+from training import flags
 from training.averaging import average_learners
 from training.batches import ShardBatches
 from training.ensemble import Shard, total_of
 from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
+from training.logdir import LogDirectory, say_young_ema
 from training.logger import Logger, due
+from training.resume import resume_shards, save_average, save_shard
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
+from training.weights import load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import UsageError
 from utils.images import keep_apart
@@ -44,9 +47,9 @@ def train(data, device, logdir):
     steps |= {"steps_in_all": sum(steps_per_round) * FLAGS.total_round}
     announce(device, net, len(images), FLAGS.batch_size, shards=len(slots), **steps)
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
-    rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
-    checkpoint.say_young_ema(logdir, FLAGS.total_round * min(steps_per_round))
+    directory = LogDirectory(logdir, **flags.logdir(FLAGS, "main_fed", data, net.groups))
+    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    say_young_ema(logdir, FLAGS.total_round * min(steps_per_round))
     slots = exchanged or slots
     total = sum(FLAGS.total_round * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
@@ -79,7 +82,7 @@ def train(data, device, logdir):
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(), "norm_groups": net.groups, "seconds": logger.seconds}
-                            checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
+                            save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
@@ -103,7 +106,7 @@ def train(data, device, logdir):
                 state |= {"norm_groups": net.groups, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
                 state |= {"shards": slots} if FLAGS.exchange != "off" else {}
                 publish = due(r, FLAGS.save_round) or r == FLAGS.total_round
-                checkpoint.save_average(logdir, state, publish, FLAGS.keep)
+                save_average(logdir, state, publish, FLAGS.keep)
         logger.finish(sum(steps_per_round) * FLAGS.total_round)
 
 
@@ -116,7 +119,7 @@ def slots_of_round(data, r):
 
 def make_shards_of_this_process(data, images, slots, device):
     """Shard k is trained by process k mod P; all K sub-models start from the same weights."""
-    start = checkpoint.load(FLAGS.check_dir) if FLAGS.check_dir else None
+    start = load_checkpoint(FLAGS.check_dir) if FLAGS.check_dir else None
     labels = data.train.labels if FLAGS.use_labels else None
     shards = []
     for k, index in enumerate(slots):
@@ -130,8 +133,8 @@ def make_shards_of_this_process(data, images, slots, device):
         learner = flags.call(FLAGS, Learner, net, objective, warmup=warmup, offload=FLAGS.shard_state == "cpu")
         if start:
             for network, use_ema in ((learner.net, False), (learner.ema, True)):
-                weights = checkpoint.weights(start, use_ema, FLAGS.check_dir)
-                checkpoint.load_weights(network, weights, FLAGS.check_dir)
+                weights = weights_in(start, use_ema, FLAGS.check_dir)
+                load_weights(network, weights, FLAGS.check_dir)
         agc = flags.agc(FLAGS, FLAGS.T).to(device)
         counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, agc, *counts))

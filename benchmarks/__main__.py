@@ -6,30 +6,14 @@ python -m benchmarks --only gpu [--json FILE]
 
 import os
 import pkgutil
-import platform
-import re
-from pathlib import Path
 
-import torch
-
-from utils import distributed, startup
+from utils import startup
+from utils.bar import progress
 from utils.errors import DataError, UsageError
 from utils.files import write_json
+from utils.machine import machine
 
 PARTS = {"step": "baselines", "evaluation": "baselines", "scaling": "scaling", "gpu": "gpu"}
-
-
-def machine():
-    """What the numbers depend on, as a dict."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search("model name\\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main(arguments=None):
@@ -44,7 +28,7 @@ def main(arguments=None):
         raise UsageError(f"--only={options.only}: choose some of {','.join(PARTS)}")
     rows = []
     try:
-        for part in distributed.bar(parts, desc="benchmarks"):
+        for part in progress(parts, desc="benchmarks"):
             rows += pkgutil.resolve_name(f"benchmarks.{PARTS[part]}:{part}")(options.scale)
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is not installed: pip install -r requirements-dev.txt") from error

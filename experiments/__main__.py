@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.__main__ import machine
 from experiments import runs, stacked, tables
 from experiments.images import load
 from experiments.runs import EXPERIMENTS, ROOT
 from utils import startup
 from utils.errors import UsageError
 from utils.files import lock_directory, write_json
+from utils.machine import machine
 
 
 def options_of(arguments):

@@ -24,8 +24,10 @@ from absl.flags import FLAGS
 from diffusion import GaussianDiffusionSampler
 from experiments import cifar10, digits
 from score.generate import MeanPrediction, generate
-from training import checkpoint, flags
-from utils import distributed
+from training import flags
+from training.resume import shard_files
+from training.weights import ROUNDS, load_checkpoint, load_weights, numbered, round_name, weights_in
+from utils.bar import progress
 from utils.errors import DataError, UsageError
 from utils.files import read_json, write_json
 
@@ -80,9 +82,7 @@ def make_run(experiment, out, data_root, arm, seed, scale):
         values["save_round"] = max(1, round(spec.POINT * scale / (epochs * per_epoch)))
     if start:
         before = make_run(experiment, out, data_root, start, seed, scale)
-        start = values["check_dir"] = (
-            before.directory / "log" / checkpoint.round_name(max(1, round(spec.START * before.rounds)))
-        )
+        start = values["check_dir"] = before.directory / "log" / round_name(max(1, round(spec.START * before.rounds)))
     lists = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
     line = [f"--{flag}={value}" for flag, given in lists.items() for value in given]
     data, images = {**data, "data_root": data_root}, max(100, round(spec.IMAGES * scale))
@@ -183,11 +183,11 @@ def networks(run, values):
     if run.start:
         yield {"steps": 0, "sequential": 0}, [run.start]
     if values.total_round > 1:
-        for r, path in sorted(checkpoint.numbered(log, checkpoint.ROUNDS).items()):
+        for r, path in sorted(numbered(log, ROUNDS).items()):
             steps = r * run.steps_per_round
             yield {"steps": steps, "sequential": steps // K}, [path]
         return
-    shards = [checkpoint.shard_files(log, k) for k in range(K)]
+    shards = [shard_files(log, k) for k in range(K)]
     for step in sorted(shards[0]):
         paths = [files[step] for files in shards]
         yield {"steps": K * step, "sequential": step}, paths
@@ -207,9 +207,9 @@ def work(run):
     for about, paths in list(networks(run, values))[len(result["points"]) :]:
         nets = []
         for path in paths:
-            state = checkpoint.load(path)
+            state = load_checkpoint(path)
             nets.append(flags.unet(values, state, path).eval())
-            checkpoint.load_weights(nets[-1], checkpoint.weights(state, True, path), path)
+            load_weights(nets[-1], weights_in(state, True, path), path)
         sampler = GaussianDiffusionSampler(MeanPrediction(nets), **flags.sampler(values))
         with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
             images = generate(sampler, run.images, 512, run.seed)
@@ -224,7 +224,7 @@ def work_all(runs, deadline, processes):
     if missing and time.time() < deadline:
         with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time
             multiprocessing.get_context("spawn").Pool(processes, begin_worker) as pool,
-            distributed.bar(total=len(missing), desc="runs", unit="run") as bar,
+            progress(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):
             done = pool.imap_unordered(work, missing)

@@ -23,14 +23,15 @@ from torch.overrides import TorchFunctionMode
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments import runs
 from experiments.images import load
-from training import checkpoint, flags
+from training import flags
 from training.averaging import weighted_average
-from training.batches import ShardBatches, normalize
+from training.batches import ShardBatches
 from training.shards import make_shards
-from utils import distributed
+from training.weights import load_checkpoint, load_weights, round_name, save_checkpoint, weights_in
+from utils.bar import progress
 from utils.errors import warn
 from utils.files import write_json
-from utils.images import to_uint8
+from utils.images import normalize, to_uint8
 from utils.seeding import derive_seed, sample_noise
 
 WARM_UP = 3  # steps before a CUDA graph is captured
@@ -193,10 +194,10 @@ class Member:
     def start(self, net):
         """The weights and EMA weights that all its networks start from, by way of a network: two rows (P,)."""
         path, rows = self.run.start, []
-        state = checkpoint.load(path) if path else None
+        state = load_checkpoint(path) if path else None
         for use_ema in (False, True):
             if path:
-                checkpoint.load_weights(net, checkpoint.weights(state, use_ema, path), path)
+                load_weights(net, weights_in(state, use_ema, path), path)
             rows.append(row_of(net))
         return rows
 
@@ -290,7 +291,7 @@ def train_together(planned, wanted, device, pool, deadline):
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
     step, last = 0, max(member.steps for member in members)
-    with distributed.bar(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
+    with progress(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
         while True:
             for member, about, images in sample_due(members, learner, step):
                 member.points.append((about, pool.apply_async(runs.measure, (member.run, images.clone()))))
@@ -303,7 +304,7 @@ def train_together(planned, wanted, device, pool, deadline):
             for member in members:
                 if member.run.rounds > 1 and step % member.stop == 0:
                     learner.average(member.rows, member.sizes)
-                    path = member.run.directory / "log" / checkpoint.round_name(step // member.stop)
+                    path = member.run.directory / "log" / round_name(step // member.stop)
                     if path in wanted:
                         member.checkpoint = path, learner.checkpoint_of(member.rows.start)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -314,7 +315,7 @@ def train_together(planned, wanted, device, pool, deadline):
             continue
         points = [of_point | found.get() for of_point, found in member.points]
         if member.checkpoint:
-            checkpoint.save(*member.checkpoint)
+            save_checkpoint(*member.checkpoint)
         write_json(member.run.directory / runs.FILES[0], {"flags": member.run.flags, "points": points, **about})
 
 

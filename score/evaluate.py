@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset import equal_images, fingerprint
 from score import fid, memorization
 from score.inception import FEATURES, Inception
 from score.samples import content_order, evenly_spaced, read_npz
@@ -17,6 +16,7 @@ from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, write_text
+from utils.images import equal_images, fingerprint
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = FEATURES  # with fewer the covariance has no full rank

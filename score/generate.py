@@ -11,10 +11,11 @@ from torch import nn
 
 from score.samples import non_finite_images
 from utils import distributed
-from utils.errors import DataError, warn
+from utils.bar import progress
+from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write, file_hash, read_json, sync, write_json
 from utils.images import to_uint8
-from utils.safe_files import check_memory, one_line
+from utils.safe_files import check_memory
 from utils.seeding import derive_seed, generator, sample_noise
 
 FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json"
@@ -79,7 +80,7 @@ def generate_batches(
     shape = (3, sampler.img_size, sampler.img_size)
     was_training = sampler.model.training
     sampler.model.eval()
-    with distributed.bar(total=num_images, initial=first, desc="generate", unit="image") as bar:
+    with progress(total=num_images, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, num_images, batch_size * distributed.world_size()):
             batches = range(start, min(start + batch_size * distributed.world_size(), num_images))
             indices = batches[distributed.share(len(batches))]

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import distributed
-from utils.errors import DataError
+from utils.errors import DataError, one_line
 from utils.files import file_hash
-from utils.safe_files import one_line
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FID_WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"

@@ -8,11 +8,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset import fingerprint, resized
 from utils import distributed
-from utils.errors import DataError, warn
-from utils.images import CHANGES, SUFFIXES, central_square, list_images, read_images, scan, size_of
-from utils.safe_files import check_memory, one_line
+from utils.bar import progress
+from utils.errors import DataError, one_line, warn
+from utils.images import (
+    CHANGES,
+    SUFFIXES,
+    central_square,
+    fingerprint,
+    list_images,
+    read_images,
+    resized,
+    scan,
+    size_of,
+)
+from utils.safe_files import check_memory
 
 # Floats may be this far outside of [0, 1], by rounding or an average of models: they are clipped.
 TOLERANCE = 1e-3
@@ -49,7 +59,7 @@ def save_pngs(folder, images):
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        bar = distributed.bar(names, desc="save PNG", unit="image")
+        bar = progress(names, desc="save PNG", unit="image")
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.numpy()).save(Path(folder) / name)
     except OSError as error:

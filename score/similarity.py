@@ -14,8 +14,8 @@ from torch import nn
 from score.inception import Inception
 from score.memorization import THRESHOLDS, closer_than_third, memorization_ratio, memorized_quantity
 from utils import distributed
-from utils.errors import DataError, UsageError
-from utils.safe_files import one_line
+from utils.bar import progress
+from utils.errors import DataError, UsageError, one_line
 
 FEATURES = ("sscd", "inception", "clip", "pixels")
 COPY = 0.5  # similarity above which an image counts as a copy
@@ -155,7 +155,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 def embed(embedding, images, batch_size=64):
     """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32. The processes share the work."""
     part = images[distributed.share(len(images))]
-    blocks = distributed.bar((part if len(part) else images[:1]).split(batch_size), "embedding", unit="batch", delay=1)
+    blocks = progress((part if len(part) else images[:1]).split(batch_size), "embedding", unit="batch", delay=1)
     rows = torch.cat([F.normalize(embedding(block).float()) for block in blocks])
     return distributed.join_rows(rows[: len(part)])
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import ShardBatches, normalize
+from training.batches import ShardBatches
 from utils.errors import UsageError
+from utils.images import normalize
 
 IMAGES = torch.randint(0, 256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(50) % 5

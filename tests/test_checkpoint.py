@@ -8,7 +8,20 @@ import torch
 
 from tests.faults import differences
 from tests.networks import tiny_learner, tiny_unet
-from training import checkpoint
+from training.logdir import LogDirectory
+from training.resume import newest_step, restore, save_step
+from training.weights import (
+    FORMAT,
+    STEPS,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    numbered,
+    round_name,
+    save_checkpoint,
+    step_name,
+    weights_in,
+)
 from utils.errors import DataError, UsageError
 
 
@@ -21,33 +34,33 @@ class Exploit:
 
 
 def test_names():
-    assert [checkpoint.step_name(step) for step in (400_000, 1000, 1234, 999, 0)] == [
+    assert [step_name(step) for step in (400_000, 1000, 1234, 999, 0)] == [
         "ckpt400k.pt",
         "ckpt1k.pt",
         "ckpt1234.pt",
         "ckpt999.pt",
         "ckpt0.pt",
     ]
-    assert checkpoint.round_name(10) == "global_ckpt_round10.pt"
+    assert round_name(10) == "global_ckpt_round10.pt"
 
 
 def test_newest_goes_by_number(tmp_path):
     for name in ("ckpt999.pt", "ckpt2k.pt", "ckpt1500.pt", "other9999999.pt", "notes.txt"):
         (tmp_path / name).touch()
-    assert list(checkpoint.numbered(tmp_path, checkpoint.STEPS)) == [2000, 1500, 999]
-    assert checkpoint.find(tmp_path).name == "ckpt2k.pt"
+    assert list(numbered(tmp_path, STEPS)) == [2000, 1500, 999]
+    assert find_checkpoint(tmp_path).name == "ckpt2k.pt"
     for r in (9, 10):
         (tmp_path / f"global_ckpt_round{r}.pt").touch()
-    assert checkpoint.find(tmp_path).name == "global_ckpt_round10.pt"
-    assert checkpoint.find(tmp_path / "ckpt999.pt").name == "ckpt999.pt"
+    assert find_checkpoint(tmp_path).name == "global_ckpt_round10.pt"
+    assert find_checkpoint(tmp_path / "ckpt999.pt").name == "ckpt999.pt"
 
 
 def test_round_trip_of_a_learner(tmp_path):
     learner, other = tiny_learner(0), tiny_learner(1)
     path = tmp_path / "deep" / "ckpt0.pt"
-    checkpoint.save(path, learner.state_dict())
-    assert torch.load(path, weights_only=True)["format"] == checkpoint.FORMAT
-    checkpoint.restore(other, checkpoint.load(path), path)
+    save_checkpoint(path, learner.state_dict())
+    assert torch.load(path, weights_only=True)["format"] == FORMAT
+    restore(other, load_checkpoint(path), path)
     for key, value in learner.net.state_dict().items():
         assert torch.equal(other.net.state_dict()[key], value)
     assert [file.name for file in path.parent.iterdir()] == ["ckpt0.pt"], "no temporary file stays"
@@ -55,15 +68,15 @@ def test_round_trip_of_a_learner(tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "ckpt1.pt"
-    checkpoint.save(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(DataError, match=r"ckpt1\.pt.*No space left"):
-        checkpoint.save(path, {"step": 2})
-    assert checkpoint.load(path)["step"] == 1
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path)["step"] == 1
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -71,7 +84,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_published_index_arrays_load(dtype, tmp_path):
     path = tmp_path / "global_ckpt_round1.pt"
     torch.save({"global_model": {}, "global_ema_model": {}, "index_array": np.zeros(150_000, dtype)}, path)
-    assert checkpoint.load(path)["index_array"].shape == (150_000,)
+    assert load_checkpoint(path)["index_array"].shape == (150_000,)
 
 
 def test_index_arrays_of_old_numpy_load(tmp_path):
@@ -81,7 +94,7 @@ def test_index_arrays_of_old_numpy_load(tmp_path):
     data = path.read_bytes()
     assert b"numpy._core.multiarray" in data
     path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert checkpoint.load(path)["index_array"].tolist() == [0, 1, 2, 3, 4]
+    assert load_checkpoint(path)["index_array"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
@@ -89,7 +102,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     for name, write in (("torch.pt", torch.save), ("pickle.pt", lambda x, path: path.write_bytes(pickle.dumps(x)))):
         write({"net_model": Exploit(marker)}, tmp_path / name)
         with pytest.raises(DataError, match=name):
-            checkpoint.load(tmp_path / name)
+            load_checkpoint(tmp_path / name)
     assert not marker.exists()
 
 
@@ -98,20 +111,20 @@ def test_other_files_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "ckpt1.pt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"ckpt1\.pt: cannot be read") as error:
-        checkpoint.load(path)
+        load_checkpoint(path)
     assert "\n" not in str(error.value)
 
 
 def test_missing_files_and_parts_are_named(tmp_path):
     with pytest.raises(DataError, match="No such file"):
-        checkpoint.load(tmp_path / "ckpt1.pt")
+        load_checkpoint(tmp_path / "ckpt1.pt")
     with pytest.raises(DataError, match="holds no ckpt"):
-        checkpoint.find(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(DataError, match=r"neither ema_model nor global_ema_model; it holds net_model"):
-        checkpoint.weights({"net_model": {}}, True, "file.pt")
+        weights_in({"net_model": {}}, True, "file.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(DataError, match="holds a list"):
-        checkpoint.load(tmp_path / "list.pt")
+        load_checkpoint(tmp_path / "list.pt")
 
 
 def test_weights_of_another_network_are_named():
@@ -124,7 +137,7 @@ def test_weights_of_another_network_are_named():
         (5, "does not fit"),
     ):
         with pytest.raises(DataError, match=message) as error:
-            checkpoint.load_weights(tiny_unet(), weights, "file.pt")
+            load_weights(tiny_unet(), weights, "file.pt")
         assert "\n" not in str(error.value)
 
 
@@ -132,7 +145,7 @@ SETTINGS = {"script": "main", "lr": 1.0}
 
 
 def open_directory(path, settings=None, **flags):
-    return checkpoint.LogDirectory(path, settings or SETTINGS, {"script"}, "--lr=1\n", torch.arange(3), **flags)
+    return LogDirectory(path, settings or SETTINGS, {"script"}, "--lr=1\n", torch.arange(3), **flags)
 
 
 def foreign(path, legacy=False):
@@ -188,8 +201,8 @@ def test_a_learner_that_is_continued_keeps_nothing_of_the_file(tmp_path):
     """Tensors that are loaded are mapped, and a user can replace the file while the run goes on."""
     learner, other, path = tiny_learner(0), tiny_learner(1), tmp_path / "ckpt1.pt"
     learner.update(learner.trainer(torch.zeros(2, 3, 8, 8)).mean())
-    checkpoint.save(path, learner.state_dict())
-    checkpoint.restore(other, checkpoint.load(path, check=False), path)
+    save_checkpoint(path, learner.state_dict())
+    restore(other, load_checkpoint(path, check=False), path)
     with path.open("r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert differences(learner.state_dict(), other.state_dict()) == []
@@ -200,22 +213,22 @@ def test_old_milestones_keep_what_evaluation_needs(tmp_path):
     learner.update(learner.trainer(torch.zeros(2, 3, 8, 8)).mean())  # so that there are moments
     for learner.step in range(1, 7):
         state = {**learner.state_dict(), "norm_groups": 8, "x_T": torch.zeros(2, 3, 8, 8), "seconds": 1.0}
-        checkpoint.save_step(tmp_path, state, milestone=learner.step != 3, keep=2)
-    files = {path.name: checkpoint.load(path) for path in tmp_path.iterdir()}
+        save_step(tmp_path, state, milestone=learner.step != 3, keep=2)
+    files = {path.name: load_checkpoint(path) for path in tmp_path.iterdir()}
     assert sorted(files) == ["ckpt1.pt", "ckpt2.pt", "ckpt4.pt", "ckpt5.pt", "ckpt6.pt"]
     slim = {"format", "norm_groups", "net_model", "ema_model", "sched", "step", "x_T"}
     assert all(files[f"ckpt{step}.pt"].keys() == slim for step in (1, 2, 4))
     assert all(files[f"ckpt{step}.pt"].keys() > {*slim, "optim"} for step in (5, 6))
     assert (tmp_path / "ckpt4.pt").stat().st_size < 0.6 * (tmp_path / "ckpt5.pt").stat().st_size
-    assert checkpoint.newest_step(tmp_path) == tmp_path / "ckpt6.pt"
+    assert newest_step(tmp_path) == tmp_path / "ckpt6.pt"
     (tmp_path / "ckpt6.pt").write_bytes(b"")
-    assert checkpoint.newest_step(tmp_path) == tmp_path / "ckpt5.pt"
+    assert newest_step(tmp_path) == tmp_path / "ckpt5.pt"
     learner.step = 5  # as a run that has continued from there
-    checkpoint.save_step(tmp_path, {**learner.state_dict(), "seconds": 1.0}, milestone=True, keep=1)
-    assert (tmp_path / "ckpt6.pt").exists() and checkpoint.newest_step(tmp_path) == tmp_path / "ckpt5.pt"
+    save_step(tmp_path, {**learner.state_dict(), "seconds": 1.0}, milestone=True, keep=1)
+    assert (tmp_path / "ckpt6.pt").exists() and newest_step(tmp_path) == tmp_path / "ckpt5.pt"
     (tmp_path / "ckpt5.pt").unlink()
     with pytest.raises(DataError, match=r"ckpt4\.pt: what the run needs beside it to be continued is missing"):
-        checkpoint.newest_step(tmp_path)
+        newest_step(tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
@@ -225,7 +238,7 @@ def test_weights_of_other_programs_load(prefix, bare, tmp_path):
     weights |= {"n_averaged": torch.tensor(3)}  # as in torch's AveragedModel
     torch.save(weights if bare else {"ema_model": weights}, tmp_path / "a.pt")
     net = tiny_unet(2)
-    checkpoint.load_weights(net, checkpoint.weights(checkpoint.load(tmp_path / "a.pt"), True, "a.pt"), "a.pt")
+    load_weights(net, weights_in(load_checkpoint(tmp_path / "a.pt"), True, "a.pt"), "a.pt")
     assert torch.equal(net.head.weight, tiny_unet(1).head.weight)
 
 
@@ -238,5 +251,5 @@ def test_checkpoints_of_a_gpu_load_without_one(tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(path, weights_only=True)
-    state = checkpoint.load(path)["net_model"]
+    state = load_checkpoint(path)["net_model"]
     assert torch.equal(state["head.weight"], tiny_unet().state_dict()["head.weight"])

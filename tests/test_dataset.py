@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image
 
 import dataset
-from dataset import fingerprint, load_dataset, stratified_subset
+from dataset import load_dataset, stratified_subset
 from tests.dataset_files import (
     data_error,
     python2_pickle,
@@ -32,6 +32,7 @@ from tests.dataset_files import (
 )
 from utils import safe_files
 from utils.errors import DataError, UsageError
+from utils.images import fingerprint
 
 
 def reference_pixels(paths, size):

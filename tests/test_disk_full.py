@@ -10,8 +10,8 @@ import torch
 from tests.commands import run
 from tests.faults import fill, small_disk
 from tests.networks import TINY_FLAGS, tiny_learner
-from training import checkpoint
 from training.logger import Logger, read_metrics
+from training.weights import load_checkpoint, save_checkpoint
 from utils.errors import DataError
 from utils.files import lock_directory, read_json, write_json
 
@@ -28,15 +28,15 @@ def disk():
 @pytest.mark.parametrize("leave", [0, 5_000, 300_000])
 def test_a_save_without_room_is_one_line_and_leaves_the_old_file(leave, disk):
     path = disk / "ckpt1.pt"
-    checkpoint.save(path, {**tiny_learner().state_dict(), "step": 1})
+    save_checkpoint(path, {**tiny_learner().state_dict(), "step": 1})
     filler = fill(disk, leave)
     with pytest.raises(DataError, match=r"ckpt1\.pt: cannot be written \(No space left on device\)"):
-        checkpoint.save(path, {**tiny_learner().state_dict(), "step": 2})
+        save_checkpoint(path, {**tiny_learner().state_dict(), "step": 2})
     assert sorted(file.name for file in disk.iterdir()) == ["ckpt1.pt", "filler"], "no temporary file stays"
-    assert checkpoint.load(path)["step"] == 1
+    assert load_checkpoint(path)["step"] == 1
     filler.unlink()
-    checkpoint.save(path, {**tiny_learner().state_dict(), "step": 2})
-    assert checkpoint.load(path)["step"] == 2
+    save_checkpoint(path, {**tiny_learner().state_dict(), "step": 2})
+    assert load_checkpoint(path)["step"] == 2
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
@@ -100,7 +100,7 @@ def test_training_continues_when_there_is_room(script, length, disk, tmp_path):
     result = run(script, "--train", *flags, f"--logdir={disk / 'log'}", cwd=tmp_path, code=1)
     assert "cannot be written (No space left on device)" in result.stderr.splitlines()[-1]
     saved = [path for path in disk.glob("log/**/*") if ".pt" in path.name]
-    assert saved and all(checkpoint.load(path) for path in saved)
+    assert saved and all(load_checkpoint(path) for path in saved)
     filler.unlink()
     assert "continuing" in run(script, "--train", *flags, f"--logdir={disk / 'log'}", cwd=tmp_path).stdout
     name = "ckpt12.pt" if script == "main.py" else "global_ckpt_round2.pt"

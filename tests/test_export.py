@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet, visible
-from training import checkpoint
+from training.weights import load_checkpoint
 from utils.errors import DataError
 
 EVALUATION = ["--dataset=digits", "--num_train=48", "--device=cpu", "--stages=generate", "--num_images=4"]
@@ -95,6 +95,6 @@ def test_other_files_are_refused_in_one_line(name, metadata, reason, tmp_path):
         assert line.count("\n") == 1
     else:
         with pytest.raises(DataError) as error:
-            checkpoint.load(path)
+            load_checkpoint(path)
         line = str(error.value)
     assert f"{path}: " in line and reason in line

@@ -12,7 +12,7 @@ from dataset import load_dataset
 from score.fid import pixel_features, precision_recall
 from score.samples import content_order
 from tests.commands import eval_flags, run
-from training import checkpoint
+from training.logdir import read_run
 
 SIZE = 8
 NETWORK = ["--ch=8", "--ch_mult=1", "--attn=0", "--num_res_blocks=1", f"--img_size={SIZE}"]
@@ -185,9 +185,9 @@ def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):
     assert "--resize=crop" in said
     old = {"script": "main", "dataset": "cifar10", "hflip": False}
     path.write_text(json.dumps({"settings": old, "changes": []}))
-    assert checkpoint.read_run(path)["settings"] == old | {"resize": "squeeze", "hflip": True}
+    assert read_run(path)["settings"] == old | {"resize": "squeeze", "hflip": True}
     path.write_text(json.dumps({"settings": old | {"resize": "crop"}, "changes": []}))
-    assert checkpoint.read_run(path)["settings"]["hflip"] is False
+    assert read_run(path)["settings"]["hflip"] is False
 
 
 def test_floors_from_a_folder_of_held_out_images(tmp_path):

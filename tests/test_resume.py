@@ -19,9 +19,12 @@ from dataset import load_dataset
 from tests import faults
 from tests.commands import ROOT, environment, run
 from tests.networks import TINY_FLAGS
-from training import checkpoint, flags
+from training import flags
 from training.launch import Interruption
+from training.logdir import LogDirectory
 from training.logger import read_metrics
+from training.resume import newest_round, newest_step
+from training.weights import FORMAT, find_checkpoint, load_checkpoint
 from utils.errors import DataError, UsageError
 
 SETTINGS = {
@@ -85,8 +88,8 @@ def of_flags(script, *arguments):
 def newest(script, log):
     """What a short run can be continued from: own steps, and the file of the average."""
     if script == "main.py":
-        return checkpoint.newest_step(log).name
-    _, steps, average = checkpoint.newest_round([4, 4, 4], log)
+        return newest_step(log).name
+    _, steps, average = newest_round([4, 4, 4], log)
     return steps, average.name
 
 
@@ -140,10 +143,10 @@ def test_another_format_is_refused(finished, tmp_path):
     script, log = finished
     log = shutil.copytree(log, tmp_path / "log")
     newest = log / ("ckpt24.pt" if script == "main.py" else "global_ckpt_round3.pt")
-    torch.save({**torch.load(newest, weights_only=True), "format": checkpoint.FORMAT + 1}, newest)
+    torch.save({**torch.load(newest, weights_only=True), "format": FORMAT + 1}, newest)
     files = contents(log)
     with pytest.raises(DataError, match=f"{newest.name}: of another program, or another version of this one"):
-        checkpoint.LogDirectory(log, **of_flags(script))
+        LogDirectory(log, **of_flags(script))
     assert contents(log) == files
 
 
@@ -209,7 +212,7 @@ def test_what_cannot_be_continued_is_refused_and_nothing_is_touched(script, chan
     log = shutil.copytree(finished_log, tmp_path / "log")
     files = contents(log)
     with pytest.raises(UsageError) as error:
-        checkpoint.LogDirectory(log, **of_flags(script, *change.split()))
+        LogDirectory(log, **of_flags(script, *change.split()))
     assert message.format(log) in str(error.value)
     assert contents(log) == files
 
@@ -251,7 +254,7 @@ def test_fresh_needs_an_empty_directory_or_overwrite(finished, tmp_path):
         (tmp_path / "log" / name).write_text("mine")
     files = contents(tmp_path / "log")
     with pytest.raises(UsageError, match="--overwrite"):
-        checkpoint.LogDirectory(tmp_path / "log", **of_flags(script, "--fresh"))
+        LogDirectory(tmp_path / "log", **of_flags(script, "--fresh"))
     assert contents(tmp_path / "log") == files
     flags = [*TINY_FLAGS, *SETTINGS[script], "--logdir=log", "--fresh", "--overwrite", "--lr=3e-3"]
     result = run(script, "--train", *flags, cwd=tmp_path)
@@ -289,7 +292,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
     finally:
         first.kill()
         first.wait()
-    step = checkpoint.load(checkpoint.find(tmp_path / "log"))["step"]
+    step = load_checkpoint(find_checkpoint(tmp_path / "log"))["step"]
     assert read_metrics(tmp_path / "log")[step - 1]["step"] == step
     (events,) = tmp_path.glob("log/events.*")
     assert step in steps_of_events(events), "flushed before the save"

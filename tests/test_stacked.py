@@ -12,8 +12,8 @@ from experiments import __main__ as experiments
 from experiments import digits, images, runs, stacked
 from tests.commands import run as run_script
 from tests.networks import tiny_unet
-from training import checkpoint
 from training.agc import AntiGradientControl
+from training.weights import load_checkpoint, round_name
 from utils.errors import UsageError
 
 STACKED = ["AGC", "clustered reshuffled", "clustered score ensemble", "clustered IET-AGC (fine-tuned)"]
@@ -71,7 +71,7 @@ def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
         for ours, expected in zip(by_stack, by_main_fed, strict=True):
             assert ours.pop("network", None) == expected.pop("network", None)
             assert ours == pytest.approx(expected, rel=1e-3), run.arm
-    last = checkpoint.load(planned[1].directory / "log" / checkpoint.round_name(planned[1].rounds))
+    last = load_checkpoint(planned[1].directory / "log" / round_name(planned[1].rounds))
     assert last["index_array"].sum() > 0  # some were skipped
 
 

@@ -8,7 +8,7 @@ import torch
 from tests.commands import eval_flags, run, run_module, run_with
 from tests.networks import TINY_FLAGS, tiny_learner
 from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
-from training import checkpoint
+from training.logdir import ema_start, random_start
 from utils.files import write_json
 
 STILL = "of the EMA weights are still the random start of the training"
@@ -44,15 +44,15 @@ def test_the_share_is_what_the_updates_leave_of_the_start():
     for _ in range(7):
         learner.update(sum(parameter.sum() for parameter in learner.parameters))
     run_of = {"settings": {"ema_decay": 0.9}, "changes": []}
-    assert learner.ema_weights[0].item() == pytest.approx(checkpoint.random_start(run_of, 7), rel=1e-5)
+    assert learner.ema_weights[0].item() == pytest.approx(random_start(run_of, 7), rel=1e-5)
 
 
 def test_a_changed_decay_counts_from_its_step_on():
     change = {"flag": "ema_decay", "before": 0.99, "after": 0.5, "step": 30}
     run_of = {"settings": {"ema_decay": 0.5, "client_num": 3}, "changes": [{"flag": "lr"}, change]}
-    assert checkpoint.random_start(run_of, 12) == pytest.approx(0.99**10 * 0.5**2)
-    assert checkpoint.random_start(run_of, 4) == pytest.approx(0.99**4)
-    assert checkpoint.random_start({"settings": {"ema_decay": 0.0}, "changes": []}, 1) == 0
+    assert random_start(run_of, 12) == pytest.approx(0.99**10 * 0.5**2)
+    assert random_start(run_of, 4) == pytest.approx(0.99**4)
+    assert random_start({"settings": {"ema_decay": 0.0}, "changes": []}, 1) == 0
 
 
 def test_evaluation_warns_on_terminal_page_and_in_the_result(trained):
@@ -94,7 +94,7 @@ def test_what_does_not_say_its_training_is_not_warned_of(trained, tmp_path):
     said, result, _ = evaluate(tmp_path, "alone", "--unet_dir=ckpt12.pt")
     assert result["ema_warning"] is None and STILL not in said
     write_json(tmp_path / "run.json", {"settings": {"script": "main"}})  # of a version that recorded less
-    assert checkpoint.ema_start(tmp_path / "ckpt12.pt") is None
+    assert ema_start(tmp_path / "ckpt12.pt") is None
 
 
 def test_an_old_ema_is_not_warned_of(tmp_path):
@@ -113,8 +113,8 @@ def test_averages_keep_the_share_of_their_shards(split, steps, tmp_path):
     assert result.stdout.count(f"after all {steps} steps {share} {WILL}") == 1
     said, found, _ = evaluate(tmp_path, "fed", "--unet_dir=log")
     assert f"log/global_ckpt_round2.pt: {share} {STILL}" in said and share in found["ema_warning"]
-    shard = checkpoint.ema_start(tmp_path / f"log/state/shard0_step{steps}.pt")
-    assert shard == checkpoint.ema_start(tmp_path / "log/global_ckpt_round2.pt") == pytest.approx(0.95**steps)
+    shard = ema_start(tmp_path / f"log/state/shard0_step{steps}.pt")
+    assert shard == ema_start(tmp_path / "log/global_ckpt_round2.pt") == pytest.approx(0.95**steps)
 
 
 def test_a_start_from_a_checkpoint_is_not_random(trained):

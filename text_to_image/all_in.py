@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from absl import flags as absl_flags
 
-from dataset import equal_images, fingerprint
 from score.evaluate import Quality, about_repeats, identity
 from score.fid import CACHE
 from score.generate import generate_into
@@ -51,13 +50,14 @@ from text_to_image.pipeline import (
     settings_of,
 )
 from text_to_image.prompts import Prompts, distinct, make_prompts
-from training import checkpoint
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
+from training.logdir import random_start, read_run, young_ema
 from utils import distributed
+from utils.bar import progress
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, write_json
-from utils.images import keep_apart, list_images, size_of, to_uint8
+from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
 from utils.seeding import generator
 
 FLAGS = absl_flags.FLAGS
@@ -113,7 +113,7 @@ def generate_batches(pipeline, prompts, kept, first):
             watched.append((given - without).flatten(1).norm(dim=1))
 
     hook = pipeline.unet.register_forward_hook(watch)
-    with distributed.bar(total=number, initial=first, desc="generate", unit="image") as bar:
+    with progress(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):
             batch = range(start, min(start + block, number))
             indices = batch[distributed.share(len(batch))]
@@ -145,7 +145,7 @@ def round_trip(pipeline, images, batch_size=16):
         The images, uint8, and how many of them are not finite.
     """
     decoded, bad = [], 0
-    for block in distributed.bar(images.split(batch_size), "VAE", unit="batch", delay=1):
+    for block in progress(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
         x = pipeline.vae.decode(latents, return_dict=False)[0]
         decoded.append(to_uint8(x).cpu())
@@ -182,12 +182,12 @@ def about_training(unet_folder):
 
 def ema_warning(unet_folder):
     """What is to be said of the EMA weights of a round, or None; without --unet_from_scratch nothing is."""
-    run = checkpoint.read_run(unet_folder.parent.parent / "run.json")
+    run = read_run(unet_folder.parent.parent / "run.json")
     found = re.fullmatch(ROUND, unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
         return None
-    share = checkpoint.random_start(run, int(found[1]) * run["settings"]["local_steps"])
-    return checkpoint.young_ema(unet_folder.parent, share)
+    share = random_start(run, int(found[1]) * run["settings"]["local_steps"])
+    return young_ema(unet_folder.parent, share)
 
 
 def measure(images, prompts, space, scorers, clip):

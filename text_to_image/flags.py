@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from absl import flags
 
-from dataset import fingerprint
 from score.similarity import FEATURES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import FROZEN, LATENT_SIDE, check_steps, content_hash, settings_of
@@ -16,6 +15,7 @@ from training import flags as shared
 from training.flags import agc, as_dict, as_flagfile, call, embedding, recorded_flags  # noqa: F401 - some for scripts
 from utils import distributed
 from utils.errors import UsageError
+from utils.images import fingerprint
 
 FLAGS = flags.FLAGS
 NOT_HERE = (

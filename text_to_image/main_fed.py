@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from absl import flags as absl_flags
 
-from dataset import fingerprint
 from score.samples import non_finite_images
 from text_to_image import flags
 from text_to_image.data import (
@@ -38,16 +37,17 @@ from text_to_image.pipeline import (
     save_unet,
     settings_of,
 )
-from training import checkpoint
 from training.averaging import average_learners
 from training.ensemble import Shard, total_of
 from training.launch import Interruption, announce, check_warmup, pick_device, run
 from training.learner import Learner
+from training.logdir import LogDirectory, say_young_ema
 from training.logger import Logger, due
+from training.resume import resume_shards, save_average, save_shard
 from training.shards import exchange, exchange_is_due, make_shards, number_of_step
 from utils import distributed
 from utils.errors import UsageError, warn
-from utils.images import keep_apart
+from utils.images import fingerprint, keep_apart
 from utils.seeding import derive_seed, sample_noise
 
 FLAGS = absl_flags.FLAGS
@@ -62,11 +62,11 @@ def train(data, pipeline, scheduler, folder, unet_folder, device, logdir):
     steps = {"shards": len(slots), "steps_in_all": FLAGS.total_round * sum(steps_per_round)}
     announce(device, shards[0].learner.net, len(data.images), FLAGS.batch_size, **steps)
     check_warmup(shards[0].learner.warmup, FLAGS.total_round * min(steps_per_round))
-    directory = checkpoint.LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
+    directory = LogDirectory(logdir, **flags.logdir(FLAGS, data, folder, unet_folder))
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)
-    rounds_done, seconds, exchanged = checkpoint.resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
-    checkpoint.say_young_ema(logdir, FLAGS.total_round * FLAGS.local_steps)
+    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    say_young_ema(logdir, FLAGS.total_round * FLAGS.local_steps)
     slots = exchanged or slots
     total = FLAGS.total_round * FLAGS.local_steps * len(shards)
     logger = flags.call(FLAGS, Logger, logdir, total, sum(shard.learner.step for shard in shards), seconds=seconds)
@@ -100,7 +100,7 @@ def train(data, pipeline, scheduler, folder, unet_folder, device, logdir):
                         if due(step, FLAGS.save_step) or round_ends or stop:
                             logger.flush()
                             state = {**shard.state_dict(), "seconds": logger.seconds}
-                            checkpoint.save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
+                            save_shard(logdir, k, state, last - steps_per_round[k], FLAGS.keep)
                         if stop:
                             interruption.exit(logdir)
 
@@ -125,7 +125,7 @@ def train(data, pipeline, scheduler, folder, unet_folder, device, logdir):
                 state |= {"shards": slots} if FLAGS.exchange != "off" else {}
                 if due(r, FLAGS.save_round) or r == FLAGS.total_round:
                     save_unet(shards[0].learner.net, ema_average, logdir / f"checkpoint_round{r}")
-                checkpoint.save_average(logdir, state, publish=False, keep=FLAGS.keep)
+                save_average(logdir, state, publish=False, keep=FLAGS.keep)
         logger.finish(sum(steps_per_round) * FLAGS.total_round)
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from training.batches import normalize
-from utils import distributed
-from utils.errors import DataError, UsageError
+from utils.bar import progress
+from utils.errors import DataError, UsageError, one_line
 from utils.files import file_hash, writable
-from utils.safe_files import one_line, read_text
+from utils.images import normalize
+from utils.safe_files import read_text
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
 FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts of a pipeline that are not trained
@@ -315,7 +315,7 @@ def latent_moments(vae, images):
 
 def encode_images(vae, images, batch_size=16):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
-    blocks = distributed.bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
+    blocks = progress(images.split(batch_size), "encoding images", unit="batch", delay=1)
     both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
     moments = torch.cat(both)
     if bad := int((~moments.isfinite()).flatten(1).any(dim=1).sum()):

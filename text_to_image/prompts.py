@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from dataset import equal_images, firsts
 from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens, read_captions
-from utils.errors import DataError
-from utils.safe_files import one_line, read_text
+from utils.errors import DataError, one_line
+from utils.images import equal_images, firsts
+from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
 

@@ -9,17 +9,13 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 
 from utils.errors import UsageError
+from utils.images import normalize
 from utils.seeding import derive_seed, generator, sample_noise
 
 # What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or None;
 # t (B,) int64; eps (B, 3, H, W) float32; index (B,) int64, the images' slots in the training set; eps_n as eps, always
 # the same for a slot, or None.
 Batch = namedtuple("Batch", "x_0 labels t eps index eps_n", defaults=[None])
-
-
-def normalize(images):
-    """Images as the network sees them: uint8 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def to_device(value, device):

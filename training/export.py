@@ -15,8 +15,10 @@ from absl import flags as absl_flags
 from safetensors.torch import save
 
 from dataset import image_folders
-from training import checkpoint, flags
+from training import flags
 from training.launch import run
+from training.logdir import ema_start
+from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils.errors import UsageError
 from utils.files import atomic_write, read_json
 from utils.images import keep_apart
@@ -32,18 +34,18 @@ def export(name, out):
     keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {}, {"": out})
     if out.exists():
         raise UsageError(f"{out}: is there already: remove it, or choose another name")
-    path = checkpoint.find(name)
-    state = checkpoint.load(path)
+    path = find_checkpoint(name)
+    state = load_checkpoint(path)
     run_file = path.with_name("run.json")
     training = state.get("flags") or (read_json(run_file)["settings"] if run_file.exists() else {})
     flags.take(FLAGS, training, path)
     torch.manual_seed(0)  # for what pytorch-ddpm's files lack, and nothing uses
     net = flags.unet(FLAGS, state, path)
-    checkpoint.load_weights(net, checkpoint.weights(state, FLAGS.use_ema, path), path)
+    load_weights(net, weights_in(state, FLAGS.use_ema, path), path)
 
     network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}
     metadata = {"format": "pt", "checkpoint": path.name, "flags": json.dumps(training | network)}
-    share = checkpoint.ema_start(path) if FLAGS.use_ema else None
+    share = ema_start(path) if FLAGS.use_ema else None
     metadata |= {} if share is None else {"ema_start": str(share)}  # of the EMA weights, from 0 to 1
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     with atomic_write(out) as file:

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from absl import flags
 
-from dataset import DATASETS, fingerprint
+from dataset import DATASETS
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
 from model import UNet
 from score.generate import generate_batches, grid_noise
 from score.inception import find_weights
 from score.similarity import FEATURES, PREPROCESS, make_embedding
-from training import checkpoint
 from training.agc import ANTI_GRADS, AntiGradientControl
 from training.learner import PRECISIONS
+from training.logdir import read_run, run_file, training_of
 from training.shards import DEFAULT_SPLIT, PLACES, SPLITS
-from utils.errors import DataError, UsageError
-from utils.images import RESIZES
-from utils.safe_files import one_line
+from training.weights import EXPORTED
+from utils.errors import DataError, UsageError, one_line
+from utils.images import RESIZES, fingerprint
 
 STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
 
@@ -332,7 +332,7 @@ def take_trainings(values, paths):
     Raises:
         UsageError: they differ in network, diffusion or data, or a flag was given and contradicts them.
     """
-    settings = [checkpoint.training_of(path) for path in paths]
+    settings = [training_of(path) for path in paths]
     if None in settings:
         return None
     for path, other in zip(paths, settings, strict=True):
@@ -340,7 +340,7 @@ def take_trainings(values, paths):
             if other.get(name) != settings[0].get(name):
                 values_of_both = f"{paths[0]} was trained with {settings[0].get(name)}, {path} with {other.get(name)}"
                 raise UsageError(f"--{name}: {values_of_both}: evaluate them one by one")
-    where = paths[0] if paths[0].suffix == checkpoint.EXPORTED else checkpoint.run_file(paths[0])
+    where = paths[0] if paths[0].suffix == EXPORTED else run_file(paths[0])
     take_training(values, settings[0], recorded_flags(where.parent), where)
     return settings[0]
 
@@ -366,7 +366,7 @@ def default_resize(values, logdir=None):
     if values.resize is None:
         run = None
         with contextlib.suppress(DataError):  # damaged, which the log directory says
-            run = checkpoint.read_run(Path(logdir) / "run.json") if logdir else None
+            run = read_run(Path(logdir) / "run.json") if logdir else None
         values["resize"].value = run["settings"].get("resize", "crop") if run else "crop"
 
 

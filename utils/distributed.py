@@ -6,7 +6,6 @@ Without torchrun there is one process, of rank 0, and every function here return
 import gc
 import os
 import secrets
-import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +13,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 # processes wait for each other's shards, so for a round; torchrun sees a dead one, no clock has to
 LONGEST_ROUND = timedelta(days=7)
@@ -41,32 +39,6 @@ def local_rank():
 def is_main():
     """Whether this is the process that prints, logs and saves."""
     return rank() == 0
-
-
-class Lines:
-    """Takes what a tqdm bar writes and prints plain lines, for log files."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def bar(*args, disable=False, **settings):
-    """A tqdm bar of rank 0; the others show none. All bars are made here, and what the user sets in TQDM_* holds.
-
-    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends.
-    """
-    if disable or not is_main():
-        settings["disable"] = True
-    if sys.stderr.isatty():
-        own = {"dynamic_ncols": "TQDM_NCOLS" not in os.environ}
-    else:
-        own = {"mininterval": 30, "miniters": 1, "file": Lines()}  # miniters=1: at least a step a line
-    own = {name: value for name, value in own.items() if f"TQDM_{name.upper()}" not in os.environ}
-    return tqdm(*args, **settings, **own)
 
 
 def initialize():

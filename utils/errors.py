@@ -2,10 +2,18 @@
 
 import sys
 
+LONGEST = 300  # characters of an exception in a message
+
 
 def printable(text):
     """The text on one line that every terminal and file takes: what is not printable or no UTF-8 becomes escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def one_line(error):
+    """What an exception says, on one line, at most `LONGEST` characters, without an `OSError`'s path; else its type."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def warn(text):

@@ -1,6 +1,7 @@
 """Image files of all kinds in, without trust in them; and pixels as pictures."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import warnings
@@ -13,8 +14,9 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from utils import distributed
-from utils.errors import DataError, UsageError, warn
-from utils.safe_files import check_memory, one_line
+from utils.bar import progress
+from utils.errors import DataError, UsageError, one_line, warn
+from utils.safe_files import check_memory
 
 # What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
@@ -146,7 +148,7 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
     images, first, bad, changed = None, None, [], 0
     read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
     with contextlib.closing(in_threads(read, paths, num_workers)) as results:
-        for row, (found, is_square) in enumerate(distributed.bar(results, "decoding", total=len(paths), unit="image")):
+        for row, (found, is_square) in enumerate(progress(results, "decoding", total=len(paths), unit="image")):
             changed += not is_square
             if isinstance(found, DataError):
                 bad.append(str(found))
@@ -246,6 +248,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def normalize(images):
+    """Images as the network sees them: uint8 0..255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def to_uint8(x):
     """Network output of any shape as uint8 pixels: clip((x + 1) / 2, 0, 1) * 255, rounded. NaN becomes 0."""
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
@@ -256,3 +263,30 @@ def image_grid(images, columns=8):
     from torchvision.utils import make_grid  # slow to import, and needed here only
 
     return make_grid(images, nrow=columns)
+
+
+def equal_images(images):
+    """The group of each of the images (N, ...) uint8 that are equal in pixels: int64 (N,), numbered by their firsts."""
+    numbers = {}
+    digests = (hashlib.sha256(image).digest() for image in images.contiguous().numpy())
+    return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
+
+
+def firsts(group):
+    """Which of the images are the first of their group: bool (N,); group: as `equal_images` returns it."""
+    return torch.cat([torch.tensor([True]), group[1:] > torch.cummax(group, dim=0).values[:-1]])
+
+
+def fingerprint(images):
+    """SHA-256 (hex) of the shape and the bytes of a uint8 tensor, the same on every device and memory layout."""
+    digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+    digest.update(images.contiguous().cpu().numpy())
+    return digest.hexdigest()
+
+
+def resized(images, img_size):
+    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear and antialiased: (N, 3, img_size, img_size)."""
+    pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
+    size, filter = (img_size, img_size), Image.Resampling.BILINEAR
+    rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])
+    return torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()

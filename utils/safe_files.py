@@ -9,19 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import DataError
+from utils.errors import DataError, one_line
 
-LONGEST = 300  # characters of an exception in a message
 MARKS = {  # that editors put before a text; UTF-32's begins as UTF-16's does
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-
-
-def one_line(error):
-    """What an exception says, on one line, at most `LONGEST` characters, without an `OSError`'s path; else its type."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def available_memory():

@@ -1,0 +1,197 @@
+"""The log directory of a run: its lock, run.json, and what may be in it; what run.json says of a checkpoint."""
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from training.weights import CHECKPOINTS, EXPORTED, FORMAT, load_checkpoint, own_files
+from utils import distributed
+from utils.errors import DamagedError, DataError, UsageError
+from utils.files import atomic_write, lock_directory, read_json, remove, write_json, write_text
+
+YOUNG_EMA = 0.05  # the share of their random start in EMA weights from which on it is said
+OWN_FILES = (
+    rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl|train\.json"
+    r"|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
+)
+LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"  # of a killed save
+EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
+
+
+def run_file(path):
+    """The run.json of the log directory that a checkpoint file lies in."""
+    return (path.parent.parent if path.parent.name == "state" else path.parent) / "run.json"
+
+
+def training_of(path):
+    """The settings of the training that a checkpoint is of, as its log directory or exported file says them, or None.
+
+    Settings that were changed on the way are told in "changed".
+    """
+    if path.suffix == EXPORTED:
+        return load_checkpoint(path).get("flags")
+    run = read_run(run_file(path))
+    if run is None:
+        return None
+    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run["changes"]]
+    return run["settings"] | ({"changed": changes} if changes else {})
+
+
+def read_run(path):
+    """{"settings": {name: JSON value}, "changes": [...]} of a run.json, or None if it is missing or is none.
+
+    What earlier versions did without recording it is there too: images were squeezed, and CIFAR's always mirrored.
+    """
+    run = read_json(path) if path.exists() else None
+    if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+        return None
+    settings = dict(run["settings"])
+    if settings.get("script") in ("main", "main_fed") and "resize" not in settings:
+        is_cifar = str(settings.get("dataset")).startswith("cifar")
+        settings |= {"resize": "squeeze", "hflip": is_cifar or settings.get("hflip")}
+    return {"settings": settings, "changes": [dict(change) for change in run.get("changes", [])]}
+
+
+class LogDirectory:
+    """The log directory of a run: locked as long as this lives, compared with the run, and written by `begin` only.
+
+    Args:
+        path: the directory, made if missing.
+        settings: {name: JSON value} of what the result depends on, kept as `run.json`.
+        fixed: names of those that a continued run cannot change, since what it has saved depends on them.
+        flagfile: text of `flagfile.txt`, for `--flagfile`.
+        subset: (N,) int64, the training images' numbers in the whole training set, kept as `subset.npy`: skip counts
+            and neighbour indices count in it.
+        fresh, overwrite, allow_change: the flags. `fresh` with `overwrite` removes the files of an earlier run.
+
+    Raises:
+        DataError: it cannot be made or written, another process has it, or it holds what no run of ours has written.
+        UsageError: what is in it is not this run.
+    """
+
+    def __init__(self, path, settings, fixed, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
+        self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
+        if distributed.is_main():
+            self.lock = lock_directory(self.path, "logdir")
+            self.take(fixed, fresh, overwrite, allow_change)
+        holder, lock = distributed.from_main(str(os.getpid())), self.path / ".lock"
+        if not distributed.is_main() and (not lock.exists() or lock.read_text() != holder):
+            where = f"on {socket.gethostname()} not the directory that rank 0 has opened"
+            raise DataError(f"--logdir={path}: {where}: choose one that all machines share")
+
+    def take(self, fixed, fresh, overwrite, allow_change):
+        """Raise an error if what is in the directory is of others or of another run; remove it if that was asked."""
+        files, before, self.changes = [*own_files(self.path, OWN_FILES)], self.settings, []
+        if files:
+            try:
+                run = read_run(self.path / "run.json")
+                before, self.changes = run["settings"], run["changes"]
+            except (DataError, TypeError, ValueError) as error:
+                what = "not of a run of this program, as run.json beside it is missing, damaged or of another"
+                raise DataError(f"{files[0]}: {what}: choose another --logdir") from error
+        for file in own_files(self.path, CHECKPOINTS):
+            if not is_ours(file):
+                what = "of another program, or another version of this one, and cannot be continued"
+                raise DataError(f"{file}: {what}: choose another --logdir")
+        if fresh:
+            files = [*own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")]
+            if files and not overwrite:
+                raise UsageError(f"--fresh: {files[0]} is of an earlier run: add --overwrite to delete that run")
+            for file in files:
+                if file.name != "run.json":  # `begin` replaces it
+                    remove(file)
+            before, self.changes = self.settings, []
+        changed = [name for name, value in self.settings.items() if before.get(name) != value]
+        for name in sorted(changed, key=lambda name: name not in fixed):
+            if name in fixed or not allow_change:
+                flag = name if name == "script" or " " in name else f"--{name}"
+                why = "what it has saved depends on it" if name in fixed else "--allow_change continues all the same"
+                what = f"the run in {self.path} was started with {before.get(name)} ({why})"
+                raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
+        self.changes += [{"flag": name, "before": before.get(name), "after": self.settings[name]} for name in changed]
+
+    def begin(self, steps):
+        """Write what the run is made of, now that all processes have what they continue from; `steps` are done."""
+        distributed.barrier()
+        if distributed.is_main():
+            changes = [{**change, "step": min(steps, change.get("step", steps))} for change in self.changes]
+            write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
+            write_text(self.path / "flagfile.txt", self.flagfile)
+            with atomic_write(self.path / "subset.npy") as file:
+                np.save(file, self.subset.numpy())
+            for file in own_files(self.path, LEFTOVERS):
+                remove(file)
+        distributed.barrier()
+
+
+def is_ours(path):
+    """Whether a checkpoint in a log directory is of this version of this program; a damaged one is taken for it."""
+    try:
+        return load_checkpoint(path, check=False).get("format") == FORMAT
+    except DataError as error:
+        return isinstance(error, DamagedError)
+
+
+# ---- how much of the EMA weights is still what a training started from
+
+
+def random_start(run, steps):
+    """The share of the EMA weights that is the random start of a training after so many steps of a network.
+
+    run: of `read_run`.
+    """
+    settings, share, done = run["settings"], 1.0, 0
+    if settings.get("check_dir") or not settings.get("unet_from_scratch", True):
+        return 0.0
+    for change in run["changes"]:
+        if change["flag"] == "ema_decay":
+            own_step = change["step"] // settings.get("client_num", 1)  # it is recorded for all shards together
+            until = max(done, min(steps, own_step))
+            share *= change["before"] ** (until - done)
+            done = until
+    return share * settings["ema_decay"] ** (steps - done)
+
+
+def steps_of(state, settings):
+    """The steps that a network in a checkpoint has made, of averages those of a shard, or None.
+
+    settings: of the training, where the checkpoint is an average.
+    """
+    if "round" not in state:
+        return state.get("step")
+    slots, split = len(state["index_array"]), settings["split"]
+    size = slots if split == "all" else slots // settings["client_num"]
+    return state["round"] * settings["local_epoch"] * (size // settings["batch_size"])
+
+
+def ema_start(path):
+    """`random_start` of the EMA weights in a checkpoint, or None where that is not known, as of published ones."""
+    if path.suffix == EXPORTED:
+        return load_checkpoint(path).get("ema_start")
+    run = read_run(run_file(path))
+    if run is None:
+        return None
+    with suppress(KeyError, TypeError):  # of a version that recorded less, or a file that does not say its steps
+        return random_start(run, steps_of(load_checkpoint(path, check=False), run["settings"]))
+
+
+def young_ema(path, share):
+    """What is to be said of EMA weights in a file, of which a share is their random start; None if nothing is."""
+    if share is None or share <= YOUNG_EMA:
+        return None
+    advice = "train longer, or with a lower --ema_decay"
+    return f"{path}: {share:.1%} of the EMA weights are still the random start of the training: {advice}"
+
+
+def say_young_ema(logdir, steps):
+    """Print at the start of a run how much of the EMA weights its random start will be at its end, if it is too much.
+
+    steps: of a network, in the whole run.
+    """
+    share = random_start(read_run(Path(logdir) / "run.json"), steps) if distributed.is_main() else 0.0
+    if share > YOUNG_EMA:
+        what = f"after all {steps:,} steps {share:.1%} of the EMA weights will still be the random start"
+        print(f"{what}: train longer, or with a lower --ema_decay")
