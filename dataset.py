@@ -16,7 +16,7 @@ import torch
 from PIL import features
 
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
 from utils.images import equal_images, firsts, in_threads, list_images, read_images, resized
@@ -289,7 +289,7 @@ def read_cached(paths, root, img_size, num_workers, resize):
     decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
     key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders, resize)).encode())
     with contextlib.closing(in_threads(content_hash, paths, num_workers)) as hashes:
-        for digest in progress(hashes, "reading", total=len(paths), unit="image", delay=1):
+        for digest in progress_bar(hashes, "reading", total=len(paths), unit="image", delay=1):
             key.update(digest)
     path = root / ".cache" / f"{key.hexdigest()[:32]}.npy"
     try:

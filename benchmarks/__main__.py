@@ -8,7 +8,7 @@ import os
 import pkgutil
 
 from utils import startup
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError
 from utils.files import write_json
 from utils.machine import machine
@@ -28,7 +28,7 @@ def main(arguments=None):
         raise UsageError(f"--only={options.only}: choose some of {','.join(PARTS)}")
     rows = []
     try:
-        for part in progress(parts, desc="benchmarks"):
+        for part in progress_bar(parts, desc="benchmarks"):
             rows += pkgutil.resolve_name(f"benchmarks.{PARTS[part]}:{part}")(options.scale)
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is not installed: pip install -r requirements-dev.txt") from error

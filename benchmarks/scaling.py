@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.baselines import alternate, noise_to_search, row
 from score.memorization import neighbors_by_all
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,7 @@ def scaling(scale):
     """Rows of median seconds of three runs, of two processes against one in turn; the scale multiplies their length."""
     runs = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as directory:
-        for number in progress(range(6), desc="scaling", unit="run"):
+        for number in progress_bar(range(6), desc="scaling", unit="run"):
             processes = number % 2 + 1
             runs[processes].append(measure_run(processes, Path(directory) / str(number), scale))
     rows = []

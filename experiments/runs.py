@@ -27,7 +27,7 @@ from score.generate import MeanPrediction, generate
 from training import flags
 from training.resume import shard_files
 from training.weights import ROUNDS, load_checkpoint, load_weights, numbered, round_name, weights_in
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError
 from utils.files import read_json, write_json
 
@@ -224,7 +224,7 @@ def work_all(runs, deadline, processes):
     if missing and time.time() < deadline:
         with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time
             multiprocessing.get_context("spawn").Pool(processes, begin_worker) as pool,
-            progress(total=len(missing), desc="runs", unit="run") as bar,
+            progress_bar(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):
             done = pool.imap_unordered(work, missing)

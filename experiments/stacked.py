@@ -28,7 +28,7 @@ from training.averaging import weighted_average
 from training.batches import ShardBatches
 from training.shards import make_shards
 from training.weights import load_checkpoint, load_weights, round_name, save_checkpoint, weights_in
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import warn
 from utils.files import write_json
 from utils.images import normalize, to_uint8
@@ -291,7 +291,7 @@ def train_together(planned, wanted, device, pool, deadline):
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
     step, last = 0, max(member.steps for member in members)
-    with progress(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
+    with progress_bar(total=last, desc=f"{len(learner.weights)} networks", unit="step") as bar:
         while True:
             for member, about, images in sample_due(members, learner, step):
                 member.points.append((about, pool.apply_async(runs.measure, (member.run, images.clone()))))

@@ -12,7 +12,7 @@ from scipy.linalg.lapack import dpstrf
 from score.inception import FEATURES
 from score.samples import read_npz
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError
 from utils.files import atomic_write, make_directory
 from utils.images import fingerprint
@@ -76,7 +76,7 @@ def feature_batches(images, inception=None, batch_size=50, order=None):
     network = inception or (lambda batch: (pixel_features(batch), torch.empty(len(batch), 0)))
     is_short = inception is None and images.numel() < LONG_POOLING
     name = "Inception" if inception else "pooled pixels"
-    with progress(desc=name, total=len(images), unit="image", disable=is_short) as bar:
+    with progress_bar(desc=name, total=len(images), unit="image", disable=is_short) as bar:
         for j, batch in enumerate(batches):
             if j % P == distributed.rank():
                 features, logits = network(batch)
@@ -177,7 +177,7 @@ def precision_recall(real, generated, k=3, block=1024):
 
     real, generated = real.double(), generated.double()
     total = 2 * (len(real) + len(generated))
-    with progress(total=total, desc="precision, recall", unit="image", disable=total < LONG_COVER) as bar:
+    with progress_bar(total=total, desc="precision, recall", unit="image", disable=total < LONG_COVER) as bar:
         return {"precision": covered(generated, real), "recall": covered(real, generated)}
 
 

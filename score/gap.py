@@ -3,7 +3,7 @@
 import torch
 
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.seeding import generator
 
 TIMESTEPS = 20  # at most
@@ -59,7 +59,7 @@ def losses_by_t(trainer, images, labels, seed, batch_size):
     eps = torch.randn(len(times), *images.shape[1:], generator=generator("cpu", seed, "gap")).to(device)
     share = range(len(images))[distributed.share(len(images))]
     losses = torch.empty(len(share), len(times), dtype=torch.float64)
-    with progress(total=len(share), desc="losses", unit="image") as bar:
+    with progress_bar(total=len(share), desc="losses", unit="image") as bar:
         for start in range(0, len(share), batch_size):
             rows = share[start : start + batch_size]
             x_0 = images[rows.start : rows.stop].to(device).float() / 127.5 - 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from score.samples import non_finite_images
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write, file_hash, read_json, sync, write_json
 from utils.images import to_uint8
@@ -80,7 +80,7 @@ def generate_batches(
     shape = (3, sampler.img_size, sampler.img_size)
     was_training = sampler.model.training
     sampler.model.eval()
-    with progress(total=num_images, initial=first, desc="generate", unit="image") as bar:
+    with progress_bar(total=num_images, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, num_images, batch_size * distributed.world_size()):
             batches = range(start, min(start + batch_size * distributed.world_size(), num_images))
             indices = batches[distributed.share(len(batches))]

@@ -58,7 +58,7 @@ def nearest_neighbors(
     # per image, ascending: squared distance less |a|^2, times the number of training images, plus index
     best = [torch.empty(len(batch), 0, dtype=torch.int64, device=device) for batch in batches]
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    with progress(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
+    with progress_bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
         for start in range(0, len(training), size):
             block = training[start : start + size].to(device)
             keys, norm = slices_of(block, integers), squared_norms(block, device)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, one_line, warn
 from utils.images import (
     CHANGES,
@@ -59,7 +59,7 @@ def save_pngs(folder, images):
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        bar = progress(names, desc="save PNG", unit="image")
+        bar = progress_bar(names, desc="save PNG", unit="image")
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.numpy()).save(Path(folder) / name)
     except OSError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from score.inception import Inception
 from score.memorization import THRESHOLDS, closer_than_third, memorization_ratio, memorized_quantity
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line
 
 FEATURES = ("sscd", "inception", "clip", "pixels")
@@ -155,7 +155,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 def embed(embedding, images, batch_size=64):
     """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32. The processes share the work."""
     part = images[distributed.share(len(images))]
-    blocks = progress((part if len(part) else images[:1]).split(batch_size), "embedding", unit="batch", delay=1)
+    blocks = progress_bar((part if len(part) else images[:1]).split(batch_size), "embedding", unit="batch", delay=1)
     rows = torch.cat([F.normalize(embedding(block).float()) for block in blocks])
     return distributed.join_rows(rows[: len(part)])
 

@@ -32,7 +32,7 @@ def sliced_wasserstein(a, b, device="cpu", progress=False):
     sides, number = level_sides(a.shape[-1]), min(len(a), len(b), MOST_IMAGES)
     a, b = (images[evenly_spaced(len(images), number)] for images in (a, b))
     distances = {}
-    with progress(total=len(sides) * REPEATS, desc="SWD", unit="slice", disable=not (progress and sides)) as bar:
+    with progress_bar(total=len(sides) * REPEATS, desc="SWD", unit="slice", disable=not (progress and sides)) as bar:
         for level, side in enumerate(sides):
             patches = [level_patches(images, level, len(sides), name, device) for name, images in (("a", a), ("b", b))]
             slices = []

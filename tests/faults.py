@@ -22,7 +22,7 @@ import torch
 from tests.commands import ROOT, environment
 from training.logger import read_metrics
 from utils import startup
-from utils.bar import progress
+from utils.bar import progress_bar
 
 LOG_STEP = 7
 COMMON = [
@@ -175,7 +175,7 @@ def main():
     chance, limit = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     bad = ("full disks without a clear line", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, "runs", *bad], 0)
-    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, progress(unit="run") as bar:
+    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, progress_bar(unit="run") as bar:
         expected = {}
         for script in SCRIPTS:
             start(script, Path(directory) / script).wait()

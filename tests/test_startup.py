@@ -14,7 +14,7 @@ import pytest
 from score.compare import split_label
 from tests.commands import ROOT, check, environment, eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, printable
 
 
@@ -96,7 +96,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(("stream", "redrawn"), [(io.StringIO(), False), (Terminal(), True)])
 def test_a_bar_is_redrawn_on_a_terminal_only(stream, redrawn, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
-    for _ in progress(range(3), desc="work", unit="image", mininterval=0) if redrawn else progress(range(3)):
+    for _ in progress_bar(range(3), desc="work", unit="image", mininterval=0) if redrawn else progress_bar(range(3)):
         pass
     assert ("\r" in stream.getvalue()) == redrawn and "3/3" in stream.getvalue()
     if not redrawn:

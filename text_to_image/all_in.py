@@ -54,7 +54,7 @@ from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from training.logdir import random_start, read_run, young_ema
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, lock_directory, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
@@ -113,7 +113,7 @@ def generate_batches(pipeline, prompts, kept, first):
             watched.append((given - without).flatten(1).norm(dim=1))
 
     hook = pipeline.unet.register_forward_hook(watch)
-    with progress(total=number, initial=first, desc="generate", unit="image") as bar:
+    with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):
             batch = range(start, min(start + block, number))
             indices = batch[distributed.share(len(batch))]
@@ -145,7 +145,7 @@ def round_trip(pipeline, images, batch_size=16):
         The images, uint8, and how many of them are not finite.
     """
     decoded, bad = [], 0
-    for block in progress(images.split(batch_size), "VAE", unit="batch", delay=1):
+    for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
         x = pipeline.vae.decode(latents, return_dict=False)[0]
         decoded.append(to_uint8(x).cpu())

@@ -22,7 +22,7 @@ from PIL import Image
 from text_to_image.pipeline import encode_captions, latent_moments
 from training.batches import Batch, to_device
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write
 from utils.images import in_threads, list_images, read_image, refuse
@@ -81,7 +81,7 @@ def load_images(files, resolution, num_workers=0):
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
     with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
-        for i, found in enumerate(progress(results, "decoding", total=len(files), unit="image", delay=1)):
+        for i, found in enumerate(progress_bar(results, "decoding", total=len(files), unit="image", delay=1)):
             if isinstance(found, DataError):
                 bad.append(str(found))
             else:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line
 from utils.files import file_hash, writable
 from utils.images import normalize
@@ -315,7 +315,7 @@ def latent_moments(vae, images):
 
 def encode_images(vae, images, batch_size=16):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
-    blocks = progress(images.split(batch_size), "encoding images", unit="batch", delay=1)
+    blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
     both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
     moments = torch.cat(both)
     if bad := int((~moments.isfinite()).flatten(1).any(dim=1).sum()):

@@ -21,7 +21,7 @@ from text_to_image.data import CaptionBatches, CaptionedImages, TextStates
 from text_to_image.pipeline import LatentTrainer, encode_images, libraries, writable_weights
 from training.learner import Learner
 from utils import startup
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import UsageError
 from utils.files import make_directory, write_json
 from utils.images import normalize
@@ -137,7 +137,7 @@ def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-7):
     x = normalize(images)
     optim = torch.optim.Adam(vae.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=max(steps, 1))
-    for step in progress(range(steps), "VAE", unit="step"):
+    for step in progress_bar(range(steps), "VAE", unit="step"):
         stream = generator("cpu", SEED, "vae", step)
         batch = x[torch.randint(len(x), (batch_size,), generator=stream)]
         latents = vae.encode(batch).latent_dist
@@ -172,7 +172,7 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
         seed=SEED,
         caption_mode="all",
     )
-    for step in progress(range(steps), "UNet", unit="step"):
+    for step in progress_bar(range(steps), "UNet", unit="step"):
         learner.update(learner.losses(batches(step)).mean())
     pipeline.unet.load_state_dict(learner.ema.state_dict())
 

@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, printable
 from utils.files import atomic_write, sync, writable, write_json
 from utils.images import image_grid, to_uint8
@@ -62,7 +62,7 @@ class Logger:
         self.log_step, self.max_bad_steps, self.batch_size = log_step, max_bad_steps, batch_size
         rank, processes = distributed.rank(), distributed.world_size()
         desc = f"process 1 of {processes}" if processes > 1 else None
-        self.bar = progress(total=total, initial=done, desc=desc, unit="step")
+        self.bar = progress_bar(total=total, initial=done, desc=desc, unit="step")
         self.path = self.logdir / (f"metrics.rank{rank}.jsonl" if rank else "metrics.jsonl")
         self.writing = partial(writable, self.path, "check the directory and its space")
         if writes:

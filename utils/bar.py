@@ -19,7 +19,7 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress(*args, disable=False, **settings):
+def progress_bar(*args, disable=False, **settings):
     """A tqdm bar of rank 0; the others show none. What the user sets in TQDM_* holds.
 
     Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from utils import distributed
-from utils.bar import progress
+from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.safe_files import check_memory
 
@@ -148,7 +148,7 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
     images, first, bad, changed = None, None, [], 0
     read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
     with contextlib.closing(in_threads(read, paths, num_workers)) as results:
-        for row, (found, is_square) in enumerate(progress(results, "decoding", total=len(paths), unit="image")):
+        for row, (found, is_square) in enumerate(progress_bar(results, "decoding", total=len(paths), unit="image")):
             changed += not is_square
             if isinstance(found, DataError):
                 bad.append(str(found))
