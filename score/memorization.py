@@ -15,6 +15,7 @@ import torch
 
 from score.fid import pixel_features
 from utils import distributed
+from utils.bar import progress_bar
 
 THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)  # of MQ, in percent
 CELLS, CELL_IMAGES = 30, 20  # of C_T: at most so many cells, and images that a cell needs
