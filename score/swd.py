@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from score.samples import evenly_spaced
+from utils.bar import progress_bar
 from utils.seeding import generator
 
 LEAST_SIZE = 16  # of a level of the pyramid
