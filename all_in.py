@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from absl import flags as absl_flags
+from absl.flags import FLAGS
 
-from dataset import image_folders, load_dataset
+from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import SAMPLES_ORDER, Quality, about_repeats, evaluate, identity, known_neighbors
 from score.fid import CACHE
@@ -24,16 +24,17 @@ from score.memorization import memorization_ratio
 from score.report import summary, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import background, copy_threshold, embed, measures
-from training import flags
+from training import build
+from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
 from training.logdir import ema_start, young_ema
+from training.recorded import default_resize, take_training, take_trainings, training_warning
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
 from utils.images import equal_images, keep_apart
 
-FLAGS = absl_flags.FLAGS
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
@@ -70,7 +71,7 @@ def add(result, stage, find):
     if is_new:
         result["seconds"][stage] = round(time.perf_counter() - start, 3)
         if stage in ("score", "memorise", "gap"):  # those of the last call that made numbers
-            result["flags"] = flags.as_dict(FLAGS)
+            result["flags"] = as_dict(FLAGS)
     if distributed.is_main():
         write_json(Path(FLAGS.grid_dir) / "result.json", result)
     return is_new
@@ -96,9 +97,9 @@ def load_network(device):
     names = FLAGS.unet_dir.split(",")
     paths = [find_checkpoint(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
     states = [load_checkpoint(path, device) for path in paths]
-    settings, nets = flags.take_trainings(FLAGS, paths), []
+    settings, nets = take_trainings(FLAGS, paths), []
     for path, state in zip(paths, states, strict=True):
-        nets.append(flags.unet(FLAGS, state, path).to(device))
+        nets.append(build.unet(FLAGS, state, path).to(device))
         load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)
     return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
 
@@ -108,7 +109,7 @@ def take_earlier_training():
     path = Path(FLAGS.generate_dir) / "generate.json"
     record = read_json(path) if path.exists() else {}
     if record.get("training"):
-        flags.take_training(FLAGS, record["training"], record["flags"], path)
+        take_training(FLAGS, record["training"], record["flags"], path)
 
 
 def weights_of(paths):
@@ -135,16 +136,18 @@ def generate_images(net, paths, settings, young, data, device):
 
     Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
     """
-    origin = {**weights_of(paths), **flags.sampler(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
-    origin |= {"num_labels": flags.labels_of(FLAGS), "legacy_labels": FLAGS.legacy_labels}
-    classes = flags.classes_of(FLAGS, data)
+    origin = {**weights_of(paths), **build.sampler_settings(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
+    origin |= {"num_labels": build.labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
+    classes = build.classes(FLAGS, data)
     origin |= {"classes": classes} if classes else {}
-    sampler = GaussianDiffusionSampler(torch.compile(net) if FLAGS.compile else net, **flags.sampler(FLAGS)).to(device)
+    sampler = GaussianDiffusionSampler(
+        torch.compile(net) if FLAGS.compile else net, **build.sampler_settings(FLAGS)
+    ).to(device)
 
     def batches(first):
-        return generate_batches(sampler, **flags.generation(FLAGS, data), first=first)
+        return generate_batches(sampler, **build.generation(FLAGS, data), first=first)
 
-    about = {"checkpoint": names_of(paths), "training": settings, "flags": flags.as_dict(FLAGS), "ema_warning": young}
+    about = {"checkpoint": names_of(paths), "training": settings, "flags": as_dict(FLAGS), "ema_warning": young}
     if FLAGS.use_labels:
         labels = draw_labels(FLAGS.seed, range(FLAGS.num_images), FLAGS.num_labels, classes)
         about |= {"labels": labels.tolist(), "class_names": data.class_names}
@@ -199,7 +202,7 @@ def find_gap(net, paths, data, device):
         rows = evenly_spaced(len(part.images), FLAGS.num_images)
         labels = part.labels[rows] - int(FLAGS.legacy_labels) if FLAGS.use_labels else None
         sets.append((part.images[rows], labels))
-    trainer = flags.call(FLAGS, GaussianDiffusionTrainer, net).to(device)
+    trainer = GaussianDiffusionTrainer(net, **build.diffusion_settings(FLAGS)).to(device)
     return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
@@ -271,7 +274,7 @@ def print_summary(result):
 def main():
     stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
     if not stages:
-        raise UsageError("--stages: nothing to do, choose some of " + ",".join(flags.STAGES))
+        raise UsageError("--stages: nothing to do, choose some of " + ",".join(STAGES))
     device = pick_device(FLAGS.device, FLAGS.precision)
 
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
@@ -284,35 +287,34 @@ def main():
     if "score" in stages and FLAGS.fid_features == "inception":
         weights = find_weights(FLAGS.inception_weights)
     if "memorise" in stages and FLAGS.memorise_features:
-        embedding = flags.embedding(FLAGS, FLAGS.memorise_features, device, "memorise_features")
+        embedding = build.embedding(FLAGS, FLAGS.memorise_features, device, "memorise_features")
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
         net, paths, settings = load_network(device)
     elif not FLAGS.samples:
         take_earlier_training()
-    flags.default_resize(FLAGS)
+    default_resize(FLAGS)
     young = ema_warning(paths or [])
     if young and distributed.is_main():
         warn(f"warning: {young}")
     written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
-    folders = flags.call(FLAGS, image_folders, FLAGS.dataset)
+    folders = image_folders(FLAGS.dataset, FLAGS.data_root)
     keep_apart(folders, {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if "generate" not in stages:
         images = existing_images(needed=stages != {"gap"})
     elif FLAGS.save_png:
         png_names(FLAGS.generate_dir, FLAGS.num_images)
     with distributed.main_first():
-        data = flags.call(FLAGS, load_dataset, FLAGS.dataset)
-    about_settings = flags.training_warning(settings, data, paths) if paths else None
+        data = build.dataset(FLAGS)
+    about_settings = training_warning(settings, data, paths) if paths else None
     slot_group, data = equal_images(data.train.images), data.without_copies()
-    flags.check_data(FLAGS, data)
-    reference, given, data = flags.reference_images(FLAGS, data), data, data.distinct()
-    training, heldout = data.train.images, flags.holdout_images(FLAGS, data)
+    reference, given, data = build.reference_images(FLAGS, data), data, data.distinct()
+    training, heldout = data.train.images, build.holdout_images(FLAGS, data)
     before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (given, data))
     repeats = about_repeats(*before, *after)
     if "gap" in stages:
-        flags.heldout_images(FLAGS, data, "stages=gap")
+        build.heldout_images(FLAGS, data, "stages=gap")
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     notes = {"settings_warning": about_settings, "repeats_warning": repeats.pop("repeats_warning")}
     notes["floor_warning"] = None
@@ -325,9 +327,17 @@ def main():
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        scorer = (reference, number, weights, device)
-        quality = flags.call(FLAGS, Quality, *scorer, by_content=bool(FLAGS.samples), heldout=heldout)
-    announce(device, net, len(training), FLAGS.batch_size)
+        quality = Quality(
+            reference,
+            number,
+            weights,
+            device,
+            fid_cache=FLAGS.fid_cache,
+            batch_size=FLAGS.batch_size,
+            heldout=heldout,
+            by_content=bool(FLAGS.samples),
+        )
+    announce(device, net, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
 
     if "generate" in stages:
         images = generate_images(net, paths, settings, young, data, device)
@@ -355,7 +365,7 @@ def main():
         about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}
         is_new |= add(result, "score", lambda: {**quality(images), **about})
     if "memorise" in stages:
-        on_device = training.to(flags.data_device(FLAGS, device))
+        on_device = training.to(build.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
         search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip, "names": names}
         is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, embedding, **search))
@@ -378,4 +388,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, define)

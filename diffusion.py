@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.seeding import derive_seed, sample_noise
+
 MEAN_TYPES = ("epsilon", "xstart", "xprev")
 VAR_TYPES = ("fixedlarge", "fixedsmall")
 SAMPLERS = ("ddim", "ddpm", "dpmpp")
@@ -99,18 +101,9 @@ class GaussianDiffusion(nn.Module):
 
 
 class GaussianDiffusionTrainer(GaussianDiffusion):
-    """The training loss of DDPM (eq. 14, unweighted), for whichever quantity `mean_type` says the network predicts.
+    """The training loss of DDPM (eq. 14, unweighted), for whichever quantity `mean_type` says the network predicts."""
 
-    Args:
-        model, beta_1, beta_T, T, mean_type: the network and its diffusion.
-        ambient_t: t_n of `ambient_loss`, which replaces the loss at t >= t_n; 0 for never.
-    """
-
-    def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon", ambient_t=0):
-        super().__init__(model, beta_1, beta_T, T, mean_type)
-        self.ambient_t = ambient_t
-
-    def forward(self, x_0, labels=None, t=None, eps=None, eps_n=None):
+    def forward(self, x_0, labels=None, t=None, eps=None):
         """Squared error per element between the network's prediction and its target.
 
         Args:
@@ -118,7 +111,6 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
             labels: (B,) int64 classes, -1 for no class, or None.
             t: (B,) int64 in 0..T-1; drawn first, uniformly on x_0's device, if not given.
             eps: (B, 3, H, W) standard normal; drawn second if not given.
-            eps_n: (B, 3, H, W), the noise of x_n, always the same for an image; with `ambient_t` only.
 
         Returns:
             (B, 3, H, W) float32, unreduced.
@@ -127,8 +119,6 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
             t = torch.randint(self.T, (x_0.shape[0],), device=x_0.device)
         if eps is None:
             eps = torch.randn_like(x_0)
-        if self.ambient_t:
-            return self.ambient_loss(x_0, labels, t, eps, eps_n)
         x_t = self.q_sample(x_0, t, eps)
         return (self.model(x_t, t, labels).float() - self.target(x_0, x_t, t, eps)).square()
 
@@ -136,27 +126,50 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
         """What the network is to predict: (B, 3, H, W)."""
         return {"epsilon": eps, "xstart": x_0}.get(self.mean_type, self.q_posterior_mean(x_0, x_t, t))
 
-    def ambient_loss(self, x_0, labels, t, eps, eps_n):
-        """Ambient diffusion at high noise (Shah et al. 2025): for t >= t_n the network sees no more of x_0 than x_n.
+    def error_of(self, batch):
+        """The squared error of a `training.batches.Batch`."""
+        return self(batch.x_0, batch.labels, batch.t, batch.eps)
 
-        With a_t = sqrt(alphas_bar_t) and s_t^2 = 1 - alphas_bar_t, x_n = a_n x_0 + s_n eps_n is fixed for an image. For
-        t >= t_n, c = a_t / a_n and eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps has the law of q(x_t | x_0), and
-        the loss of the paper is |[(eta^2 / s_t^2) (a_t x0_hat - x_t) + x_t] / c - x_n|^2, which the true E[x_0 | x_t]
-        minimises. Here it is multiplied by c^2 / eta^2: that is |(eta / s_t) eps_hat - eps|^2, on the scale of the loss
-        at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
-        """
-        high = t >= self.ambient_t
+
+class AmbientTrainer(GaussianDiffusionTrainer):
+    """Ambient diffusion at high noise (Shah et al. 2025): for t >= t_n the network sees no more of x_0 than x_n.
+
+    With a_t = sqrt(alphas_bar_t) and s_t^2 = 1 - alphas_bar_t, x_n = a_n x_0 + s_n eps_n is fixed for an image.
+    For t >= t_n, c = a_t / a_n and eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps has the law of q(x_t | x_0),
+    and the loss of the paper is |[(eta^2 / s_t^2) (a_t x0_hat - x_t) + x_t] / c - x_n|^2, which the true
+    E[x_0 | x_t] minimises. Here it is multiplied by c^2 / eta^2: that is |(eta / s_t) eps_hat - eps|^2, on the
+    scale of the loss at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
+
+    Args:
+        model, beta_1, beta_T, T, mean_type: the network and its diffusion.
+        ambient_t: t_n.
+        seed: of eps_n, which image i of the training set always has.
+    """
+
+    def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon", *, ambient_t, seed):
+        super().__init__(model, beta_1, beta_T, T, mean_type)
+        self.ambient_t, self.seed = ambient_t, seed
+
+    def forward(self, x_0, labels, t, eps, eps_n):
+        """As `GaussianDiffusionTrainer.forward`; eps_n (B, 3, H, W), the noise of x_n."""
         n = torch.full_like(t, self.ambient_t)
         a_t, a_n = extract(self.alphas_bar.sqrt(), t), extract(self.alphas_bar.sqrt(), n)
         c, s_t = a_t / a_n, extract((1 - self.alphas_bar).sqrt(), t)
         eta = (s_t.square() - c.square() * extract(1 - self.alphas_bar, n)).clamp(min=0).sqrt()
         x_n = self.q_sample(x_0, n, eps_n)
-        is_high = high[:, None, None, None]
+        is_high = (t >= self.ambient_t)[:, None, None, None]
         x_t = torch.where(is_high, c * x_n + eta * eps, self.q_sample(x_0, t, eps))
         prediction = self.model(x_t, t, labels).float()
         eps_hat = self.predict_eps(self.predict_x_0(prediction, x_t, t), x_t, t)
         usual = prediction - self.target(x_0, x_t, t, eps)
         return torch.where(is_high, eta / s_t * eps_hat - eps, usual).square()
+
+    def error_of(self, batch):
+        """The squared error of a `training.batches.Batch`; a mirrored image has its eps_n mirrored."""
+        address, device = derive_seed(self.seed, "ambient"), batch.x_0.device
+        eps_n = sample_noise(address, batch.slots.tolist(), batch.x_0.shape[1:], device)()
+        eps_n = torch.where(batch.mirrored[:, None, None, None], eps_n.flip(-1), eps_n)
+        return self(batch.x_0, batch.labels, batch.t, batch.eps, eps_n)
 
 
 class GaussianDiffusionSampler(GaussianDiffusion):

@@ -19,12 +19,13 @@ from collections import namedtuple
 from pathlib import Path
 
 import torch
-from absl.flags import FLAGS
+from absl.flags import FlagValues
 
 from diffusion import GaussianDiffusionSampler
 from experiments import cifar10, digits
 from score.generate import MeanPrediction, generate
-from training import flags
+from training import build
+from training.flags import define, parse
 from training.resume import shard_files
 from training.weights import ROUNDS, load_checkpoint, load_weights, numbered, round_name, weights_in
 from utils.bar import progress_bar
@@ -91,9 +92,10 @@ def make_run(experiment, out, data_root, arm, seed, scale):
 
 def values_of(command):
     """absl's values of a command line of main_fed.py."""
-    FLAGS.unparse_flags()
-    flags.parse(FLAGS, [sys.argv[0], *command])
-    return FLAGS
+    values = FlagValues()
+    define(values)
+    parse(values, [sys.argv[0], *command])
+    return values
 
 
 def measure(run, images):
@@ -208,9 +210,9 @@ def work(run):
         nets = []
         for path in paths:
             state = load_checkpoint(path)
-            nets.append(flags.unet(values, state, path).eval())
+            nets.append(build.unet(values, state, path).eval())
             load_weights(nets[-1], weights_in(state, True, path), path)
-        sampler = GaussianDiffusionSampler(MeanPrediction(nets), **flags.sampler(values))
+        sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
         with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
             images = generate(sampler, run.images, 512, run.seed)
         result["points"].append({**about, **measure(run, images)})

@@ -23,10 +23,9 @@ from torch.overrides import TorchFunctionMode
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from experiments import runs
 from experiments.images import load
-from training import flags
+from training import build
 from training.averaging import weighted_average
-from training.batches import ShardBatches
-from training.shards import make_shards
+from training.learner import clip_divisor, warmed_up
 from training.weights import load_checkpoint, load_weights, round_name, save_checkpoint, weights_in
 from utils.bar import progress_bar
 from utils.errors import warn
@@ -123,7 +122,7 @@ class StackedLearner:
         torch.where(self.uses_agc, controlled, plain).sum().backward()
         with torch.no_grad():
             norm = self.weights.grad.norm(dim=1, keepdim=True)
-            self.weights.grad /= ((norm + 1e-6) / self.grad_clip).clamp(min=1)
+            self.weights.grad /= clip_divisor(norm, self.grad_clip)
             self.optim.step()
             self.ema_weights.lerp_(self.weights, 1 - self.ema_decay)
 
@@ -137,7 +136,7 @@ class StackedLearner:
         """A step on each of the slots (steps, N, B); every network has made `step` of them before."""
         table = table.to(self.images.device)
         for position, index in enumerate(table, start=step):
-            self.lr.fill_(self.base_lr * min(1.0, position / self.warmup))
+            self.lr.fill_(warmed_up(self.base_lr, position, self.warmup))
             if self.index is None:
                 self.index = index.clone()
             self.index.copy_(index)
@@ -178,12 +177,11 @@ class Member:
         self.run, self.K, self.slot, self.rows = run, values.client_num, slot, slice(row, row + values.client_num)
         self.anti_grad, self.checkpoint = values.anti_grad, None
         self.data = data = load(**run.data)
-        split = (values.client_num, flags.split_of(values), values.seed, data.slot_image, values.duplicates_in)
-        self.shards = lambda r: make_shards(data.train.labels, *split, r)
-        self.reshards = values.reshard
-        make_batches = functools.partial(flags.call, values, ShardBatches, data.train.images, None, device="cpu")
-        self.batches = [make_batches(index, shard=k) for k, index in enumerate(self.shards(0))]
-        self.sizes = [len(batches.index) for batches in self.batches]
+        self.slots = lambda r: build.slots(values, data, r)
+        self.reshards, images = values.reshard, data.train.images
+        slots = enumerate(self.slots(1))
+        self.batches = [build.batches(values, data, images, part, "cpu", shard=k) for k, part in slots]
+        self.sizes = [len(batches.slots) for batches in self.batches]
         self.steps_per_round = run.steps_per_round // self.K  # all shards of the experiment have as many
         self.steps = run.rounds * self.steps_per_round
         # the steps after which it waits for others, and those after which it is measured
@@ -204,10 +202,11 @@ class Member:
     def table(self, first, last):
         """The slots of the steps from `first` to before `last`, all of one round: (steps, K, B)."""
         if self.reshards:
-            for batches, index in zip(self.batches, self.shards(first // self.steps_per_round), strict=True):
-                batches.use(index)
+            of_round = self.slots(first // self.steps_per_round + 1)
+            for batches, slots in zip(self.batches, of_round, strict=True):
+                batches.use(slots)
         steps = range(first, last)
-        return self.slot + torch.stack([torch.stack([b.slots(step) for b in self.batches]) for step in steps])
+        return self.slot + torch.stack([torch.stack([b.slots_of(step) for b in self.batches]) for step in steps])
 
     def due(self, step):
         """What is measured after a step: [({"steps": n, ...}, rows of the networks whose mean prediction it is)]."""
@@ -260,20 +259,31 @@ def make_stack(planned, device):
         row, slot = row + member.K, slot + len(member.data.train.images)
         values = runs.values_of([*run.flags, "--anti_grad=skip"])
         torch.manual_seed(derive_seed(values.seed, "weights"))
-        starts += [member.start(flags.unet(values))] * member.K
+        starts += [member.start(build.unet(values))] * member.K
     weights, ema_weights = (torch.stack(rows).to(device) for rows in zip(*starts, strict=True))
     controls = [member.anti_grad for member in members for _ in range(member.K)]
     masks = [torch.tensor([control == kind for control in controls], device=device) for kind in ("skip", "random")]
     images = torch.cat([member.data.train.images for member in members]).to(device)
-    net, agc = flags.unet(values).to(device), flags.agc(values, values.T).to(device)
-    diffusion = flags.arguments(values, GaussianDiffusionTrainer)
-    return members, flags.call(values, StackedLearner, net, weights, ema_weights, agc, *masks, diffusion, images)
+    net, agc = build.unet(values).to(device), build.agc(values, values.T).to(device)
+    return members, StackedLearner(
+        net,
+        weights,
+        ema_weights,
+        agc,
+        *masks,
+        build.diffusion_settings(values),
+        images,
+        lr=values.lr,
+        warmup=values.warmup,
+        grad_clip=values.grad_clip,
+        ema_decay=values.ema_decay,
+    )
 
 
 def sample_due(members, learner, step):
     """What is measured after a step: yields (member, {"steps": n, ...}, uint8 images (N, 3, H, W))."""
     due = [(member, *point) for member in members for point in member.due(step)]
-    settings = flags.sampler(runs.values_of(members[0].run.flags))
+    settings = build.sampler_settings(runs.values_of(members[0].run.flags))
     for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work` measures: ensembles first
         same = [point for point in due if len(point[-1]) == K]
         weights = torch.stack([learner.ema_weights[rows] for *_, rows in same])

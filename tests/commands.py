@@ -8,6 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from absl.flags import FlagValues
+
+from training.flags import define, parse
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -73,6 +77,14 @@ def checked(result, code):
     assert result.returncode == code, f"{command}\nexit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     assert code == 0 or "Traceback" not in result.stderr, result.stderr
     return result
+
+
+def values_of(*argv):
+    """absl's values of a command line of one of the three scripts, of their own."""
+    values = FlagValues()
+    define(values)
+    assert parse(values, list(map(str, argv))) == []
+    return values
 
 
 def eval_flags(directory):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from absl import flags as absl_flags
 from PIL import Image
 
 import all_in
@@ -21,10 +20,11 @@ from diffusion import GaussianDiffusionSampler
 from score import evaluate, fid, generate
 from score.generate import generate_into
 from score.samples import save_pngs
-from tests.commands import ROOT, environment, eval_flags, run, run_module
+from tests.commands import ROOT, environment, eval_flags, run, run_module, values_of
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
-from training import flags as training_flags
+from training import build
+from training.flags import check
 from utils.errors import DataError, UsageError
 from utils.files import lock_directory
 from utils.seeding import derive_seed, sample_noise
@@ -45,11 +45,11 @@ def checkpoint(tmp_path_factory):
 
 def call(*words):
     """all_in.py in this process. Raises what it would say."""
-    values = absl_flags.FLAGS
-    values.unparse_flags()
-    training_flags.parse(values, ["all_in.py", *map(str, words)])
-    training_flags.check(values)
-    all_in.main()
+    values = values_of("all_in.py", *words)
+    check(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_in, "FLAGS", values)
+        all_in.main()
 
 
 @pytest.fixture(scope="module")
@@ -257,14 +257,12 @@ def test_only_classes_of_training_images_are_drawn(checkpoint, tmp_path, monkeyp
 
 
 def test_sample_grids_show_classes_of_training_images(tmp_path):
-    values = absl_flags.FLAGS
-    values.unparse_flags()
-    training_flags.parse(values, ["main.py", *TINY_FLAGS, "--num_train=3", "--use_labels", "--num_labels=10"])
+    values = values_of("main.py", *TINY_FLAGS, "--num_train=3", "--use_labels", "--num_labels=10")
     few, all_classes = (load_dataset("digits", ".", 8, num_train=number) for number in (3, 48))
-    labels = training_flags.sample_grid(values, few, "cpu")[1].tolist()
+    labels = build.sample_grid(values, few, "cpu")[1].tolist()
     assert len(labels) == 64 and set(labels) == set(few.train.labels.tolist())
     before = [derive_seed(12, "label", i) % 10 for i in range(64)]
-    assert training_flags.sample_grid(values, all_classes, "cpu")[1].tolist() == before
+    assert build.sample_grid(values, all_classes, "cpu")[1].tolist() == before
 
 
 def test_fid_and_inception_score(checkpoint, tmp_path, capsys):

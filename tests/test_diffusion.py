@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer, ddim_timesteps
+from diffusion import AmbientTrainer, GaussianDiffusionSampler, GaussianDiffusionTrainer, ddim_timesteps
 
 T, BETA_1, BETA_T = 1000, 1e-4, 0.02
 BETAS = np.linspace(BETA_1, BETA_T, T)
@@ -272,7 +272,7 @@ def test_the_ambient_loss_is_least_at_the_true_mean(t):
     x_0 = mean + deviation * noise(0, 20_000, 1, 2, 2)
     eps, eps_n = noise(1, *x_0.shape), noise(2, *x_0.shape)
     net = Gaussian(mean, deviation)
-    trainer = GaussianDiffusionTrainer(net, BETA_1, BETA_T, T, ambient_t=n)
+    trainer = AmbientTrainer(net, BETA_1, BETA_T, T, ambient_t=n, seed=0)
     steps = torch.full((len(x_0),), t)
     loss = trainer(x_0, None, steps, eps, eps_n)
     (slope,) = torch.autograd.grad(loss.mean(), net.factor)
@@ -301,6 +301,7 @@ def test_the_ambient_loss_is_the_usual_one_below_its_t():
     t = torch.tensor([0, 10, 100, 200, 299, 300])
     for mean_type in ("epsilon", "xstart", "xprev"):
         usual = GaussianDiffusionTrainer(Smooth(), BETA_1, BETA_T, T, mean_type)(x_0, None, t, eps)
-        ambient = GaussianDiffusionTrainer(Smooth(), BETA_1, BETA_T, T, mean_type, 300)(x_0, None, t, eps, eps_n)
+        trainer = AmbientTrainer(Smooth(), BETA_1, BETA_T, T, mean_type, ambient_t=300, seed=0)
+        ambient = trainer(x_0, None, t, eps, eps_n)
         assert torch.allclose(ambient[:5], usual[:5], atol=1e-6)
         assert not torch.allclose(ambient[5], usual[5], atol=1e-2)

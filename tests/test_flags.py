@@ -3,16 +3,13 @@
 `python -m tests.test_flags` writes docs/FLAGS.md anew.
 """
 
-import copy
 import json
 import re
 
 import pytest
-from absl import flags as absl_flags
-from absl.flags import FLAGS
 
-from tests.commands import ROOT, run
-from training import flags
+from tests.commands import ROOT, run, values_of
+from training import build, flags
 from utils.errors import UsageError
 
 SCRIPTS = ("main.py", "main_fed.py", "all_in.py")
@@ -46,7 +43,7 @@ PAPER = {
 }  # fmt: skip
 
 
-def values_of(flag):
+def allowed(flag):
     """What may be given, in words."""
     if flag.flag_type() == "bool":
         return "true, false"
@@ -55,26 +52,20 @@ def values_of(flag):
 
 
 def document():
-    """A table for every part of training/flags.py; what stands there in a comment at the margin is its heading."""
-    source = (ROOT / "training/flags.py").read_text()
-    text = HEAD
-    for heading, part in re.findall(r"^# ([^\n]+)\n(.*?)(?=^# |\Z)", source, re.MULTILINE | re.DOTALL):
-        found = [FLAGS[name] for name in re.findall(r'^[\w.]*DEFINE_\w+\(\s*"(\w+)"', part, re.MULTILINE)]
-        if found:
-            text += f"\n## {heading[0].upper()}{heading[1:]}\n\n{COLUMNS}\n"
-        for flag in found:
+    """A table for each of the groups."""
+    text, values = HEAD, values_of("test")
+    for heading, group in flags.GROUPS.items():
+        text += f"\n## {heading[0].upper()}{heading[1:]}\n\n{COLUMNS}\n"
+        for flag in (values[definition.name] for definition in group):
             default = (flag.default_as_str or "").strip("'[]")
             meaning = re.sub(r"^<[^>]*>: |;\n.*", "", flag.help)  # what absl puts around it
-            cells = (f"`{flag.name}`", default, PAPER.get(flag.name, ""), values_of(flag), meaning)
+            cells = (f"`{flag.name}`", default, PAPER.get(flag.name, ""), allowed(flag), meaning)
             text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 def test_the_document_of_all_flags():
-    text = document()
-    for flag in FLAGS.get_key_flags_for_module(flags.__name__):
-        assert f"\n| `{flag.name}` | " in text, f"{flag.name}: no comment at the margin stands over it"
-    assert DOCUMENT.read_text() == text, "python -m tests.test_flags writes it anew"
+    assert DOCUMENT.read_text() == document(), "python -m tests.test_flags writes it anew"
 
 
 @pytest.mark.parametrize(
@@ -105,10 +96,7 @@ def test_config_files_are_read(name, tmp_path):
 @pytest.fixture
 def values():
     """All flags at their defaults."""
-    found = copy.deepcopy(absl_flags.FLAGS)
-    for name in found:
-        found[name].unparse()
-    return found
+    return values_of("test")
 
 
 def parsed(values, *words):
@@ -193,17 +181,14 @@ def test_a_flagfile_keeps_names(name, values, tmp_path):
     parsed(values, f"--logdir={name}", "--samples", name, "--ch_mult=1", "--stages=score,grid")
     text = flags.as_flagfile(values)
     (tmp_path / name).write_text(text, encoding="utf-8")
-    again = copy.deepcopy(values)
-    for flag in again:
-        again[flag].unparse()
-    parsed(again, f"--flagfile={tmp_path / name}")
+    again = values_of("test", f"--flagfile={tmp_path / name}")
     assert (again.logdir, again.samples, again.ch_mult, again.stages) == (name, name, [1], ["score", "grid"])
     assert json.loads(json.dumps(flags.as_dict(again))) == flags.as_dict(values)
 
 
 def test_the_split_is_that_of_the_papers_experiments(values):
     for name, split in (("cifar10_rand", "random"), ("afhq", "contiguous"), ("cifar100", "stratified")):
-        assert flags.split_of(parsed(values, f"--dataset={name}")) == split
+        assert build.split(parsed(values, f"--dataset={name}")) == split
 
 
 def test_a_tilde_is_a_home_directory_in_every_path(values, monkeypatch, tmp_path):

@@ -1,28 +1,17 @@
 """GroupNorm's groups: no block is blind to t or to the class, and the number of groups goes with the weights."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from absl.flags import FLAGS
-from absl.testing import flagsaver
 
 from model import ResBlock, UNet
-from tests.commands import ROOT, eval_flags, run
+from tests.commands import ROOT, eval_flags, run, values_of
 from tests.networks import TINY_FLAGS, visible
-from training import flags
+from training import build
+from training.flags import norm_groups
 from utils.errors import UsageError
 
 CONFIGS = sorted(path.stem for path in (ROOT / "config").glob("*.txt"))
 TINY = [*TINY_FLAGS, "--num_images=4", "--fid_features=pixels"]
-
-
-def flags_of(*arguments):
-    """The flags of a command line, as absl's values; those of the test process stay as they are."""
-    with flagsaver.flagsaver():
-        FLAGS.unparse_flags()  # what an earlier test in this process has set
-        flags.parse(FLAGS, ["test", *arguments])
-        return SimpleNamespace(**FLAGS.flag_values_dict())
 
 
 def outputs_of_blocks(net, inputs, temb, cemb):
@@ -34,9 +23,9 @@ def outputs_of_blocks(net, inputs, temb, cemb):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_block_sees_t_and_the_class(name):
-    values = flags_of(f"--flagfile={ROOT}/config/{name}.txt")
+    values = values_of("test", f"--flagfile={ROOT}/config/{name}.txt")
     torch.manual_seed(0)
-    net, num_labels = visible(flags.unet(values)), values.num_labels
+    net, num_labels = visible(build.unet(values)), values.num_labels
     inputs = {}
     for block_name, block in net.named_modules():
         if isinstance(block, ResBlock):
@@ -60,7 +49,7 @@ def test_every_block_sees_t_and_the_class(name):
 @pytest.mark.parametrize(("ch", "groups"), [(128, 32), (256, 32), (64, 16), (32, 8), (4, 1)])
 def test_default_number(ch, groups):
     """The published network from 128 channels on, at least four channels a group below."""
-    assert flags.norm_groups(flags_of(f"--ch={ch}")) == groups
+    assert norm_groups(values_of("test", f"--ch={ch}")) == groups
 
 
 def test_the_number_goes_with_the_weights(tmp_path):
@@ -82,11 +71,11 @@ def test_the_number_goes_with_the_weights(tmp_path):
 
 def test_a_checkpoint_that_records_no_number_is_published():
     published = {"net_model": {}}
-    assert flags.norm_groups(flags_of("--ch=32"), published, "a.pt") == 32
-    assert flags.norm_groups(flags_of("--ch=32"), {**published, "norm_groups": 8}, "a.pt") == 8
+    assert norm_groups(values_of("test", "--ch=32"), published, "a.pt") == 32
+    assert norm_groups(values_of("test", "--ch=32"), {**published, "norm_groups": 8}, "a.pt") == 8
     for given, message in (
         (["--ch=32", "--norm_groups=8"], "--norm_groups=8: a.pt was trained with 32, leave the flag out"),
         (["--ch=16"], "--ch=16: must be a multiple of the 32 groups of a GroupNorm of a.pt"),
     ):
         with pytest.raises(UsageError, match=message):
-            flags.norm_groups(flags_of(*given), published, "a.pt")
+            norm_groups(values_of("test", *given), published, "a.pt")

@@ -11,7 +11,7 @@ from dataset import load_dataset
 from tests.commands import read_jsonl, run, run_with
 from tests.faults import differences
 from tests.networks import TINY_FLAGS, tiny_unet
-from training.shards import exchange, make_shards
+from training.shards import exchange, partition
 
 SETTINGS = [*TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=2", "--log_step=4"]
 
@@ -177,7 +177,7 @@ def test_iet_agc_plus_exchanges_after_odd_rounds_and_averages_after_even_ones(tm
     )
     rounds = [load(tmp_path / f"log/global_ckpt_round{r}.pt") for r in (1, 2, 3, 4)]
     sizes = [len(shard) for shard in rounds[0]["shards"]]
-    before = make_shards(load_dataset("digits", "", 8, 48).train.labels, 3, "stratified", 12)
+    before = partition(load_dataset("digits", "", 8, 48).train.labels, 3, "stratified", 12)
     for r, state in enumerate(rounds, start=1):
         assert sorted(torch.cat(state["shards"]).tolist()) == list(range(48))
         assert [len(shard) for shard in state["shards"]] == sizes

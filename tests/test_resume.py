@@ -12,16 +12,14 @@ import time
 
 import pytest
 import torch
-from absl import flags as absl_flags
 from tensorboardX.proto.event_pb2 import Event
 
-from dataset import load_dataset
 from tests import faults
-from tests.commands import ROOT, environment, run
+from tests.commands import ROOT, environment, run, values_of
 from tests.networks import TINY_FLAGS
-from training import flags
+from training import build
+from training.flags import norm_groups
 from training.launch import Interruption
-from training.logdir import LogDirectory
 from training.logger import read_metrics
 from training.resume import newest_round, newest_step
 from training.weights import FORMAT, find_checkpoint, load_checkpoint
@@ -76,13 +74,10 @@ def contents(log):
 
 
 def of_flags(script, *arguments):
-    """What a script tells its log directory where it is given these flags."""
-    values = absl_flags.FLAGS
-    values.unparse_flags()
-    values(["test", *TINY_FLAGS, *SETTINGS[script], *arguments])
-    groups = flags.norm_groups(values)
-    data = flags.call(values, load_dataset, values.dataset)
-    return flags.logdir(values, script.removesuffix(".py"), data, groups)
+    """A function that opens a log directory as a script does where it is given these flags."""
+    values = values_of("test", *TINY_FLAGS, *SETTINGS[script], *arguments)
+    data, name = build.dataset(values), script.removesuffix(".py")
+    return lambda logdir: build.log_directory(values, logdir, name, data, norm_groups(values))
 
 
 def newest(script, log):
@@ -146,7 +141,7 @@ def test_another_format_is_refused(finished, tmp_path):
     torch.save({**torch.load(newest, weights_only=True), "format": FORMAT + 1}, newest)
     files = contents(log)
     with pytest.raises(DataError, match=f"{newest.name}: of another program, or another version of this one"):
-        LogDirectory(log, **of_flags(script))
+        of_flags(script)(log)
     assert contents(log) == files
 
 
@@ -212,7 +207,7 @@ def test_what_cannot_be_continued_is_refused_and_nothing_is_touched(script, chan
     log = shutil.copytree(finished_log, tmp_path / "log")
     files = contents(log)
     with pytest.raises(UsageError) as error:
-        LogDirectory(log, **of_flags(script, *change.split()))
+        of_flags(script, *change.split())(log)
     assert message.format(log) in str(error.value)
     assert contents(log) == files
 
@@ -254,7 +249,7 @@ def test_fresh_needs_an_empty_directory_or_overwrite(finished, tmp_path):
         (tmp_path / "log" / name).write_text("mine")
     files = contents(tmp_path / "log")
     with pytest.raises(UsageError, match="--overwrite"):
-        LogDirectory(tmp_path / "log", **of_flags(script, "--fresh"))
+        of_flags(script, "--fresh")(tmp_path / "log")
     assert contents(tmp_path / "log") == files
     flags = [*TINY_FLAGS, *SETTINGS[script], "--logdir=log", "--fresh", "--overwrite", "--lr=3e-3"]
     result = run(script, "--train", *flags, cwd=tmp_path)

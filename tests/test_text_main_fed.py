@@ -14,7 +14,7 @@ from tests.commands import ROOT, check, environment, read_jsonl, run_module
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline, tiny_pipeline
 from text_to_image.data import CaptionBatches, TextStates, load_folder
 from text_to_image.pipeline import encode_images, libraries
-from training.shards import make_shards
+from training.shards import partition
 
 MODULE = "text_to_image.main_fed"
 FLAGS = [
@@ -147,7 +147,7 @@ def test_iet_agc_plus(plus):
     """After round 1 shards exchange an image each in place of an average; samples near the threshold make steps."""
     first, second = (torch.load(plus / f"state/average_round{r}.pt", weights_only=True) for r in (1, 2))
     assert not first["averaged"] and second["averaged"]
-    before, after = make_shards(torch.zeros(16), 3, "contiguous", 12), second["shards"]
+    before, after = partition(torch.zeros(16), 3, "contiguous", 12), second["slots"]
     assert sorted(torch.cat(after).tolist()) == list(range(16))
     for k in range(3):
         assert len(set(before[k].tolist()) - set(after[k].tolist())) == 1

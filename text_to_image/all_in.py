@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from absl import flags as absl_flags
+from absl.flags import FLAGS
 
 from score.evaluate import Quality, about_repeats, identity
 from score.fid import CACHE
@@ -34,8 +34,9 @@ from score.similarity import (
     measures,
     memorized,
 )
-from text_to_image import flags
-from text_to_image.data import check_length, load_folder, load_images
+from text_to_image import build
+from text_to_image.data import check_length, load_images
+from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
 from text_to_image.pipeline import (
     FROZEN,
     ROUND,
@@ -49,7 +50,10 @@ from text_to_image.pipeline import (
     load_unet,
     settings_of,
 )
-from text_to_image.prompts import Prompts, distinct, make_prompts
+from text_to_image.prompts import Prompts, distinct
+from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
+from training.build import embedding as embedding_of
+from training.flags import as_dict
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from training.logdir import random_start, read_run, young_ema
@@ -60,7 +64,6 @@ from utils.files import atomic_write, lock_directory, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
 from utils.seeding import generator
 
-FLAGS = absl_flags.FLAGS
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
 
 
@@ -76,7 +79,7 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     """
     names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
-    origin |= {"prompts": "drawn" if flags.prompts_are_drawn(FLAGS) else "in turn"}
+    origin |= {"prompts": "drawn" if prompts_are_drawn(FLAGS) else "in turn"}
     origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
     origin |= {"pipeline_sha256": content_hash(folder, *FROZEN)}
     origin |= {"checkpoint_sha256": content_hash(unet_folder)}
@@ -275,7 +278,6 @@ def without_repeats(given, training, heldout):
 
 
 def main():
-    flags.check(FLAGS)
     device = pick_device(FLAGS.device, FLAGS.precision)
 
     notes = []  # what the page and result.json say, too
@@ -286,7 +288,7 @@ def main():
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
-        flags.take_flags(FLAGS, unet_folder)
+        take_flags(FLAGS, unet_folder)
         young = ema_warning(unet_folder)
         if young and distributed.is_main() and not FLAGS.samples:
             warn(f"warning: {young}")
@@ -299,19 +301,19 @@ def main():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
         unet_folder = unet_folder or folder / "unet"
     features = FLAGS.features or "sscd"
-    embedding = flags.embedding(FLAGS, features, device, "features")
-    weights = find_weights(FLAGS.inception_weights) if flags.fid_features(FLAGS) == "inception" else None
+    embedding = embedding_of(FLAGS, features, device, "features")
+    weights = find_weights(FLAGS.inception_weights) if fid_features(FLAGS) == "inception" else None
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     if folder:
         pipeline = load_pipeline(folder, unet_folder)
         if FLAGS.unet:
-            flags.check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+            check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
         if FLAGS.scheduler == "dpm":
             pipeline.scheduler = as_scheduler("DPMSolverMultistepScheduler", pipeline.scheduler, "--scheduler=dpm")
-        flags.check_pipeline(FLAGS, pipeline, 0 if FLAGS.samples else FLAGS.sample_steps)
+        check_pipeline(FLAGS, pipeline, 0 if FLAGS.samples else FLAGS.sample_steps)
         pipeline.to(device)
-    data = flags.call(FLAGS, load_folder, FLAGS.data_root)
-    for text in flags.differences(FLAGS, settings_of(unet_folder), data) if FLAGS.unet else ():
+    data = build.dataset(FLAGS)
+    for text in differences(FLAGS, settings_of(unet_folder), data) if FLAGS.unet else ():
         note(notes, text)
     given, data = len(data.images), distinct(data)
     training = data.images
@@ -322,8 +324,8 @@ def main():
         images = read_images("samples")
         odd = warn_of_odd_values(FLAGS.samples, images, training)
     if FLAGS.prompts or not FLAGS.samples:
-        number = len(images) if FLAGS.samples else flags.num_images(FLAGS)
-        prompts, source = flags.call(FLAGS, make_prompts, data, pipeline and pipeline.tokenizer, number)
+        number = len(images) if FLAGS.samples else num_images(FLAGS)
+        prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
         in_turn = FLAGS.prompts == "all"  # several times, maybe
         if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
             kind = "captions, a distinct image each," if in_turn else "prompts"
@@ -338,7 +340,7 @@ def main():
     if heldout is not None:
         scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout, by_content=by_content)
     locks = take_directories(base_dir) if distributed.is_main() else []
-    announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size)
+    announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
 
     nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
     result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
@@ -390,7 +392,7 @@ def main():
             copies = {"above_05": found[0][:, 0] > space[2], **copies}
         result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
     result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
-    result["flags"] = flags.as_dict(FLAGS)
+    result["flags"] = as_dict(FLAGS)
     if distributed.is_main():
         write_results(result, images, data, found, prompts and prompts.texts)
     for lock in locks:
@@ -398,4 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, define)

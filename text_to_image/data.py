@@ -8,24 +8,22 @@ import json
 import os
 import random
 import unicodedata
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from text_to_image.pipeline import encode_captions, latent_moments
-from training.batches import Batch, to_device
+from text_to_image.pipeline import encode_captions, encode_images, latent_moments
+from training.batches import Batch, Batches, rand_augment, to_device
 from utils import distributed
 from utils.bar import progress_bar
-from utils.errors import DataError, UsageError, one_line, warn
+from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write
-from utils.images import in_threads, list_images, read_image, refuse
+from utils.images import fingerprint, in_threads, list_images, read_image, refuse
 from utils.safe_files import check_memory, read_text
 from utils.seeding import derive_seed, generator
 
@@ -40,13 +38,8 @@ TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description
 THIN = 64  # of the longer side to the shorter: such images are cut before they are resized
 
 
-class CaptionedImages(NamedTuple):
-    """images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes: N names; paths: N, in the folder."""
-
-    images: torch.Tensor
-    captions: list
-    classes: list
-    paths: list
+# images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes: N names; paths: N, in the folder
+CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
 def load_folder(folder, captions, resolution, num_workers=0):
@@ -298,6 +291,25 @@ def cached(path, make):
     return array
 
 
+def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
+    """Latents, captions and text states of all `CaptionedImages`, made once and cached: see `CaptionBatches`.
+
+    Args:
+        directory: of the cache.
+        vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder.
+        caption_mode: one of CAPTION_MODES.
+        draws_captions: whether other captions of an image than the first are used.
+    """
+    path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
+    moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
+    captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
+    used = [text for texts in captions for text in (texts if draws_captions else texts[:1])]
+    check_length(used, pipeline.tokenizer, "captions")
+    if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
+        text_key += " masked"  # earlier versions did not mask
+    return moments, captions, TextStates(pipeline, [texts[0] for texts in captions], directory, text_key)
+
+
 class TextStates:
     """Hidden states of captions: of those given at the start kept, of others computed when they are asked for.
 
@@ -325,78 +337,44 @@ class TextStates:
         return states
 
 
-@dataclass(eq=False)
-class CaptionBatches:
-    """The batches of one shard, addressed by the shard's own step number, as `training.batches.ShardBatches`.
+class CaptionBatches(Batches):
+    """The batches of one shard of captioned images, by the shard's own step number.
 
     Args:
         images: (N, 3, H, W) uint8.
         moments: of `encode_images`, in host memory.
         captions: N lists of texts, of `captions_of_mode`.
         states: `TextStates`.
-        index: (M,) int64 numbers of the shard's images.
-        device: where the batches are wanted.
+        slots, device, batch_size, T, seed, shard: as for `training.batches.Batches`; hflip as in `ShardBatches`.
         scaling_factor: of the VAE's latents.
         often: (N,) bool of `duplicated`.
-        batch_size, T, seed, shard, hflip: as in `ShardBatches`.
-        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last four change a
-            caption with probability caption_prob: allcaps draws it from all, randrepl takes four random tokens,
+        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last four change
+            a caption with probability caption_prob: allcaps draws it from all, randrepl takes four random tokens,
             randwordadd adds two random words, wordrepeat adds two of its own words (Somepalli et al. 2023).
         text_noise: standard deviation of noise on the text states.
         text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~ Beta(a, 1).
         duplication: dup_both draws the images that are `often` dup_weight times as often as others, always with the
             first caption; dup_image with one drawn from all of theirs.
-
-    Raises:
-        UsageError: the shard is smaller than one batch.
     """
 
-    images: torch.Tensor
-    moments: torch.Tensor
-    captions: list
-    states: TextStates
-    index: torch.Tensor
-    device: torch.device
-    _: KW_ONLY
-    scaling_factor: float
-    often: torch.Tensor
-    batch_size: int
-    T: int
-    seed: int
-    shard: int = 0
-    hflip: bool = True
-    caption_mode: str = "first"
-    caption_prob: float = 0.1
-    text_noise: float = 0.0
-    text_mixup: float = 0.0
-    duplication: str = "nodup"
-    dup_weight: float = 5.0
+    def __init__(
+        self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T, seed, shard=0,
+        hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
+        duplication="nodup", dup_weight=5.0,
+    ):  # fmt: skip
+        self.images, self.moments, self.captions, self.states = images, moments, captions, states
+        self.scaling_factor, self.often, self.hflip = scaling_factor, often, hflip
+        self.caption_mode, self.caption_prob = caption_mode, caption_prob
+        self.text_noise, self.text_mixup = text_noise, text_mixup
+        self.duplication, self.dup_weight = duplication, dup_weight
+        super().__init__(slots, device, batch_size, T, seed, shard)
 
-    def __post_init__(self):
-        if len(self.index) < self.batch_size:
-            raise UsageError(
-                f"--batch_size={self.batch_size} is larger than the {len(self.index)} images of shard {self.shard}: "
-                "lower --batch_size or --client_num, or use more images"
-            )
-        self.steps_per_epoch = len(self.index) // self.batch_size
-        self.use(self.index)
-
-    def use(self, index):
-        """Go on with other images, as many as before."""
-        self.index = index
-        self._epoch = self._order = None  # the last order made, since every step of an epoch needs it
-
-    def epoch_order(self, epoch):
-        """The shard's images in the order of an epoch, (M,) int64: each once, or with replacement if some are often."""
-        if epoch != self._epoch:
-            stream, M = generator("cpu", self.seed, "order", self.shard, epoch), len(self.index)
-            if self.duplication == "nodup":
-                order = torch.randperm(M, generator=stream)
-            else:
-                weights = torch.where(self.often[self.index], self.dup_weight, 1.0)
-                order = torch.multinomial(weights, M, replacement=True, generator=stream)
-            self._epoch, self._order = epoch, self.index[order]
-        return self._order
+    def draw_order(self, stream):
+        """As in `Batches`: each image once, or with replacement if some are often."""
+        if self.duplication == "nodup":
+            return super().draw_order(stream)
+        weights = torch.where(self.often[self.slots], self.dup_weight, 1.0)
+        return torch.multinomial(weights, len(self.slots), replacement=True, generator=stream)
 
     def caption(self, i, draw):
         """A caption of image number i, drawn by a `random.Random`."""
@@ -417,11 +395,10 @@ class CaptionBatches:
 
     def __call__(self, step):
         """The `Batch` of a step: x_0 the scaled latents (B, C, h, w), `labels` the text states (B, L, D)."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        index = self.epoch_order(epoch)[position * self.batch_size :][: self.batch_size]
+        slots = self.slots_of(step)
         draw = random.Random(derive_seed(self.seed, "captions", self.shard, step))
-        text = self.states([self.caption(i, draw) for i in index.tolist()]).to(self.device)
-        moments = to_device(self.moments[index], self.device).float()
+        text = self.states([self.caption(i, draw) for i in slots.tolist()]).to(self.device)
+        moments = to_device(self.moments[slots], self.device).float()
 
         B, device = self.batch_size, self.device
         stream = generator(device, self.seed, "batch", self.shard, step)
@@ -436,23 +413,15 @@ class CaptionBatches:
             weight = draw.betavariate(self.text_mixup, 1)
             other = torch.randperm(B, generator=stream, device=device)
             text = weight * text + (1 - weight) * text[other]
-        return Batch(x_0, text, t, eps, to_device(index, device))
+        return Batch(x_0, text, t, eps, to_device(slots, device), mirrored)
 
-    def augmented(self, index, magnitude):
-        """The `Batch` of threshold-aware augmentation (Guan et al. 2025): RandAugment, then a fresh t and eps.
-
-        Draws from torch's default generator.
-
-        Args:
-            index: (B,) int64 numbers of images.
-            magnitude: of two operations on each image.
-        """
-        from torchvision.transforms import RandAugment  # takes a second, which only those wait who need it
-
-        augment = RandAugment(num_ops=2, magnitude=magnitude)
-        images = torch.stack([augment(image) for image in self.images[index]])
+    def augmented(self, slots, magnitude):
+        """As `ShardBatches.augmented`."""
+        augment = rand_augment(magnitude)
+        images = torch.stack([augment(image) for image in self.images[slots]])
         mean, deviation = latent_moments(self.states.pipeline.vae, images).to(self.device).unbind(1)
         x_0 = self.scaling_factor * (mean + deviation * torch.randn_like(mean))
-        text = self.states([self.captions[i][0] for i in index.tolist()]).to(self.device)
-        t = torch.randint(self.T, (len(index),), device=self.device)
-        return Batch(x_0, text, t, torch.randn_like(x_0), to_device(index, self.device))
+        text = self.states([self.captions[i][0] for i in slots.tolist()]).to(self.device)
+        t = torch.randint(self.T, (len(slots),), device=self.device)
+        is_mirrored = torch.zeros_like(t, dtype=torch.bool)
+        return Batch(x_0, text, t, torch.randn_like(x_0), to_device(slots, self.device), is_mirrored)

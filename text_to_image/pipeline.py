@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from score.samples import non_finite_images
 from utils.bar import progress_bar
-from utils.errors import DataError, UsageError, one_line
+from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import file_hash, writable
 from utils.images import normalize
 from utils.safe_files import read_text
+from utils.seeding import sample_noise
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
 FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts of a pipeline that are not trained
@@ -365,6 +367,10 @@ class LatentTrainer(nn.Module):
             prediction = torch.cat([recompute(self.predict, *part, use_reentrant=False) for part in parts])
         return (prediction.float() - target).square()
 
+    def error_of(self, batch):
+        """The squared error of a batch of `CaptionBatches`."""
+        return self(batch.x_0, batch.labels, batch.t, batch.eps)
+
     def predict(self, x_t, t, text):
         return self.unet(x_t, t, text, return_dict=False)[0]
 
@@ -392,6 +398,17 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
         latents = pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     return (images * 0.5 + 0.5).clamp(0, 1).contiguous()
+
+
+def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
+    """Images of prompts by a UNet, from the same noise at all times of a run: (B, 3, H, W) in [-1, 1]."""
+    pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
+    latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
+    x = generate(pipeline, prompts, latents, steps, guidance)
+    if bad := int(non_finite_images(x).sum()):
+        what = "images of the first captions hold values that are not finite, black here"
+        warn(f"warning: {bad} of {len(x)} {what}")
+    return 2 * x - 1
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 import json
 import random
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -13,13 +13,8 @@ from utils.images import equal_images, firsts
 from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
-
-class Prompts(NamedTuple):
-    """texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1."""
-
-    texts: list
-    captions: list
-    own: torch.Tensor
+# texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1
+Prompts = namedtuple("Prompts", "texts captions own")
 
 
 def distinct(data):

@@ -21,7 +21,7 @@ class Shard:
         agc: its memory bank.
         skip_counts: (N,) int64, how often the shard has skipped each image.
         round_counts: the same in this round, and with those near the threshold of IET-AGC+.
-        near_index, near: the images that wait to be augmented, and how near each is to the threshold.
+        near_index, near: the slots that wait to be augmented, and how near each is to the threshold.
     """
 
     number: int
@@ -33,21 +33,21 @@ class Shard:
     near_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     near: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def count(self, index, keep, near):
+    def count(self, slots, keep, near):
         """Take in which images (B,) of a step were skipped and which were near the threshold."""
-        self.skip_counts.index_add_(0, index, (~keep).long())  # an image may be there more than once
-        self.round_counts.index_add_(0, index, (~keep | (near > 0)).long())
+        self.skip_counts.index_add_(0, slots, (~keep).long())  # an image may be there more than once
+        self.round_counts.index_add_(0, slots, (~keep | (near > 0)).long())
 
-    def augment(self, index, near, seed):
-        """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch of them when full.
+    def augment(self, slots, near, seed):
+        """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch when there is one.
 
         Args:
-            index: (B,) int64, the images of a step.
+            slots: (B,) int64, of a step.
             near: (B,) float32 of `AntiGradientControl.near_threshold`.
             seed: of the run.
         """
         chosen, B = near.cpu() > 0, self.batches.batch_size
-        self.near_index = torch.cat([self.near_index, index.cpu()[chosen]])
+        self.near_index = torch.cat([self.near_index, slots.cpu()[chosen]])
         self.near = torch.cat([self.near, near.cpu()[chosen]])
         if len(self.near) < B:
             return

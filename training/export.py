@@ -11,19 +11,19 @@ import json
 from pathlib import Path
 
 import torch
-from absl import flags as absl_flags
+from absl.flags import FLAGS
 from safetensors.torch import save
 
 from dataset import image_folders
-from training import flags
+from training import build
+from training.flags import NETWORK_FLAGS, define
 from training.launch import run
 from training.logdir import ema_start
+from training.recorded import take
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils.errors import UsageError
 from utils.files import atomic_write, read_json
 from utils.images import keep_apart
-
-FLAGS = absl_flags.FLAGS
 
 
 def export(name, out):
@@ -31,19 +31,19 @@ def export(name, out):
     out = Path(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: give it the suffix .safetensors, which all_in.py knows it by")
-    keep_apart(flags.call(FLAGS, image_folders, FLAGS.dataset), {}, {"": out})
+    keep_apart(image_folders(FLAGS.dataset, FLAGS.data_root), {}, {"": out})
     if out.exists():
         raise UsageError(f"{out}: is there already: remove it, or choose another name")
     path = find_checkpoint(name)
     state = load_checkpoint(path)
     run_file = path.with_name("run.json")
     training = state.get("flags") or (read_json(run_file)["settings"] if run_file.exists() else {})
-    flags.take(FLAGS, training, path)
+    take(FLAGS, training, path)
     torch.manual_seed(0)  # for what pytorch-ddpm's files lack, and nothing uses
-    net = flags.unet(FLAGS, state, path)
+    net = build.unet(FLAGS, state, path)
     load_weights(net, weights_in(state, FLAGS.use_ema, path), path)
 
-    network = {name: FLAGS[name].value for name in flags.NETWORK_FLAGS} | {"norm_groups": net.groups}
+    network = {name: FLAGS[name].value for name in NETWORK_FLAGS} | {"norm_groups": net.groups}
     metadata = {"format": "pt", "checkpoint": path.name, "flags": json.dumps(training | network)}
     share = ema_start(path) if FLAGS.use_ema else None
     metadata |= {} if share is None else {"ema_start": str(share)}  # of the EMA weights, from 0 to 1
@@ -55,4 +55,4 @@ def export(name, out):
 
 
 if __name__ == "__main__":
-    run(export, arguments=("CHECKPOINT", "OUT.safetensors"))
+    run(export, define, arguments=("CHECKPOINT", "OUT.safetensors"))

@@ -12,17 +12,23 @@ import torch
 from absl import app, flags
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from training import flags as shared_flags
+from training.flags import check
+from training.flags import parse as parse_words
 from utils import distributed, startup
 from utils.errors import UsageError, printable, warn
 
 ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and torchrun passes it on
 
 
-def run(main, arguments=()):
-    """Parse the flags, call main() with the `arguments` named so; exit with 2 for wrong flags, 1 for wrong files."""
+def run(main, define, arguments=()):
+    """Define and parse the flags, call main() with the `arguments` named so; exit with 2 for wrong flags, 1 for wrong
+    files.
+
+    define: a function of absl's FLAGS that defines the flags of the script.
+    """
     app.define_help_flags()
-    for flag in flags.FLAGS.get_key_flags_for_module(shared_flags.__name__):
+    define(flags.FLAGS)
+    for flag in flags.FLAGS.get_key_flags_for_module(check.__module__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help shows
     # torchrun names the rank that failed first, with its traceback
     record(startup.run)(partial(launch, main, arguments))
@@ -33,7 +39,7 @@ def launch(main, arguments):
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
         warnings.simplefilter("ignore")
     positional = parse(flags.FLAGS, arguments)
-    if flags.FLAGS.parallel and distributed.is_main():
+    if "parallel" in flags.FLAGS and flags.FLAGS.parallel and distributed.is_main():
         print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
     distributed.initialize()
     main(*positional)
@@ -43,7 +49,7 @@ def launch(main, arguments):
 def parse(values, arguments):
     """Read and check the command line; returns what is no flag of it, as much as `arguments` names."""
     try:
-        positional = shared_flags.parse(values, sys.argv)
+        positional = parse_words(values, sys.argv)
     except SystemExit:  # --help: absl ends with 1
         sys.exit(0)
     except flags.Error as error:
@@ -52,20 +58,32 @@ def parse(values, arguments):
         raise UsageError(f"give {' and '.join(arguments)}, see --help")
     if len(positional) > len(arguments):
         raise UsageError(f"{positional[len(arguments)]!r} is no flag: flags start with --, see --help")
-    shared_flags.check(values)
+    check(values)
     return positional
 
 
-def announce(device, net, images, batch_size, **more):
-    """Print a line about what begins: device, processes, parameters of `net` or None, images, `more` counts, batch."""
+def announce(device, net, images, batch_size, *, asked_for, **more):
+    """Print a line about what begins: device, processes, parameters of `net` or None, images, `more` counts, batch.
+
+    asked_for: what `--device` says, or None.
+    """
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    if device.type == "cpu" and flags.FLAGS.device is None:
+    if device.type == "cpu" and asked_for is None:
         name = " (no GPU found)"
     processes = distributed.world_size()
     counts = {"process" if processes == 1 else "processes": processes}
     counts |= {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
     counts |= {"images": images, **more, "images per batch": batch_size}
     print(f"{device}{name}, " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+
+
+def check_processes(client_num):
+    """Raise a UsageError where there are more processes than shards."""
+    if client_num < distributed.world_size():
+        raise UsageError(
+            f"--client_num={client_num} with {distributed.world_size()} processes: a shard is trained by one process, "
+            f"so start at most {client_num}, or make more shards"
+        )
 
 
 def check_warmup(warmup, steps):

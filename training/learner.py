@@ -1,7 +1,6 @@
 """One network in training: its weights, their EMA, optimiser, schedule and scaler, and the update that moves them."""
 
 import copy
-import inspect
 from contextlib import contextmanager
 
 import torch
@@ -12,25 +11,28 @@ from utils import distributed
 # the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# torch's, without the decorators that load torch's compiler, which takes more than a second at every start
-METHODS = ("add_param_group", "state_dict", "load_state_dict", "step")
-Adam, AdamW = (
-    type(optim.__name__, (optim,), {name: inspect.unwrap(getattr(optim, name)) for name in METHODS})
-    for optim in (torch.optim.Adam, torch.optim.AdamW)
-)
-
 
 def to_host(value):
     """A copy in host memory; one of a GPU's tensor is pinned, so that both ways are fast."""
     return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
 
 
+def warmed_up(lr, step, warmup):
+    """The learning rate of the update after `step` others: linear from 0 over the warm-up, then constant."""
+    return lr * (min(step, warmup) / warmup if warmup else 1.0)
+
+
+def clip_divisor(norm, largest):
+    """What gradients of these norms are divided by, so that none is longer than `largest`."""
+    return ((norm + 1e-6) / largest).clamp(min=1)
+
+
 class Learner:
     """A denoising network in training.
 
     Args:
-        net: the network, on its device.
-        objective: makes of a network a module whose call with (x_0, labels, t, eps) gives the squared error (B, ...).
+        net: the network, on its device. Only its parameters that require a gradient train, and are moved.
+        objective: makes of a network a module whose `error_of(batch)` is the squared error (B, C, H, W).
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
         grad_clip: largest norm of the gradient.
@@ -60,31 +62,39 @@ class Learner:
         self.device = next(net.parameters()).device
         self.net = net
         self.ema = net if ema_decay is None else copy.deepcopy(net).eval().requires_grad_(False)
-        self.parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.optim = (AdamW if weight_decay else Adam)(net.parameters(), lr, weight_decay=weight_decay, fused=True)
+        # where what trains stands among all parameters
+        self.places = [i for i, parameter in enumerate(net.parameters()) if parameter.requires_grad]
+        self.parameters = self.trained_in(net)
+        kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+        self.optim = kind(self.parameters, lr, weight_decay=weight_decay, fused=True)
         self.base_lr, self.warmup, self.grad_clip, self.ema_decay = lr, warmup, grad_clip, ema_decay
         self.dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.share_batches, self.offload = share_batches, offload
         self.step = 0
-        self.weights = parameters_to_vector(net.parameters()).detach()
-        self.ema_weights = self.weights if self.ema is net else parameters_to_vector(self.ema.parameters()).detach()
+        self.weights = self.ema_weights = parameters_to_vector(self.parameters).detach()
+        if self.ema is not net:
+            self.ema_weights = parameters_to_vector(self.trained_in(self.ema)).detach()
         self._move(to_host if offload else lambda value: value)
         network = torch.compile(net) if compile else net
         if share_batches:
             network = distributed.average_gradients(network)
         self.trainer = objective(network).to(self.device)
 
+    def trained_in(self, net):
+        """The parameters of `net`, or of its EMA, that train."""
+        parameters = list(net.parameters())
+        return [parameters[i] for i in self.places]
+
     @property
     def lr(self):
-        """The learning rate of the next update: linear from 0 over the warm-up, then constant."""
-        return self.base_lr * (min(self.step, self.warmup) / self.warmup if self.warmup else 1.0)
+        """The learning rate of the next update."""
+        return warmed_up(self.base_lr, self.step, self.warmup)
 
     def losses(self, batch):
         """The loss of every sample of a `training.batches.Batch`, its mean squared error: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            fixed = {} if batch.eps_n is None else {"eps_n": batch.eps_n}
-            squared_error = self.trainer(batch.x_0, batch.labels, batch.t, batch.eps, **fixed)
+            squared_error = self.trainer.error_of(batch)
         return squared_error.mean(dim=(1, 2, 3))
 
     def update(self, loss, extra=False):
@@ -108,8 +118,8 @@ class Learner:
             loss = distributed.total(loss.clone()) / distributed.world_size()
         norm = get_total_norm([parameter.grad for parameter in self.parameters])
         applied = norm.isfinite() & loss.isfinite()
-        # fused Adam reads these, as torch's GradScaler sets them: a divisor of the gradient, and whether to do nothing
-        self.optim.grad_scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1)
+        # fused Adam reads these, as torch's GradScaler sets them: what divides the gradient, and whether to do nothing
+        self.optim.grad_scale = clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
         with torch.no_grad():
@@ -137,8 +147,8 @@ class Learner:
         self.net.zero_grad()
         self.weights = move(self.weights)
         self.ema_weights = self.weights if self.ema is self.net else move(self.ema_weights)
-        vector_to_parameters(self.weights, self.net.parameters())
-        vector_to_parameters(self.ema_weights, self.ema.parameters())
+        vector_to_parameters(self.weights, self.parameters)
+        vector_to_parameters(self.ema_weights, self.trained_in(self.ema))
         for state in self.optim.state.values():
             state |= {name: move(value) for name, value in state.items()}
         if self.offload and self.device.type == "cuda":
@@ -151,6 +161,10 @@ class Learner:
 
     def state_dict(self):
         """Everything that a later `load_state_dict` needs to continue exactly."""
+        optim = self.optim.state_dict()
+        # by their places among all parameters, as published checkpoints number them
+        optim["state"] = {self.places[i]: value for i, value in optim["state"].items()}
+        optim["param_groups"][0]["params"] = list(range(len(list(self.net.parameters()))))
         return {
             "net_model": self.net.state_dict(),
             "ema_model": self.ema.state_dict(),
@@ -162,7 +176,7 @@ class Learner:
                 "_last_lr": [self.lr],
                 "lr_lambdas": [None],
             },
-            "optim": self.optim.state_dict(),
+            "optim": optim,
             "scaler": self.scaler.state_dict(),
             "step": self.step,
         }
@@ -170,7 +184,10 @@ class Learner:
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
-        self.optim.load_state_dict(state["optim"])
+        (group,), places = state["optim"]["param_groups"], enumerate(self.places)
+        values = {i: state["optim"]["state"][place] for i, place in places if place in state["optim"]["state"]}
+        group = {**group, "params": list(range(len(self.places)))}
+        self.optim.load_state_dict({"state": values, "param_groups": [group]})
         if state["scaler"]:  # of a run in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]

@@ -9,7 +9,7 @@ DEFAULT_SPLIT = {"cifar10_rand": "random", "afhq": "contiguous"}  # as the paper
 PLACES = ("spread", "cluster")
 
 
-def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0):
+def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0):
     """Partition slots 0..N-1 of the training set: none is dropped, and without clusters sizes differ by at most one.
 
     Args:
@@ -59,22 +59,22 @@ def make_shards(labels, num_shards, split, seed, slot_image=None, duplicates_in=
     return [torch.cat(part).sort().values for part in parts]
 
 
-def exchange(shards, counts, share):
+def exchange(slots, counts, share):
     """Memory samples redistribution of IET-AGC+ (Guan et al. 2025): the most skipped images go to the next shard.
 
     Shard k gives `share` of its images, those with the highest counts and of equal ones the lower slots, to shard
     (k + 1) mod K. All give as many, a share of the smallest shard, so that no size changes.
 
     Args:
-        shards: K int64 tensors of slots, ascending.
+        slots: K int64 tensors, those of every shard, ascending.
         counts: (N,) int64, how often each slot's image was skipped, or near the threshold, in its shard.
         share: in [0, 1].
 
     Returns:
         K int64 tensors of slots, ascending.
     """
-    number = int(share * min(len(shard) for shard in shards))
-    orders = [shard[counts[shard].argsort(descending=True, stable=True)] for shard in shards]
+    number = int(share * min(map(len, slots)))
+    orders = [part[counts[part].argsort(descending=True, stable=True)] for part in slots]
     given = [order[:number] for order in orders]
     return [torch.cat([order[number:], given[k - 1]]).sort().values for k, order in enumerate(orders)]
 

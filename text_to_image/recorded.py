@@ -1,0 +1,74 @@
+"""What a fine-tuning was run with, taken from its log directory for the evaluation of its UNet."""
+
+from pathlib import Path
+
+import torch
+
+from text_to_image.pipeline import FROZEN, content_hash, settings_of
+from training.recorded import recorded_flags
+from utils.errors import UsageError
+from utils.images import fingerprint
+
+
+def take_flags(values, unet_folder):
+    """Give the flags of the pipeline and the training images the values of a training, unless they were given.
+
+    Args:
+        unet_folder: of the UNet; where there is no flagfile in its log directory, nothing is taken.
+
+    Raises:
+        UsageError: no pipeline is known, and images are to be generated, or another resolution was given for them.
+    """
+    logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
+    recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
+    if values["resolution"].present and values.resolution != resolution and not values.samples:
+        what = f"the UNet of {logdir} was trained with {resolution}"
+        raise UsageError(f"--resolution={values.resolution}: {what}: leave the flag out")
+    names = ["data_root", "captions", "resolution", "cache_dir", "caption_mode"]
+    for name in names + ([] if values.samples else ["pretrained"]):
+        if not values[name].present and name in recorded:
+            values[name].parse(recorded[name])
+    if not values.pretrained and not values.samples:
+        raise UsageError(f"give --pretrained: {logdir} does not say of which pipeline --unet={values.unet} is")
+
+
+def check_pipeline_of_training(values, settings, folder, unet_folder):
+    """Check that a UNet is used with the pipeline that it was trained with.
+
+    Args:
+        settings: of the training, as `settings_of` returns them.
+        folder, unet_folder: of the pipeline and of the UNet.
+
+    Raises:
+        UsageError: it is another.
+    """
+    logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
+    if known not in (None, content_hash(folder, *FROZEN)):
+        first = Path(recorded_flags(logdir).get("pretrained", ""))
+        parts = [part for part in FROZEN if (first / part).is_dir()]
+        parts = [part for part in parts if content_hash(first, part) != content_hash(folder, part)]
+        what = f"{logdir}/run.json says that its UNet was trained with another {' and '.join(parts) or 'pipeline'}"
+        advice = f"give the pipeline of that training, or --unet a copy of {unet_folder} that lies elsewhere"
+        raise UsageError(f"--pretrained={values.pretrained}: {what}: {advice}")
+
+
+def differences(values, settings, data):
+    """What is to be said of an evaluation whose data may not be that of the training, a list of texts.
+
+    Args:
+        settings: as for `check_pipeline_of_training`.
+        data: the `CaptionedImages`.
+    """
+    of_run = settings or {}
+    if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
+        what = "no run.json beside it says which pipeline and images it was trained with: these may be others"
+        return [f"--unet={values.unet}: {what}"]
+    now = content_of(data)
+    others = [name.partition(" (")[0] for name, sha in now.items() if of_run.get(name, sha) != sha]
+    return [f"--data_root={values.data_root}: not the {' and '.join(others)} of the training"] if others else []
+
+
+def content_of(data):
+    """What run.json says of the `CaptionedImages` of a training."""
+    captions = torch.frombuffer(bytearray(repr(data.captions).encode()), dtype=torch.uint8)
+    return {"training images (sha256)": fingerprint(data.images), "captions (sha256)": fingerprint(captions)}

@@ -1,0 +1,304 @@
+"""From flags to objects: the only place that turns flags into settings, every one by its name.
+
+FLAGS: absl's values, of `training.flags.define`; the functions from `agc` to `rounds_schedule` take those of
+text_to_image too.
+"""
+
+import torch
+
+from dataset import load_dataset
+from diffusion import AmbientTrainer, GaussianDiffusionSampler, GaussianDiffusionTrainer
+from model import UNet
+from score.generate import grid_noise
+from score.inception import find_weights
+from score.similarity import make_embedding
+from training.agc import AntiGradientControl
+from training.batches import ShardBatches
+from training.flags import CHANGEABLE, FIXED, ONCE, as_flagfile, norm_groups
+from training.learner import PRECISIONS, Learner
+from training.logdir import LogDirectory
+from training.logger import Logger
+from training.rounds import Schedule
+from training.shards import DEFAULT_SPLIT, partition
+from utils.errors import UsageError
+from utils.images import fingerprint
+
+# ---- data
+
+
+def dataset(FLAGS):
+    """The `dataset.Dataset` to train on. Raises a UsageError where other flags do not fit it."""
+    data = load_dataset(
+        FLAGS.dataset,
+        FLAGS.data_root,
+        img_size=FLAGS.img_size,
+        num_train=FLAGS.num_train,
+        subset_seed=FLAGS.subset_seed,
+        duplicates=FLAGS.duplicates,
+        copies=FLAGS.copies,
+        hflip=FLAGS.hflip,
+        num_workers=FLAGS.num_workers,
+        download=FLAGS.download,
+        resize=FLAGS.resize,
+        heldout=FLAGS.heldout,
+    )
+    if FLAGS.use_labels and FLAGS.num_labels < data.num_classes:
+        what = f"{FLAGS.dataset} has {data.num_classes} classes, give them"
+        raise UsageError(f"--num_labels={FLAGS.num_labels}: {what}")
+    if FLAGS.use_labels and FLAGS.heldout and (data.heldout.labels < 0).any():
+        names = ", ".join(data.class_names or ["0"])
+        what = f"with --use_labels its sub-folders must be classes: {names}"
+        raise UsageError(f"--heldout={FLAGS.heldout}: {what}")
+    reference_images(FLAGS, data)
+    return data
+
+
+def reference_images(FLAGS, data):
+    """The real images (N, 3, H, W) that `--fid_reference` names."""
+    is_train = FLAGS.fid_reference == "train"
+    return data.train.images if is_train else heldout_images(FLAGS, data, "fid_reference")
+
+
+def holdout_images(FLAGS, data):
+    """The real images (N, 3, H, W) that `--holdout` measures, or None."""
+    is_wanted = FLAGS.holdout or (FLAGS.holdout is None and data.heldout)
+    return heldout_images(FLAGS, data, "holdout") if is_wanted else None
+
+
+def heldout_images(FLAGS, data, flag):
+    """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
+    if data.heldout is None:
+        what = "name a folder of some with --heldout, or leave some out with --num_train"
+        raise UsageError(f"--{flag}: no image of {FLAGS.dataset} is held out: {what}")
+    return data.heldout.images
+
+
+def split(FLAGS):
+    """How images go to shards: the flag, else as the paper's experiments do."""
+    return "random" if FLAGS.reshard else FLAGS.split or DEFAULT_SPLIT.get(FLAGS.dataset, "stratified")
+
+
+def slots(FLAGS, data, r=1):
+    """The slots of the training set that each of the K shards has in round r, before any exchange."""
+    return partition(
+        data.train.labels,
+        FLAGS.client_num,
+        split(FLAGS),
+        FLAGS.seed,
+        slot_image=data.slot_image,
+        duplicates_in=FLAGS.duplicates_in,
+        r=r - 1 if FLAGS.reshard else 0,
+    )
+
+
+def batches(FLAGS, data, images, slots, device, shard=0, part=slice(None)):
+    """The `ShardBatches` of some slots; images: those of the data, where they are to be kept."""
+    return ShardBatches(
+        images,
+        data.train.labels if FLAGS.use_labels else None,
+        slots,
+        device,
+        batch_size=FLAGS.batch_size,
+        T=FLAGS.T,
+        seed=FLAGS.seed,
+        shard=shard,
+        hflip=data.hflip,
+        label_dropout=FLAGS.label_dropout,
+        part=part,
+    )
+
+
+def data_device(FLAGS, device):
+    """Where the training images are kept, `device` being where they are trained on."""
+    return "cpu" if FLAGS.data_device == "cpu" else device
+
+
+# ---- networks and diffusion
+
+
+def unet(FLAGS, checkpoint=None, path=None):
+    """The `UNet` of the flags, with the groups that `norm_groups` finds."""
+    return UNet(
+        T=FLAGS.T,
+        ch=FLAGS.ch,
+        ch_mult=FLAGS.ch_mult,
+        attn=FLAGS.attn,
+        num_res_blocks=FLAGS.num_res_blocks,
+        dropout=FLAGS.dropout,
+        num_labels=labels(FLAGS),
+        groups=norm_groups(FLAGS, checkpoint, path),
+    )
+
+
+def labels(FLAGS):
+    """Number of classes of a conditional network, else None."""
+    return FLAGS.num_labels if FLAGS.use_labels else None
+
+
+def classes(FLAGS, data):
+    """The classes that training images have, ascending, of a conditional network; None where these are all."""
+    found = data.train.labels.unique().tolist()
+    return found if FLAGS.use_labels and len(found) < FLAGS.num_labels else None
+
+
+def diffusion_settings(FLAGS):
+    """What training and sampling have in common."""
+    return {"beta_1": FLAGS.beta_1, "beta_T": FLAGS.beta_T, "T": FLAGS.T, "mean_type": FLAGS.mean_type}
+
+
+def trainer(FLAGS, net):
+    """The objective of a network."""
+    if FLAGS.ambient_t:
+        return AmbientTrainer(net, **diffusion_settings(FLAGS), ambient_t=FLAGS.ambient_t, seed=FLAGS.seed)
+    return GaussianDiffusionTrainer(net, **diffusion_settings(FLAGS))
+
+
+def sampler_settings(FLAGS):
+    """How images are made of a network, which decides them together with its weights and their seed."""
+    return {
+        "beta_1": FLAGS.beta_1,
+        "beta_T": FLAGS.beta_T,
+        "T": FLAGS.T,
+        "img_size": FLAGS.img_size,
+        "mean_type": FLAGS.mean_type,
+        "var_type": FLAGS.var_type,
+        "sampler": FLAGS.sampler,
+        "eta": FLAGS.eta,
+        "guidance": FLAGS.guidance,
+        "steps": FLAGS.sample_steps,
+    }
+
+
+def sampler(FLAGS, net):
+    """The `GaussianDiffusionSampler` of a network, where that is."""
+    device = next(net.parameters()).device
+    return GaussianDiffusionSampler(net, **sampler_settings(FLAGS)).to(device)
+
+
+def generation(FLAGS, data):
+    """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
+    return {
+        "num_images": FLAGS.num_images,
+        "batch_size": FLAGS.batch_size,
+        "seed": FLAGS.seed,
+        "num_labels": labels(FLAGS),
+        "classes": classes(FLAGS, data),
+        "legacy_labels": FLAGS.legacy_labels,
+        "dtype": PRECISIONS[FLAGS.precision],
+    }
+
+
+def sample_grid(FLAGS, data, device):
+    """x_T and classes of the sample grids of a training: `grid_noise`."""
+    return grid_noise(
+        device,
+        sample_size=FLAGS.sample_size,
+        img_size=FLAGS.img_size,
+        seed=FLAGS.seed,
+        num_labels=labels(FLAGS),
+        classes=classes(FLAGS, data),
+    )
+
+
+def learner(FLAGS, net, warmup, share_batches=False):
+    """The `Learner` of a UNet; warmup: steps; share_batches: of main.py, whose processes train one network."""
+    return Learner(
+        net,
+        lambda network: trainer(FLAGS, network),
+        lr=FLAGS.lr,
+        warmup=warmup,
+        grad_clip=FLAGS.grad_clip,
+        ema_decay=FLAGS.ema_decay,
+        precision=FLAGS.precision,
+        compile=FLAGS.compile,
+        share_batches=share_batches,
+        offload=FLAGS.shard_state == "cpu" and not share_batches,
+    )
+
+
+# ---- what both halves have
+
+
+def agc(FLAGS, T):
+    """The `AntiGradientControl` of the flags, for T timesteps."""
+    return AntiGradientControl(
+        T,
+        mem_ratio=FLAGS.mem_ratio,
+        ema_decay=FLAGS.arr_ema_decay,
+        anti_grad=FLAGS.anti_grad,
+        ascend_weight=FLAGS.anti_grad_weight,
+        bins=FLAGS.bank_bins,
+        bar=FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
+    )
+
+
+def schedule(FLAGS, steps_per_round):
+    """The `Schedule` of rounds; steps_per_round: own steps of each of the K shards."""
+    return Schedule(
+        total_round=FLAGS.total_round,
+        steps_per_round=steps_per_round,
+        exchange=FLAGS.exchange,
+        exchange_every=FLAGS.exchange_every,
+        exchange_share=FLAGS.exchange_share,
+        augments=FLAGS.augment_near_threshold,
+        seed=FLAGS.seed,
+        sample_step=FLAGS.sample_step,
+        save_step=FLAGS.save_step,
+        save_round=FLAGS.save_round,
+        keep=FLAGS.keep,
+    )
+
+
+def logger(FLAGS, logdir, total, done, seconds, writes=True):
+    """The `Logger` of a run in which this process makes `total` steps, of which `done` are made."""
+    return Logger(
+        logdir,
+        total,
+        done,
+        log_step=FLAGS.log_step,
+        max_bad_steps=FLAGS.max_bad_steps,
+        batch_size=FLAGS.batch_size,
+        seconds=seconds,
+        writes=writes,
+    )
+
+
+def embedding(FLAGS, features, device, flag):
+    """The `make_embedding` of `features`, which `flag` asks for. Raises a UsageError if its weights are not named."""
+    if features in ("sscd", "clip") and not FLAGS[features].value:
+        what = f"the file of its weights, or --{flag}=pixels, which needs none"
+        raise UsageError(f"give --{features}, {what}")
+    return make_embedding(
+        features,
+        device,
+        sscd=FLAGS.sscd,
+        how=FLAGS.preprocess,
+        allow_torchscript=FLAGS.allow_torchscript,
+        inception=find_weights(FLAGS.inception_weights) if features == "inception" else None,
+        clip=FLAGS.clip,
+    )
+
+
+# ---- the log directory
+
+
+def log_directory(FLAGS, logdir, script, data, groups):
+    """The `LogDirectory` of a run.
+
+    Args:
+        script: main or main_fed.
+        data: the `dataset.Dataset` trained on.
+        groups: of the UNet's GroupNorms.
+    """
+    names, images = (*FIXED[script], *CHANGEABLE[script]), fingerprint(data.train.images)
+    settings = {"script": script} | {name: FLAGS[name].value for name in names}
+    settings |= {"norm_groups": groups, "training images (sha256)": images}
+    if script == "main_fed" or FLAGS.use_labels:
+        settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
+    settings |= {"hflip": data.hflip, "resize": FLAGS.resize or "crop"}
+    fixed = {"script", *FIXED[script]}
+    if script == "main_fed":
+        settings["split"] = split(FLAGS)
+        fixed |= {"training images (sha256)", "classes (sha256)"}
+    once = {name: FLAGS[name].value for name in ONCE}
+    return LogDirectory(logdir, settings, fixed, as_flagfile(FLAGS), data.subset, **once)

@@ -1,0 +1,105 @@
+"""IET-AGC (Liu et al. 2024), the algorithm of the paper: a model for each shard of the images, averaged every round.
+
+For rounds r = 1 .. R:
+    For every shard k, at the same time if there are several processes, with weights theta_k and memory bank b_k:
+        For every step, with a batch of images x_0, timesteps t and noise eps:
+            l_i = |eps_i - eps_theta_k(x_t,i, t_i)|^2
+            leave sample i out of the step where mem_ratio l_i < b_k[t_i]: it looks memorised
+            b_k takes in all l_i; theta_k makes a step of Adam down the mean of the others
+    theta_k <- sum_j |D_j| theta_j / |D| for all k, unless shards exchange images in the place of it (IET-AGC+)
+"""
+
+from collections import namedtuple
+from functools import partial
+
+import torch
+
+from training.averaging import average_learners
+from training.ensemble import total_of
+from training.launch import Interruption
+from training.logger import due
+from training.resume import save_shard
+from training.shards import exchange, exchange_is_due, number_of_step
+from utils import distributed
+from utils.seeding import derive_seed
+
+# steps_per_round: own steps of each of the K shards in a round; augments: whether samples near the threshold are
+# augmented (IET-AGC+); all others as the flags of these names
+Schedule = namedtuple(
+    "Schedule",
+    "total_round steps_per_round exchange exchange_every exchange_share augments seed "
+    "sample_step save_step save_round keep",
+)
+
+
+def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round, preview, publish):
+    """Train the shards of this process from `first_round` on, counted from 1, to the last one.
+
+    Args:
+        shards: the `Shard`s of this process; shard k is trained by process k mod P.
+        slots: K int64 tensors, which images of the training set each of the shards has.
+        schedule: a `Schedule`.
+        logger: a `Logger`, whose directory also has the files to continue from.
+        extra: what every one of these says besides, a dict.
+        slots_of_round: a function of r: the slots of round r, or None for those of the round before.
+        preview: a function of a network: its images (B, 3, H, W) in [-1, 1], for the sample grids.
+        publish: a function of (state, is_due) that saves the average, for all to see if that is due.
+    """
+    sizes, per_round = [len(part) for part in slots], schedule.steps_per_round
+    with Interruption() as interruption, logger:
+        for r in range(first_round, schedule.total_round + 1):
+            slots = slots_of_round(r) or slots
+            for shard in shards:
+                shard.batches.use(slots[shard.number])
+                with shard.learner.on_device():
+                    train_shard(shard, r, schedule, logger, interruption, extra, preview)
+            interruption.wait_for_all(logger.logdir)
+
+            exchanges = exchange_is_due(r, schedule.total_round, schedule.exchange, schedule.exchange_every)
+            learners = {shard.number: shard.learner for shard in shards}
+            average, ema_average = average_learners(learners, sizes, replace=not exchanges)
+            if exchanges:
+                slots = exchange(slots, total_of(shards, "round_counts"), schedule.exchange_share)
+            skip_counts = total_of(shards, "skip_counts")
+            for shard in shards:
+                shard.round_counts.zero_()
+
+            logger.memorization(skip_counts, {shard.number: shard.agc.bank for shard in shards}, r)
+            if distributed.is_main():
+                learner = shards[0].learner
+                if schedule.sample_step and not exchanges:
+                    with learner.on_device():
+                        logger.images(f"average_round{r}", sum(per_round) * r, partial(preview, learner.ema))
+                logger.flush()
+                state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts}
+                state |= {**extra, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
+                state |= {"slots": slots} if schedule.exchange != "off" else {}
+                publish(state, due(r, schedule.save_round) or r == schedule.total_round)
+        logger.finish(sum(per_round) * schedule.total_round)
+
+
+def train_shard(shard, r, schedule, logger, interruption, extra, preview):
+    """The steps of one shard in round r, from where it stands; arguments as for `train`."""
+    k, learner, own_steps = shard.number, shard.learner, schedule.steps_per_round[shard.number]
+    while learner.step < r * own_steps:
+        torch.manual_seed(derive_seed(schedule.seed, "dropout", k, learner.step))
+        batch = shard.batches(learner.step)
+        losses = learner.losses(batch)
+        near = shard.agc.near_threshold(losses, batch.t)
+        loss, keep = shard.agc(losses, batch.t)
+        numbers = learner.update(loss)
+        shard.count(batch.slots, keep, near)
+        if schedule.augments:
+            shard.augment(batch.slots, near, schedule.seed)
+
+        step, stop = number_of_step(schedule.steps_per_round, k, learner.step), bool(interruption)
+        round_ends = learner.step == r * own_steps
+        logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
+        if due(step, schedule.sample_step):
+            logger.images(f"shard{k}_step{step}", step, partial(preview, learner.ema))
+        if due(step, schedule.save_step) or round_ends or stop:
+            logger.flush()
+            state = {**shard.state_dict(), **extra, "seconds": logger.seconds}
+            save_shard(logger.logdir, k, state, (r - 1) * own_steps, schedule.keep)
+        if stop:
+            interruption.exit(logger.logdir)
