@@ -13,6 +13,7 @@ from absl import flags as absl_flags
 from dataset import image_folders, load_dataset
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
 from score.evaluate import Quality
+from score.features import FRECHET, feature_space
 from score.fid import CACHE
 from score.generate import generate
 from score.inception import find_weights
@@ -137,7 +138,8 @@ def main():
     if FLAGS.eval or FLAGS.eval_step:
         reference = flags.reference_images(FLAGS, data)
         heldout = data.heldout and data.heldout.images
-        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, weights, device, heldout=heldout)
+        space = feature_space(FRECHET[FLAGS.fid_features], device, FLAGS.batch_size, inception=weights)
+        quality = flags.call(FLAGS, Quality, reference, FLAGS.num_images, space, device, heldout=heldout)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

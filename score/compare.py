@@ -11,20 +11,9 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from score.columns import COLUMNS, FLOORS, floor_of, renewed, under
 from score.grids import closest_pairs, save_comparison
-from score.report import (
-    COLUMNS,
-    FLOORS,
-    curves,
-    figures,
-    floor_of,
-    histograms,
-    page,
-    shortened,
-    similarity,
-    table,
-    under,
-)
+from score.report import curves, figures, histograms, page, shortened, table, training_seconds
 from utils import startup
 from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
@@ -71,25 +60,18 @@ def read_results(arguments):
     """{label: [(path, result)]} from arguments RUN or LABEL=RUN: a result.json, or the directory that holds it."""
     groups = {}
     for argument in arguments:
-        label, path = split_label(argument)
+        label, path = startup.split_label(argument)
         if path.is_dir():
             path = path / "result.json"
         label = label or (path.parent.parent.name if path.parent.name == "grid" else path.parent.name) or str(path)
         result = read_json(path)
         if not isinstance(result, dict) or "N" not in result:
             raise DataError(f"{path}: no result of all_in.py: name its result.json")
+        result = renewed(result)
+        if not result.get("training_seconds"):
+            result["training_seconds"] = training_seconds(result.get("checkpoint"))
         groups.setdefault(printable(label), []).append((path, result))
     return groups
-
-
-def split_label(argument):
-    """(label, path) of an argument: the longest end of it that exists, after no or some "=", is the path. DataError."""
-    parts = argument.split("=")
-    for i in range(len(parts)):
-        path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
-        if os.path.exists(path):  # noqa: PTH110 - false where Path.exists raises, as for a name that is too long
-            return "=".join(parts[:i]), Path(path)
-    raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
 def separate(groups):
@@ -134,20 +116,21 @@ def are_repeats(result, other):
 
 def facts_of(result):
     """{name: value} of what results share if all their numbers compare; an older result does not know all of it."""
-    is_text = "features" in result
-    has_copies = is_text or "mq" in result  # else the search was not run yet
-    settings, heldout, origin = (result.get(name) or {} for name in ("flags", "holdout", "origin"))
+    names = ("flags", "holdout", "origin", "pixels")
+    settings, heldout, origin, pixels = (result.get(name) or {} for name in names)
+    is_text = "similarity" in result and "pixels" not in result
+    has_copies = is_text or "pixels" in result  # else the search was not run yet
     facts = {
         "evaluation": "text_to_image.all_in" if is_text else "all_in",
         "training images": result.get("training_sha256"),
         "number of training images": result.get("training_set_size"),
         "image size": settings.get("resolution" if is_text else "img_size"),
         "number of images": result["N"] or None,
-        "mirror images": "mirrored" in result if "extracted" in result else None,
+        "mirror images": "mirrored" in pixels if "extracted" in pixels else None,
         "held-out images": heldout.get("images_sha256") if heldout or not has_copies else "none",
         "number of held-out images": heldout.get("N"),
-        "features of similarity": similarity("features")(result),
-        "preprocessing of similarity": similarity("preprocess")(result),
+        "features of similarity": under("similarity", "features")(result),
+        "preprocessing of similarity": under("similarity", "preprocess")(result),
         "fid_reference": result.get("fid_reference"),
         **{
             "reference images" if name == "images" else f"scores: {name}": value
@@ -188,12 +171,13 @@ def differing(results, values_of):
         results: {label: [result of each repeat]}.
         values_of: a function of a result that returns {name: value}; a label none of whose results has a name has "".
     """
-    values, found = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}, {}
+    values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
+    different = {}
     for name in dict.fromkeys(name for of_label in values.values() for known in of_label for name in known):
         cells = {label: dict.fromkeys(str(v[name]) for v in values[label] if name in v) for label in results}
         if len({frozenset(cell) for cell in cells.values() if cell}) > 1:
-            found[name] = {label: " / ".join(cell) for label, cell in cells.items()}
-    return found
+            different[name] = {label: " / ".join(cell) for label, cell in cells.items()}
+    return different
 
 
 def warnings_about(results):
@@ -232,12 +216,12 @@ def floors_of(results):
 
     results: {label: [result of each repeat]}.
     """
-    found, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
+    rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
         summaries = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
-        found |= shared(name, {label: summary for label, summary in summaries.items() if summary})
-    return found
+        rows |= shared(name, {label: summary for label, summary in summaries.items() if summary})
+    return rows
 
 
 def once(values):
@@ -246,14 +230,15 @@ def once(values):
 
 
 def floor_under(key):
-    """A function that finds the floor under a key of a result, with the features that its similarities are of."""
-    return lambda result: {"features": result.get("features"), **floor_of(result, key)} if key in result else None
+    """A function that finds the floor under a key of a result, or None."""
+    return lambda result: floor_of(result, key) if key in result else None
 
 
 def similarity_of_training(result):
     """How similar training images are to each other, by the names that similarities of generated images have."""
-    found = {f"sim_{name[3:]}": value for name, value in result.items() if name.startswith("bg_")}
-    return {"features": result.get("features"), **found} if found else None
+    numbers = result.get("similarity") or {}
+    among = {f"sim_{name[3:]}": value for name, value in numbers.items() if name.startswith("bg_")}
+    return {"similarity": {"features": numbers.get("features"), **among}} if among else None
 
 
 def compare_page(rows, summaries, notes):
@@ -265,8 +250,6 @@ def compare_page(rows, summaries, notes):
         notes: lines that are to be said of them.
     """
     results = results_in(rows)
-    floors = {label: once(found) for label, found in curves_under(results, "holdout", "mq_curve").items()}
-    drawn = curves_under(results, "mq_curve") | shared("held-out real images", floors)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}
     said = "".join(f"<p class=warning>{escape(shortened(note))}</p>" for note in notes)
@@ -276,7 +259,7 @@ def compare_page(rows, summaries, notes):
     scores = table(["measure", *labels], [[name, *row] for name, row in zip(columns, cells, strict=True)])
     sections = [
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
-        ("Memorised quantity over all thresholds", curves(drawn)),
+        *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
         ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", differing_settings(results)),
@@ -284,16 +267,32 @@ def compare_page(rows, summaries, notes):
     return page("Runs compared", sections, "comparison")
 
 
+def all_thresholds(results):
+    """[(heading, chart)] of MQ in pixels and in feature space, as far as the results have it."""
+    sections = []
+    for space, where in (("pixels", ""), ("similarity", ", in feature space")):
+        of_heldout = curves_under(results, "holdout", space, "mq_curve")
+        floors = {label: once(repeats) for label, repeats in of_heldout.items()}
+        drawn = curves_under(results, space, "mq_curve") | shared("held-out real images", floors)
+        if drawn:
+            sections.append((f"Memorised quantity over all thresholds{where}", curves(drawn)))
+    return sections
+
+
 def curves_under(results, *keys):
     """{label: [curve of each repeat that has one under these keys]}, without labels that have none."""
-    found = {label: [under(*keys)(result) for result in repeats] for label, repeats in results.items()}
-    return {label: [curve for curve in of_label if curve] for label, of_label in found.items() if any(of_label)}
+    curve_of, drawn = under(*keys), {}
+    for label, repeats in results.items():
+        if of_label := [curve for result in repeats if (curve := curve_of(result))]:
+            drawn[label] = of_label
+    return drawn
 
 
 def mean_histogram(repeats):
     """The mean of the histograms of similarity of the repeats that have one, or None."""
-    found = [shares for result in repeats if (shares := similarity("sim_histogram")(result))]
-    return [statistics.fmean(bin) for bin in zip(*found, strict=True)] if found else None
+    histogram_of = under("similarity", "sim_histogram")
+    known = [shares for result in repeats if (shares := histogram_of(result))]
+    return [statistics.fmean(bin) for bin in zip(*known, strict=True)] if known else None
 
 
 def pictures(rows):
@@ -307,12 +306,12 @@ def pictures(rows):
                 missing.append(f"{name}: no grid_image0.png of these images beside {path}")
                 continue
             try:
-                found = closest_pairs(grid, result["N"])
+                pairs = closest_pairs(grid, result["N"])
             except DataError as error:
                 missing.append(f"{name}: {error}")
                 continue
             images = []
-            for place, pair in enumerate(found, 1):
+            for place, pair in enumerate(pairs, 1):
                 what = f"of pair {place} of {name}"
                 images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
             shown.append((escape(name), images))

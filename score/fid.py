@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.linalg.lapack import dpstrf
 
-from score.inception import FEATURES
+from score.features import POOLED_PIXELS
 from score.samples import read_npz
 from utils import distributed
 from utils.bar import progress_bar
@@ -17,9 +16,7 @@ from utils.errors import DataError
 from utils.files import atomic_write, make_directory
 from utils.images import fingerprint
 
-POOLED_SIZE = 8
-DIMENSIONS = {"inception": FEATURES, "pixels": 3 * POOLED_SIZE**2}
-PIXEL_BATCH = 1024
+PUBLISHED = {2048: "inception", 192: "pixels"}  # {D: features} of files that do not say what they are of
 LONG_POOLING, LONG_COVER = 3e8, 10_000  # from so many values, and images, on it takes seconds and has a bar
 CACHE = Path("results/stats")
 
@@ -50,49 +47,33 @@ def mean_and_covariance(batches, dimension, device="cpu"):
     return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
-def pixel_features(images):
-    """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to 8 x 8, in the order (3, 8, 8).
-
-    Where 8 does not divide the size the pooling windows overlap by a pixel, and images smaller than 8 x 8 have pixels
-    repeated (torch's adaptive average pooling).
-    """
-    return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
-
-
 @torch.no_grad()
-def feature_batches(images, inception=None, batch_size=50, order=None):
-    """Yield (features (B, D), class probabilities (B, 1008)) of the batches of images that fall to this process.
+def feature_batches(images, space=POOLED_PIXELS, order=None):
+    """Yield (features (B, D), class probabilities (B, C)) of the batches of images that fall to this process.
 
     Batch j is that of process j mod P, so that what is in a batch does not depend on P.
 
     Args:
         images: (N, 3, H, W) uint8.
-        inception: an `Inception`; None for pixel features, which have no classes: (B, 0).
-        batch_size: images per call of it.
+        space: a `FeatureSpace`; of one without classes C is 0.
         order: (N,) int64, the order to take the images in; None for their own.
     """
-    size, P = batch_size if inception else PIXEL_BATCH, distributed.world_size()
+    size, P = space.batch_size, distributed.world_size()
     batches = images.split(size) if order is None else (images[rows] for rows in order.split(size))
-    network = inception or (lambda batch: (pixel_features(batch), torch.empty(len(batch), 0)))
-    is_short = inception is None and images.numel() < LONG_POOLING
-    name = "Inception" if inception else "pooled pixels"
-    with progress_bar(desc=name, total=len(images), unit="image", disable=is_short) as bar:
+    is_short = space is POOLED_PIXELS and images.numel() < LONG_POOLING
+    with progress_bar(desc=space.title, total=len(images), unit="image", disable=is_short) as bar:
         for j, batch in enumerate(batches):
             if j % P == distributed.rank():
-                features, logits = network(batch)
+                features = space.features(batch)
+                logits = space.logits(features) if space.logits else torch.empty(len(batch), 0)
                 yield features, logits.softmax(dim=1)
             bar.update(len(batch))
 
 
-def compute_statistics(images, inception=None, batch_size=50):
+def compute_statistics(images, space=POOLED_PIXELS):
     """(mu, sigma) of the features of uint8 images (N, 3, H, W), by all processes, which are all given them."""
-    batches = (features for features, _ in feature_batches(images, inception, batch_size))
-    return mean_and_covariance(batches, *space_of(inception))
-
-
-def space_of(inception=None):
-    """The number of features, and the device that their sums are made on."""
-    return (FEATURES, inception.class_weight.device) if inception else (DIMENSIONS["pixels"], "cpu")
+    batches = (features for features, _ in feature_batches(images, space))
+    return mean_and_covariance(batches, space.dimension, space.device)
 
 
 def factor(sigma):
@@ -200,49 +181,52 @@ def load_statistics(path):
     return mu, sigma, {name: str(text) for name, text in arrays.items()}
 
 
-def provenance_of(images, inception=None):
-    """What decides the statistics of uint8 images (N, 3, H, W): the features, the pixels and the Inception weights."""
-    features = {"features": "inception" if inception else "pixels", "images": fingerprint(images)}
-    return features | ({"weights": inception.weights_hash} if inception else {})
+def provenance_of(images, space=POOLED_PIXELS):
+    """What decides the statistics of uint8 images (N, 3, H, W): the features, the pixels and the network's weights."""
+    provenance = {"features": space.name, "images": fingerprint(images)}
+    return provenance | ({"weights": space.weights_hash} if space.weights_hash else {})
 
 
-def reference_statistics(images, inception=None, cache=None, batch_size=50):
+def reference_statistics(images, space=POOLED_PIXELS, cache=None):
     """As `compute_statistics`, but read from a file if it exists, else kept there.
 
     Args:
-        images, inception, batch_size: as there.
+        images, space: as there.
         cache: the file; None for one in ./results/stats, named by what it is made from. A file that does not say what
             it was made from, as the published ones, is taken at its word, with a warning.
 
     Raises:
-        DataError: the file cannot be read, was made from other images, features or weights, or could not be written,
-            which shows before the work.
+        DataError: the file cannot be read, was made from other images, features or weights, or could not be
+            written, which shows before the work.
     """
-    provenance = provenance_of(images, inception)
+    provenance = provenance_of(images, space)
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None
     if distributed.is_main():
         if os.path.exists(path):  # noqa: PTH110 - False also where a directory may not be read
-            statistics = known_statistics(path, provenance)
+            statistics = known_statistics(path, provenance, space.dimension)
         else:
             make_directory(path.parent, "fid_cache")
     statistics = distributed.from_main(statistics)
     if statistics is None:
-        statistics = compute_statistics(images, inception, batch_size)
+        statistics = compute_statistics(images, space)
         if distributed.is_main():
             with atomic_write(path) as file:  # the published format, and what it was computed from
                 np.savez(file, mu=statistics[0], sigma=statistics[1], **provenance)
     return statistics
 
 
-def known_statistics(path, expected):
+def known_statistics(path, expected, dimension):
     """(mu, sigma) in a file; raises a DataError if it says that they are of something else than `expected`."""
-    mu, sigma, found = load_statistics(path)
-    found["features"] = {size: name for name, size in DIMENSIONS.items()}.get(len(mu), f"{len(mu)} of them")
+    mu, sigma, saved = load_statistics(path)
+    if len(mu) == dimension:
+        saved.setdefault("features", expected["features"])
+    else:
+        saved["features"] = PUBLISHED.get(len(mu), f"{len(mu)} of them")
     for name, text in expected.items():
-        if found.get(name, text) != text:
-            difference = f"{name} ({found[name][:16]}, not {text[:16]})"
+        if saved.get(name, text) != text:
+            difference = f"{name} ({saved[name][:16]}, not {text[:16]})"
             raise DataError(f"{path}: statistics of other {difference}; give another --fid_cache or remove the file")
-    if found.keys() != expected.keys():
+    if saved.keys() != expected.keys():
         warnings.warn(f"{path}: doesn't say what it was computed from; taken to be of these images", stacklevel=4)
     return mu, sigma

@@ -107,7 +107,7 @@ def generate(sampler, num_images, batch_size, seed, **settings):
     return distributed.broadcast(torch.cat(batches) if batches else torch.empty(shape, dtype=torch.uint8), 0)
 
 
-def generate_into(directory, origin, make_batches, num_images, img_size, about):
+def generate_into(directory, origin, make_batches, num_images, img_size, description):
     """Images kept in a directory, each batch safe on disk before the next is made: a killed generation goes on there.
 
     Image i does not depend on how many there are, so those that are there are always the first of any number. When
@@ -120,7 +120,7 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
         make_batches: a function of the number of images that are there; returns the rest, as `generate_batches` does.
         num_images: how many are wanted.
         img_size: height and width of an image.
-        about: JSON values that generate.json is to say of the images beside its own.
+        description: JSON values that generate.json is to hold beside what is known here.
 
     Returns:
         (N, 3, H, W) uint8 on the CPU, in every process.
@@ -137,7 +137,7 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
         print(f"{directory}: {done} of {num_images} images are there already")
     batches = make_batches(done)
     if distributed.is_main():
-        write_images(directory, record, images, batches, about)
+        write_images(directory, record, images, batches, description)
     else:
         list(batches)
     return distributed.broadcast(images, 0)
@@ -145,11 +145,11 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
 
 def earlier_images(directory, origin, images):
     """Copy the images of this origin that a directory holds to the beginning of `images`; returns their record."""
-    found = {"origin": origin, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
+    known = {"origin": origin, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
     for name in (RECORD, PART_RECORD):
         record = read_json(directory / name) if (directory / name).exists() else {}
         done = min(record.get("done", 0), len(images))
-        if record.get("origin") != origin or done <= found["done"]:
+        if record.get("origin") != origin or done <= known["done"]:
             continue
         path = directory / record["file"]
         try:
@@ -160,13 +160,13 @@ def earlier_images(directory, origin, images):
             if name == PART_RECORD or file_hash(path) == record["file_sha256"]:
                 images.numpy()[:done] = pixels[:done]
                 bad = [i for i in record["non_finite"] if i < done]
-                found |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
+                known |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
         except (OSError, ValueError) as error:
             warn(f"{path}: cannot be read ({one_line(error)}): its images are made again")
-    return found
+    return known
 
 
-def write_images(directory, record, images, batches, about):
+def write_images(directory, record, images, batches, description):
     """Add batches to the images that `record` knows, as `earlier_images` returns it, and write generate.npy."""
     part = directory / f"generate.part.{hashlib.sha256(json.dumps(record['origin']).encode()).hexdigest()[:8]}"
     begin = time.perf_counter() - record["seconds"]["generate"]
@@ -185,8 +185,8 @@ def write_images(directory, record, images, batches, about):
                 write_json(directory / PART_RECORD, record | {"file": part.name})
         with atomic_write(directory / FILE) as file:
             np.save(file, images.numpy())
-        about = {**about, **record, "non_finite_images": len(record["non_finite"])}
-        write_json(directory / RECORD, about | {"file": FILE, "file_sha256": file_hash(directory / FILE)})
+        whole = {**description, **record, "non_finite_images": len(record["non_finite"])}
+        write_json(directory / RECORD, whole | {"file": FILE, "file_sha256": file_hash(directory / FILE)})
         for path in (directory / PART_RECORD, *directory.glob("generate.part.????????")):
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 
-from score.fid import pixel_features
+from score.features import pooled
 from utils import distributed
 from utils.bar import progress_bar
 
@@ -69,16 +69,16 @@ def nearest_neighbors(
             bar.update(len(block))
     torch.backends.cuda.matmul.allow_tf32 = allowed
     best = torch.cat(best)
-    own = squared_norms(generated, device)
-    return (own[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
+    norm = squared_norms(generated, device)
+    return (norm[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
 
 
 def neighbors_by_all(generated, training, **settings):
     """`nearest_neighbors`, each process searching for its part of the generated images; all are given the whole."""
     part = generated[distributed.share(len(generated))]
     # a process without images searches for one, to know the shape of nothing
-    found = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
-    return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
+    nearest = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
+    return tuple(distributed.join_rows(rows[: len(part)]) for rows in nearest)
 
 
 def update_best(best, products, norm, start, M, D, k):
@@ -175,6 +175,13 @@ def memorized_quantity(ratio, thresholds=THRESHOLDS):
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
 
 
+def shares_below(ratio):
+    """MQ as shares of the images: at the published thresholds by name, and at 0, 1, ... 100 percent as a list."""
+    fractions = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio).items()}
+    curve = memorized_quantity(ratio, range(101)).values()
+    return {"mq_fraction": fractions, "mq_curve": [count / len(ratio) for count in curve]}
+
+
 def closer_than_third(sq_distance):
     """Which generated images have sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023): bool (N,).
 
@@ -192,20 +199,21 @@ def extraction(sq_distance, index):
     """
     memorized = closer_than_third(sq_distance)
     extracted = len(index[memorized, 0].unique())
-    return {"share_sqrt_d1_d2_below_third": memorized.double().mean().item(), "extracted": extracted}
+    return {"f_mem": memorized.double().mean().item(), "extracted": extracted}
 
 
-def nearer_of_both(found, mirrored):
+def nearer_of_both(nearest, mirrored):
     """The two nearest training images, each as near as itself or its mirror image, as sq_distance and index (N, 2).
 
     Where there is one training image only, it is both.
 
     Args:
-        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
+        nearest: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
         mirrored: the same of the mirrored generated images, which are as far from a training image as the generated
             ones from its mirror image.
     """
-    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in zip(found, mirrored, strict=True))
+    pairs = zip(nearest, mirrored, strict=True)
+    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in pairs)
     order = sq_distance.argsort(dim=1, stable=True)
     sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
     # of these four, two are of each search, so another image than the first is among them
@@ -225,9 +233,11 @@ def authenticity(sq_distance, index, training):
     if len(training) == 1:
         return 0.0
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own, itself = neighbors_by_all(training[nearest.to(training.device)], training, k=2, device=index.device)
-    own = torch.where(itself[:, 0] == nearest, own[:, 1], own[:, 0])  # a copy elsewhere comes first or second, with 0
-    return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
+    images = training[nearest.to(training.device)]
+    to_training, itself = neighbors_by_all(images, training, k=2, device=index.device)
+    # a copy elsewhere comes first or second, with 0
+    to_other = torch.where(itself[:, 0] == nearest, to_training[:, 1], to_training[:, 0])
+    return (sq_distance[:, 0] > to_other[of_generated]).double().mean().item()
 
 
 def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
@@ -249,8 +259,8 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     from sklearn.cluster import KMeans
 
     k = min(CELLS, len(training), max(1, min(len(images), len(heldout)) // (5 * CELL_IMAGES)))
-    kmeans = KMeans(k, n_init=1, random_state=0).fit(pixel_features(training))
-    cell, cell_heldout = (kmeans.predict(pixel_features(x)) for x in (images, heldout))
+    kmeans = KMeans(k, n_init=1, random_state=0).fit(pooled(training))
+    cell, cell_heldout = (kmeans.predict(pooled(x)) for x in (images, heldout))
     z, weights = [], []
     for c in range(k):
         generated, real = sq_distance[cell == c, 0].cpu(), sq_distance_heldout[cell_heldout == c, 0].cpu()
@@ -262,14 +272,12 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     return {"c_t": float(np.average(z, weights=weights)), "c_t_cells": len(z)} if z else {}
 
 
-def measures(sq_distance, index, training):
-    """All criteria of one set of images, as JSON values; arguments as for `authenticity`."""
-    ratio, N = memorization_ratio(sq_distance), len(sq_distance)
-    counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
+def measure_distances(sq_distance, index, training):
+    """The numbers of one set of images in pixels, as JSON values; arguments as for `authenticity`."""
+    ratio = memorization_ratio(sq_distance)
     return {
-        "mq": counts,
-        "mq_fraction": {p: count / N for p, count in counts.items()},
-        "mq_curve": [count / N for count in memorized_quantity(ratio, range(101)).values()],
+        "mq": {str(p): count for p, count in memorized_quantity(ratio).items()},
+        **shares_below(ratio),
         **extraction(sq_distance, index),
         "auth_pct": 100 * authenticity(sq_distance, index, training),
     }

@@ -69,8 +69,8 @@ def save_pngs(folder, images):
 def png_names(folder, number):
     """The names of so many images in a folder; raises a DataError if it holds other images."""
     names = [f"{i:0{max(5, len(str(number - 1)))}d}.png" for i in range(number)]
-    found = {Path(path).name for path in scan(folder)[0]} if Path(folder).is_dir() else set()
-    if others := sorted(found.difference(names)):
+    present = {Path(path).name for path in scan(folder)[0]} if Path(folder).is_dir() else set()
+    if others := sorted(present.difference(names)):
         raise DataError(
             f"{Path(folder) / others[0]}: an image of another run is in the folder; empty it or name another one"
         )
@@ -124,8 +124,8 @@ def warn_of_odd_values(path, images, training):
 
     images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
     """
-    found = odd_values(images, training) if distributed.is_main() else []
-    said = f"--samples={path}: odd, are they what is meant? {'; '.join(found)}" if found else None
+    odd = odd_values(images, training) if distributed.is_main() else []
+    said = f"--samples={path}: odd, are they what is meant? {'; '.join(odd)}" if odd else None
     if said:
         warn(f"warning: {said}")
     return said
@@ -136,22 +136,20 @@ def odd_values(images, training):
     (shares, levels), (known, known_levels) = values_of(images), values_of(training)
     kinds = (what for what, allowed in ODD_SHARES.items() if shares[what] > known[what] + allowed)
     what = next(kinds, None)  # the others follow from it
-    found = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
+    odd = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
     (low, high), (known_low, known_high) = most_levels(levels), most_levels(known_levels)
     more = (levels - known_levels)[[0, 255]]
     if high - low < ODD_RANGE * (known_high - known_low):
         lie = f"98% of the values lie between {low} and {high}"
-        found.append(f"{lie}, of the training images' between {known_low} and {known_high}")
+        odd.append(f"{lie}, of the training images' between {known_low} and {known_high}")
     elif more.max() > ODD_LEVELS:
         level = 255 * int(more.argmax())
-        found.append(
-            f"{levels[level]:.1%} of the values are {level}, of the training images' {known_levels[level]:.1%}"
-        )
+        odd.append(f"{levels[level]:.1%} of the values are {level}, of the training images' {known_levels[level]:.1%}")
     rows = evenly_spaced(len(images), LOOKED_AT)
     different = len({fingerprint(images[row]) for row in rows})
     if len(rows) > 1 and different <= len(rows) / 2:
-        found.append(f"only {different:,} of {len(rows):,} are different" if different > 1 else "all are equal")
-    return found
+        odd.append(f"only {different:,} of {len(rows):,} are different" if different > 1 else "all are equal")
+    return odd
 
 
 def values_of(images):
@@ -208,9 +206,9 @@ def read_npz(path, names):
         with np.load(path, allow_pickle=False) as archive:
             chosen = archive.files if len(archive.files) == 1 else [name for name in names if name in archive.files]
             if not chosen:
-                found = [name[:40] for name in sorted(archive.files)[:5]]
+                held = [name[:40] for name in sorted(archive.files)[:5]]
                 more = f" and {len(archive.files) - 5:,} more" if len(archive.files) > 5 else ""
-                raise DataError(f"{path}: holds {found}{more}, none is called {' or '.join(names)}")
+                raise DataError(f"{path}: holds {held}{more}, none is called {' or '.join(names)}")
             return {name: np.asarray(archive[name]) for name in chosen}
     except DataError:
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from absl import flags
 
-from score.similarity import FEATURES
+from score.features import COPIES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import FROZEN, LATENT_SIDE, check_steps, content_hash, settings_of
 from training import flags as shared
@@ -87,7 +87,7 @@ flags.DEFINE_enum("scheduler", "pipeline", ("pipeline", "dpm"), "all_in: the pip
 flags.DEFINE_enum("rand_augs", "none", RAND_AUGS, "all_in: what is put into every prompt at random places")
 flags.DEFINE_integer("rand_aug_repeats", 4, "all_in: how many of them", lower_bound=1)
 flags.DEFINE_string("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir")
-flags.DEFINE_enum("features", None, FEATURES, "all_in: what similarity is that of; default: sscd")
+flags.DEFINE_enum("features", None, COPIES, "all_in: what similarity is that of; default: sscd")
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (

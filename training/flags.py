@@ -14,9 +14,9 @@ from absl import flags
 from dataset import DATASETS
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES, GaussianDiffusionSampler
 from model import UNet
+from score.features import COPIES, FRECHET, PREPROCESS, feature_space
 from score.generate import generate_batches, grid_noise
 from score.inception import find_weights
-from score.similarity import FEATURES, PREPROCESS, make_embedding
 from training.agc import ANTI_GRADS, AntiGradientControl
 from training.learner import PRECISIONS
 from training.logdir import read_run, run_file, training_of
@@ -138,11 +138,12 @@ flags.DEFINE_string("grid_dir", "./results/grid", "all_in: directory of the grid
 flags.DEFINE_bool("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir")
 flags.DEFINE_integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", lower_bound=1)
 flags.DEFINE_integer("batch_B", 8192, "all_in: training images per block of the neighbour search", lower_bound=1)
-_FEATURES = ("inception", "pixels")
-flags.DEFINE_enum("fid_features", "inception", _FEATURES, "inception: FID and IS; pixels: fpd, which needs no weights")
+flags.DEFINE_enum(
+    "fid_features", "inception", tuple(FRECHET), "inception: FID and IS; pixels: fpd, which needs no weights"
+)
 flags.DEFINE_enum("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with")
 flags.DEFINE_bool("holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if any")
-flags.DEFINE_enum("memorise_features", None, FEATURES, "all_in: search for copies in this feature space too")
+flags.DEFINE_enum("memorise_features", None, COPIES, "all_in: search for copies in this feature space too")
 flags.DEFINE_string("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt")
 flags.DEFINE_enum("preprocess", "published", tuple(PREPROCESS), "for SSCD: as published, or as its authors recommend")
 flags.DEFINE_bool("allow_torchscript", False, "trust an --sscd that is TorchScript: what it holds is run")
@@ -489,11 +490,12 @@ def sample_grid(values, data, device):
 
 
 def embedding(values, features, device, flag):
-    """The `make_embedding` of one of FEATURES, the value of `flag`; a UsageError if the flag of its file is missing."""
+    """The `FeatureSpace` of copies that `flag` names; a UsageError if the flag of its file is missing."""
     if features in ("sscd", "clip") and not values[features].value:
         raise UsageError(f"give --{features}, the file of its weights, or --{flag}=pixels, which needs none")
     inception = find_weights(values.inception_weights) if features == "inception" else None
-    return call(values, make_embedding, features, device, how=values.preprocess, inception=inception)
+    sscd = {"sscd": values.sscd, "how": values.preprocess, "allow_torchscript": values.allow_torchscript}
+    return feature_space(features, device, **sscd, inception=inception, clip=values.clip)
 
 
 def logdir(values, script, data, groups):
