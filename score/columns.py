@@ -1,19 +1,20 @@
 """The numbers in a result.json: what they are called, where they are, how they are written.
 
-    {"N": ..., "pixels": {"mq": ..., "f_mem": ...}, "similarity": {"features": "sscd", "f_mem": ...}, "fpd": ...,
-     "holdout": {"N": ..., "pixels": ..., "similarity": ...}}
+    {"N": ..., "pixels": {"mq": ..., "f_mem": ...}, "similarity": {"features": "sscd", "f_mem": ...},
+     "fpd": ..., "holdout": {"N": ..., "pixels": ..., "similarity": ...}}
 
-What is measured in the place of generated images, under the keys of `FLOORS`, has the shape of the whole.
-"""
+What is measured in the place of generated images, under the keys of `FLOORS`, has the shape of the
+whole."""
 
 import functools
 
 # what is measured in the place of generated images: {name: key in a result.json}
 FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
+SHOWN = ("15", "30", "50")  # of the thresholds of MQ
 SIMILARITIES = ("mean", "std", "75pc", "90pc", "95pc", "gt_05pc")  # of sim_ and bg_, as published
-# the numbers of copies that earlier versions had at the top, by how their names begin
+# what earlier versions had at the top, by how the names begin, and those of the text half
 OLD_PIXELS = ("mq", "f_mem", "extracted", "auth_pct", "mirrored", "c_t")
-OLD_SIMILARITY = ("features", "preprocess", "sim_", "bg_", "mq_", "f_mem", "own_image")  # of text_to_image.all_in
+OLD_SIMILARITY = ("features", "preprocess", "sim_", "bg_", "mq_", "f_mem", "own_image")
 
 
 def under(*keys):
@@ -22,7 +23,7 @@ def under(*keys):
 
 
 def above_half(result):
-    """The share above 0.5; None of pixels, of which older results have it too though it does not tell copies."""
+    """The share above 0.5; None of pixels, where it tells no copies though older results have it."""
     numbers = result.get("similarity") or {}
     return None if numbers.get("features") == "pixels" else numbers.get("sim_gt_05pc")
 
@@ -33,11 +34,11 @@ def detector_auc(result):
     return under("detector", "above_05" if is_sscd else "f_mem", "auc")(result)
 
 
-# what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
+# what is said of an evaluation first: {name: (value in a result.json or None, its format)}
 # z, where a value can be below 0: a rounded -0.0 is 0.0
 COLUMNS = {
-    **{f"MQ@{p}": (under("pixels", "mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
-    **{f"@{p} above floor": (under("pixels", "mq_above_floor", p), "{:+z.1%}") for p in ("15", "30", "50")},
+    **{f"MQ@{p}": (under("pixels", "mq_fraction", p), "{:.1%}") for p in SHOWN},
+    **{f"@{p} above floor": (under("pixels", "mq_above_floor", p), "{:+z.1%}") for p in SHOWN},
     "f_mem": (under("pixels", "f_mem"), "{:.1%}"),
     "extracted": (under("pixels", "extracted"), "{:.0f}"),
     "f_mem, mirrored too": (under("pixels", "mirrored", "f_mem"), "{:.1%}"),
@@ -45,7 +46,7 @@ COLUMNS = {
     "similarity": (under("similarity", "sim_mean"), "{:z.3f}"),
     "above 0.5": (above_half, "{:.1%}"),
     "own image": (under("similarity", "own_image"), "{:.1%}"),
-    **{f"MQ@{p} of features": (under("similarity", "mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
+    **{f"MQ@{p} of features": (under("similarity", "mq_fraction", p), "{:.1%}") for p in SHOWN},
     "f_mem of features": (under("similarity", "f_mem"), "{:.1%}"),
     "detector's AUC": (detector_auc, "{:.3f}"),
     "CLIP score": (under("clip_score"), "{:z.1f}"),
@@ -75,11 +76,12 @@ def summary(result):
 
 def sets_of(result):
     """{name: the numbers} of the generated images and of what is measured in their place."""
-    return {"generated": result} | {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
+    floors = {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
+    return {"generated": result} | floors
 
 
 def floor_of(result, key):
-    """The numbers of what is measured in the place of generated images, under one of the keys of `FLOORS`."""
+    """The numbers of what is measured in the place of generated images, under a key of `FLOORS`."""
     scores = ("precision", "recall", "swd") if key == "holdout" else ()
     return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
 
@@ -94,10 +96,10 @@ def renewed(result):
     if not is_old(result):
         return result
     result = with_f_mem(result)
-    kind = {name: result[name] for name in ("features", "preprocess") if name in result}  # of text_to_image.all_in
+    kind = {name: result[name] for name in ("features", "preprocess") if name in result}
 
     def lowered(numbers):
-        if kind:
+        if kind:  # of the text half
             return with_lower({**kind, **numbers}, "similarity", OLD_SIMILARITY)
         return with_lower(numbers, "pixels", OLD_PIXELS)
 

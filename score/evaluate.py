@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from score import fid, memorization
-from score.features import POOLED_PIXELS
 from score.inception import DIMENSION
 from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
@@ -32,21 +31,22 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
     """All numbers of a set of images in pixels, as JSON values, and their nearest training images.
 
     Args:
-        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times should
-            be here once: a repeated one is its own second neighbour.
-        heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place of
-            generated ones is the floor; None for no floor.
+        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times
+            should be here once: a repeated one is its own second neighbour.
+        heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place
+            of generated ones is the floor; None for no floor.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
-        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too; None for not.
+        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too;
+            None for not.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: {"pixels": those of `measure_distances`; with hflip the `extraction` of training images and their
-            mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares below each threshold
-            less those of held-out images, and what `data_copying` returns}; with held-out images their numbers
-            as "holdout", in the same shape.
+        numbers: {"pixels": those of `measure_distances`; with hflip the `extraction` of training images
+            and their mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares
+            below each threshold less those of held-out images, and what `data_copying` returns}; with
+            held-out images their numbers as "holdout", in the same shape.
         nearest: (sq_distance, index), as `nearest_neighbors` returns them.
     """
 
@@ -57,7 +57,8 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
         if hflip:
             path = path and path.with_stem(f"{name}_mirrored")
             mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
-            numbers["mirrored"] = memorization.extraction(*memorization.nearer_of_both(nearest, mirrored))
+            nearer = memorization.nearer_of_both(nearest, mirrored)
+            numbers["mirrored"] = memorization.extraction(*nearer)
         return numbers, nearest
 
     named = dict(zip(("image_names", "training_names"), names, strict=True)) if names else None
@@ -77,16 +78,19 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
 
 
 def count_repeats(training, heldout, training_left, heldout_left):
-    """What result.json says of the training images that equal others, and of the held-out ones that equal one of them.
+    """What result.json says of training images that equal others, and held-out ones that equal these.
 
     Args:
         training, heldout: how many images there are.
         training_left, heldout_left: how many of them are measured.
     """
     repeated, in_training = training - training_left, heldout - heldout_left
-    said = [f"{repeated:,} of {training:,} training images equal others, and count once"] if repeated else []
+    said = []
+    if repeated:
+        said.append(f"{repeated:,} of {training:,} training images equal others, and count once")
     if in_training:
-        said.append(f"{in_training:,} of {heldout:,} held-out images equal training images, and are left out")
+        what = f"{in_training:,} of {heldout:,} held-out images"
+        said.append(f"{what} equal training images, and are left out")
     counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
     return {**counts, "repeats_warning": "; ".join(said) or None}
 
@@ -99,8 +103,8 @@ def identity(images, training):
 def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 / d_2 is empty.
-    """
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
+    d_2 is empty."""
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -108,27 +112,31 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
     for i in ratio.argsort(stable=True).tolist():
         second = d[i, 1].item() if d.shape[1] > 1 else 0.0
         quotient = f"{d[i, 0].item() / second:.6f}" if second else ""
-        table.writerow([image_names[i], training_names[index[i, 0].item()], f"{ratio[i].item():.6f}", quotient])
+        nearest = training_names[index[i, 0].item()]
+        table.writerow([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
     write_text(path, file.getvalue())
 
 
 def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there with their names.
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there.
 
     named: {name of an array in the file: names of images}, or None.
     """
-    known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
-    sq_distance, index = known or memorization.neighbors_by_all(images, training, device=device, **search)
+    known = known_neighbors(path, sets) if path and distributed.is_main() else None
+    known = distributed.from_main(known)
+    nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
+    sq_distance, index = nearest
     if path and not known and distributed.is_main():
-        arrays = {"ratio": memorization.memorization_ratio(sq_distance), "index": index, "sq_distance": sq_distance}
+        ratio = memorization.memorization_ratio(sq_distance)
+        arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
         arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
         with atomic_write(path) as file:
             np.savez(file, **arrays, **sets, **(named or {}))
-    return tuple(array.to(device or training.device) for array in (sq_distance, index))
+    return tuple(array.to(device or training.device) for array in nearest)
 
 
 def known_neighbors(path, sets):
-    """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
+    """(sq_distance, index) in a file if it is there and of these sets, of `identity`, else None."""
     if not Path(path).exists():
         return None
     try:
@@ -143,41 +151,37 @@ def known_neighbors(path, sets):
 class Quality:
     """The reference that generated images are scored against, made ready here, before any long work.
 
-    `scored_with`, of JSON values, decides the scores of given images; `warning` is what is to be said of them, or None.
+    `scored_with`, of JSON values, decides the scores of given images; `warning` is what is to be said of
+    them, or None.
 
     Args:
         reference: (M, 3, H, W) uint8 real images.
-        num_images: how many images will be scored.
-        space: the `FeatureSpace` of distance, precision and recall; of Inception's there is the Inception score too.
+        number: how many images will be scored.
+        space: the `FeatureSpace` of distance, precision and recall; of Inception's there is the
+            Inception score too.
         device: of the sliced Wasserstein distance.
         fid_cache: as `cache` of `reference_statistics`.
-        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach; None for none.
-        by_content: take images in their `content_order`, so that no score depends on the order in which they come.
+        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach;
+            None for none.
+        by_content: take images in their `content_order`, so that no score depends on the order in which
+            they come.
 
     Raises:
         DataError: a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
-    def __init__(
-        self,
-        reference,
-        num_images,
-        space=POOLED_PIXELS,
-        device="cpu",
-        fid_cache=None,
-        heldout=None,
-        by_content=False,
-    ):
+    def __init__(self, reference, number, space, device, fid_cache=None, heldout=None, by_content=False):
         least = SPLITS if space.logits else 2
-        for name, number in (("generated", num_images), ("real", len(reference))):
-            if number < least:
-                raise UsageError(f"{number} {name} images: at least {least} are needed for scores")
-        wanted = [f"FID needs {FID_IMAGES:,} of each"] if min(num_images, len(reference)) < FID_IMAGES else []
-        wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if num_images < IS_IMAGES else []
+        for name, given in (("generated", number), ("real", len(reference))):
+            if given < least:
+                raise UsageError(f"{given} {name} images: at least {least} are needed for scores")
+        fewest = min(number, len(reference))
+        wanted = [f"FID needs {FID_IMAGES:,} of each"] if fewest < FID_IMAGES else []
+        wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if number < IS_IMAGES else []
         self.warning = None
         if space.logits and wanted:
-            numbers = f"{num_images:,} generated and {len(reference):,} real images"
+            numbers = f"{number:,} generated and {len(reference):,} real images"
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
                 warn(f"warning: {self.warning}")
@@ -190,20 +194,19 @@ class Quality:
             self.scored_with["heldout"] = fingerprint(heldout)
         self.reference = fid.reference_statistics(reference, space, fid_cache)
         self.all_real = reference[content_order(reference)] if by_content else reference
-        rows = torch.arange(len(reference)) if by_content else evenly_spaced(len(reference), COVER_IMAGES)
-        self.real = self.all_real[rows[:COVER_IMAGES]]
+        first, spread = slice(COVER_IMAGES), evenly_spaced(len(reference), COVER_IMAGES)
+        self.real = self.all_real[first if by_content else spread]
 
     @functools.cached_property
     def real_features(self):
-        """Those of evenly spaced reference images, or the first by content, made when first needed, on rank 0."""
+        """Those of evenly spaced reference images, or the first by content, on rank 0."""
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, "precision", "recall", `swd`.
+        """Scores of uint8 (N, 3, H, W): "fid", "is", "is_std" or "fpd"; "precision", "recall", "swd".
 
-        All processes take part, with the same images, and are given the scores. Precision and recall are of the
-        first `COVER_IMAGES`, and of as many reference images.
-        """
+        All processes take part, with the same images, and are given the scores. Precision and recall are
+        of the first `COVER_IMAGES`, and of as many reference images."""
         space, order = self.space, content_order(images) if self.by_content else None
         real, batches, scores = self.real_features, self.batches(images, order), None
         features = (features for features, _ in batches)
@@ -213,48 +216,52 @@ class Quality:
             scores = {space.distance: fid.frechet_distance(*statistics, *self.reference)}
             if space.logits:
                 scores["is"], scores["is_std"] = fid.inception_score(probs, SPLITS)
-            scores |= fid.precision_recall(real.to(space.device), features[:COVER_IMAGES].to(space.device))
+            sets = (part.to(space.device) for part in (real, features[:COVER_IMAGES]))
+            scores |= fid.precision_recall(*sets)
             in_turn = images if order is None else images[order]
             levels = sliced_wasserstein(self.all_real, in_turn, self.device, True)
             if levels:
-                scores |= {"swd": mean_of(levels)} | {f"swd_{side}": value for side, value in levels.items()}
+                scores["swd"] = mean_of(levels)
+                scores |= {f"swd_{side}": value for side, value in levels.items()}
         return distributed.from_main(scores) | self.floors(len(images))
 
     @functools.cache  # noqa: B019 - as long as the process lives there are one or two of these
     def floors(self, number):
         """What held-out images reach in the place of `number` generated ones: {} without any.
 
-        "precision_floor" and "recall_floor" are against the reference, or where that has some of these images, of
-        one half of them against the other; "swd_floor" is always between halves.
-        """
+        "precision_floor" and "recall_floor" are against the reference, or where that has some of these
+        images, of one half of them against the other; "swd_floor" is always between halves."""
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]
         of_reference = set(map(fingerprint, self.all_real))
         overlaps = any(fingerprint(image) in of_reference for image in self.heldout)
         real, others = halves if overlaps else (self.all_real, self.heldout)
-        sets = (part[evenly_spaced(len(part), most)] for part, most in ((real, COVER_IMAGES), (others, number)))
+        sets = evenly(real, COVER_IMAGES), evenly(others, number)
         features, floors = [in_order(self.batches(part[:COVER_IMAGES]))[0] for part in sets], None
         if distributed.is_main():
             covered = fid.precision_recall(*(part.to(self.space.device) for part in features))
             floors = {f"{name}_floor": share for name, share in covered.items()}
-            levels = sliced_wasserstein(*(half[evenly_spaced(len(half), number)] for half in halves), self.device)
+            levels = sliced_wasserstein(*(evenly(half, number) for half in halves), self.device)
             floors |= {"swd_floor": mean_of(levels)} if levels else {}
         return distributed.from_main(floors)
 
     def batches(self, images, order=None):
-        """The `feature_batches` of images, on the CPU."""
         batches = fid.feature_batches(images, self.space, order)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
 
 
+def evenly(images, number):
+    """At most so many of the images, evenly spaced."""
+    return images[evenly_spaced(len(images), number)]
+
+
 def mean_of(levels):
-    """The mean of the values of a dict."""
     return sum(levels.values()) / len(levels)
 
 
 def in_order(batches):
-    """The features and the probabilities of all processes' batches, in the order of the images; on rank 0."""
+    """Features and probabilities of all processes' batches, in the order of the images, on rank 0."""
     gathered = distributed.gather(batches)
     if gathered is None:
         return None, None

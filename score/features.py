@@ -18,11 +18,11 @@ from utils.errors import DataError, UsageError, one_line
 from utils.files import file_hash
 
 COPIES = ("sscd", "inception", "clip", "pixels")  # the spaces that copies are searched for in
-FRECHET = {"inception": "inception", "pixels": "pooled pixels"}  # {what flags and files say: the space} of distances
+# the spaces of Frechet distances: {what flags and files say: the space}
+FRECHET = {"inception": "inception", "pixels": "pooled pixels"}
 COPY = 0.5  # similarity above which an image counts as a copy
-POOLED_SIZE = 8
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# (shorter side, side of the centre, mean, standard deviation): as in the published scripts, and as SSCD's authors say
+# (shorter side, side of the centre, mean, deviation) of the published scripts and of SSCD's authors
 PREPROCESS = {
     "published": (256, 224, (0.5,) * 3, (0.5,) * 3),
     "recommended": (288, 288, *IMAGENET),
@@ -32,29 +32,29 @@ CLIP_NORMALIZE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """What uint8 images (B, 3, H, W) are compared by; the last five are of spaces of Frechet distances only."""
+    """What uint8 images (B, 3, H, W) are compared by; the last five are for Frechet distances."""
 
     name: str  # in flags and files
     features: Callable  # of images, returns (B, D) float32 on the device
     device: torch.device | str = "cpu"
     batch_size: int = 64  # images per call
-    threshold: float | None = COPY  # the similarity above which an image counts as a copy; None: there is none
+    threshold: float | None = COPY  # similarity above which an image is a copy; None: unknown
     preprocess: str | None = None  # one of PREPROCESS, where there is a choice
     dimension: int | None = None  # D
     distance: str | None = None  # what result.json calls the distance
     title: str | None = None  # what a bar says
     weights_hash: str | None = None  # SHA-256 of the weights, in hex, if there are any
-    logits: Callable | None = None  # of features (B, D), returns those of classes (B, C), for the Inception score
+    logits: Callable | None = None  # of features, returns (B, C) of classes, for the Inception score
 
 
 def feature_space(
-    name, device="cpu", batch_size=64, sscd=None, how="published", allow_torchscript=False, inception=None, clip=None
+    name, device, batch_size=64, inception=None, clip=None, sscd=None, how="published", torchscript=False
 ):
     """The `FeatureSpace` of a name, one of `COPIES` or of the values of `FRECHET`.
 
     Args:
         device, batch_size: of its network, and images per call of it.
-        sscd, how, allow_torchscript: SSCD's file, which of PREPROCESS, and of `load_sscd`.
+        sscd, how, torchscript: SSCD's file, which of PREPROCESS, and whether it may be TorchScript.
         inception: file of Inception weights (`score.inception.find_weights`).
         clip: folder of `load_clip`.
 
@@ -69,7 +69,7 @@ def feature_space(
     if name == "clip":
         return FeatureSpace(name, partial(clip_features, load_clip(clip, device)[0]), **settings)
     if name == "sscd":
-        network = load_sscd(sscd, allow_torchscript).to(device)
+        network = load_sscd(sscd, torchscript).to(device)
         features = partial(sscd_features, network, device, how)
         return FeatureSpace(name, features, preprocess=how, **settings)
     if name == "pixels":
@@ -80,8 +80,8 @@ def feature_space(
 def standardised(device, images):
     """uint8 images (B, 3, H, W) -> (B, 3*H*W): values less their mean, over their deviation.
 
-    Their cosine similarity is the correlation of pixels, in which unrelated images may be as alike as copies.
-    """
+    Their cosine similarity is the correlation of pixels, in which unrelated images may be as alike as
+    copies."""
     return F.layer_norm(images.to(device).float(), images.shape[1:]).flatten(1)
 
 
@@ -95,23 +95,22 @@ def inception_space(weights, device="cpu", batch_size=50):
         what = "not the published Inception weights, FID is comparable to itself only"
         warnings.warn(f"{weights}: {what}", stacklevel=2)
     network, class_weight = load_inception(weights, device)
-    frechet = {"dimension": DIMENSION, "distance": "fid", "title": "Inception", "weights_hash": weights_hash}
     features = partial(inception_features, network, device)
     logits = partial(inception_logits, class_weight)
-    return FeatureSpace("inception", features, device, batch_size, logits=logits, **frechet)
+    frechet = {"dimension": DIMENSION, "distance": "fid", "title": "Inception", "logits": logits}
+    return FeatureSpace("inception", features, device, batch_size, weights_hash=weights_hash, **frechet)
 
 
 def pooled(images):
     """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to (3, 8, 8).
 
-    Where 8 does not divide the size the windows overlap by a pixel, and smaller images have pixels repeated
-    (torch's adaptive average pooling).
-    """
-    return F.adaptive_avg_pool2d(images.float() / 255, POOLED_SIZE).flatten(1)
+    Where 8 does not divide the size the windows overlap by a pixel, and smaller images have pixels
+    repeated (torch's adaptive average pooling)."""
+    return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
 POOLED_PIXELS = FeatureSpace(
-    "pixels", pooled, "cpu", 1024, None, dimension=3 * POOLED_SIZE**2, distance="fpd", title="pooled pixels"
+    "pixels", pooled, "cpu", 1024, threshold=None, dimension=192, distance="fpd", title="pooled pixels"
 )
 
 
@@ -142,8 +141,8 @@ def load_sscd(path, allow_torchscript=False):
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if any(name.endswith("/constants.pkl") for name in names):  # it is TorchScript
         if not allow_torchscript:
-            what = "is TorchScript, which runs code: take the .torchvision.pt file, or trust it by --allow_torchscript"
-            raise UsageError(f"--sscd={path}: {what}")
+            advice = "take the .torchvision.pt file, or trust it by --allow_torchscript"
+            raise UsageError(f"--sscd={path}: is TorchScript, which runs code: {advice}")
         return torch.jit.load(path, map_location="cpu").float().eval()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -163,7 +162,7 @@ def sscd_features(network, device, how, images):
 
 
 def preprocessed(images, shorter, side, mean, std):
-    """uint8 (B, 3, H, W): the shorter side resized, the centre cut out, normalised: float32 (B, 3, side, side)."""
+    """uint8 (B, 3, H, W) -> float32 (B, 3, side, side): resized, the centre cut out, normalised."""
     H, W = images.shape[-2:]
     size = [max(side, round(shorter * length / min(H, W))) for length in (H, W)]
     x = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Pictures for the eye: generated images beside their nearest training images, and several sets of images in rows:
+"""Pictures for the eye: generated images beside their nearest training images, and several sets in rows:
 
 python -m score.grids OUT.png training=FOLDER default=generate.npy IET-AGC=generate.npy
 """
@@ -24,10 +24,10 @@ CAPTION = 28  # pixels of the text above a row
 
 
 def save_grids(folder, generated, training, nearest, ratio):
-    """Write grid_image0.png .. grid_image4.png with pairs (nearest training image, generated image), 8 pairs a row.
+    """Write grid_image0.png .. grid_image4.png of pairs (nearest training image, generated), 8 a row.
 
-    The 640 lowest ratios are shown, in ascending order, row by row. Where there are fewer images there are fewer
-    pictures, the last one shorter, and those that an earlier run left beyond them are removed.
+    The 640 lowest ratios are shown, in ascending order, row by row. Where there are fewer images there
+    are fewer pictures, the last one shorter, and those that an earlier run left beyond them are removed.
 
     Args:
         folder: of the pictures.
@@ -58,13 +58,14 @@ def closest_pairs(path, N):
 
 
 def save_comparison(path, grids):
-    """Write one picture of the first rows of several grids, {label: path of a grid_image0.png}, enlarged."""
+    """Write one picture of the first rows of {label: path of a grid_image0.png}, enlarged."""
     rows = {}
     for label, grid in grids.items():
         text = f"{label}: nearest training image and generated image side by side, most memorised first"
         image = read_image(grid)
         first = image.crop((0, 0, image.width, min(SHOWN, image.height)))
-        rows[text] = first.resize((ENLARGED * first.width, ENLARGED * first.height), Image.Resampling.NEAREST)
+        size = ENLARGED * first.width, ENLARGED * first.height
+        rows[text] = first.resize(size, Image.Resampling.NEAREST)
     save_rows(path, rows)
 
 
@@ -81,7 +82,8 @@ def save_sets(path, sets):
 def save_rows(path, rows):
     """Write {text: PIL image} as one picture, each below its text."""
     width = max(image.width for image in rows.values())
-    whole, y = Image.new("RGB", (width, sum(CAPTION + image.height for image in rows.values())), "white"), 0
+    height = sum(CAPTION + image.height for image in rows.values())
+    whole, y = Image.new("RGB", (width, height), "white"), 0
     for text, image in rows.items():
         ImageDraw.Draw(whole).text((6, y + 5), text, fill="black", font_size=16)
         whole.paste(image, (0, y + CAPTION))
@@ -95,9 +97,9 @@ def save_picture(path, picture):
 
 
 def main():
-    parser = startup.Parser(prog="python -m score.grids", description="The first images of several sets, a row each.")
+    parser = startup.Parser("python -m score.grids", description="The first images of sets in rows.")
     parser.add_argument("out", type=Path, help="PNG that is made")
-    parser.add_argument("sets", nargs="+", metavar="LABEL=IMAGES", help="a folder of images, or an .npy or .npz")
+    parser.add_argument("sets", nargs="+", metavar="LABEL=IMAGES", help="a folder, an .npy or an .npz")
     options = parser.parse_args()
     sets = [startup.split_label(argument) for argument in options.sets]
     keep_apart([path for _, path in sets if path.is_dir()], {}, {"": options.out})

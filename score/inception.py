@@ -1,4 +1,4 @@
-"""The 2015 Inception network that FID and the Inception score are defined by: uint8 images -> features and logits.
+"""The 2015 Inception network that FID and the Inception score are defined by.
 
 Structure and weights are those of pytorch-fid, so that the numbers agree with `python -m pytorch_fid`.
 """
@@ -23,12 +23,13 @@ CONNECT_SECONDS = 3
 
 
 def find_weights(path=None):
-    """Path of the Inception weights: `path` if given, else the torch hub cache, else pytorch-fid's download into it.
+    """Path of the weights: `path` if given, else torch hub's cache, else pytorch-fid's download into it.
 
     The download is kept only if its SHA-256 begins with 6726825d.
 
     Raises:
-        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what takes long.
+        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what
+            takes long.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -41,12 +42,12 @@ def find_weights(path=None):
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             shown = distributed.is_main() and sys.stderr.isatty()
-            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), hash_prefix=WEIGHTS_HASH, progress=shown)
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), WEIGHTS_HASH, progress=shown)
         except Exception as error:  # of sockets, of HTTP, of the disk, or another hash
             raise DataError(
-                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be downloaded "
-                f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
-                "or use --fid_features=pixels, which needs none"
+                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be "
+                f"downloaded ({one_line(error)}): copy the file there, or name it with "
+                "--inception_weights, or use --fid_features=pixels, which needs none"
             ) from None
         finally:
             socket.setdefaulttimeout(before)
@@ -91,13 +92,15 @@ def inception_logits(class_weight, features):
 
 
 def build_network():
-    """pytorch-fid's variant of torchvision's Inception v3, with torch's default random weights and 1,008 classes."""
+    """pytorch-fid's variant of torchvision's Inception v3, with random weights and 1,008 classes."""
     # these take a second, which commands without Inception need not wait
     from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
-    from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
+    from torchvision.models import inception
 
     def last_block(in_channels):
         return FIDInceptionE_1(in_channels) if in_channels == 1280 else FIDInceptionE_2(in_channels)
 
-    blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, last_block, InceptionAux]
-    return Inception3(num_classes=CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
+    blocks = [inception.BasicConv2d, FIDInceptionA, inception.InceptionB, FIDInceptionC]
+    blocks += [inception.InceptionD, last_block, inception.InceptionAux]
+    settings = {"num_classes": CLASSES, "aux_logits": False, "init_weights": False}
+    return inception.Inception3(inception_blocks=blocks, **settings)

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing else: no network, no script, light or dark, phone or desk."""
+"""An evaluation as one HTML page that needs nothing else: no network, no script, phone or desk."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from utils.files import read_json, write_text
 PAIRS = 40
 TRAINING_IMAGES = 24
 LARGEST_SIDE = 96  # pixels of a picture in the page
-COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
+COPIED = 15  # a generated image counts as a copy below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 
 
@@ -55,10 +55,10 @@ def cell(tag, value):
 
 
 def table(header, rows):
-    """A table as HTML."""
     head = "".join(cell("th", value) for value in header)
     body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def image_tag(file, kind, alt):
@@ -68,13 +68,14 @@ def image_tag(file, kind, alt):
 
 
 def figures(shown):
-    """Pictures as HTML, each a pair of a caption and its images, side by side: [(uint8 (3, H, W), description)]."""
+    """Pictures as HTML: pairs of a caption and its images, [(uint8 (3, H, W), description)]."""
     html = ""
     for caption, images in shown:
         tags = []
         for image, alt in images:
             picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"  # what is made smaller is not exact anyway
+            # what is made smaller is not exact anyway
+            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             picture.save(file, format=kind, optimize=True, quality=90)
             tags.append(image_tag(file, kind, alt))
@@ -83,7 +84,7 @@ def figures(shown):
 
 
 def chart(draw, names, x_label, y_label, alt):
-    """What draw(axes) draws with matplotlib, and a legend of its series; y is a share in percent, x up to 100."""
+    """What draw(axes) draws, and a legend of its series; y is a share in percent, x up to 100."""
     # a second that evaluations without a page need not wait
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -101,7 +102,8 @@ def chart(draw, names, x_label, y_label, alt):
         axes.spines[["top", "left", "right"]].set_visible(False)
         drawn.savefig(file, format="svg", transparent=True)
     colours = itertools.cycle(SERIES)
-    legend = "".join(f'<li><i style="border-color: {next(colours)}"></i> {escape(name)}</li>' for name in names)
+    marks = (f'<i style="border-color: {next(colours)}"></i> {escape(name)}' for name in names)
+    legend = "".join(f"<li>{mark}</li>" for mark in marks)
     return f'<div class="chart">{image_tag(file, "svg+xml", alt)}</div><ul class="legend">{legend}</ul>'
 
 
@@ -130,8 +132,10 @@ def losses(gap):
         axes.plot(gap["t"], gap["heldout"])
         axes.set(xlim=(0, gap["t"][-1]), yscale="log")
 
-    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: AUC {gap['best_auc']:.3f}"
-    numbers = "Of {:,} training and {:,} held-out images, with the same noise for all.".format(*gap["images"])
+    best = f"AUC {gap['best_auc']:.3f}"
+    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: {best}"
+    training, heldout = gap["images"]
+    numbers = f"Of {training:,} training and {heldout:,} held-out images, with the same noise for all."
     drawn = chart(draw, ("training", "held-out"), "t", "mean loss", f"Mean loss over t. {apart}.")
     return f"{drawn}<p class=note>{numbers} {apart}.</p>"
 
@@ -148,7 +152,8 @@ def all_columns(result):
 
 def similarities(result):
     """The statistics of similarity to training images by their published names, and their histograms."""
-    sets = {name: numbers["similarity"] for name, numbers in sets_of(result).items() if "similarity" in numbers}
+    sets = {name: numbers.get("similarity") for name, numbers in sets_of(result).items()}
+    sets = {name: numbers for name, numbers in sets.items() if numbers}
     training, rows = sets["generated"], []
     is_pixels = training["features"] == "pixels"
     for name in SIMILARITIES[:-1] if is_pixels else SIMILARITIES:
@@ -159,20 +164,19 @@ def similarities(result):
     series["training"] = training["bg_histogram"]
     how = f" ({training['preprocess']} preprocessing)" if training["preprocess"] else ""
     note = (
-        f"The largest cosine similarity of each image to the training images, by {training['features']}{how}; "
-        "of a training image to the others. "
+        "The largest cosine similarity of each image to the training images, "
+        f"by {training['features']}{how}; of a training image to the others. "
     )
-    note += (
-        "Unrelated images may be as alike by their pixels: only the floors say how much that means."
-        if is_pixels
-        else "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features only the floors say "
-        "how much that means."
-    )
+    if is_pixels:
+        note += "Unrelated images may be as alike by their pixels: "
+    else:
+        note += "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
+    note += "only the floors say how much that means."
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
 
 def histograms(series):
-    """Histograms of similarities as a chart; series: {name: share in each of equal intervals between 0 and 1}."""
+    """Histograms of similarities as a chart; series: {name: share in each of equal intervals}."""
 
     def draw(axes):
         for i, shares in enumerate(series.values()):
@@ -180,12 +184,13 @@ def histograms(series):
             axes.stairs(shares, edges, color=SERIES[i % len(SERIES)], linewidth=1.5)
         axes.set(xlim=(0, 1))
 
-    most = [f"{name}: most at {shares.index(max(shares)) / len(shares):.2f}" for name, shares in series.items()]
-    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(most)}.")
+    peaks = {name: shares.index(max(shares)) / len(shares) for name, shares in series.items()}
+    peaks = "; ".join(f"{name}: most at {peak:.2f}" for name, peak in peaks.items())
+    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {peaks}.")
 
 
 def pairs(generated, training, nearest, order, say):
-    """The first pairs in an order (N,) as figures; say: a function of both numbers, i and j, that returns a caption."""
+    """The first pairs in an order (N,) as figures; say: makes a caption of both numbers, i and j."""
     shown = []
     for place, i in enumerate(order[:PAIRS].tolist()):
         j = nearest[i].item()
@@ -195,7 +200,7 @@ def pairs(generated, training, nearest, order, say):
 
 
 def most(counts, training, copies, skips, names):
-    """The training images with the largest counts (M,) above 0, as figures; copies, skips: (M,), skips may be None."""
+    """The training images of the largest counts (M,), as figures; copies, skips: (M,), skips or None."""
     shown = []
     for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
         if counts[j] > 0:
@@ -234,9 +239,9 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
     if "holdout" in result:
         all_thresholds["held-out real images"] = [result["holdout"]["pixels"]["mq_curve"]]
     note = (
-        "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
-        "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
-        "generator that copies nothing may reach."
+        "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 "
+        "nearest training images (Liu et al. 2024). The floor is the same figure for real images that "
+        "were not trained on: what a generator that copies nothing may reach."
     )
 
     def caption(i, j):
@@ -245,20 +250,22 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
     copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
     of_training = (
-        f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
+        f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest "
+        "training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
         f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
     )
     if skips is not None:
-        of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips, training_names)}"
-    source = result.get("checkpoint") or result.get("samples")
+        skipped = most(skips, training, copies, skips, training_names)
+        of_training += f"<h3>Those skipped most in training</h3>{skipped}"
+    order, source = ratio.argsort(stable=True), result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"{all_columns(result)}<p class=note>{note}</p>{warnings_of(result)}"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(result))] if "similarity" in result else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
-        ("The most memorised pairs", pairs(generated, training, nearest, ratio.argsort(stable=True), caption)),
+        ("The most memorised pairs", pairs(generated, training, nearest, order, caption)),
         ("Training images", of_training),
         ("Settings", settings(result)),
     ]
@@ -267,7 +274,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
 
 def warnings_of(result):
-    """What is to be said of the numbers of an evaluation, as HTML: all that ends in "warning" in its result.json."""
+    """What is to be said of an evaluation, as HTML: all that ends in "warning" in its result.json."""
     texts = [text for key, text in result.items() if key.endswith("warning") and text]
     return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 
@@ -303,7 +310,8 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         ("The most similar pairs: training image, generated image", shown),
         ("Settings", settings(result)),
     ]
-    write_text(path, page(f"{result['N']:,} images of {source} against {len(training):,} training images", sections))
+    title = f"{result['N']:,} images of {source} against {len(training):,} training images"
+    write_text(path, page(title, sections))
     return str(path)
 
 
@@ -319,7 +327,8 @@ def detector(result):
             texts = ["" if value is None else f"{value:.3f}" for value in values]
             rows.append([names[name], numbers["copies"], *texts])
     note = (
-        "The norm of the prediction with the prompt less that without, averaged over the first steps, is to be larger "
-        "for copies (Wen et al. 2024)."
+        "The norm of the prediction with the prompt less that without, averaged over the first steps, "
+        "is to be larger for copies (Wen et al. 2024)."
     )
-    return table(["copies by", "number", "norm", "norm of others", "AUC"], rows) + f"<p class=note>{note}</p>"
+    header = ["copies by", "number", "norm", "norm of others", "AUC"]
+    return f"{table(header, rows)}<p class=note>{note}</p>"

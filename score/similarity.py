@@ -1,8 +1,8 @@
-"""Copies in feature space: embeddings, an exact search by cosine similarity, and the published statistics of it.
+"""Copies in feature space: an exact search by cosine similarity, and the published statistics of it.
 
-For SSCD (Pizzi et al. 2022, arXiv:2202.10261), CLIP, Inception, and the correlation of pixels. Somepalli et al. 2023
-(DCR, arXiv:2305.20086) call a generated image a copy where its largest similarity to a training image is above 0.5.
-"""
+For SSCD (Pizzi et al. 2022, arXiv:2202.10261), CLIP, Inception, and the correlation of pixels. Somepalli
+et al. 2023 (DCR, arXiv:2305.20086) call a generated image a copy where its largest similarity to a
+training image is above 0.5."""
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ def clip_scores(clip, images, captions, batch_size=64):
     for start in range(0, len(images), batch_size):
         texts = list(captions[start : start + batch_size])
         limit = model.config.text_config.max_position_embeddings
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
-        text = model.text_projection(model.text_model(**tokens).pooler_output)
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        states = model.text_model(**tokens.to(model.device))
+        text = model.text_projection(states.pooler_output)
         image = clip_features(model, images[start : start + batch_size])
         scores.append(100 * F.cosine_similarity(image, text).cpu())
     return torch.cat(scores)
@@ -36,7 +37,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 
 @torch.no_grad()
 def embed(space, images):
-    """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32. The processes share the work.
+    """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32, by all processes.
 
     space: a `FeatureSpace`.
     """
@@ -64,11 +65,13 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     rows = []
     for block in queries.split(batch_queries):
-        best, index = block.new_empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64, device=block.device)
+        best = block.new_empty(len(block), 0)
+        index = torch.empty(len(block), 0, dtype=torch.int64, device=block.device)
         for start in range(0, len(keys), batch_keys):
             product = block @ keys[start : start + batch_keys].T
-            numbers = torch.arange(start, start + product.shape[1], device=block.device).expand_as(product)
-            both = torch.cat([best, product], dim=1).topk(min(k, start + product.shape[1]), dim=1)
+            end = start + product.shape[1]
+            numbers = torch.arange(start, end, device=block.device).expand_as(product)
+            both = torch.cat([best, product], dim=1).topk(min(k, end), dim=1)
             best, index = both.values, torch.cat([index, numbers], dim=1).gather(1, both.indices)
         rows.append((best, index))
     torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -76,14 +79,15 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
 
 
 def statistics(similarity, prefix, threshold=COPY):
-    """Mean, standard deviation, percentiles and the share of copies of (N,) similarities, by their published names.
+    """Mean, deviation, percentiles and share of copies of (N,) similarities, by their published names.
 
     threshold: of a `FeatureSpace`; None: no share of copies.
     """
     values = similarity.double().cpu().numpy()
     percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
     above = {} if threshold is None else {f"{prefix}_gt_05pc": float((values > threshold).mean())}
-    return {f"{prefix}_mean": float(values.mean()), f"{prefix}_std": float(values.std()), **percentiles, **above}
+    moments = {f"{prefix}_mean": float(values.mean()), f"{prefix}_std": float(values.std())}
+    return moments | percentiles | above
 
 
 def squared_distance(similarity):
@@ -97,7 +101,7 @@ def memorized(similarity):
 
 
 def histogram(similarity):
-    """The share of (N,) similarities in each of BINS intervals from 0 to 1, a list; the first has those below 0 too."""
+    """The share of (N,) similarities in each of BINS intervals from 0 to 1; below 0 counts as 0."""
     return (torch.histc(similarity.float().clamp(0, 1).cpu(), BINS, 0, 1) / len(similarity)).tolist()
 
 
@@ -108,11 +112,12 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
         space: a `FeatureSpace`.
         images, training: (N, 3, H, W) and (M, 3, H, W), uint8; training images without repeats.
         prompt_images: of `measure_similarity`.
-        floors: {name: (images, their prompt_images)} of what is measured in the place of generated images.
+        floors: {name: (images, their prompt_images)} of what is measured in the place of generated
+            images.
 
     Returns:
-        numbers: those of `measure_similarity`, with the features, and `statistics` and `histogram` of the second
-            largest similarity of every training image to all of them: the largest is itself.
+        numbers: those of `measure_similarity`, with the features, and `statistics` and `histogram` of
+            the second largest similarity of every training image to all of them: the largest is itself.
         floors: {name: the numbers of `measure_similarity`, with the features}.
         neighbors: (similarity, index) of the images, as `most_similar` returns them.
     """
@@ -125,13 +130,14 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
 
     numbers, neighbors = measure(images, prompt_images)
     among_training = most_similar(training, training, 2)[0][:, -1]
-    numbers |= statistics(among_training, "bg", space.threshold) | {"bg_histogram": histogram(among_training)}
+    numbers |= statistics(among_training, "bg", space.threshold)
+    numbers["bg_histogram"] = histogram(among_training)
     floors = {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}
     return numbers, floors, neighbors
 
 
 def measure_similarity(features, training, threshold=COPY, prompt_images=None):
-    """The numbers of one set of images in a feature space, as JSON values, and its nearest training images.
+    """The numbers of a set of images in a feature space, as JSON values, and nearest training images.
 
     Args:
         features, training: (N, D) and (M, D), of length 1.
@@ -140,13 +146,14 @@ def measure_similarity(features, training, threshold=COPY, prompt_images=None):
             None: no prompts.
 
     Returns:
-        numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and mq_curve as
-            in `score.memorization`, of squared distances of features; own_image: of the images whose prompt is
-            the caption of a training image, the share whose nearest it is.
+        numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and
+            mq_curve as in `score.memorization`, of squared distances of features; own_image: of the
+            images whose prompt is the caption of a training image, the share whose nearest it is.
         neighbors: (similarity, index), (N, k), as `most_similar` returns them.
     """
     similarity, index = most_similar(features, training, NEIGHBORS)
-    numbers = statistics(similarity[:, 0], "sim", threshold) | {"sim_histogram": histogram(similarity[:, 0])}
+    numbers = statistics(similarity[:, 0], "sim", threshold)
+    numbers["sim_histogram"] = histogram(similarity[:, 0])
     numbers |= shares_below(memorization_ratio(squared_distance(similarity)))
     numbers["f_mem"] = memorized(similarity).double().mean().item()
     if prompt_images is not None and (prompt_images >= 0).any():
@@ -156,7 +163,7 @@ def measure_similarity(features, training, threshold=COPY, prompt_images=None):
 
 
 def detection(scores, copies):
-    """How well scores (N,) tell which images are copies, (N,) bool: means of both kinds, and the AUC, as JSON values.
+    """How well scores (N,) tell which images are copies, (N,) bool: means of both kinds, and the AUC.
 
     None stands for what has no value, where all images are copies, or none is.
     """

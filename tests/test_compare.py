@@ -237,7 +237,7 @@ def test_results_of_earlier_versions(tmp_path):
     for name, result in (("a", new), ("b", text)):
         assert {key: value for key, value in rows[name].items() if value != "-"} == {"method": name} | summary(result)
     assert rows["a"]["f_mem"] == "12.5%" and rows["a"]["f_mem of features"] == "75.0%"
-    assert rows["held-out (a)"]["MQ@15"] == "12.5%" and rows["base model (b)"]["own image"] == "12.5%"
+    assert rows["held-out"]["MQ@15"] == "12.5%" and rows["base model"]["own image"] == "12.5%"
 
 
 def test_rows_of_floors():

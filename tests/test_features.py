@@ -137,7 +137,7 @@ def test_every_space_makes_what_it_says(sscd, clip, tmp_path):
         assert space.threshold == (None if space.name == "pixels" else 0.5)
         if name in FRECHET.values():
             assert FRECHET[space.name] == name and rows.shape[1] == space.dimension and space.distance
-    correlated = F.normalize(feature_space("pixels").features(IMAGES))
+    correlated = F.normalize(feature_space("pixels", "cpu").features(IMAGES))
     expected = np.corrcoef(IMAGES.flatten(1).numpy())
     np.testing.assert_allclose((correlated @ correlated.T).numpy(), expected, atol=1e-5)
-    assert torch.equal(feature_space("pooled pixels").features(IMAGES), pooled(IMAGES))
+    assert torch.equal(feature_space("pooled pixels", "cpu").features(IMAGES), pooled(IMAGES))

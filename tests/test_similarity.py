@@ -89,7 +89,7 @@ def test_clip_score_is_that_of_transformers(clip):
 
 
 def test_embeddings_have_length_one_whatever_the_batch():
-    space = feature_space("pixels", batch_size=2)
+    space = feature_space("pixels", "cpu", batch_size=2)
     rows = embed(space, IMAGES)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
     assert torch.equal(rows, F.normalize(space.features(IMAGES)))
@@ -97,7 +97,7 @@ def test_embeddings_have_length_one_whatever_the_batch():
 
 def test_an_evaluation_has_floors_of_its_shape_and_the_training_images_among_each_other():
     training, images, others = torch.randint(0, 256, (3, 40, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR)
-    space, prompts = feature_space("pixels"), torch.arange(40)
+    space, prompts = feature_space("pixels", "cpu"), torch.arange(40)
     floors = {"holdout": (others, None), "base": (others[:30], prompts[:30])}
     numbers, found, (cosine, index) = evaluate_similarity(space, images, training, None, floors)
     products = np.corrcoef(training.flatten(1).numpy())

@@ -324,7 +324,7 @@ def main():
     number = len(images if FLAGS.samples else prompts.texts)
     by_content = bool(FLAGS.samples)
     distances = feature_space(FRECHET[flags.fid_features(FLAGS)], device, batch_size=50, inception=weights)
-    scorer = partial(Quality, num_images=number, space=distances, device=device, heldout=heldout, by_content=by_content)
+    scorer = partial(Quality, number=number, space=distances, device=device, heldout=heldout, by_content=by_content)
     scorers = {"": scorer(training, fid_cache=FLAGS.fid_cache)}
     if heldout is not None:
         scorers["heldout_"] = scorer(heldout)

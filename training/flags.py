@@ -494,7 +494,7 @@ def embedding(values, features, device, flag):
     if features in ("sscd", "clip") and not values[features].value:
         raise UsageError(f"give --{features}, the file of its weights, or --{flag}=pixels, which needs none")
     inception = find_weights(values.inception_weights) if features == "inception" else None
-    sscd = {"sscd": values.sscd, "how": values.preprocess, "allow_torchscript": values.allow_torchscript}
+    sscd = {"sscd": values.sscd, "how": values.preprocess, "torchscript": values.allow_torchscript}
     return feature_space(features, device, **sscd, inception=inception, clip=values.clip)
 
 
