@@ -3,8 +3,8 @@
     {"N": ..., "pixels": {"mq": ..., "f_mem": ...}, "similarity": {"features": "sscd", "f_mem": ...},
      "fpd": ..., "holdout": {"N": ..., "pixels": ..., "similarity": ...}}
 
-What is measured in the place of generated images, under the keys of `FLOORS`, has the shape of the
-whole."""
+What is measured in the place of generated images, under the keys of `FLOORS`, has the same shape.
+"""
 
 import functools
 
@@ -108,8 +108,8 @@ def renewed(result):
     if similarity:
         new["similarity"] = {key: value for key, value in similarity.items() if key != "holdout"}
         if "holdout" in similarity:
-            kind = {name: similarity.get(name) for name in ("features", "preprocess")}
-            new["holdout"] = {**new.get("holdout", {}), "similarity": {**kind, **similarity["holdout"]}}
+            floor = {name: similarity.get(name) for name in ("features", "preprocess")}
+            new["holdout"] = new.get("holdout", {}) | {"similarity": floor | similarity["holdout"]}
     return new
 
 

@@ -104,7 +104,8 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
-    d_2 is empty."""
+    d_2 is empty.
+    """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -206,7 +207,8 @@ class Quality:
         """Scores of uint8 (N, 3, H, W): "fid", "is", "is_std" or "fpd"; "precision", "recall", "swd".
 
         All processes take part, with the same images, and are given the scores. Precision and recall are
-        of the first `COVER_IMAGES`, and of as many reference images."""
+        of the first `COVER_IMAGES`, and of as many reference images.
+        """
         space, order = self.space, content_order(images) if self.by_content else None
         real, batches, scores = self.real_features, self.batches(images, order), None
         features = (features for features, _ in batches)
@@ -230,7 +232,8 @@ class Quality:
         """What held-out images reach in the place of `number` generated ones: {} without any.
 
         "precision_floor" and "recall_floor" are against the reference, or where that has some of these
-        images, of one half of them against the other; "swd_floor" is always between halves."""
+        images, of one half of them against the other; "swd_floor" is always between halves.
+        """
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]

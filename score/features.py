@@ -80,8 +80,8 @@ def feature_space(
 def standardised(device, images):
     """uint8 images (B, 3, H, W) -> (B, 3*H*W): values less their mean, over their deviation.
 
-    Their cosine similarity is the correlation of pixels, in which unrelated images may be as alike as
-    copies."""
+    Their cosine similarity is the correlation of pixels: unrelated images may be as alike as copies.
+    """
     return F.layer_norm(images.to(device).float(), images.shape[1:]).flatten(1)
 
 
@@ -105,7 +105,8 @@ def pooled(images):
     """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to (3, 8, 8).
 
     Where 8 does not divide the size the windows overlap by a pixel, and smaller images have pixels
-    repeated (torch's adaptive average pooling)."""
+    repeated (torch's adaptive average pooling).
+    """
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 

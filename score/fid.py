@@ -83,7 +83,8 @@ def factor(sigma):
     Cholesky with complete pivoting (Higham, Accuracy and Stability of Numerical Algorithms, 10.3). It
     needs no positive definite matrix, costs D r^2 instead of an eigendecomposition's 9 D^3, and drops
     the directions in which the covariance of few images has nothing but rounding errors, whose square
-    roots would add up."""
+    roots would add up.
+    """
     triangle, pivots, rank, _ = dpstrf(sigma, lower=1)
     L = np.zeros((len(sigma), rank))
     L[pivots - 1] = np.tril(triangle)[:, :rank]
@@ -99,7 +100,8 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     rank is factored, which leaves L^T sigma_2 L no needless null space.
 
     mu_1, mu_2: (D,); sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank. Computed
-    in float64. Returns a float >= 0, which is 0 up to rounding for equal arguments."""
+    in float64. Returns a float >= 0, which is 0 up to rounding for equal arguments.
+    """
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
     ways = (factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1)
     L, other = min(ways, key=lambda way: way[0].shape[1])
@@ -119,7 +121,8 @@ def inception_score(probs, splits=10):
     the split.
 
     probs: (N, classes) class probabilities, one row an image, in the order of the images; N is at least
-    `splits`."""
+    `splits`.
+    """
     N = len(probs)
     scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):

@@ -79,7 +79,8 @@ def membership(of_training, of_heldout):
 
     AUC: of pairs of both, the share in which the training image has the lower loss, ties counting half.
     TPR: the share of training images below the threshold that at most `FALSE_POSITIVES` of the held-out
-    ones are below."""
+    ones are below.
+    """
     from scipy.stats import mannwhitneyu  # a second that others need not wait
 
     pairs = mannwhitneyu(of_heldout, of_training, method="asymptotic").statistic

@@ -5,7 +5,8 @@ for each image.
 
 Pixels 0..255 become codes around the middle grey, v = 255 x - 128. Products of codes and their sums are
 integers, exact on every device and in every order of summation, and so are the squared distances |a|^2 +
-|b|^2 - 2 a.b. (distance, index) packed into one integer has no ties: nothing else is needed."""
+|b|^2 - 2 a.b. (distance, index) packed into one integer has no ties: nothing else is needed.
+"""
 
 import functools
 import time
@@ -102,7 +103,8 @@ def improvements(score, worst, start, M):
     """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
 
     A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are
-    below it after the first blocks, and the rest need not be sorted."""
+    below it after the first blocks, and the rest need not be sorted.
+    """
     better = None if worst is None else score < worst
     if better is None or int(better.count_nonzero()) > better.numel() // 16:
         return score.long() * M + torch.arange(start, start + score.shape[1], device=score.device)
@@ -135,7 +137,8 @@ def multiply(a, b, integers):
     """a b^T of `slices_of` (n, D) and (m, D): int32, or int64 where sums may exceed that.
 
     torch._int_mm is the only product of 8-bit integers that torch has. On processors with units for them
-    it takes a third of the time; not on GPUs, where it wants other shapes than images have."""
+    it takes a third of the time; not on GPUs, where it wants other shapes than images have.
+    """
     dtype = torch.int32 if sum(part.shape[1] for part in a) <= INT32_TERMS else torch.int64
     parts = zip(a, b, strict=True)
     products = (torch._int_mm(x, y.T) if integers else x @ y.T for x, y in parts)

@@ -2,7 +2,8 @@
 
 For SSCD (Pizzi et al. 2022, arXiv:2202.10261), CLIP, Inception, and the correlation of pixels. Somepalli
 et al. 2023 (DCR, arXiv:2305.20086) call a generated image a copy where its largest similarity to a
-training image is above 0.5."""
+training image is above 0.5.
+"""
 
 import numpy as np
 import torch

@@ -81,7 +81,8 @@ def level_patches(images, level, levels, name, device):
     """Random patches of one level of images (N, 3, H, H), normalised: (128 N, 147) float32.
 
     Each colour channel of all patches has mean 0 and standard deviation 1. name: of the set, which draws
-    for itself."""
+    for itself.
+    """
     parts = []
     for block, part in enumerate(images.split(BLOCK)):
         pixels = laplacian_level(part.to(device).float(), level, levels)
