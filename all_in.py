@@ -14,16 +14,16 @@ from absl.flags import FLAGS
 
 from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import SAMPLES_ORDER, Quality, about_repeats, evaluate, identity, known_neighbors
+from score.columns import is_old, summary
+from score.evaluate import SAMPLES_ORDER, count_repeats, evaluate, identity, known_neighbors
 from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
-from score.inception import find_weights
 from score.memorization import memorization_ratio
-from score.report import summary, write_report
+from score.report import training_seconds, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
-from score.similarity import background, copy_threshold, embed, measures
+from score.similarity import evaluate_similarity
 from training import build
 from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
@@ -39,7 +39,7 @@ ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {
     "score": ("fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"),
-    "memorise": ("holdout", "mq_above_floor", "mirrored", "c_t", "c_t_cells", "feature_space"),
+    "memorise": ("holdout", "similarity"),
 }
 
 
@@ -49,6 +49,9 @@ def earlier_result():
     result = read_json(path) if path.exists() else {"images_sha256": None}
     if not isinstance(result, dict) or "images_sha256" not in result:
         raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
+    if is_old(result):
+        warn(f"{path}: of an earlier version, which had other names: it is begun anew")
+        return {"images_sha256": None}
     return result
 
 
@@ -206,22 +209,15 @@ def find_gap(net, paths, data, device):
     return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
-def find_copies(images, training, heldout, embedding):
-    """What the search in the feature space of --memorise_features finds, and for held-out images or None the floor."""
-    features, threshold = embed(embedding, training), copy_threshold(FLAGS.memorise_features)
-    numbers = {"features": FLAGS.memorise_features}
-    numbers["preprocess"] = FLAGS.preprocess if FLAGS.memorise_features == "sscd" else None
-    numbers |= measures(embed(embedding, images), features, threshold=threshold)[0] | background(features, threshold)
-    if heldout is not None:
-        floor = measures(embed(embedding, heldout), features, threshold=threshold)[0]
-        numbers["holdout"] = {"N": len(heldout), **floor}
-    return {"feature_space": numbers}
-
-
-def memorise(images, training, heldout, embedding, **search):
-    """What the memorise stage finds, in pixels and, with an embedding, in its features."""
+def memorise(images, training, heldout, space, **search):
+    """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
     numbers, _ = evaluate(images, training, heldout, **search)
-    return numbers | (find_copies(images, training, heldout, embedding) if embedding else {})
+    if space:
+        floors = {} if heldout is None else {"holdout": (heldout, None)}
+        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors)
+        for name, floor in floors.items():
+            numbers[name]["similarity"] = floor
+    return numbers
 
 
 def numbers(images):
@@ -233,7 +229,7 @@ def neighbors_to_show(result, sets):
     """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
     path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets)
-    if known is None or "mq" not in result:
+    if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     return known[1][:, 0], memorization_ratio(known[0])
 
@@ -256,7 +252,7 @@ def append_published_format(result):
     inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"
     distance = f"{name}: ({result.get(name.lower(), 'nan')}, {result.get('fid_reference')})"
     lines = [f"{inception_score}, {distance}, N: {result['N']}, checkpoint: {printable(result['checkpoint'])}"]
-    lines += [f"v_{p}:{count}" for p, count in result.get("mq", {}).items()]
+    lines += [f"v_{p}:{count}" for p, count in result.get("pixels", {}).get("mq", {}).items()]
     before = path.read_bytes() if path.exists() else b""
     with atomic_write(path) as file:
         file.write(before + "".join(f"{line}\n" for line in lines).encode())
@@ -283,11 +279,11 @@ def main():
         raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
     if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
         raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = paths = settings = weights = embedding = None
-    if "score" in stages and FLAGS.fid_features == "inception":
-        weights = find_weights(FLAGS.inception_weights)
+    net = paths = settings = space = None
+    if "score" in stages:
+        distances = build.distance_space(FLAGS, FLAGS.fid_features, device, FLAGS.batch_size)
     if "memorise" in stages and FLAGS.memorise_features:
-        embedding = build.embedding(FLAGS, FLAGS.memorise_features, device, "memorise_features")
+        space = build.copies_space(FLAGS, FLAGS.memorise_features, device, "memorise_features")
     if stages & {"generate", "gap"}:
         if not FLAGS.unet_dir:
             raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
@@ -312,7 +308,7 @@ def main():
     reference, given, data = build.reference_images(FLAGS, data), data, data.distinct()
     training, heldout = data.train.images, build.holdout_images(FLAGS, data)
     before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (given, data))
-    repeats = about_repeats(*before, *after)
+    repeats = count_repeats(*before, *after)
     if "gap" in stages:
         build.heldout_images(FLAGS, data, "stages=gap")
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
@@ -327,16 +323,7 @@ def main():
     result = distributed.from_main(earlier_result() if distributed.is_main() else None)
     if "score" in stages:
         number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = Quality(
-            reference,
-            number,
-            weights,
-            device,
-            fid_cache=FLAGS.fid_cache,
-            batch_size=FLAGS.batch_size,
-            heldout=heldout,
-            by_content=bool(FLAGS.samples),
-        )
+        quality = build.quality(FLAGS, distances, reference, number, device, heldout, by_content=bool(FLAGS.samples))
     announce(device, net, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
 
     if "generate" in stages:
@@ -357,6 +344,7 @@ def main():
     used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
     result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
     result |= {"N": len(images), "training_set_size": len(training), **repeats, **notes}
+    result["training_seconds"] = training_seconds(result["checkpoint"])
     is_new = False
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)
@@ -368,7 +356,7 @@ def main():
         on_device = training.to(build.data_device(FLAGS, device))
         search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
         search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip, "names": names}
-        is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, embedding, **search))
+        is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, space, **search))
     if "gap" in stages:
         add(result, "gap", lambda: find_gap(net, paths, data, device))
     if distributed.is_main():

@@ -11,10 +11,8 @@ import torch
 from absl.flags import FLAGS
 
 from dataset import image_folders
-from score.evaluate import Quality
 from score.fid import CACHE
 from score.generate import generate
-from score.inception import find_weights
 from training import build
 from training.flags import define
 from training.launch import Interruption, announce, check_warmup, pick_device, run
@@ -109,9 +107,9 @@ def main():
     if FLAGS.train and FLAGS.batch_size % distributed.world_size():
         what = f"it must be a multiple of the {distributed.world_size()} that were started"
         raise UsageError(f"--batch_size={FLAGS.batch_size} is of all processes together: {what}")
-    weights, scores = None, FLAGS.eval or FLAGS.eval_step
-    if scores and FLAGS.fid_features == "inception":
-        weights = find_weights(FLAGS.inception_weights)
+    scores, quality = FLAGS.eval or FLAGS.eval_step, None
+    if scores:
+        space = build.distance_space(FLAGS, FLAGS.fid_features, device, FLAGS.batch_size)
     if FLAGS.eval and not FLAGS.train:
         take_trainings(FLAGS, [find_checkpoint(FLAGS.unet_dir or logdir)])
     default_resize(FLAGS, logdir)
@@ -120,17 +118,9 @@ def main():
     keep_apart(folders, {"heldout": FLAGS.heldout}, written)
     with distributed.main_first():
         data = build.dataset(FLAGS)
-    quality = None
     if scores:
-        quality = Quality(
-            build.reference_images(FLAGS, data),
-            FLAGS.num_images,
-            weights,
-            device,
-            fid_cache=FLAGS.fid_cache,
-            batch_size=FLAGS.batch_size,
-            heldout=data.heldout and data.heldout.images,
-        )
+        reference, heldout = build.reference_images(FLAGS, data), data.heldout and data.heldout.images
+        quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

@@ -37,7 +37,7 @@ done
 
 echo
 "$PYTHON" -m score.compare --floors --json="$out/table.json" "${results[@]}"
-"$PYTHON" -m text_to_image.picture "$out/demo_text.png" "training (OpenMoji, CC BY-SA 4.0)=$out/train" "${pictures[@]}"
+"$PYTHON" -m score.grids "$out/demo_text.png" "training (OpenMoji, CC BY-SA 4.0)=$out/train" "${pictures[@]}"
 echo
 echo "Lower own image and f_mem, lower similarity: less memorised. Lower fpd to held-out: better images."
 echo "Pages: $out/*/eval_round*/grid/report.html. Pictures: $out/demo_text.png, $out/*/eval_round*/grid/grid_image*.png"

@@ -58,15 +58,16 @@ def measure(images, data):
     any other, 1 - AuthPct of Alaa et al. 2022. `above` is MQ less its floor, that of the held-out images.
     """
     loaded, reference, floors = held_out(**data)
-    found, _ = evaluate(images, loaded.train.images)
+    numbers, _ = evaluate(images, loaded.train.images)
+    pixels = numbers["pixels"]
     return {
         "fpd": frechet_distance(*compute_statistics(images), *reference),
         "swd": mean_of(sliced_wasserstein(loaded.heldout.images, images)),
-        "f_mem": found["share_sqrt_d1_d2_below_third"],
-        "extracted": found["extracted"],
-        "near copies": 1 - found["auth_pct"] / 100,
-        **{f"MQ@{p}": found["mq_fraction"][p] for p in ("15", "30", "50")},
-        **{f"MQ@{p} above": found["mq_fraction"][p] - floors[p] for p in ("15", "30", "50")},
+        "f_mem": pixels["f_mem"],
+        "extracted": pixels["extracted"],
+        "near copies": 1 - pixels["auth_pct"] / 100,
+        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30", "50")},
+        **{f"MQ@{p} above": pixels["mq_fraction"][p] - floors[p] for p in ("15", "30", "50")},
         "images": len(images),
     }
 
@@ -75,8 +76,8 @@ def measure(images, data):
 def held_out(**data):
     """A data set, the pooled pixels' statistics of its held-out images, and MQ of these, the floor: {p: share}."""
     loaded = load(**data)
-    found, _ = evaluate(loaded.heldout.images, loaded.train.images)
-    return loaded, compute_statistics(loaded.heldout.images), found["mq_fraction"]
+    numbers, _ = evaluate(loaded.heldout.images, loaded.train.images)
+    return loaded, compute_statistics(loaded.heldout.images), numbers["pixels"]["mq_fraction"]
 
 
 def floor(data_root):

@@ -91,16 +91,17 @@ def measure(images, data):
     f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
     """
     distinct, repeated, heldout = real_images(data)
-    found, (sq_distance, index) = evaluate(images, distinct, scores=lambda images: {"fpd": fpd(images, heldout)})
+    numbers, (sq_distance, index) = evaluate(images, distinct)
+    pixels = numbers["pixels"]
     copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
     return {
-        "fpd": found["fpd"],
+        "fpd": fpd(images, heldout),
         "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
-        "f_mem": found["share_sqrt_d1_d2_below_third"],
+        "f_mem": pixels["f_mem"],
         "f_mem of copies": (copies & of_repeated).double().mean().item(),
         "extracted": len(index[copies & of_repeated, 0].unique()),
         "near copies": of_repeated.double().mean().item(),
-        **{f"MQ@{p}": found["mq_fraction"][p] for p in ("15", "30")},
+        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")},
         "images": len(images),
     }
 

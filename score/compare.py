@@ -1,7 +1,7 @@
 """Several evaluations in one table and one page, repeats as mean and spread:
 
-python -m score.compare runs/a/grid runs/b/grid --html=both.html
-python -m score.compare default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
+python -m score.compare runs/a/grid runs/b/grid --html=both.html python -m score.compare
+default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
 """
 
 import itertools
@@ -11,31 +11,21 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from score.columns import COLUMNS, FLOORS, floor_of, renewed, under
 from score.grids import closest_pairs, save_comparison
-from score.report import (
-    COLUMNS,
-    FLOORS,
-    curves,
-    figures,
-    floor_of,
-    histograms,
-    page,
-    shortened,
-    similarity,
-    table,
-    under,
-)
+from score.report import curves, figures, histograms, page, shortened, table, training_seconds
 from utils import startup
 from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
 
-NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution")  # of `origin`: said elsewhere, or free
-OF_REPEATS = ("seed", "_dir", "(sha256)")  # ends of the names of settings that repeats of a training differ in
-STEPS_IN_NAME = r"(global_)?(ckpt|checkpoint)\w*\d"  # a checkpoint called by its steps or rounds, not by its user
+# of `origin`: said elsewhere, or free
+NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution")
+OF_REPEATS = ("seed", "_dir", "(sha256)")  # ends of the names of settings that repeats differ in
+STEPS_IN_NAME = r"(global_)?(ckpt|checkpoint)\w*\d"  # called by steps or rounds, not by a user
 
 
 def summarize(results):
-    """{column: {"mean": x, "std": sample standard deviation or None}} over repeats, of the columns that all have."""
+    """{column: {"mean": x, "std": sample deviation or None}} of the columns that all repeats have."""
     summary = {}
     for column, (value_of, _) in COLUMNS.items():
         values = [value_of(result) for result in results]
@@ -54,12 +44,12 @@ def rows_of(summaries):
         forms = {"mean": form, "std": form.replace("+", "")}
         return " ± ".join(forms[name].format(x) for name, x in numbers.items() if x is not None) or "-"
 
-    rows = [[label, *(cell(c, summary.get(c, {})) for c in columns)] for label, summary in summaries.items()]
-    return ["method", *columns], rows
+    rows = [[cell(c, summary.get(c, {})) for c in columns] for summary in summaries.values()]
+    return ["method", *columns], [[label, *row] for label, row in zip(summaries, rows, strict=True)]
 
 
 def markdown_table(header, rows):
-    """A table as Markdown, each line with its line break; rows: as many cells each as the header, of any type."""
+    """A table as Markdown, each line with its line break; rows: of as many cells as the header."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -68,32 +58,26 @@ def markdown_table(header, rows):
 
 
 def read_results(arguments):
-    """{label: [(path, result)]} from arguments RUN or LABEL=RUN: a result.json, or the directory that holds it."""
+    """{label: [(path, result)]} from arguments RUN or LABEL=RUN: a result.json or its directory."""
     groups = {}
     for argument in arguments:
-        label, path = split_label(argument)
+        label, path = startup.split_label(argument)
         if path.is_dir():
             path = path / "result.json"
-        label = label or (path.parent.parent.name if path.parent.name == "grid" else path.parent.name) or str(path)
+        run = path.parent.parent if path.parent.name == "grid" else path.parent
+        label = label or run.name or str(path)
         result = read_json(path)
         if not isinstance(result, dict) or "N" not in result:
             raise DataError(f"{path}: no result of all_in.py: name its result.json")
+        result = renewed(result)
+        if not result.get("training_seconds"):
+            result["training_seconds"] = training_seconds(result.get("checkpoint"))
         groups.setdefault(printable(label), []).append((path, result))
     return groups
 
 
-def split_label(argument):
-    """(label, path) of an argument: the longest end of it that exists, after no or some "=", is the path. DataError."""
-    parts = argument.split("=")
-    for i in range(len(parts)):
-        path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
-        if os.path.exists(path):  # noqa: PTH110 - false where Path.exists raises, as for a name that is too long
-            return "=".join(parts[:i]), Path(path)
-    raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
-
-
 def separate(groups):
-    """The groups of `read_results`, with a row for each kind of results where those of a label are not repeats.
+    """The groups of `read_results`, a row for each kind of results where a label's are no repeats.
 
     Returns:
         rows: {label, or "label (1)" and so on: [(path, result)]}.
@@ -103,9 +87,10 @@ def separate(groups):
     for label, members in groups.items():
         kinds = []
         for member in members:
-            fitting = [kind for kind in kinds if all(are_repeats(member[1], result) for _, result in kind)]
-            if fitting:
-                fitting[0].append(member)
+            for kind in kinds:
+                if all(are_repeats(member[1], result) for _, result in kind):
+                    kind.append(member)
+                    break
             else:
                 kinds.append([member])
         if len(kinds) == 1:
@@ -114,15 +99,15 @@ def separate(groups):
         names = (name for i in itertools.count(1) if (name := f"{label} ({i})") not in groups)
         of_label = dict(zip(names, kinds, strict=False))
         what = ", ".join(differing(results_in(of_label), facts_of_repeats))
-        files = "; ".join(f"{name}: {', '.join(str(path) for path, _ in kind)}" for name, kind in of_label.items())
-        note = f"{label} has a row for each kind of its results, no mean, since they differ in {what}: {files}"
-        notes.append(printable(note))
+        files = {name: ", ".join(str(path) for path, _ in kind) for name, kind in of_label.items()}
+        listed = "; ".join(f"{name}: {paths}" for name, paths in files.items())
+        note = f"{label} has a row for each kind of its results, no mean, since they differ in {what}"
+        notes.append(printable(f"{note}: {listed}"))
         rows |= of_label
     return rows, notes
 
 
 def results_in(rows):
-    """{label: [result of each repeat]} of {label: [(path, result)]}."""
     return {label: [result for _, result in members] for label, members in rows.items()}
 
 
@@ -133,21 +118,22 @@ def are_repeats(result, other):
 
 
 def facts_of(result):
-    """{name: value} of what results share if all their numbers compare; an older result does not know all of it."""
-    is_text = "features" in result
-    has_copies = is_text or "mq" in result  # else the search was not run yet
-    settings, heldout, origin = (result.get(name) or {} for name in ("flags", "holdout", "origin"))
+    """{name: value} of what results share if their numbers compare; older ones do not know all of it."""
+    names = ("flags", "holdout", "origin", "pixels")
+    settings, heldout, origin, pixels = (result.get(name) or {} for name in names)
+    is_text = "similarity" in result and "pixels" not in result
+    has_copies = is_text or "pixels" in result  # else the search was not run yet
     facts = {
         "evaluation": "text_to_image.all_in" if is_text else "all_in",
         "training images": result.get("training_sha256"),
         "number of training images": result.get("training_set_size"),
         "image size": settings.get("resolution" if is_text else "img_size"),
         "number of images": result["N"] or None,
-        "mirror images": "mirrored" in result if "extracted" in result else None,
+        "mirror images": "mirrored" in pixels if "extracted" in pixels else None,
         "held-out images": heldout.get("images_sha256") if heldout or not has_copies else "none",
         "number of held-out images": heldout.get("N"),
-        "features of similarity": similarity("features")(result),
-        "preprocessing of similarity": similarity("preprocess")(result),
+        "features of similarity": under("similarity", "features")(result),
+        "preprocessing of similarity": under("similarity", "preprocess")(result),
         "fid_reference": result.get("fid_reference"),
         **{
             "reference images" if name == "images" else f"scores: {name}": value
@@ -163,8 +149,9 @@ def facts_of(result):
 def facts_of_repeats(result):
     """`facts_of` a result, and of its training and checkpoint what repeats share."""
     training = {k: v for k, v in (result.get("training") or {}).items() if not k.endswith(OF_REPEATS)}
-    name = checkpoint_of(result)
-    return facts_of(result) | ({"checkpoint": name} if re.match(STEPS_IN_NAME, name or "") else {}) | training
+    name = checkpoint_of(result) or ""
+    checkpoint = {"checkpoint": name} if re.match(STEPS_IN_NAME, name) else {}
+    return facts_of(result) | checkpoint | training
 
 
 def checkpoint_of(result):
@@ -173,7 +160,7 @@ def checkpoint_of(result):
 
 
 def settings_of(result):
-    """{name: value} of what made a result, as far as it is known: `facts_of`, training and the seed of the images."""
+    """{name: value} of what made a result, as far as it is known: `facts_of`, training, seed."""
     origin = result.get("origin") or {}
     seed = {"sampling: seed": origin["seed"]} if "seed" in origin else {}
     name = checkpoint_of(result)
@@ -182,22 +169,27 @@ def settings_of(result):
 
 
 def differing(results, values_of):
-    """{name: {label: text}} of the values that differ between labels, those of a label's repeats side by side.
+    """{name: {label: text}} of the values that differ between labels, those of repeats side by side.
 
     Args:
         results: {label: [result of each repeat]}.
-        values_of: a function of a result that returns {name: value}; a label none of whose results has a name has "".
+        values_of: a function of a result that returns {name: value}; a label none of whose results has a
+            name has "".
     """
-    values, found = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}, {}
-    for name in dict.fromkeys(name for of_label in values.values() for known in of_label for name in known):
-        cells = {label: dict.fromkeys(str(v[name]) for v in values[label] if name in v) for label in results}
+    values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
+    different = {}
+    for name in dict.fromkeys(itertools.chain(*itertools.chain(*values.values()))):
+        cells = {
+            label: dict.fromkeys(str(known[name]) for known in of_label if name in known)
+            for label, of_label in values.items()
+        }
         if len({frozenset(cell) for cell in cells.values() if cell}) > 1:
-            found[name] = {label: " / ".join(cell) for label, cell in cells.items()}
-    return found
+            different[name] = {label: " / ".join(cell) for label, cell in cells.items()}
+    return different
 
 
 def warnings_about(results):
-    """A line for each of the `facts_of` results in which labels differ, and for each doubt about how one was trained.
+    """A line for each of the `facts_of` in which labels differ, and for each doubt about a training.
 
     results: as for `differing`.
     """
@@ -208,14 +200,14 @@ def warnings_about(results):
             labels_of.setdefault(text, []).append(label)
         said = "; ".join(f"{', '.join(labels)}: {text}" for text, labels in labels_of.items() if text)
         lines.append(f"not all numbers compare, since these differ in {name}: {said}")
-    doubts = {label: [result.get("settings_warning") for result in repeats] for label, repeats in results.items()}
-    return lines + [
-        f"{label}: {text}" for label, texts in doubts.items() for text in dict.fromkeys(filter(None, texts))
-    ]
+    for label, repeats in results.items():
+        doubts = dict.fromkeys(result.get("settings_warning") for result in repeats)
+        lines += [f"{label}: {text}" for text in doubts if text]
+    return lines
 
 
 def shared(name, values):
-    """{label: value} with equal values once: as `name` if all are equal, else with the labels they are of."""
+    """{label: value} with equal values once: as `name` if all are equal, else with their labels."""
     labels_of = []
     for label, value in values.items():
         same = next((labels for labels, other in labels_of if other == value), None)
@@ -228,16 +220,16 @@ def shared(name, values):
 
 
 def floors_of(results):
-    """{name: summary} of what is measured in the place of generated images; labels with equal floors share one.
+    """{name: summary} of what is measured in the place of generated images, equal ones once.
 
     results: {label: [result of each repeat]}.
     """
-    found, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
+    rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
-        summaries = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
-        found |= shared(name, {label: summary for label, summary in summaries.items() if summary})
-    return found
+        floors = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
+        rows |= shared(name, {label: summary for label, summary in floors.items() if summary})
+    return rows
 
 
 def once(values):
@@ -246,14 +238,15 @@ def once(values):
 
 
 def floor_under(key):
-    """A function that finds the floor under a key of a result, with the features that its similarities are of."""
-    return lambda result: {"features": result.get("features"), **floor_of(result, key)} if key in result else None
+    """A function that finds the floor under a key of a result, or None."""
+    return lambda result: floor_of(result, key) if key in result else None
 
 
 def similarity_of_training(result):
-    """How similar training images are to each other, by the names that similarities of generated images have."""
-    found = {f"sim_{name[3:]}": value for name, value in result.items() if name.startswith("bg_")}
-    return {"features": result.get("features"), **found} if found else None
+    """How similar training images are to each other, under the names of generated images' numbers."""
+    numbers = result.get("similarity") or {}
+    among = {f"sim_{name[3:]}": value for name, value in numbers.items() if name.startswith("bg_")}
+    return {"similarity": {"features": numbers.get("features"), **among}} if among else None
 
 
 def compare_page(rows, summaries, notes):
@@ -265,18 +258,17 @@ def compare_page(rows, summaries, notes):
         notes: lines that are to be said of them.
     """
     results = results_in(rows)
-    floors = {label: once(found) for label, found in curves_under(results, "holdout", "mq_curve").items()}
-    drawn = curves_under(results, "mq_curve") | shared("held-out real images", floors)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}
     said = "".join(f"<p class=warning>{escape(shortened(note))}</p>" for note in notes)
     (_, *columns), scores = rows_of(summaries)
     labels, *measures = zip(*scores, strict=True)
     cells = [[text.replace("± ", "±\N{NO-BREAK SPACE}") for text in row] for row in measures]
-    scores = table(["measure", *labels], [[name, *row] for name, row in zip(columns, cells, strict=True)])
+    cells = [[name, *row] for name, row in zip(columns, cells, strict=True)]
+    scores = table(["measure", *labels], cells)
     sections = [
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
-        ("Memorised quantity over all thresholds", curves(drawn)),
+        *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
         ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", differing_settings(results)),
@@ -284,16 +276,32 @@ def compare_page(rows, summaries, notes):
     return page("Runs compared", sections, "comparison")
 
 
+def all_thresholds(results):
+    """[(heading, chart)] of MQ in pixels and in feature space, as far as the results have it."""
+    sections = []
+    for space, where in (("pixels", ""), ("similarity", ", in feature space")):
+        of_heldout = curves_under(results, "holdout", space, "mq_curve")
+        floors = {label: once(repeats) for label, repeats in of_heldout.items()}
+        drawn = curves_under(results, space, "mq_curve") | shared("held-out real images", floors)
+        if drawn:
+            sections.append((f"Memorised quantity over all thresholds{where}", curves(drawn)))
+    return sections
+
+
 def curves_under(results, *keys):
     """{label: [curve of each repeat that has one under these keys]}, without labels that have none."""
-    found = {label: [under(*keys)(result) for result in repeats] for label, repeats in results.items()}
-    return {label: [curve for curve in of_label if curve] for label, of_label in found.items() if any(of_label)}
+    curve_of, drawn = under(*keys), {}
+    for label, repeats in results.items():
+        if of_label := [curve for result in repeats if (curve := curve_of(result))]:
+            drawn[label] = of_label
+    return drawn
 
 
 def mean_histogram(repeats):
     """The mean of the histograms of similarity of the repeats that have one, or None."""
-    found = [shares for result in repeats if (shares := similarity("sim_histogram")(result))]
-    return [statistics.fmean(bin) for bin in zip(*found, strict=True)] if found else None
+    histogram_of = under("similarity", "sim_histogram")
+    known = [shares for result in repeats if (shares := histogram_of(result))]
+    return [statistics.fmean(bin) for bin in zip(*known, strict=True)] if known else None
 
 
 def pictures(rows):
@@ -303,16 +311,17 @@ def pictures(rows):
         for number, (path, result) in enumerate(members, 1):
             name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
             grid = path.with_name("grid_image0.png")
-            if "grids" not in result or not grid.exists():  # a grid that the result does not know is of other images
+            # a grid that the result does not know is of other images
+            if "grids" not in result or not grid.exists():
                 missing.append(f"{name}: no grid_image0.png of these images beside {path}")
                 continue
             try:
-                found = closest_pairs(grid, result["N"])
+                pairs = closest_pairs(grid, result["N"])
             except DataError as error:
                 missing.append(f"{name}: {error}")
                 continue
             images = []
-            for place, pair in enumerate(found, 1):
+            for place, pair in enumerate(pairs, 1):
                 what = f"of pair {place} of {name}"
                 images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
             shown.append((escape(name), images))
@@ -321,7 +330,7 @@ def pictures(rows):
 
 
 def differing_settings(results):
-    """A table of the settings that differ between labels, the values of a label's repeats side by side."""
+    """A table of the settings that differ between labels, those of repeats side by side."""
     rows = [
         [name, *(text or "unknown" for text in texts.values())]
         for name, texts in differing(results, settings_of).items()
@@ -331,17 +340,15 @@ def differing_settings(results):
 
 def main(arguments=None):
     """Print the table, and write it where the arguments say."""
-    parser = startup.Parser(prog="python -m score.compare", description="Several evaluations in one table.")
-    parser.add_argument(
-        "results", nargs="+", metavar="[LABEL=]RUN", help="a result.json or its directory; repeats have equal labels"
-    )
+    parser = startup.Parser("python -m score.compare", description="Several evaluations in one table.")
+    what = "a result.json or its directory; repeats have equal labels"
+    parser.add_argument("results", nargs="+", metavar="[LABEL=]RUN", help=what)
     path = {"type": os.path.expanduser, "metavar": "FILE"}
     parser.add_argument("--json", **path, help="also write the numbers")
     parser.add_argument("--html", **path, help="also write a page: the table, curves and pictures")
-    parser.add_argument("--picture", **path, help="also write the most memorised pairs of every label, as PNG")
-    parser.add_argument(
-        "--floors", action="store_true", help="rows of what the runs measured in the place of generated images"
-    )
+    parser.add_argument("--picture", **path, help="also write the most memorised pairs of all, as PNG")
+    what = "rows of what the runs measured in the place of generated images"
+    parser.add_argument("--floors", action="store_true", help=what)
     options = parser.parse_args(arguments)
     rows, notes = separate(read_results(options.results))
     results = results_in(rows)

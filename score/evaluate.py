@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from score import fid, memorization
-from score.inception import FEATURES, Inception
+from score.inception import DIMENSION
 from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, write_text
-from utils.images import equal_images, fingerprint
+from utils.images import fingerprint
 
 SPLITS = 10  # of the Inception score
-FID_IMAGES = FEATURES  # with fewer the covariance has no full rank
+FID_IMAGES = DIMENSION  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 SWD = "Karras et al. 2018"  # what scores that earlier versions have written lack
 LEAST_HELDOUT = 4  # for two halves of two
@@ -27,64 +27,70 @@ COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square
 SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 
 
-def evaluate(images, training, heldout=None, scores=None, folder=None, sets=None, hflip=False, names=None, **search):
-    """All numbers of a set of images, as JSON values: those of result.json, and their nearest training images.
+def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False, names=None, **search):
+    """All numbers of a set of images in pixels, as JSON values, and their nearest training images.
 
     Args:
-        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times should be here
-            once: a repeated one is its own second neighbour.
-        heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place of generated
-            ones is the floor; None for no floor.
-        scores: a function of the images that returns {name: score}, such as a `Quality`; None for no scores.
+        images, training: (N, 3, H, W) and (M, 3, H, W), uint8. Training images that occur several times
+            should be here once: a repeated one is its own second neighbour.
+        heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place
+            of generated ones is the floor; None for no floor.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
-        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too; None for not.
+        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too;
+            None for not.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: a dict: the scores, `measures`, with hflip `extraction` of training images and their mirror images as
-            `mirrored`; with held-out images all but the scores of them as `holdout`, `mq_above_floor`: the shares below
-            each threshold less those of held-out images, and what `data_copying` returns.
-        found: (sq_distance, index), as `nearest_neighbors` returns them.
+        numbers: {"pixels": those of `measure_distances`; with hflip the `extraction` of training images
+            and their mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares
+            below each threshold less those of held-out images, and what `data_copying` returns}; with
+            held-out images their numbers as "holdout", in the same shape.
+        nearest: (sq_distance, index), as `nearest_neighbors` returns them.
     """
 
-    def measured(images, name, sets, about=None):
+    def measure(images, name, sets, named=None):
         path = folder and Path(folder) / f"{name}.npz"
-        found = neighbors(images, training, path, sets, about, **search)
-        numbers = memorization.measures(*found, training)
+        nearest = neighbors(images, training, path, sets, named, **search)
+        numbers = memorization.measure_distances(*nearest, training)
         if hflip:
             path = path and path.with_stem(f"{name}_mirrored")
             mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
-            numbers["mirrored"] = memorization.extraction(*memorization.nearer_of_both(found, mirrored))
-        return numbers, found
+            nearer = memorization.nearer_of_both(nearest, mirrored)
+            numbers["mirrored"] = memorization.extraction(*nearer)
+        return numbers, nearest
 
-    about = dict(zip(("image_names", "training_names"), names, strict=True)) if names else None
-    numbers, found = measured(images, "memorization", sets, about)
+    named = dict(zip(("image_names", "training_names"), names, strict=True)) if names else None
+    pixels, nearest = measure(images, "memorization", sets, named)
     if names and distributed.is_main():
-        write_nearest(Path(folder) / "nearest.csv", *found, *names)
-    numbers |= scores(images) if scores else {}
+        write_nearest(Path(folder) / "nearest.csv", *nearest, *names)
+    numbers = {"pixels": pixels}
     if heldout is not None:
-        of_these = {"images_sha256": fingerprint(heldout)}
-        floor, found_heldout = measured(heldout, "holdout", sets and sets | of_these)
-        above = {p: share - floor["mq_fraction"][p] for p, share in numbers["mq_fraction"].items()}
-        numbers |= {"holdout": {"N": len(heldout), **of_these, **floor}, "mq_above_floor": above}
+        sha256 = {"images_sha256": fingerprint(heldout)}
+        floor, of_heldout = measure(heldout, "holdout", sets and sets | sha256)
+        numbers["holdout"] = {"N": len(heldout), **sha256, "pixels": floor}
+        shares = pixels["mq_fraction"].items()
+        pixels["mq_above_floor"] = {p: share - floor["mq_fraction"][p] for p, share in shares}
         if distributed.is_main():
-            numbers |= memorization.data_copying(images, training, heldout, found[0], found_heldout[0])
-    return distributed.from_main(numbers), found
+            pixels |= memorization.data_copying(images, training, heldout, nearest[0], of_heldout[0])
+    return distributed.from_main(numbers), nearest
 
 
-def about_repeats(training, heldout, training_left, heldout_left):
-    """What result.json says of the training images that equal others, and of the held-out ones that equal one of them.
+def count_repeats(training, heldout, training_left, heldout_left):
+    """What result.json says of training images that equal others, and held-out ones that equal these.
 
     Args:
         training, heldout: how many images there are.
         training_left, heldout_left: how many of them are measured.
     """
     repeated, in_training = training - training_left, heldout - heldout_left
-    said = [f"{repeated:,} of {training:,} training images equal others, and count once"] if repeated else []
+    said = []
+    if repeated:
+        said.append(f"{repeated:,} of {training:,} training images equal others, and count once")
     if in_training:
-        said.append(f"{in_training:,} of {heldout:,} held-out images equal training images, and are left out")
+        what = f"{in_training:,} of {heldout:,} held-out images"
+        said.append(f"{what} equal training images, and are left out")
     counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
     return {**counts, "repeats_warning": "; ".join(said) or None}
 
@@ -97,7 +103,8 @@ def identity(images, training):
 def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 / d_2 is empty.
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
+    d_2 is empty.
     """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
@@ -106,23 +113,31 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
     for i in ratio.argsort(stable=True).tolist():
         second = d[i, 1].item() if d.shape[1] > 1 else 0.0
         quotient = f"{d[i, 0].item() / second:.6f}" if second else ""
-        table.writerow([image_names[i], training_names[index[i, 0].item()], f"{ratio[i].item():.6f}", quotient])
+        nearest = training_names[index[i, 0].item()]
+        table.writerow([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
     write_text(path, file.getvalue())
 
 
-def neighbors(images, training, path=None, sets=None, about=None, device=None, **search):
-    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there, and so is `about`."""
-    known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
-    found = known or memorization.neighbors_by_all(images, training, device=device, **search)
+def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):
+    """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there.
+
+    named: {name of an array in the file: names of images}, or None.
+    """
+    known = known_neighbors(path, sets) if path and distributed.is_main() else None
+    known = distributed.from_main(known)
+    nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
+    sq_distance, index = nearest
     if path and not known and distributed.is_main():
-        arrays = {"ratio": memorization.memorization_ratio(found[0]), "index": found[1], "sq_distance": found[0]}
+        ratio = memorization.memorization_ratio(sq_distance)
+        arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
+        arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
         with atomic_write(path) as file:
-            np.savez(file, **{key: array.cpu().numpy() for key, array in arrays.items()}, **sets, **(about or {}))
-    return tuple(array.to(device or training.device) for array in found)
+            np.savez(file, **arrays, **sets, **(named or {}))
+    return tuple(array.to(device or training.device) for array in nearest)
 
 
 def known_neighbors(path, sets):
-    """(sq_distance, index) in a file if it is there and of these sets, which `identity` returns, else None."""
+    """(sq_distance, index) in a file if it is there and of these sets, of `identity`, else None."""
     if not Path(path).exists():
         return None
     try:
@@ -135,126 +150,121 @@ def known_neighbors(path, sets):
 
 
 class Quality:
-    """The network and the reference that generated images are scored with: made ready here, before any long work.
+    """The reference that generated images are scored against, made ready here, before any long work.
 
-    `scored_with`, of JSON values, decides the scores of given images; `warning` is what is to be said of them, or None.
+    `scored_with`, of JSON values, decides the scores of given images; `warning` is what is to be said of
+    them, or None.
 
     Args:
         reference: (M, 3, H, W) uint8 real images.
-        num_images: how many images will be scored.
-        weights: the Inception weights file (`find_weights`), for FID and IS; None for fpd.
-        device: of the Inception network and the sliced Wasserstein distance.
+        number: how many images will be scored.
+        space: the `FeatureSpace` of distance, precision and recall; of Inception's there is the
+            Inception score too.
+        device: of the sliced Wasserstein distance.
         fid_cache: as `cache` of `reference_statistics`.
-        batch_size: images per call of the network.
-        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach; None for none.
-        by_content: take images in their `content_order`, so that no score depends on the order in which they come.
+        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach;
+            None for none.
+        by_content: take images in their `content_order`, so that no score depends on the order in which
+            they come.
 
     Raises:
-        DataError: damaged Inception weights, or a cache that is of other images or cannot be written.
+        DataError: a cache that is of other images or cannot be written.
         UsageError: too few images.
     """
 
-    def __init__(
-        self,
-        reference,
-        num_images,
-        weights=None,
-        device="cpu",
-        fid_cache=None,
-        batch_size=50,
-        heldout=None,
-        by_content=False,
-    ):
-        least = SPLITS if weights else 2
-        for name, number in (("generated", num_images), ("real", len(reference))):
-            if number < least:
-                raise UsageError(f"{number} {name} images: at least {least} are needed for scores")
-        wanted = [f"FID needs {FID_IMAGES:,} of each"] if min(num_images, len(reference)) < FID_IMAGES else []
-        wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if num_images < IS_IMAGES else []
+    def __init__(self, reference, number, space, device, fid_cache=None, heldout=None, by_content=False):
+        least = SPLITS if space.logits else 2
+        for name, given in (("generated", number), ("real", len(reference))):
+            if given < least:
+                raise UsageError(f"{given} {name} images: at least {least} are needed for scores")
+        fewest = min(number, len(reference))
+        wanted = [f"FID needs {FID_IMAGES:,} of each"] if fewest < FID_IMAGES else []
+        wanted += [f"IS needs {IS_IMAGES:,} generated ones"] if number < IS_IMAGES else []
         self.warning = None
-        if weights and wanted:
-            numbers = f"{num_images:,} generated and {len(reference):,} real images"
+        if space.logits and wanted:
+            numbers = f"{number:,} generated and {len(reference):,} real images"
             self.warning = f"{numbers}: {' and '.join(wanted)} to mean much"
             if distributed.is_main():
                 warn(f"warning: {self.warning}")
         if heldout is not None and by_content:
             heldout = heldout[content_order(heldout)]
-        self.batch_size, self.device, self.heldout, self.by_content = batch_size, device, heldout, by_content
-        self.inception = Inception(weights, device) if weights else None
-        self.scored_with = fid.provenance_of(reference, self.inception) | {"swd": SWD}
+        self.space, self.device, self.heldout, self.by_content = space, device, heldout, by_content
+        self.scored_with = fid.provenance_of(reference, space) | {"swd": SWD}
         self.scored_with |= {"samples_order": SAMPLES_ORDER} if by_content else {}
         if heldout is not None:
             self.scored_with["heldout"] = fingerprint(heldout)
-        self.reference = fid.reference_statistics(reference, self.inception, fid_cache, batch_size)
+        self.reference = fid.reference_statistics(reference, space, fid_cache)
         self.all_real = reference[content_order(reference)] if by_content else reference
-        rows = torch.arange(len(reference)) if by_content else evenly_spaced(len(reference), COVER_IMAGES)
-        self.real = self.all_real[rows[:COVER_IMAGES]]
+        first, spread = slice(COVER_IMAGES), evenly_spaced(len(reference), COVER_IMAGES)
+        self.real = self.all_real[first if by_content else spread]
 
     @functools.cached_property
     def real_features(self):
-        """Those of evenly spaced reference images, or the first by content, made when first needed, on rank 0."""
+        """Those of evenly spaced reference images, or the first by content, on rank 0."""
         return in_order(self.batches(self.real))[0]
 
     def __call__(self, images):
-        """The scores of uint8 images (N, 3, H, W): {"fid", "is", "is_std"} or {"fpd"}, "precision", "recall" and `swd`.
+        """Scores of uint8 (N, 3, H, W): "fid", "is", "is_std" or "fpd"; "precision", "recall", "swd".
 
-        All processes take part, with the same images, and are given the scores. Precision and recall are of the first
-        `COVER_IMAGES`, and of as many reference images.
+        All processes take part, with the same images, and are given the scores. Precision and recall are
+        of the first `COVER_IMAGES`, and of as many reference images.
         """
-        order = content_order(images) if self.by_content else None
+        space, order = self.space, content_order(images) if self.by_content else None
         real, batches, scores = self.real_features, self.batches(images, order), None
-        dimension, device = fid.space_of(self.inception)
-        statistics = fid.mean_and_covariance((features for features, _ in batches), dimension, device)
+        features = (features for features, _ in batches)
+        statistics = fid.mean_and_covariance(features, space.dimension, space.device)
         features, probs = in_order(batches)
         if distributed.is_main():
-            distance = fid.frechet_distance(*statistics, *self.reference)
-            scores = {"fpd": distance}
-            if self.inception:
-                score, spread = fid.inception_score(probs, SPLITS)
-                scores = {"fid": distance, "is": score, "is_std": spread}
-            scores |= fid.precision_recall(real.to(device), features[:COVER_IMAGES].to(device))
-            levels = sliced_wasserstein(self.all_real, images if order is None else images[order], self.device, True)
+            scores = {space.distance: fid.frechet_distance(*statistics, *self.reference)}
+            if space.logits:
+                scores["is"], scores["is_std"] = fid.inception_score(probs, SPLITS)
+            sets = (part.to(space.device) for part in (real, features[:COVER_IMAGES]))
+            scores |= fid.precision_recall(*sets)
+            in_turn = images if order is None else images[order]
+            levels = sliced_wasserstein(self.all_real, in_turn, self.device, True)
             if levels:
-                scores |= {"swd": mean_of(levels)} | {f"swd_{side}": value for side, value in levels.items()}
+                scores["swd"] = mean_of(levels)
+                scores |= {f"swd_{side}": value for side, value in levels.items()}
         return distributed.from_main(scores) | self.floors(len(images))
 
     @functools.cache  # noqa: B019 - as long as the process lives there are one or two of these
     def floors(self, number):
         """What held-out images reach in the place of `number` generated ones: {} without any.
 
-        "precision_floor" and "recall_floor" are against the reference, or where that is these images themselves, of
-        one half of them against the other; "swd_floor" is always between halves.
+        "precision_floor" and "recall_floor" are against the reference, or where that has some of these
+        images, of one half of them against the other; "swd_floor" is always between halves.
         """
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]
-        group = equal_images(torch.cat([self.all_real, self.heldout]))
-        of_real, of_heldout = group.split([len(self.all_real), len(self.heldout)])
-        overlaps = bool((of_heldout <= of_real.max()).any())
+        of_reference = set(map(fingerprint, self.all_real))
+        overlaps = any(fingerprint(image) in of_reference for image in self.heldout)
         real, others = halves if overlaps else (self.all_real, self.heldout)
-        sets = (part[evenly_spaced(len(part), most)] for part, most in ((real, COVER_IMAGES), (others, number)))
+        sets = evenly(real, COVER_IMAGES), evenly(others, number)
         features, floors = [in_order(self.batches(part[:COVER_IMAGES]))[0] for part in sets], None
         if distributed.is_main():
-            _, device = fid.space_of(self.inception)
-            covered = fid.precision_recall(*(part.to(device) for part in features))
+            covered = fid.precision_recall(*(part.to(self.space.device) for part in features))
             floors = {f"{name}_floor": share for name, share in covered.items()}
-            levels = sliced_wasserstein(*(half[evenly_spaced(len(half), number)] for half in halves), self.device)
+            levels = sliced_wasserstein(*(evenly(half, number) for half in halves), self.device)
             floors |= {"swd_floor": mean_of(levels)} if levels else {}
         return distributed.from_main(floors)
 
     def batches(self, images, order=None):
-        """The `feature_batches` of images, on the CPU."""
-        batches = fid.feature_batches(images, self.inception, self.batch_size, order)
+        batches = fid.feature_batches(images, self.space, order)
         return [(features.cpu(), probs.cpu()) for features, probs in batches]
 
 
+def evenly(images, number):
+    """At most so many of the images, evenly spaced."""
+    return images[evenly_spaced(len(images), number)]
+
+
 def mean_of(levels):
-    """The mean of the values of a dict."""
     return sum(levels.values()) / len(levels)
 
 
 def in_order(batches):
-    """The features and the probabilities of all processes' batches, in the order of the images; on rank 0."""
+    """Features and probabilities of all processes' batches, in the order of the images, on rank 0."""
     gathered = distributed.gather(batches)
     if gathered is None:
         return None, None

@@ -1,4 +1,4 @@
-"""The gap of the denoising loss between training and held-out images, and the membership inference that it allows."""
+"""The gap of the denoising loss between training and held-out images, and membership inference by it."""
 
 import torch
 
@@ -11,9 +11,10 @@ FALSE_POSITIVES = 0.01
 
 
 def denoising_gap(trainer, training, heldout, seed, batch_size):
-    """Losses of training and of held-out images by t, and how well they tell these apart, as JSON values.
+    """Losses of training and held-out images by t, and how well they tell these apart, as JSON values.
 
-    The attack of Yeom et al. 2018 and Carlini et al. 2023: an image is taken for a training image if its loss is low.
+    The attack of Yeom et al. 2018 and Carlini et al. 2023: an image is taken for a training image if its
+    loss is low.
 
     Args:
         trainer: a `GaussianDiffusionTrainer` on its device, which is left in evaluation mode.
@@ -22,9 +23,10 @@ def denoising_gap(trainer, training, heldout, seed, batch_size):
         batch_size: images per call of the network.
 
     Returns:
-        "t" and the mean losses "training" and "heldout" at each of them; the numbers of "images" of both; "auc" and
-        "tpr", the true positive rate where 1 % of the held-out images are taken for training images, of the losses
-        averaged over t; "best_t", at which the AUC is largest, with its "best_auc" and "best_tpr".
+        "t" and the mean losses "training" and "heldout" at each of them; the numbers of "images" of
+        both; "auc" and "tpr", the true positive rate where 1 % of the held-out images are taken for
+        training images, of the losses averaged over t; "best_t", at which the AUC is largest, with its
+        "best_auc" and "best_tpr".
     """
     losses = [losses_by_t(trainer, *images, seed, batch_size) for images in (training, heldout)]
     of_training, of_heldout = losses
@@ -50,7 +52,7 @@ def timesteps(T):
 
 @torch.no_grad()
 def losses_by_t(trainer, images, labels, seed, batch_size):
-    """The training loss of each image at each of the `timesteps`: (N, S) float64; eps at t is the same for all.
+    """The training loss of each image at each of the `timesteps`: (N, S) float64; all have eps at t.
 
     Every process takes its share of the images, and all are given the whole.
     """
@@ -73,10 +75,11 @@ def losses_by_t(trainer, images, labels, seed, batch_size):
 
 
 def membership(of_training, of_heldout):
-    """ "auc" and "tpr" of telling training from held-out images by their losses (N,) and (L,), the lower the likelier.
+    """ "auc" and "tpr" of telling training from held-out images by their losses (N,) and (L,).
 
     AUC: of pairs of both, the share in which the training image has the lower loss, ties counting half.
-    TPR: the share of training images below the threshold that at most `FALSE_POSITIVES` of the held-out ones are below.
+    TPR: the share of training images below the threshold that at most `FALSE_POSITIVES` of the held-out
+    ones are below.
     """
     from scipy.stats import mannwhitneyu  # a second that others need not wait
 

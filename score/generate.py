@@ -22,7 +22,7 @@ FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json
 
 
 class MeanPrediction(nn.Module):
-    """Several networks as one that predicts the mean of their predictions: an ensemble of scores, not of weights."""
+    """Several networks as one that predicts the mean of their predictions: an ensemble of scores."""
 
     def __init__(self, nets):
         super().__init__()
@@ -34,15 +34,17 @@ class MeanPrediction(nn.Module):
 
 
 def draw_labels(seed, indices, num_labels, classes=None):
-    """The classes of images `indices`, uniform over the list `classes`, None for 0..num_labels-1: int64 (B,)."""
+    """Classes of the images `indices`, uniform over a list, None for 0..num_labels-1: int64 (B,)."""
     classes = classes or range(num_labels)
     return torch.tensor([classes[derive_seed(seed, "label", i) % len(classes)] for i in indices])
 
 
 def grid_noise(device, sample_size, img_size, seed, num_labels=None, classes=None):
-    """x_T (B, 3, H, W) and classes (B,), or None, of the sample grids of a training: the same at all times of it."""
+    """x_T (B, 3, H, W) and classes (B,), or None, of a training's sample grids, always the same."""
     x_T = torch.randn((sample_size, 3, img_size, img_size), generator=generator("cpu", seed, "x_T"))
-    labels = None if num_labels is None else draw_labels(seed, range(sample_size), num_labels, classes).to(device)
+    labels = None
+    if num_labels is not None:
+        labels = draw_labels(seed, range(sample_size), num_labels, classes).to(device)
     return x_T.to(device), labels
 
 
@@ -59,7 +61,7 @@ def generate_batches(
     legacy_labels=False,
     dtype=torch.float32,
 ):
-    """Generate images first..num_images-1 batch by batch with a progress bar, the network in evaluation mode.
+    """Generate images first..num_images-1 batch by batch with a bar, the network in evaluation mode.
 
     Every process makes a batch at a time; rank 0 is given all of them in order, the others nothing.
 
@@ -68,13 +70,13 @@ def generate_batches(
         num_images, batch_size: how many in all, and per call of the sampler.
         seed: of x_T, of the classes, and of the noise of stochastic samplers.
         first: images before this one are there already.
-        num_labels, classes: draw a class for every image, as `draw_labels`; num_labels is None for an unconditional
-            network.
+        num_labels, classes: draw a class for every image, as `draw_labels`; num_labels is None for an
+            unconditional network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
         dtype: of autocast; float32 for none.
 
-    Yields:
-        (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their pixels): bool (B,).
+    Yields: (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their
+        pixels): bool (B,).
     """
     device = sampler.betas.device
     shape = (3, sampler.img_size, sampler.img_size)
@@ -88,7 +90,8 @@ def generate_batches(
             if indices:
                 labels = None
                 if num_labels is not None:
-                    labels = draw_labels(seed, indices, num_labels, classes).to(device) - int(legacy_labels)
+                    drawn = draw_labels(seed, indices, num_labels, classes)
+                    labels = drawn.to(device) - int(legacy_labels)
                 noise = sample_noise(seed, indices, shape, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     x_0 = sampler(noise(), labels, noise)
@@ -101,26 +104,30 @@ def generate_batches(
 
 
 def generate(sampler, num_images, batch_size, seed, **settings):
-    """All images at once, in every process: (N, 3, H, W) uint8 on the CPU; arguments as for `generate_batches`."""
-    batches = [images for images, _ in generate_batches(sampler, num_images, batch_size, seed, **settings)]
-    shape = (num_images, 3, sampler.img_size, sampler.img_size)
-    return distributed.broadcast(torch.cat(batches) if batches else torch.empty(shape, dtype=torch.uint8), 0)
+    """All images at once, in every process: (N, 3, H, W) uint8 on the CPU; as `generate_batches`."""
+    made = generate_batches(sampler, num_images, batch_size, seed, **settings)
+    batches = [images for images, _ in made]
+    empty = torch.empty(num_images, 3, sampler.img_size, sampler.img_size, dtype=torch.uint8)
+    return distributed.broadcast(torch.cat(batches) if batches else empty, 0)
 
 
-def generate_into(directory, origin, make_batches, num_images, img_size, about):
-    """Images kept in a directory, each batch safe on disk before the next is made: a killed generation goes on there.
+def generate_into(directory, origin, make_batches, num_images, img_size, description):
+    """Images kept in a directory, each batch before the next is made: a killed generation goes on there.
 
-    Image i does not depend on how many there are, so those that are there are always the first of any number. When
-    complete they are generate.npy, described by generate.json. Before, their pixels are in a file of which
-    generate.part.json says how many are done; its name is made of the origin, so that two processes never mix theirs.
+    Image i does not depend on how many there are, so those that are there are always the first of any
+    number. When complete they are generate.npy, described by generate.json. Before, their pixels are in
+    a file of which generate.part.json says how many are done; its name is made of the origin, so that
+    two processes never mix theirs.
 
     Args:
         directory: of these files, which rank 0 reads and writes.
-        origin: a dict of JSON values, all that the images depend on; images of another origin are not continued.
-        make_batches: a function of the number of images that are there; returns the rest, as `generate_batches` does.
+        origin: a dict of JSON values, all that the images depend on; images of another origin are not
+            continued.
+        make_batches: a function of the number of images that are there; returns the rest, as
+            `generate_batches` does.
         num_images: how many are wanted.
         img_size: height and width of an image.
-        about: JSON values that generate.json is to say of the images beside its own.
+        description: JSON values that generate.json is to hold beside what is known here.
 
     Returns:
         (N, 3, H, W) uint8 on the CPU, in every process.
@@ -137,19 +144,19 @@ def generate_into(directory, origin, make_batches, num_images, img_size, about):
         print(f"{directory}: {done} of {num_images} images are there already")
     batches = make_batches(done)
     if distributed.is_main():
-        write_images(directory, record, images, batches, about)
+        write_images(directory, record, images, batches, description)
     else:
         list(batches)
     return distributed.broadcast(images, 0)
 
 
 def earlier_images(directory, origin, images):
-    """Copy the images of this origin that a directory holds to the beginning of `images`; returns their record."""
-    found = {"origin": origin, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
+    """Copy the images of this origin that a directory holds into `images`; returns their record."""
+    known = {"origin": origin, "done": 0, "non_finite": [], "seconds": {"generate": 0}}
     for name in (RECORD, PART_RECORD):
         record = read_json(directory / name) if (directory / name).exists() else {}
         done = min(record.get("done", 0), len(images))
-        if record.get("origin") != origin or done <= found["done"]:
+        if record.get("origin") != origin or done <= known["done"]:
             continue
         path = directory / record["file"]
         try:
@@ -160,15 +167,16 @@ def earlier_images(directory, origin, images):
             if name == PART_RECORD or file_hash(path) == record["file_sha256"]:
                 images.numpy()[:done] = pixels[:done]
                 bad = [i for i in record["non_finite"] if i < done]
-                found |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
+                known |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
         except (OSError, ValueError) as error:
             warn(f"{path}: cannot be read ({one_line(error)}): its images are made again")
-    return found
+    return known
 
 
-def write_images(directory, record, images, batches, about):
-    """Add batches to the images that `record` knows, as `earlier_images` returns it, and write generate.npy."""
-    part = directory / f"generate.part.{hashlib.sha256(json.dumps(record['origin']).encode()).hexdigest()[:8]}"
+def write_images(directory, record, images, batches, description):
+    """Add batches to the images that `record`, of `earlier_images`, knows, and write generate.npy."""
+    digest = hashlib.sha256(json.dumps(record["origin"]).encode()).hexdigest()
+    part = directory / f"generate.part.{digest[:8]}"
     begin = time.perf_counter() - record["seconds"]["generate"]
     try:
         part.touch()
@@ -185,9 +193,11 @@ def write_images(directory, record, images, batches, about):
                 write_json(directory / PART_RECORD, record | {"file": part.name})
         with atomic_write(directory / FILE) as file:
             np.save(file, images.numpy())
-        about = {**about, **record, "non_finite_images": len(record["non_finite"])}
-        write_json(directory / RECORD, about | {"file": FILE, "file_sha256": file_hash(directory / FILE)})
+        whole = {**description, **record, "non_finite_images": len(record["non_finite"])}
+        whole |= {"file": FILE, "file_sha256": file_hash(directory / FILE)}
+        write_json(directory / RECORD, whole)
         for path in (directory / PART_RECORD, *directory.glob("generate.part.????????")):
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{part}: cannot be written ({error.strerror}): check the directory and its space") from error
+        what = f"cannot be written ({error.strerror}): check the directory and its space"
+        raise DataError(f"{part}: {what}") from error

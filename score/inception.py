@@ -1,11 +1,10 @@
-"""The 2015 Inception network that FID and the Inception score are defined by: uint8 images -> features and logits.
+"""The 2015 Inception network that FID and the Inception score are defined by.
 
 Structure and weights are those of pytorch-fid, so that the numbers agree with `python -m pytorch_fid`.
 """
 
 import socket
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,23 +13,23 @@ from torch import nn
 
 from utils import distributed
 from utils.errors import DataError, one_line
-from utils.files import file_hash
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 FID_WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 WEIGHTS_HASH = "6726825d"  # the first digits of the SHA-256 of the published file
-FEATURES = 2048
+DIMENSION = 2048  # of the features
 CLASSES = 1008
 CONNECT_SECONDS = 3
 
 
 def find_weights(path=None):
-    """Path of the Inception weights: `path` if given, else the torch hub cache, else pytorch-fid's download into it.
+    """Path of the weights: `path` if given, else torch hub's cache, else pytorch-fid's download into it.
 
     The download is kept only if its SHA-256 begins with 6726825d.
 
     Raises:
-        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what takes long.
+        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what
+            takes long.
     """
     if path is not None:
         if not Path(path).is_file():
@@ -43,69 +42,65 @@ def find_weights(path=None):
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             shown = distributed.is_main() and sys.stderr.isatty()
-            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), hash_prefix=WEIGHTS_HASH, progress=shown)
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), WEIGHTS_HASH, progress=shown)
         except Exception as error:  # of sockets, of HTTP, of the disk, or another hash
             raise DataError(
-                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be downloaded "
-                f"({one_line(error)}): copy the file there, or name it with --inception_weights, "
-                "or use --fid_features=pixels, which needs none"
+                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be "
+                f"downloaded ({one_line(error)}): copy the file there, or name it with "
+                "--inception_weights, or use --fid_features=pixels, which needs none"
             ) from None
         finally:
             socket.setdefaulttimeout(before)
     return cached
 
 
-class Inception(nn.Module):
-    """Inception v3 in evaluation mode; `weights_hash` is the SHA-256 of its weights file, in hex."""
+def load_inception(weights_path, device="cpu"):
+    """Inception v3 in evaluation mode without its last layer, and the weight of that, (1008, 2048).
 
-    def __init__(self, weights_path, device="cpu"):
-        """Warn if it is not the published file, since its FID cannot be compared with published ones.
+    Raises:
+        DataError: the file is damaged, or holds other keys or shapes.
+    """
+    network = build_network()
+    try:
+        network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged or hostile file can make the unpickler raise anything
+        what = f"not the Inception weights of pytorch-fid ({one_line(error)[:300]})"
+        raise DataError(f"{weights_path}: {what}") from None
+    network.requires_grad_(False).eval().to(device)
+    class_weight, network.fc = network.fc.weight, nn.Identity()
+    # Convolutions run 1.3 times as fast in this layout, also on a CPU.
+    return network.to(memory_format=torch.channels_last), class_weight
 
-        Raises:
-            DataError: the file is damaged, or holds other keys or shapes.
-        """
-        super().__init__()
-        self.weights_hash = file_hash(weights_path)
-        if not self.weights_hash.startswith(WEIGHTS_HASH):
-            warnings.warn(
-                f"{weights_path}: not the published Inception weights, FID is comparable to itself only", stacklevel=2
-            )
-        network = build_network()
-        try:
-            network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
-        except Exception as error:  # a damaged or hostile file can make the unpickler raise anything
-            raise DataError(
-                f"{weights_path}: not the Inception weights of pytorch-fid ({one_line(error)[:300]})"
-            ) from None
-        self.class_weight = network.fc.weight
-        network.fc = nn.Identity()
-        # Convolutions run 1.3 times as fast in this layout, also on a CPU.
-        self.network = network.to(memory_format=torch.channels_last)
-        self.requires_grad_(False).eval().to(device)
 
-    def forward(self, images):
-        """uint8 images (B, 3, H, W) on any device -> features (B, 2048), logits (B, 1008), on the network's device.
+def inception_features(network, device, images):
+    """uint8 images (B, 3, H, W) on any device -> features (B, 2048) on the network's device.
 
-        The images are scaled to [0, 1], resized to 299 x 299 bilinearly with neither aligned corners nor antialiasing,
-        and scaled to [-1, 1]. The logits are the features times the final weight, without its bias.
-        """
-        x = images.to(self.class_weight.device).float() / 255
-        x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
-        # in full float32 whatever --precision says: the FID is compared with others
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            features = self.network(x.contiguous(memory_format=torch.channels_last))
-        # in float64, which is never rounded to TF32
-        return features, F.linear(features.double(), self.class_weight.double()).float()
+    The images are scaled to [0, 1], resized to 299 x 299 bilinearly with neither aligned corners nor
+    antialiasing, and scaled to [-1, 1].
+    """
+    x = images.to(device).float() / 255
+    x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    # in full float32 whatever --precision says: the FID is compared with others
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        return network(x.contiguous(memory_format=torch.channels_last))
+
+
+def inception_logits(class_weight, features):
+    """Features (B, 2048) -> logits (B, 1008): the features times the final weight, without its bias."""
+    # in float64, which is never rounded to TF32
+    return F.linear(features.double(), class_weight.double()).float()
 
 
 def build_network():
-    """pytorch-fid's variant of torchvision's Inception v3, with torch's default random weights and 1,008 classes."""
+    """pytorch-fid's variant of torchvision's Inception v3, with random weights and 1,008 classes."""
     # these take a second, which commands without Inception need not wait
     from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
-    from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
+    from torchvision.models import inception
 
     def last_block(in_channels):
         return FIDInceptionE_1(in_channels) if in_channels == 1280 else FIDInceptionE_2(in_channels)
 
-    blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, last_block, InceptionAux]
-    return Inception3(num_classes=CLASSES, aux_logits=False, inception_blocks=blocks, init_weights=False)
+    blocks = [inception.BasicConv2d, FIDInceptionA, inception.InceptionB, FIDInceptionC]
+    blocks += [inception.InceptionD, last_block, inception.InceptionAux]
+    settings = {"num_classes": CLASSES, "aux_logits": False, "init_weights": False}
+    return inception.Inception3(inception_blocks=blocks, **settings)

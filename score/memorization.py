@@ -1,10 +1,11 @@
-"""How much of the training set the generated images give away: an exact search for neighbours, and figures made of it.
+"""How much of the training set generated images give away: an exact search for neighbours, and figures.
 
-Distances are squared L2 distances of images in [0, 1], summed over all 3*H*W values, d_1 <= d_2 <= ... for each image.
+Distances are squared L2 distances of images in [0, 1], summed over all 3*H*W values, d_1 <= d_2 <= ...
+for each image.
 
-Pixels 0..255 become codes around the middle grey, v = 255 x - 128. Products of codes and their sums are integers, exact
-on every device and in every order of summation, and so are the squared distances |a|^2 + |b|^2 - 2 a.b. (distance,
-index) packed into one integer has no ties: nothing else is needed.
+Pixels 0..255 become codes around the middle grey, v = 255 x - 128. Products of codes and their sums are
+integers, exact on every device and in every order of summation, and so are the squared distances |a|^2 +
+|b|^2 - 2 a.b. (distance, index) packed into one integer has no ties: nothing else is needed.
 """
 
 import functools
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from score.fid import pixel_features
+from score.features import pooled
 from utils import distributed
 from utils.bar import progress_bar
 
@@ -31,25 +32,29 @@ INT32_TERMS = 2**16
 def nearest_neighbors(
     generated, training, k=50, batch_generated=2048, batch_training=4096, device=None, progress=False
 ):
-    """The k nearest training images of every generated image, by squared L2 distance over all 3*H*W values in [0, 1].
+    """The k nearest training images of every generated image, by squared L2 distance in [0, 1].
 
     Args:
-        generated: (N, 3, H, W), uint8 that stands for value / 255, or float that is exactly n / 255 with n = 0..255.
+        generated: (N, 3, H, W), uint8 that stands for value / 255, or float that is exactly n / 255 with
+            n = 0..255.
         training: (M, 3, H, W), likewise.
         k: how many; all M if there are fewer.
-        batch_generated, batch_training: images per matrix product; memory grows with them, never with N * M.
-        device: where to compute; default: that of `training`. Images that are elsewhere come block by block.
+        batch_generated, batch_training: images per matrix product; memory grows with them, never with N
+            * M.
+        device: where to compute; default: that of `training`. Images that are elsewhere come block by
+            block.
         progress: show a bar.
 
     Returns:
-        sq_distance (N, k) float64, ascending, integers / 255^2, and index (N, k) int64, equal distances by lower index,
-        on the device. A copy has distance 0. Nothing depends on the batch sizes.
+        sq_distance (N, k) float64, ascending, integers / 255^2, and index (N, k) int64, equal distances
+        by lower index, on the device. A copy has distance 0. Nothing depends on the batch sizes.
 
     Raises:
         ValueError: an empty set, values between the levels, different image shapes.
     """
     if generated.shape[1:] != training.shape[1:]:
-        raise ValueError(f"images of {tuple(generated.shape[1:])} and of {tuple(training.shape[1:])} have no distance")
+        shapes = " and of ".join(str(tuple(images.shape[1:])) for images in (generated, training))
+        raise ValueError(f"images of {shapes} have no distance")
     device = torch.device(device or training.device)
     generated, training = levels_of(generated, "generated"), levels_of(training, "training")
     integers = integers_are_faster(training.shape[1], device)
@@ -59,30 +64,31 @@ def nearest_neighbors(
     # per image, ascending: squared distance less |a|^2, times the number of training images, plus index
     best = [torch.empty(len(batch), 0, dtype=torch.int64, device=device) for batch in batches]
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    with progress_bar(total=len(training), desc="nearest neighbours", unit="image", disable=not progress) as bar:
+    settings = {"desc": "nearest neighbours", "unit": "image", "disable": not progress}
+    with progress_bar(total=len(training), **settings) as bar:
         for start in range(0, len(training), size):
             block = training[start : start + size].to(device)
             keys, norm = slices_of(block, integers), squared_norms(block, device)
             for i, batch in enumerate(batches):
                 products = multiply(slices_of(batch.to(device), integers), keys, integers)
-                best[i] = update_best(best[i], products, norm, start, len(training), training.shape[1], k)
+                best[i] = update_best(best[i], products, norm, start, *training.shape, k)
             bar.update(len(block))
     torch.backends.cuda.matmul.allow_tf32 = allowed
     best = torch.cat(best)
-    own = squared_norms(generated, device)
-    return (own[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
+    norm = squared_norms(generated, device)
+    return (norm[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
 
 
 def neighbors_by_all(generated, training, **settings):
-    """`nearest_neighbors`, each process searching for its part of the generated images; all are given the whole."""
+    """`nearest_neighbors`, each process searching for its part; all are given the whole."""
     part = generated[distributed.share(len(generated))]
     # a process without images searches for one, to know the shape of nothing
-    found = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
-    return tuple(distributed.join_rows(rows[: len(part)]) for rows in found)
+    nearest = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
+    return tuple(distributed.join_rows(rows[: len(part)]) for rows in nearest)
 
 
 def update_best(best, products, norm, start, M, D, k):
-    """The k best (n, k) of the best so far and a block of training images, the first of which is number `start` of M.
+    """The k best (n, k) of the best so far and a block of training images, from number `start` of M on.
 
     products: a.b (n, m) of codes of D values; norm: |b|^2 (m,). All are integers.
     """
@@ -96,8 +102,8 @@ def update_best(best, products, norm, start, M, D, k):
 def improvements(score, worst, start, M):
     """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
 
-    A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are below it after
-    the first blocks, and the rest need not be sorted.
+    A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are
+    below it after the first blocks, and the rest need not be sorted.
     """
     better = None if worst is None else score < worst
     if better is None or int(better.count_nonzero()) > better.numel() // 16:
@@ -122,7 +128,7 @@ def squared_norms(images, device):
 
 
 def slices_of(images, integers):
-    """The codes of images (n, D), uint8, in slices of which products are exact: int8, or float32 if not `integers`."""
+    """The codes of images (n, D), uint8, in slices of exact products: int8, or float32 for floats."""
     parts = codes_of(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
     return [part.contiguous() if integers else part.float() for part in parts]
 
@@ -130,8 +136,8 @@ def slices_of(images, integers):
 def multiply(a, b, integers):
     """a b^T of `slices_of` (n, D) and (m, D): int32, or int64 where sums may exceed that.
 
-    torch._int_mm is the only product of 8-bit integers that torch has. On processors with units for them it takes a
-    third of the time; not on GPUs, where it wants other shapes than images have.
+    torch._int_mm is the only product of 8-bit integers that torch has. On processors with units for them
+    it takes a third of the time; not on GPUs, where it wants other shapes than images have.
     """
     dtype = torch.int32 if sum(part.shape[1] for part in a) <= INT32_TERMS else torch.int64
     parts = zip(a, b, strict=True)
@@ -140,7 +146,7 @@ def multiply(a, b, integers):
 
 
 def integers_are_faster(D, device):
-    """Whether this machine multiplies D codes faster as integers: processors without 8-bit units do not."""
+    """Whether this machine multiplies D codes faster as integers, as those with 8-bit units do."""
     if device.type != "cpu":
         return False
     codes, seconds = torch.zeros(256, min(D, INT32_TERMS), dtype=torch.uint8), {}
@@ -152,17 +158,22 @@ def integers_are_faster(D, device):
 
 
 def levels_of(images, name):
-    """Images (N, 3, H, W) as uint8 levels (N, 3*H*W); raises a ValueError for others, which it calls `name`."""
-    if images.ndim != 4 or 0 in images.shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise ValueError(f"{name} must be uint8 or float (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
-    levels = images if images.dtype == torch.uint8 else (images * LEVELS).round().clamp(0, LEVELS).to(torch.uint8)
-    if levels is not images and not torch.equal(levels.to(images.dtype) / LEVELS, images):
-        raise ValueError(f"{name} holds values other than 0/255 .. 255/255: round them to uint8, as all_in.py does")
+    """Images (N, 3, H, W) as uint8 levels (N, 3*H*W); a ValueError for others, which it calls `name`."""
+    is_uint8 = images.dtype == torch.uint8
+    if images.ndim != 4 or 0 in images.shape or not (is_uint8 or images.is_floating_point()):
+        what = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"{name} must be uint8 or float (N, 3, H, W), not {what}")
+    if is_uint8:
+        return images.flatten(1)
+    levels = (images * LEVELS).round().clamp(0, LEVELS).to(torch.uint8)
+    if not torch.equal(levels.to(images.dtype) / LEVELS, images):
+        advice = "round them to uint8, as all_in.py does"
+        raise ValueError(f"{name} holds values other than 0/255 .. 255/255: {advice}")
     return levels.flatten(1)
 
 
 def memorization_ratio(sq_distance):
-    """ratio(g) = d_1 / mean(d_1 .. d_50) of Liu et al. 2024 (IET-AGC): (N,) in [0, 1], 0 where the mean is.
+    """ratio(g) = d_1 / mean(d_1 .. d_50) of Liu et al. 2024: (N,) in [0, 1], 0 where the mean is.
 
     sq_distance: (N, k) ascending, k = 50, or as many as there are training images.
     """
@@ -175,37 +186,45 @@ def memorized_quantity(ratio, thresholds=THRESHOLDS):
     return {p: int((100 * ratio < p).sum()) for p in thresholds}
 
 
+def shares_below(ratio):
+    """MQ as shares of the images, at the published thresholds and, a list, at 0, 1, ... 100 percent."""
+    fractions = {str(p): count / len(ratio) for p, count in memorized_quantity(ratio).items()}
+    curve = memorized_quantity(ratio, range(101)).values()
+    return {"mq_fraction": fractions, "mq_curve": [count / len(ratio) for count in curve]}
+
+
 def closer_than_third(sq_distance):
     """Which generated images have sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023): bool (N,).
 
-    sq_distance: (N, k) ascending. An exact copy always counts, also where it copies a repeated training image
-    (d_1 = d_2 = 0) or where there is only one (k = 1, no d_2); without a d_2 nothing else counts.
+    sq_distance: (N, k) ascending. An exact copy always counts, also where it copies a repeated training
+    image (d_1 = d_2 = 0) or where there is only one (k = 1, no d_2); without a d_2 nothing else counts.
     """
     copies = sq_distance[:, 0] == 0
     return copies if sq_distance.shape[1] == 1 else copies | (9 * sq_distance[:, 0] < sq_distance[:, 1])
 
 
 def extraction(sq_distance, index):
-    """f_mem, the share of generated images that are `closer_than_third`, and how many training images they are of.
+    """f_mem, the share of images that are `closer_than_third`, and how many training images they are of.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them.
     """
     memorized = closer_than_third(sq_distance)
     extracted = len(index[memorized, 0].unique())
-    return {"share_sqrt_d1_d2_below_third": memorized.double().mean().item(), "extracted": extracted}
+    return {"f_mem": memorized.double().mean().item(), "extracted": extracted}
 
 
-def nearer_of_both(found, mirrored):
-    """The two nearest training images, each as near as itself or its mirror image, as sq_distance and index (N, 2).
+def nearer_of_both(nearest, mirrored):
+    """The two nearest training images, as near as they or their mirror images, (N, 2) of both.
 
     Where there is one training image only, it is both.
 
     Args:
-        found: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
-        mirrored: the same of the mirrored generated images, which are as far from a training image as the generated
-            ones from its mirror image.
+        nearest: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
+        mirrored: the same of the mirrored generated images, which are as far from a training image as
+            the generated ones from its mirror image.
     """
-    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in zip(found, mirrored, strict=True))
+    pairs = zip(nearest, mirrored, strict=True)
+    sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in pairs)
     order = sq_distance.argsort(dim=1, stable=True)
     sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
     # of these four, two are of each search, so another image than the first is among them
@@ -215,31 +234,35 @@ def nearer_of_both(found, mirrored):
 
 
 def authenticity(sq_distance, index, training):
-    """AuthPct of Alaa et al. 2022 ("How Faithful is your Synthetic Data?"), in pixel space, as a share in [0, 1].
+    """AuthPct of Alaa et al. 2022 ("How Faithful is your Synthetic Data?") in pixels, a share in [0, 1].
 
-    A generated image is authentic if it is farther from its nearest training image than that one is from its own
-    nearest other training image; where there is only one, nothing is. All processes take part.
+    A generated image is authentic if it is farther from its nearest training image than that one is from
+    its own nearest other training image; where there is only one, nothing is. All processes take part.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
     """
     if len(training) == 1:
         return 0.0
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
-    own, itself = neighbors_by_all(training[nearest.to(training.device)], training, k=2, device=index.device)
-    own = torch.where(itself[:, 0] == nearest, own[:, 1], own[:, 0])  # a copy elsewhere comes first or second, with 0
-    return (sq_distance[:, 0] > own[of_generated]).double().mean().item()
+    images = training[nearest.to(training.device)]
+    to_training, itself = neighbors_by_all(images, training, k=2, device=index.device)
+    # a copy elsewhere comes first or second, with 0
+    to_other = torch.where(itself[:, 0] == nearest, to_training[:, 1], to_training[:, 0])
+    return (sq_distance[:, 0] > to_other[of_generated]).double().mean().item()
 
 
 def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     """C_T of Meehan, Chaudhuri and Dasgupta 2020: far below 0 is copying, far above 0 is underfitting.
 
-    In every cell of the training images, by k-means on their pooled pixels, the Mann-Whitney U of the distances d_1 of
-    generated against held-out images, as a z-score; then the mean over the cells, weighted by their share of the
-    held-out images. Cells with fewer than `CELL_IMAGES` of either are left out.
+    In every cell of the training images, by k-means on their pooled pixels, the Mann-Whitney U of the
+    distances d_1 of generated against held-out images, as a z-score; then the mean over the cells,
+    weighted by their share of the held-out images. Cells with fewer than `CELL_IMAGES` of either are
+    left out.
 
     Args:
         images, training, heldout: (N, 3, H, W), (M, 3, H, W) and (L, 3, H, W), uint8.
-        sq_distance, sq_distance_heldout: (N, k) and (L, k) as `nearest_neighbors` returns them for `training`.
+        sq_distance, sq_distance_heldout: (N, k) and (L, k) as `nearest_neighbors` returns them for
+            `training`.
 
     Returns:
         {"c_t": float, "c_t_cells": how many cells it is of}, or {} if all are left out.
@@ -249,11 +272,12 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     from sklearn.cluster import KMeans
 
     k = min(CELLS, len(training), max(1, min(len(images), len(heldout)) // (5 * CELL_IMAGES)))
-    kmeans = KMeans(k, n_init=1, random_state=0).fit(pixel_features(training))
-    cell, cell_heldout = (kmeans.predict(pixel_features(x)) for x in (images, heldout))
+    kmeans = KMeans(k, n_init=1, random_state=0).fit(pooled(training))
+    cell, cell_heldout = (kmeans.predict(pooled(x)) for x in (images, heldout))
     z, weights = [], []
     for c in range(k):
-        generated, real = sq_distance[cell == c, 0].cpu(), sq_distance_heldout[cell_heldout == c, 0].cpu()
+        generated = sq_distance[cell == c, 0].cpu()
+        real = sq_distance_heldout[cell_heldout == c, 0].cpu()
         n, m = len(real), len(generated)
         if min(n, m) >= CELL_IMAGES:
             U = mannwhitneyu(generated, real, method="asymptotic").statistic
@@ -262,14 +286,12 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     return {"c_t": float(np.average(z, weights=weights)), "c_t_cells": len(z)} if z else {}
 
 
-def measures(sq_distance, index, training):
-    """All criteria of one set of images, as JSON values; arguments as for `authenticity`."""
-    ratio, N = memorization_ratio(sq_distance), len(sq_distance)
-    counts = {str(p): count for p, count in memorized_quantity(ratio).items()}
+def measure_distances(sq_distance, index, training):
+    """The numbers of one set of images in pixels, as JSON values; arguments as for `authenticity`."""
+    ratio = memorization_ratio(sq_distance)
     return {
-        "mq": counts,
-        "mq_fraction": {p: count / N for p, count in counts.items()},
-        "mq_curve": [count / N for count in memorized_quantity(ratio, range(101)).values()],
+        "mq": {str(p): count for p, count in memorized_quantity(ratio).items()},
+        **shares_below(ratio),
         **extraction(sq_distance, index),
         "auth_pct": 100 * authenticity(sq_distance, index, training),
     }

@@ -1,7 +1,6 @@
-"""An evaluation as one HTML page that needs nothing else: no network, no script, light or dark, phone or desk."""
+"""An evaluation as one HTML page that needs nothing else: no network, no script, phone or desk."""
 
 import base64
-import functools
 import io
 import itertools
 import logging
@@ -12,70 +11,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from score.columns import COLUMNS, SIMILARITIES, sets_of
 from utils.files import read_json, write_text
 
 PAIRS = 40
 TRAINING_IMAGES = 24
 LARGEST_SIDE = 96  # pixels of a picture in the page
-COPIED = 15  # a generated image counts as a copy of its nearest training image below this ratio, in percent
+COPIED = 15  # a generated image counts as a copy below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 
-
-def under(*keys):
-    """A function that finds what is under these keys of nested dicts, or None."""
-    return lambda result: functools.reduce(lambda found, key: (found or {}).get(key), keys, result)
-
-
-def detector_auc(result):
-    """Of copies by similarity above 0.5, which is SSCD's threshold, or by f_mem for other features."""
-    return under("detector", "above_05" if result.get("features") == "sscd" else "f_mem", "auc")(result)
-
-
-def similarity(name):
-    """A function that finds a number of the search in feature space, in a result of all_in.py of either half."""
-    return lambda result: result.get("feature_space", result).get(name)
-
-
-def above_half(result):
-    """The share above 0.5; None of pixels, of which older results have it too though it does not tell copies."""
-    return None if similarity("features")(result) == "pixels" else similarity("sim_gt_05pc")(result)
-
-
-# what is said of an evaluation first: {name: (value in a result.json, None if it has none, and its format)}
-# z, where a value can be below 0: a rounded -0.0 is 0.0
-COLUMNS = {
-    **{f"MQ@{p}": (under("mq_fraction", p), "{:.1%}") for p in ("15", "30", "50")},
-    **{f"@{p} above floor": (under("mq_above_floor", p), "{:+z.1%}") for p in ("15", "30", "50")},
-    "f_mem": (under("share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "extracted": (under("extracted"), "{:.0f}"),
-    "f_mem, mirrored too": (under("mirrored", "share_sqrt_d1_d2_below_third"), "{:.1%}"),
-    "extracted, mirrored too": (under("mirrored", "extracted"), "{:.0f}"),
-    "similarity": (similarity("sim_mean"), "{:z.3f}"),
-    "above 0.5": (above_half, "{:.1%}"),
-    "own image": (similarity("own_image"), "{:.1%}"),
-    "f_mem of features": (similarity("f_mem"), "{:.1%}"),
-    "detector's AUC": (detector_auc, "{:.3f}"),
-    "CLIP score": (under("clip_score"), "{:z.1f}"),
-    "AuthPct": (under("auth_pct"), "{:.1f}"),
-    "C_T": (under("c_t"), "{:z.1f}"),
-    "AUC of losses": (under("gap", "auc"), "{:.3f}"),
-    "TPR at 1% FPR": (under("gap", "tpr"), "{:.1%}"),
-    "FID": (under("fid"), "{:.3f}"),
-    "IS": (under("is"), "{:.3f}"),
-    "fpd": (under("fpd"), "{:.3f}"),
-    "FID to held-out": (under("heldout_fid"), "{:.3f}"),
-    "fpd to held-out": (under("heldout_fpd"), "{:.3f}"),
-    "precision": (under("precision"), "{:.1%}"),
-    "recall": (under("recall"), "{:.1%}"),
-    "SWD": (under("swd"), "{:.1f}"),
-    "images": (under("N"), "{:.0f}"),
-    "train s": (lambda result: training_seconds(result.get("checkpoint")), "{:.0f}"),
-    "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
-}
-
-# what is measured in the place of generated images: {name: key in a result.json}
-FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
-SIMILARITIES = ("mean", "std", "75pc", "90pc", "95pc", "gt_05pc")  # of sim_ and bg_, as published
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -83,14 +27,8 @@ STYLE = Path(__file__).with_name("report.css")
 def training_seconds(checkpoint):
     """What train.json beside a checkpoint says, or None; a file of that name may be something else."""
     path = Path(checkpoint).parent / "train.json" if checkpoint else None
-    found = read_json(path) if path and path.exists() else None
-    return found.get("seconds") if isinstance(found, dict) else None
-
-
-def summary(result):
-    """{name: text} of the `COLUMNS` that a result has."""
-    values = {name: (value_of(result), form) for name, (value_of, form) in COLUMNS.items()}
-    return {name: form.format(value) for name, (value, form) in values.items() if value is not None}
+    record = read_json(path) if path and path.exists() else None
+    return record.get("seconds") if isinstance(record, dict) else None
 
 
 def page(title, sections, kind="report"):
@@ -117,10 +55,10 @@ def cell(tag, value):
 
 
 def table(header, rows):
-    """A table as HTML."""
     head = "".join(cell("th", value) for value in header)
     body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def image_tag(file, kind, alt):
@@ -130,13 +68,14 @@ def image_tag(file, kind, alt):
 
 
 def figures(shown):
-    """Pictures as HTML, each a pair of a caption and its images, side by side: [(uint8 (3, H, W), description)]."""
+    """Pictures as HTML: pairs of a caption and its images, [(uint8 (3, H, W), description)]."""
     html = ""
     for caption, images in shown:
         tags = []
         for image, alt in images:
             picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"  # what is made smaller is not exact anyway
+            # what is made smaller is not exact anyway
+            kind = "jpeg" if max(picture.size) > LARGEST_SIDE else "png"
             picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
             picture.save(file, format=kind, optimize=True, quality=90)
             tags.append(image_tag(file, kind, alt))
@@ -145,7 +84,7 @@ def figures(shown):
 
 
 def chart(draw, names, x_label, y_label, alt):
-    """What draw(axes) draws with matplotlib, and a legend of its series; y is a share in percent, x up to 100."""
+    """What draw(axes) draws, and a legend of its series; y is a share in percent, x up to 100."""
     # a second that evaluations without a page need not wait
     from matplotlib import cycler, rc_context
     from matplotlib.figure import Figure
@@ -163,7 +102,8 @@ def chart(draw, names, x_label, y_label, alt):
         axes.spines[["top", "left", "right"]].set_visible(False)
         drawn.savefig(file, format="svg", transparent=True)
     colours = itertools.cycle(SERIES)
-    legend = "".join(f'<li><i style="border-color: {next(colours)}"></i> {escape(name)}</li>' for name in names)
+    marks = (f'<i style="border-color: {next(colours)}"></i> {escape(name)}' for name in names)
+    legend = "".join(f"<li>{mark}</li>" for mark in marks)
     return f'<div class="chart">{image_tag(file, "svg+xml", alt)}</div><ul class="legend">{legend}</ul>'
 
 
@@ -192,21 +132,12 @@ def losses(gap):
         axes.plot(gap["t"], gap["heldout"])
         axes.set(xlim=(0, gap["t"][-1]), yscale="log")
 
-    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: AUC {gap['best_auc']:.3f}"
-    numbers = "Of {:,} training and {:,} held-out images, with the same noise for all.".format(*gap["images"])
+    best = f"AUC {gap['best_auc']:.3f}"
+    apart = f"At t = {gap['best_t']} they tell training images from held-out ones best: {best}"
+    training, heldout = gap["images"]
+    numbers = f"Of {training:,} training and {heldout:,} held-out images, with the same noise for all."
     drawn = chart(draw, ("training", "held-out"), "t", "mean loss", f"Mean loss over t. {apart}.")
     return f"{drawn}<p class=note>{numbers} {apart}.</p>"
-
-
-def sets_of(result):
-    """{name: the numbers} of the generated images and of what is measured in their place."""
-    return {"generated": result} | {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
-
-
-def floor_of(result, key):
-    """The numbers of what is measured in the place of generated images, under one of the keys of `FLOORS`."""
-    scores = ("precision", "recall", "swd") if key == "holdout" else ()
-    return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
 
 
 def all_columns(result):
@@ -221,30 +152,31 @@ def all_columns(result):
 
 def similarities(result):
     """The statistics of similarity to training images by their published names, and their histograms."""
-    sets = sets_of(result)
-    rows, is_pixels = [], result["features"] == "pixels"
+    sets = {name: numbers.get("similarity") for name, numbers in sets_of(result).items()}
+    sets = {name: numbers for name, numbers in sets.items() if numbers}
+    training, rows = sets["generated"], []
+    is_pixels = training["features"] == "pixels"
     for name in SIMILARITIES[:-1] if is_pixels else SIMILARITIES:
-        values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [result[f"bg_{name}"]]
+        values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [training[f"bg_{name}"]]
         rows.append([name, *("" if value is None else f"{value:z.3f}" for value in values)])
-    f_mem = [numbers["f_mem"] for numbers in sets.values()]
-    rows.append(["f_mem", *(f"{value:.3f}" for value in f_mem), ""])
-    series = {name: numbers["sim_histogram"] for name, numbers in sets.items()} | {"training": result["bg_histogram"]}
-    how = f" ({result['preprocess']} preprocessing)" if result["preprocess"] else ""
+    rows.append(["f_mem", *(f"{numbers['f_mem']:.3f}" for numbers in sets.values()), ""])
+    series = {name: numbers["sim_histogram"] for name, numbers in sets.items()}
+    series["training"] = training["bg_histogram"]
+    how = f" ({training['preprocess']} preprocessing)" if training["preprocess"] else ""
     note = (
-        f"The largest cosine similarity of each image to the training images, by {result['features']}{how}; of a "
-        "training image to the others. "
+        "The largest cosine similarity of each image to the training images, "
+        f"by {training['features']}{how}; of a training image to the others. "
     )
-    note += (
-        "Unrelated images may be as alike by their pixels: only the floors say how much that means."
-        if is_pixels
-        else "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features only the floors say how "
-        "much that means."
-    )
+    if is_pixels:
+        note += "Unrelated images may be as alike by their pixels: "
+    else:
+        note += "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
+    note += "only the floors say how much that means."
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
 
 def histograms(series):
-    """Histograms of similarities as a chart; series: {name: share in each of equal intervals between 0 and 1}."""
+    """Histograms of similarities as a chart; series: {name: share in each of equal intervals}."""
 
     def draw(axes):
         for i, shares in enumerate(series.values()):
@@ -252,12 +184,13 @@ def histograms(series):
             axes.stairs(shares, edges, color=SERIES[i % len(SERIES)], linewidth=1.5)
         axes.set(xlim=(0, 1))
 
-    most = [f"{name}: most at {shares.index(max(shares)) / len(shares):.2f}" for name, shares in series.items()]
-    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {'; '.join(most)}.")
+    peaks = {name: shares.index(max(shares)) / len(shares) for name, shares in series.items()}
+    peaks = "; ".join(f"{name}: most at {peak:.2f}" for name, peak in peaks.items())
+    return chart(draw, series, "similarity", "share of images", f"Histograms of similarity. {peaks}.")
 
 
 def pairs(generated, training, nearest, order, say):
-    """The first pairs in an order (N,) as figures; say: a function of both numbers, i and j, that returns a caption."""
+    """The first pairs in an order (N,) as figures; say: makes a caption of both numbers, i and j."""
     shown = []
     for place, i in enumerate(order[:PAIRS].tolist()):
         j = nearest[i].item()
@@ -267,29 +200,26 @@ def pairs(generated, training, nearest, order, say):
 
 
 def most(counts, training, copies, skips, names):
-    """The training images with the largest counts (M,) above 0, as figures; copies, skips: (M,), skips may be None."""
+    """The training images of the largest counts (M,), as figures; copies, skips: (M,), skips or None."""
     shown = []
     for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
         if counts[j] > 0:
             skipped = "" if skips is None else f", skipped {skips[j]}×"
-            shown.append(
-                (
-                    f"training {escape(str(names[j]))}: copied {copies[j]}×{skipped}",
-                    [(training[j], f"training image {j}")],
-                )
-            )
+            caption = f"training {escape(str(names[j]))}: copied {copies[j]}×{skipped}"
+            shown.append((caption, [(training[j], f"training image {j}")]))
     return figures(shown)
 
 
 def thresholds(result):
     """The counts at the published thresholds, with the floor of held-out images where there is one."""
-    header, rows = ["100 ratio below", "images", "share"], []
+    header, rows, pixels = ["100 ratio below", "images", "share"], [], result["pixels"]
     if "holdout" in result:
         header += ["held-out images", "above floor"]
-    for p, count in result["mq"].items():
-        rows.append([p, count, f"{result['mq_fraction'][p]:.1%}"])
+    for p, count in pixels["mq"].items():
+        rows.append([p, count, f"{pixels['mq_fraction'][p]:.1%}"])
         if "holdout" in result:
-            rows[-1] += [f"{result['holdout']['mq_fraction'][p]:.1%}", f"{result['mq_above_floor'][p]:+z.1%}"]
+            floor = result["holdout"]["pixels"]["mq_fraction"][p]
+            rows[-1] += [f"{floor:.1%}", f"{pixels['mq_above_floor'][p]:+z.1%}"]
     return table(header, rows)
 
 
@@ -305,13 +235,13 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         names: of generated and training images; None for their numbers.
     """
     image_names, training_names = names or (range(len(generated)), range(len(training)))
-    all_thresholds = {"generated": [result["mq_curve"]]}
+    all_thresholds = {"generated": [result["pixels"]["mq_curve"]]}
     if "holdout" in result:
-        all_thresholds["held-out real images"] = [result["holdout"]["mq_curve"]]
+        all_thresholds["held-out real images"] = [result["holdout"]["pixels"]["mq_curve"]]
     note = (
-        "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 nearest training "
-        "images (Liu et al. 2024). The floor is the same figure for real images that were not trained on: what a "
-        "generator that copies nothing may reach."
+        "The ratio of an image is 100 d1 / mean(d1 .. d50), with its squared distances to the 50 "
+        "nearest training images (Liu et al. 2024). The floor is the same figure for real images that "
+        "were not trained on: what a generator that copies nothing may reach."
     )
 
     def caption(i, j):
@@ -320,21 +250,22 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
     copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
     of_training = (
-        f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest training image. "
+        f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest "
+        "training image. "
         f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
         f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
     )
     if skips is not None:
-        of_training += f"<h3>Those skipped most in training</h3>{most(skips, training, copies, skips, training_names)}"
-    of_features = result.get("feature_space")
-    source = result.get("checkpoint") or result.get("samples")
+        skipped = most(skips, training, copies, skips, training_names)
+        of_training += f"<h3>Those skipped most in training</h3>{skipped}"
+    order, source = ratio.argsort(stable=True), result.get("checkpoint") or result.get("samples")
     title = f"{result['N']:,} images of {source} against {len(training):,} training images"
     sections = [
         ("Summary", f"{all_columns(result)}<p class=note>{note}</p>{warnings_of(result)}"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
-        *([("Similarity of features", similarities(of_features))] if of_features else []),
+        *([("Similarity of features", similarities(result))] if "similarity" in result else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
-        ("The most memorised pairs", pairs(generated, training, nearest, ratio.argsort(stable=True), caption)),
+        ("The most memorised pairs", pairs(generated, training, nearest, order, caption)),
         ("Training images", of_training),
         ("Settings", settings(result)),
     ]
@@ -343,7 +274,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
 
 def warnings_of(result):
-    """What is to be said of the numbers of an evaluation, as HTML: all that ends in "warning" in its result.json."""
+    """What is to be said of an evaluation, as HTML: all that ends in "warning" in its result.json."""
     texts = [text for key, text in result.items() if key.endswith("warning") and text]
     return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
 
@@ -363,7 +294,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         prompts: N texts, or None; captions: of the training images.
     """
     source = result["checkpoint"] or result["samples"]
-    shares = {name: [numbers["mq_curve"]] for name, numbers in sets_of(result).items()}
+    shares = {name: [numbers["similarity"]["mq_curve"]] for name, numbers in sets_of(result).items()}
 
     def caption(i, j):
         texts = f"<br>training: {escape(captions[j])}<br>prompt: {escape(prompts[i])}" if prompts else ""
@@ -379,20 +310,25 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         ("The most similar pairs: training image, generated image", shown),
         ("Settings", settings(result)),
     ]
-    write_text(path, page(f"{result['N']:,} images of {source} against {len(training):,} training images", sections))
+    title = f"{result['N']:,} images of {source} against {len(training):,} training images"
+    write_text(path, page(title, sections))
     return str(path)
 
 
 def detector(result):
     """What Wen et al.'s detector makes of the generated images, as HTML."""
-    names = {"above_05": "similarity above 0.5", "f_mem": "f_mem"}
-    rows, found = [], result["detector"]
-    for name in ("f_mem",) if result["features"] == "pixels" else found:
-        numbers = found[name]
-        values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])
-        rows.append([names[name], numbers["copies"], *("" if value is None else f"{value:.3f}" for value in values)])
+    names = {"f_mem": "f_mem", "above_05": "similarity above 0.5"}
+    if result["similarity"]["features"] == "pixels":  # older results have it too
+        names.pop("above_05")
+    rows = []
+    for name, numbers in result["detector"].items():
+        if name in names:
+            values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])
+            texts = ["" if value is None else f"{value:.3f}" for value in values]
+            rows.append([names[name], numbers["copies"], *texts])
     note = (
-        "The norm of the prediction with the prompt less that without, averaged over the first steps, is to be larger "
-        "for copies (Wen et al. 2024)."
+        "The norm of the prediction with the prompt less that without, averaged over the first steps, "
+        "is to be larger for copies (Wen et al. 2024)."
     )
-    return table(["copies by", "number", "norm", "norm of others", "AUC"], rows) + f"<p class=note>{note}</p>"
+    header = ["copies by", "number", "norm", "norm of others", "AUC"]
+    return f"{table(header, rows)}<p class=note>{note}</p>"

@@ -39,22 +39,23 @@ def non_finite_images(x):
 
 
 def evenly_spaced(total, number):
-    """The indices of at most `number` of `total` images, of all classes where these are in order: int64, ascending."""
+    """Indices of at most `number` of `total` images, of all classes if these are in order: int64."""
     number = min(number, total)
     return torch.arange(number) * total // number
 
 
 def content_order(images):
-    """The images (N, 3, H, W) uint8 in the order of their hashes, whatever order they came in: indices, int64 (N,)."""
+    """The order of the images (N, 3, H, W) uint8 by their hashes: indices, int64 (N,)."""
     hashes = [fingerprint(image) for image in images]
     return torch.tensor(sorted(range(len(images)), key=hashes.__getitem__))
 
 
 def save_pngs(folder, images):
-    """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into `folder`, over files of the same names.
+    """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into a folder, over such files.
 
     Raises:
-        DataError: the folder cannot be written, or holds other images, which would be measured with these.
+        DataError: the folder cannot be written, or holds other images, which would be measured with
+            these.
     """
     names = png_names(folder, len(images))
     try:
@@ -63,35 +64,37 @@ def save_pngs(folder, images):
         for name, image in zip(bar, images.permute(0, 2, 3, 1), strict=True):
             Image.fromarray(image.numpy()).save(Path(folder) / name)
     except OSError as error:
-        raise DataError(f"{folder}: can't be written ({error.strerror or error}); check it and its space") from None
+        what = f"can't be written ({error.strerror or error}); check it and its space"
+        raise DataError(f"{folder}: {what}") from None
 
 
 def png_names(folder, number):
     """The names of so many images in a folder; raises a DataError if it holds other images."""
     names = [f"{i:0{max(5, len(str(number - 1)))}d}.png" for i in range(number)]
-    found = {Path(path).name for path in scan(folder)[0]} if Path(folder).is_dir() else set()
-    if others := sorted(found.difference(names)):
-        raise DataError(
-            f"{Path(folder) / others[0]}: an image of another run is in the folder; empty it or name another one"
-        )
+    present = {Path(path).name for path in scan(folder)[0]} if Path(folder).is_dir() else set()
+    if others := sorted(present.difference(names)):
+        what = "an image of another run is in the folder; empty it or name another one"
+        raise DataError(f"{Path(folder) / others[0]}: {what}")
     return names
 
 
 def load_samples(path, img_size=None, resize="crop"):
-    """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 tensor (N, 3, H, W) on the CPU.
+    """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 (N, 3, H, W) on the CPU.
 
-    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to uint8), NCHW or NHWC.
-    An .npz holds one array, or the images are under `images` or `arr_0`. A folder's images are those of
-    `utils.images.list_images`, in the order of their names. Grey images are repeated to three channels.
+    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to
+    uint8), NCHW or NHWC. An .npz holds one array, or the images are under `images` or `arr_0`. A
+    folder's images are those of `utils.images.list_images`, in the order of their names. Grey images are
+    repeated to three channels.
 
     Args:
         path: of the file or folder.
         img_size: height and width that square images must have; None: they stay as they are.
-        resize: what becomes of images that are not square where there is an img_size, one of `utils.images.RESIZES`.
+        resize: what becomes of images that are not square where there is an img_size, one of
+            `utils.images.RESIZES`.
 
     Raises:
-        DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than fits in memory,
-            images of several sizes.
+        DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than
+            fits in memory, images of several sizes.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,12 +109,15 @@ def load_samples(path, img_size=None, resize="crop"):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # a hostile file can make NumPy raise anything
-            raise DataError(f"{path}: no .npy or .npz of numbers that can be read ({one_line(error)})") from None
+            what = f"no .npy or .npz of numbers that can be read ({one_line(error)})"
+            raise DataError(f"{path}: {what}") from None
         images = to_images(path, array)
     height, width = images.shape[2:]
     if img_size is not None and height != width:
-        left, top, right, bottom = central_square(width, height) if resize == "crop" else (0, 0, width, height)
-        warn(f"{path}: images of {size_of(images)} (width x height) are not square and are {CHANGES[resize]}")
+        box = central_square(width, height) if resize == "crop" else (0, 0, width, height)
+        left, top, right, bottom = box
+        what = "(width x height) are not square and are"
+        warn(f"{path}: images of {size_of(images)} {what} {CHANGES[resize]}")
         images = resized(images[:, :, top:bottom, left:right], img_size)
     if img_size is not None and images.shape[2:] != (img_size, img_size):
         what = f"holds {size_of(images)} images (width x height), not {img_size}x{img_size}"
@@ -120,12 +126,12 @@ def load_samples(path, img_size=None, resize="crop"):
 
 
 def warn_of_odd_values(path, images, training):
-    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says, or None.
+    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says.
 
     images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
     """
-    found = odd_values(images, training) if distributed.is_main() else []
-    said = f"--samples={path}: odd, are they what is meant? {'; '.join(found)}" if found else None
+    odd = odd_values(images, training) if distributed.is_main() else []
+    said = f"--samples={path}: odd, are they what is meant? {'; '.join(odd)}" if odd else None
     if said:
         warn(f"warning: {said}")
     return said
@@ -136,26 +142,26 @@ def odd_values(images, training):
     (shares, levels), (known, known_levels) = values_of(images), values_of(training)
     kinds = (what for what, allowed in ODD_SHARES.items() if shares[what] > known[what] + allowed)
     what = next(kinds, None)  # the others follow from it
-    found = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
+    odd = [f"{shares[what]:.1%} {what}, of the training images {known[what]:.1%}"] if what else []
     (low, high), (known_low, known_high) = most_levels(levels), most_levels(known_levels)
     more = (levels - known_levels)[[0, 255]]
     if high - low < ODD_RANGE * (known_high - known_low):
         lie = f"98% of the values lie between {low} and {high}"
-        found.append(f"{lie}, of the training images' between {known_low} and {known_high}")
+        odd.append(f"{lie}, of the training images' between {known_low} and {known_high}")
     elif more.max() > ODD_LEVELS:
         level = 255 * int(more.argmax())
-        found.append(
-            f"{levels[level]:.1%} of the values are {level}, of the training images' {known_levels[level]:.1%}"
-        )
+        known_share = f"of the training images' {known_levels[level]:.1%}"
+        odd.append(f"{levels[level]:.1%} of the values are {level}, {known_share}")
     rows = evenly_spaced(len(images), LOOKED_AT)
     different = len({fingerprint(images[row]) for row in rows})
     if len(rows) > 1 and different <= len(rows) / 2:
-        found.append(f"only {different:,} of {len(rows):,} are different" if different > 1 else "all are equal")
-    return found
+        some = f"only {different:,} of {len(rows):,} are different"
+        odd.append(some if different > 1 else "all are equal")
+    return odd
 
 
 def values_of(images):
-    """Of images (N, 3, H, W) uint8, the shares of those that are as `ODD_SHARES` says, and of each level: (256,)."""
+    """Of images (N, 3, H, W) uint8, the shares of those of `ODD_SHARES`, and of each level: (256,)."""
     levels, kinds = torch.zeros(256, dtype=torch.int64), []
     for rows in evenly_spaced(len(images), LOOKED_AT).split(256):
         block = images[rows]
@@ -169,13 +175,13 @@ def values_of(images):
 
 
 def most_levels(levels):
-    """The lowest and the highest level without the outer 1 % of each end; levels: the share of each, (256,)."""
+    """The lowest and the highest level without the outer 1 % of each end; levels: (256,) shares."""
     below = levels.cumsum(0)
     return [int((below < share).sum()) for share in (0.01, 0.99)]
 
 
 def sample_names(path, number):
-    """What the images that `load_samples` reads are called, str (N,): the paths in a folder, else their numbers."""
+    """The names of the images that `load_samples` reads, str (N,): paths in a folder, else numbers."""
     if not Path(path).is_dir():
         return np.arange(number).astype(str)
     paths = (image for group in list_images(path, quiet=True) for image in group)
@@ -193,24 +199,27 @@ def refuse_other_archives(path):
     if number:
         raise DataError(f"{path}: a zip of {number:,} image files: unpack it, and name the folder")
     if any(name.endswith("/data.pkl") for name in names):
-        raise DataError(f"{path}: written by torch.save: write the images by numpy.save, as (N, 3, H, W) uint8")
+        advice = "write the images by numpy.save, as (N, 3, H, W) uint8"
+        raise DataError(f"{path}: written by torch.save: {advice}")
 
 
 def read_npz(path, names):
     """{name: array} of the arrays in an .npz that are among `names`, in that order, or of its only one.
 
     Raises:
-        DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free memory.
+        DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free
+            memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))
         with np.load(path, allow_pickle=False) as archive:
-            chosen = archive.files if len(archive.files) == 1 else [name for name in names if name in archive.files]
+            chosen = [name for name in names if name in archive.files]
+            chosen = archive.files if len(archive.files) == 1 else chosen
             if not chosen:
-                found = [name[:40] for name in sorted(archive.files)[:5]]
+                held = [name[:40] for name in sorted(archive.files)[:5]]
                 more = f" and {len(archive.files) - 5:,} more" if len(archive.files) > 5 else ""
-                raise DataError(f"{path}: holds {found}{more}, none is called {' or '.join(names)}")
+                raise DataError(f"{path}: holds {held}{more}, none is called {' or '.join(names)}")
             return {name: np.asarray(archive[name]) for name in chosen}
     except DataError:
         raise
@@ -219,15 +228,17 @@ def read_npz(path, names):
 
 
 def to_images(path, array):
-    """An array of grey or RGB images, NCHW or NHWC, as uint8 (N, 3, H, W); raises a DataError that names `path`."""
+    """An array of grey or RGB images, NCHW or NHWC, as uint8 (N, 3, H, W); a DataError names `path`."""
     shape, dtype = array.shape, array.dtype
     if dtype != np.uint8 and dtype.kind != "f":
         raise DataError(f"{path}: an array of {dtype}; images are uint8, or float in [0, 1]")
     if len(shape) != 4 or 0 in shape:
-        raise DataError(f"{path}: an array of shape {shape}; images are (N, 3, H, W) or (N, H, W, 3), and at least one")
+        what = "images are (N, 3, H, W) or (N, H, W, 3), and at least one"
+        raise DataError(f"{path}: an array of shape {shape}; {what}")
     axes = [axis for axis in (1, 3) if shape[axis] in (1, 3)]
     if len(axes) != 1:
-        which = "may be (N, C, H, W) or (N, H, W, C)" if axes else "has no axis of 3 (RGB) or 1 (grey) channels"
+        ambiguous = "may be (N, C, H, W) or (N, H, W, C)"
+        which = ambiguous if axes else "has no axis of 3 (RGB) or 1 (grey) channels"
         raise DataError(f"{path}: shape {shape} {which}; give (N, 3, H, W) with H and W above 3")
     array = np.moveaxis(array, axes[0], 1)
     N, _, height, width = array.shape
@@ -240,8 +251,9 @@ def to_images(path, array):
             low, high = float(block.min()), float(block.max())
             if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
                 raise DataError(
-                    f"{path}: values from {low!r} to {high!r} in images {start} and following; floats must be in "
-                    f"[0, 1], at most {TOLERANCE} beyond it, and no NaN, and pixels of 0..255 must be uint8"
+                    f"{path}: values from {low!r} to {high!r} in images {start} and following; "
+                    f"floats must be in [0, 1], at most {TOLERANCE} beyond it, and no NaN, "
+                    "and pixels of 0..255 must be uint8"
                 )
             block = np.round(block.clip(0, 1).astype(np.float64) * 255)
         images[start : start + 1000] = block

@@ -1,4 +1,4 @@
-"""The sliced Wasserstein distance of Karras et al. 2018 (arXiv:1710.10196, section 5), by the settings of their code.
+"""The sliced Wasserstein distance of Karras et al. 2018 (arXiv:1710.10196, section 5), as in their code.
 
 It needs no trained network and sees detail: image sets are compared by their patches, at several scales.
 """
@@ -20,10 +20,10 @@ BINOMIAL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
 
 def sliced_wasserstein(a, b, device="cpu", progress=False):
-    """The distance between two sets of images by the side of each level, {"16": d, "32": d, ...}; {} below 16 pixels.
+    """The distance of two sets of images by the side of each level, {"16": d, ...}; {} below 16 pixels.
 
-    As many images are taken of both, evenly spaced, at most `MOST_IMAGES`: the fewer they are, the larger the distance
-    between sets of one kind. The patches and directions are drawn by a fixed seed.
+    As many images are taken of both, evenly spaced, at most `MOST_IMAGES`: the fewer they are, the
+    larger the distance between sets of one kind. The patches and directions are drawn by a fixed seed.
 
     Args:
         a, b: (N, 3, H, H) and (M, 3, H, H), uint8.
@@ -33,9 +33,11 @@ def sliced_wasserstein(a, b, device="cpu", progress=False):
     sides, number = level_sides(a.shape[-1]), min(len(a), len(b), MOST_IMAGES)
     a, b = (images[evenly_spaced(len(images), number)] for images in (a, b))
     distances = {}
-    with progress_bar(total=len(sides) * REPEATS, desc="SWD", unit="slice", disable=not (progress and sides)) as bar:
+    is_shown = progress and sides
+    with progress_bar(total=len(sides) * REPEATS, desc="SWD", unit="slice", disable=not is_shown) as bar:
         for level, side in enumerate(sides):
-            patches = [level_patches(images, level, len(sides), name, device) for name, images in (("a", a), ("b", b))]
+            sets = {"a": a, "b": b}.items()
+            patches = [level_patches(images, level, len(sides), name, device) for name, images in sets]
             slices = []
             for repeat in range(REPEATS):
                 stream = generator("cpu", "swd", side, repeat)
@@ -47,7 +49,7 @@ def sliced_wasserstein(a, b, device="cpu", progress=False):
 
 
 def level_sides(side):
-    """The sides of the levels of the pyramid, from that of the images down, each half as large, to at least 16."""
+    """The sides of the levels of the pyramid, from that of the images down by halves, to at least 16."""
     sides = [side] if side >= LEAST_SIZE else []
     while sides and sides[-1] % 2 == 0 and sides[-1] // 2 >= LEAST_SIZE:
         sides.append(sides[-1] // 2)
@@ -69,7 +71,7 @@ def doubled(images):
 
 
 def laplacian_level(images, level, levels):
-    """One level of the Laplacian pyramid of images (N, C, H, W), float; 0 is the finest, the last a blurred image."""
+    """One level of the Laplacian pyramid of images (N, C, H, W), float; the last is a blurred image."""
     for _ in range(level):
         images = blurred(images)[:, :, ::2, ::2]
     return images if level == levels - 1 else images - doubled(blurred(images)[:, :, ::2, ::2])
@@ -78,13 +80,15 @@ def laplacian_level(images, level, levels):
 def level_patches(images, level, levels, name, device):
     """Random patches of one level of images (N, 3, H, H), normalised: (128 N, 147) float32.
 
-    Each colour channel of all patches has mean 0 and standard deviation 1. name: of the set, which draws for itself.
+    Each colour channel of all patches has mean 0 and standard deviation 1. name: of the set, which draws
+    for itself.
     """
     parts = []
     for block, part in enumerate(images.split(BLOCK)):
         pixels = laplacian_level(part.to(device).float(), level, levels)
         stream = generator("cpu", "swd", name, level, block)
-        places = torch.randint(pixels.shape[-1] - PATCH + 1, (2, len(part), PATCHES, 1, 1), generator=stream).to(device)
+        shape = (2, len(part), PATCHES, 1, 1)
+        places = torch.randint(pixels.shape[-1] - PATCH + 1, shape, generator=stream).to(device)
         offsets = torch.arange(PATCH, device=device)
         rows, columns = places[0] + offsets[:, None], places[1] + offsets
         image = torch.arange(len(part), device=device)[:, None, None, None]
@@ -96,7 +100,7 @@ def level_patches(images, level, levels, name, device):
 
 
 def projected_distance(a, b, directions):
-    """The mean over directions (D, S) of the 1-Wasserstein distance between the projections of a and b, (n, D) each."""
+    """The mean over directions (D, S) of the 1-Wasserstein distance of a and b, (n, D), projected."""
     on_cpu, total = directions.device.type == "cpu", 0.0
     for part in directions.T.split(16):
         projections = [(part @ points.T) for points in (a, b)]

@@ -88,10 +88,10 @@ def test_memorisation_against_brute_force(evaluated):
     np.testing.assert_allclose(saved["sq_distance"], ordered, rtol=1e-6)
     np.testing.assert_allclose(saved["ratio"], ratio, rtol=1e-6)
     np.testing.assert_array_equal(saved["index"][:, 0], distances.argmin(axis=1))
-    result = result_of(evaluated)
+    result = result_of(evaluated)["pixels"]
     assert result["mq"] == {str(p): int((100 * ratio < p).sum()) for p in (15, 20, 30, 40, 50, 60, 70, 80, 90)}
     assert result["mq_fraction"]["90"] == result["mq"]["90"] / 24
-    assert result["share_sqrt_d1_d2_below_third"] == np.mean(9 * ordered[:, 0] < ordered[:, 1])
+    assert result["f_mem"] == np.mean(9 * ordered[:, 0] < ordered[:, 1])
     nearest = distances.argmin(axis=1)
     assert result["extracted"] == len(set(nearest[9 * ordered[:, 0] < ordered[:, 1]]))
     assert "mirrored" not in result, "digits are trained without flips"
@@ -108,18 +108,18 @@ def test_the_floor_against_brute_force(evaluated):
     ordered = np.sort(np.concatenate([brute_force(part, training) for part in np.array_split(heldout, 9)]), axis=1)
     ratio = ordered[:, 0] / ordered.mean(axis=1)
     result = result_of(evaluated)
-    floor = result["holdout"]
+    floor, pixels = result["holdout"], result["pixels"]
     assert floor["N"] == len(heldout) == 1797 - 48
-    assert floor["mq"] == {p: int((100 * ratio < int(p)).sum()) for p in result["mq"]}
-    for p, difference in result["mq_above_floor"].items():
-        assert difference == pytest.approx(result["mq"][p] / 24 - np.mean(100 * ratio < int(p)))
+    assert floor["pixels"]["mq"] == {p: int((100 * ratio < int(p)).sum()) for p in pixels["mq"]}
+    for p, difference in pixels["mq_above_floor"].items():
+        assert difference == pytest.approx(pixels["mq"][p] / 24 - np.mean(100 * ratio < int(p)))
     np.testing.assert_allclose(np.load(evaluated / "similar/holdout.npz")["ratio"], ratio, rtol=1e-6)
     # the 24 images make one cell of all
     of_images = brute_force(np.load(evaluated / "generate/generate.npy"), training).min(axis=1)
     U = scipy.stats.mannwhitneyu(of_images, ordered[:, 0]).statistic
     N, L = 24, len(heldout)
     expected = {"c_t": pytest.approx((U - N * L / 2) / np.sqrt(N * L * (N + L + 1) / 12)), "c_t_cells": 1}
-    assert {key: result[key] for key in expected} == expected
+    assert {key: pixels[key] for key in expected} == expected
 
 
 def test_precision_and_recall_of_pooled_pixels(evaluated):
@@ -147,7 +147,7 @@ def test_result_says_everything(evaluated, checkpoint):
     assert result["origin"]["steps"] == 4 and result["origin"]["seed"] == 12 and result["origin"]["weights"] == "ema"
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
     assert lines[0].startswith("(nan, nan), fpd: (")
-    assert lines[1:] == [f"v_{p}:{count}" for p, count in result["mq"].items()]
+    assert lines[1:] == [f"v_{p}:{count}" for p, count in result["pixels"]["mq"].items()]
 
 
 def test_images_do_not_depend_on_the_batch_size_and_raw_weights_differ(evaluated, checkpoint, tmp_path):
@@ -179,7 +179,7 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
     text = (tmp_path / "grid/result.txt").read_text()
     assert text.count("v_15:") == 2 and len(text.splitlines()) == 20, "of the two calls that made numbers"
     assert text.splitlines()[10:] == (evaluated / "grid/result.txt").read_text().splitlines()
-    for key in ("mq", "fpd", "auth_pct", "N", "checkpoint_sha256", "images_sha256"):
+    for key in ("pixels", "fpd", "N", "checkpoint_sha256", "images_sha256"):
         assert ours[key] == reference[key], key
     assert ours["seconds"].keys() == reference["seconds"].keys()
 
@@ -206,8 +206,8 @@ def test_measures_images_made_by_anything(kind, tmp_path):
             Image.fromarray(image.transpose(1, 2, 0)).save(path / f"{i:03d}.png")
     call(*PIXELS, f"--samples={path}", *eval_flags(tmp_path))
     result = result_of(tmp_path)
-    assert result["mq"]["15"] == 20 == result["N"] and result["share_sqrt_d1_d2_below_third"] == 1
-    assert result["checkpoint"] is None and result["auth_pct"] == 0
+    assert result["pixels"]["mq"]["15"] == 20 == result["N"] and result["pixels"]["f_mem"] == 1
+    assert result["checkpoint"] is None and result["pixels"]["auth_pct"] == 0
     assert np.load(tmp_path / "similar/memorization.npz")["sq_distance"][:, 0].max() == 0
 
 
@@ -453,7 +453,8 @@ def test_damaged_neighbours_are_searched_again(evaluated, checkpoint, tmp_path, 
     path.write_bytes(path.read_bytes()[:500])
     call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise,report", *eval_flags(tmp_path / "eval"))
     assert "memorization.npz: not a readable .npz" in capsys.readouterr().err
-    assert result_of(tmp_path / "eval")["mq"] == result_of(evaluated)["mq"] and len(np.load(path)["ratio"]) == 24
+    assert result_of(tmp_path / "eval")["pixels"] == result_of(evaluated)["pixels"]
+    assert len(np.load(path)["ratio"]) == 24
 
 
 def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, checkpoint, tmp_path):
@@ -463,9 +464,7 @@ def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, ch
     before = result_of(tmp_path / "eval"), neighbors.stat().st_mtime_ns
     call(*flags)
     after = result_of(tmp_path / "eval")
-    assert {key: after[key] for key in ("fpd", "mq", "auth_pct")} == {
-        key: before[0][key] for key in ("fpd", "mq", "auth_pct")
-    }
+    assert all(after[key] == before[0][key] for key in ("fpd", "pixels"))
     assert neighbors.stat().st_mtime_ns == before[1]
     assert all(after["seconds"][stage] == before[0]["seconds"][stage] for stage in ("score", "memorise"))
     call(*flags, "--num_train=40")
@@ -473,12 +472,24 @@ def test_scores_and_neighbours_are_reused_for_the_same_images_only(evaluated, ch
     assert neighbors.stat().st_mtime_ns != before[1] and changed["training_set_size"] == 40
 
 
+def test_a_result_of_an_earlier_version_is_begun_anew(evaluated, checkpoint, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    path, new = tmp_path / "eval/grid/result.json", result_of(evaluated)
+    old = {key: value for key, value in new.items() if key != "pixels"} | new["pixels"] | {"fpd": 1e9}
+    path.write_text(json.dumps(old))
+    call(*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise", *eval_flags(tmp_path / "eval"))
+    said = capsys.readouterr().err
+    assert said.count(f"{path}: of an earlier version, which had other names: it is begun anew\n") == 1
+    result = result_of(tmp_path / "eval")
+    assert result["pixels"] == new["pixels"] and not {"mq", "fpd", "score"} & {*result, *result["seconds"]}
+
+
 def test_what_is_found_with_some_flags_only_goes_with_them(evaluated, checkpoint, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--stages=memorise", *eval_flags(tmp_path / "eval")]
     call(*flags, "--noholdout")
     result = result_of(tmp_path / "eval")
-    assert "holdout" not in result and "mq_above_floor" not in result and "fpd" in result and "mq" in result
+    assert "holdout" not in result and "mq_above_floor" not in result["pixels"] and "fpd" in result
 
 
 def test_images_that_are_not_finite_are_counted_and_said(tmp_path, capsys):
@@ -495,11 +506,11 @@ def test_mirror_images_of_training_images_are_copies_where_training_flips(tmp_pa
     save_pngs(tmp_path / "training", images[:20])
     save_pngs(tmp_path / "samples", torch.cat([images[:8].flip(-1), images[5:7], images[20:]]))
     own = ["--dataset=folder", f"--data_root={tmp_path}/training", "--num_train=0", f"--samples={tmp_path}/samples"]
-    for flip, expected in (("--hflip", {"share_sqrt_d1_d2_below_third": 0.5, "extracted": 8}), ("--nohflip", None)):
+    for flip, expected in (("--hflip", {"f_mem": 0.5, "extracted": 8}), ("--nohflip", None)):
         call(*PIXELS, *own, flip, *eval_flags(tmp_path))
-        result = result_of(tmp_path)
-        assert (result["share_sqrt_d1_d2_below_third"], result["extracted"]) == (0.1, 2)
-        assert result.get("mirrored") == expected
+        pixels = result_of(tmp_path)["pixels"]
+        assert (pixels["f_mem"], pixels["extracted"]) == (0.1, 2)
+        assert pixels.get("mirrored") == expected
         assert ("mirrored too" in (tmp_path / "grid/report.html").read_text()) == (flip == "--hflip")
     assert len(np.load(tmp_path / "similar/memorization_mirrored.npz")["index"]) == 20
 
@@ -517,16 +528,17 @@ def test_copies_in_feature_space(tmp_path, capsys):
     capsys.readouterr()
     call(*flags, "--memorise_features=pixels")
     result = result_of(tmp_path)
-    found = result["feature_space"]
+    found = result["similarity"]
     page, said = (tmp_path / "grid/report.html").read_text(), capsys.readouterr().out
     assert "similarity" in said and "Similarity of features" in page
     assert not any(words in text for words in ("bove 0.5", "gt_05pc") for text in (said, page, json.dumps(result)))
     products = np.corrcoef(images.reshape(12, -1), training.reshape(48, -1))[:12, 12:]
     assert found["sim_mean"] == pytest.approx(products.max(axis=1).mean(), abs=1e-5)
-    assert found["f_mem"] >= 5 / 12 > result["share_sqrt_d1_d2_below_third"]
-    assert found["features"] == "pixels" and found["holdout"]["N"] == len(data.heldout.images)
+    assert found["f_mem"] >= 5 / 12 > result["pixels"]["f_mem"]
+    assert found["features"] == "pixels" == result["holdout"]["similarity"]["features"]
+    assert result["holdout"]["N"] == len(data.heldout.images)
     call(*flags)
-    assert "feature_space" not in result_of(tmp_path)
+    assert "similarity" not in result_of(tmp_path)
     with pytest.raises(UsageError, match=r"give --sscd, .* --memorise_features=pixels"):
         call(*flags, "--memorise_features=sscd")
 
@@ -542,7 +554,7 @@ def test_the_gap_of_a_network_with_and_without_images(evaluated, checkpoint, tmp
     shutil.copytree(evaluated, tmp_path / "eval")
     call(*flags, "--stages=gap,report", *eval_flags(tmp_path / "eval"))
     result = result_of(tmp_path / "eval")
-    assert result["gap"] == alone["gap"] and result["mq"] == result_of(evaluated)["mq"]
+    assert result["gap"] == alone["gap"] and result["pixels"] == result_of(evaluated)["pixels"]
     assert f"At t = {alone['gap']['best_t']} they tell" in (tmp_path / "eval/grid/report.html").read_text()
     with pytest.raises(UsageError, match=r"--unet_dir=.*: not the weights of the images in --generate_dir"):
         call(*flags, "--stages=gap", "--use_ema=False", *eval_flags(tmp_path / "eval"))

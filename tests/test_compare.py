@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from score.columns import is_old, renewed, summary
 from score.compare import floors_of
 from score.evaluate import evaluate, identity
 from score.grids import save_grids
@@ -30,18 +31,55 @@ RESULT = {
     "training_sha256": SHA,
     "training_set_size": 30,
     "flags": {"img_size": 32},
-    "mq": {},
-    "mq_fraction": {"15": 0.25},
-    "extracted": 3,
-    "holdout": {"N": 20, "images_sha256": SHA, "mq_fraction": {"15": 0.125}},
-    "feature_space": {"features": "sscd", "preprocess": "published", **SIMILARITY},
+    "pixels": {"mq": {}, "mq_fraction": {"15": 0.25}, "extracted": 3},
+    "holdout": {"N": 20, "images_sha256": SHA, "pixels": {"mq_fraction": {"15": 0.125}}},
+    "similarity": {"features": "sscd", "preprocess": "published", **SIMILARITY},
     "fid_reference": "train",
     "scored_with": {"features": "inception", "images": SHA, "weights": SHA},
     "fid": 2.0,
     "origin": {"checkpoint_sha256": SHA, "weights": "ema", "sampler": "ddim", "steps": 50, "seed": 0},
     "training": {"script": "main", "lr": 1e-3, "seed": 0, "training images (sha256)": SHA},
 }
-TEXT = {"N": 40, "features": "sscd", **SIMILARITY, "mq_fraction": {"15": 0.25}}
+TEXT = {"N": 40, "similarity": {"features": "sscd", **SIMILARITY, "mq_fraction": {"15": 0.25}}}
+# as earlier versions wrote them
+OLD = {
+    "N": 40,
+    "checkpoint": "logs/x/ckpt6k.pt",
+    "mq": {"15": 10},
+    "mq_fraction": {"15": 0.25},
+    "mq_curve": [0.0, 0.25],
+    "share_sqrt_d1_d2_below_third": 0.125,
+    "extracted": 3,
+    "auth_pct": 50.0,
+    "mirrored": {"share_sqrt_d1_d2_below_third": 0.5, "extracted": 5},
+    "holdout": {"N": 20, "images_sha256": SHA, "mq_fraction": {"15": 0.125}, "share_sqrt_d1_d2_below_third": 0.0},
+    "mq_above_floor": {"15": 0.125},
+    "c_t": -1.0,
+    "c_t_cells": 2,
+    "feature_space": {
+        "features": "pixels",
+        "preprocess": None,
+        **SIMILARITY,
+        "f_mem": 0.75,
+        "bg_mean": 0.4,
+        "holdout": {"N": 20, **SIMILARITY, "f_mem": 0.25},
+    },
+    "fpd": 2.0,
+}
+OLD_TEXT = {
+    "N": 40,
+    "features": "sscd",
+    "preprocess": "published",
+    **SIMILARITY,
+    "mq_fraction": {"15": 0.25},
+    "f_mem": 0.5,
+    "own_image": 0.75,
+    "bg_mean": 0.4,
+    "fpd": 2.0,
+    "clip_score": 30.0,
+    "base": {"N": 40, "images_sha256": SHA, **SIMILARITY, "f_mem": 0.25, "own_image": 0.125, "fpd": 4.0},
+    "detector": {"above_05": {"auc": 0.75}},
+}
 
 
 def changed(result, changes):
@@ -69,15 +107,15 @@ def first_cells(table):
         ({"training_set_size": 29}, "number of training images: A: 30; B: 29"),
         ({"flags": {"img_size": 64}}, "image size: A: 32; B: 64"),
         ({"N": 41}, "number of images: A: 40; B: 41"),
-        ({"mirrored": {"extracted": 4}}, "mirror images: A: False; B: True"),
+        ({"pixels": {"mirrored": {"extracted": 4}}}, "mirror images: A: False; B: True"),
         ({"holdout": {"images_sha256": OTHER}}, "held-out images: A: 12345678…; B: 87654321…"),
         ({"holdout": {"N": 19}}, "number of held-out images: A: 20; B: 19"),
         ({"holdout": None}, "held-out images: A: 12345678…; B: none"),
         ({"fid_reference": "heldout"}, "fid_reference: A: train; B: heldout"),
         ({"scored_with": {"images": OTHER}}, "reference images: A: 12345678…; B: 87654321…"),
         ({"scored_with": {"weights": OTHER}}, "scores: weights: A: 12345678…; B: 87654321…"),
-        ({"feature_space": {"features": "clip"}}, "features of similarity: A: sscd; B: clip"),
-        ({"feature_space": {"preprocess": "recommended"}}, "preprocessing of similarity: A: published; B: recommended"),
+        ({"similarity": {"features": "clip"}}, "features of similarity: A: sscd; B: clip"),
+        ({"similarity": {"preprocess": "recommended"}}, "preprocessing of similarity: A: published; B: recommended"),
         ({"weights": "raw", "origin": {"weights": "raw"}}, "weights: A: ema; B: raw"),
         ({"origin": {"steps": 20}}, "sampling: steps: A: 50; B: 20"),
         ({"origin": {"sampler": "dpm"}}, "sampling: sampler: A: ddim; B: dpm"),
@@ -123,7 +161,7 @@ def test_other_trainings_are_no_repeats_but_what_is_compared(tmp_path, changes):
     [
         {"training": {"seed": 1, "training images (sha256)": OTHER}, "origin": {"seed": 1, "checkpoint_sha256": OTHER}},
         {"checkpoint": "other/mine.safetensors"},
-        {name: None for name in RESULT if name not in ("N", "mq", "extracted")} | {"holdout": {"images_sha256": None}},
+        {name: None for name in RESULT if name not in ("N", "pixels")} | {"holdout": {"images_sha256": None}},
     ],
 )
 def test_seeds_are_repeats_and_nothing_is_said_of_what_is_not_known(tmp_path, changes):
@@ -173,12 +211,39 @@ def test_evaluations_against_other_training_images(tmp_path):
     assert first_cells(found.stdout) == ["a", "b", "held-out (a)", "held-out (b)"]
     results = [json.loads((tmp_path / label / "grid/result.json").read_text()) for label in "ab"]
     for line, result in zip(found.stdout.splitlines()[-2:], results, strict=True):
-        assert f"{result['holdout']['mq_fraction']['50']:.1%}" in line
+        assert f"{result['holdout']['pixels']['mq_fraction']['50']:.1%}" in line
+
+
+def test_results_of_earlier_versions(tmp_path):
+    new = renewed(OLD)
+    pixels = {"mq", "mq_fraction", "mq_curve", "f_mem", "extracted", "auth_pct", "mirrored", "mq_above_floor"}
+    assert new.keys() == {"N", "checkpoint", "pixels", "similarity", "holdout", "fpd"}
+    assert new["pixels"].keys() == pixels | {"c_t", "c_t_cells"}
+    assert new["pixels"]["f_mem"] == 0.125 and new["pixels"]["mirrored"] == {"f_mem": 0.5, "extracted": 5}
+    assert new["similarity"]["f_mem"] == 0.75 and "holdout" not in new["similarity"]
+    assert new["holdout"]["pixels"] == {"mq_fraction": {"15": 0.125}, "f_mem": 0.0}
+    assert new["holdout"]["similarity"]["features"] == "pixels" and new["holdout"]["similarity"]["f_mem"] == 0.25
+    text = renewed(OLD_TEXT)
+    assert text.keys() == {"N", "similarity", "fpd", "clip_score", "base", "detector"}
+    assert text["similarity"]["f_mem"] == 0.5 and text["base"]["similarity"]["own_image"] == 0.125
+    assert text["base"]["fpd"] == 4.0 and text["base"]["similarity"]["preprocess"] == "published"
+    for old, renewed_result in ((OLD, new), (OLD_TEXT, text)):
+        assert is_old(old) and not is_old(renewed_result) and renewed(renewed_result) == renewed_result
+    for name, old in (("a", OLD), ("b", OLD_TEXT)):
+        write_run(tmp_path / name, old)
+    found = run_module("score.compare", "a", "b", "--floors", cwd=tmp_path).stdout
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.splitlines()]
+    rows = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+    for name, result in (("a", new), ("b", text)):
+        assert {key: value for key, value in rows[name].items() if value != "-"} == {"method": name} | summary(result)
+    assert rows["a"]["f_mem"] == "12.5%" and rows["a"]["f_mem of features"] == "75.0%"
+    assert rows["held-out"]["MQ@15"] == "12.5%" and rows["base model"]["own image"] == "12.5%"
 
 
 def test_rows_of_floors():
-    result = {"own_image": 0.7, "sim_mean": 0.9, "bg_mean": 0.4, "base": {"own_image": 0.1, "sim_mean": 0.3}}
-    other = {**result, "base": {"own_image": 0.2, "sim_mean": 0.3}}
+    base = {"similarity": {"own_image": 0.1, "sim_mean": 0.3}}
+    result = {"similarity": {"own_image": 0.7, "sim_mean": 0.9, "bg_mean": 0.4}, "base": base}
+    other = {**result, "base": {"similarity": {"own_image": 0.2, "sim_mean": 0.3}}}
 
     def floors(results):
         return {label: {c: n["mean"] for c, n in row.items()} for label, row in floors_of(results).items()}
@@ -194,8 +259,8 @@ def test_rows_of_floors():
 
 def test_correlations_of_pixels_have_no_threshold_in_older_results_either(tmp_path):
     for name, features in (("sscd", "sscd"), ("pixels", "pixels")):
-        write_run(tmp_path / name, changed(RESULT, {"feature_space": {"features": features}}))
-        text = {**TEXT, "features": features, "holdout": SIMILARITY, "bg_mean": 0.1, "bg_gt_05pc": 0.1}
+        write_run(tmp_path / name, changed(RESULT, {"similarity": {"features": features}}))
+        text = {**OLD_TEXT, "features": features, "holdout": SIMILARITY, "bg_mean": 0.1, "bg_gt_05pc": 0.1}
         write_run(tmp_path / f"text_{name}", text)
     for run_name in ("pixels", "text_pixels"):
         found = run_module("score.compare", run_name, "--floors", "--html=one.html", cwd=tmp_path)
@@ -213,8 +278,8 @@ def compared(tmp_path_factory):
     training, heldout = (torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8, generator=draw) for n in (20, 50))
     for number, name in enumerate(("default", "default", "IET & AGC", "a longer name, round 20", "IET", "AGC", "plus")):
         images = training.repeat(2, 1, 1, 1)[: 30 - (name == "AGC")].roll(number, 0)
-        result, (sq_distance, index) = evaluate(images, training, heldout, scores=lambda images: {"fpd": 1.25})
-        result |= {"N": len(images), "checkpoint": "logs/ckpt1.pt", "seconds": {}, "flags": {"lr": 1.0}}
+        result, (sq_distance, index) = evaluate(images, training, heldout)
+        result |= {"fpd": 1.25, "N": len(images), "checkpoint": "logs/ckpt1.pt", "seconds": {}, "flags": {"lr": 1.0}}
         result |= identity(images, training) | {"scored_with": {"images": SHA if number < 2 else OTHER}}
         result["training"] = {"lr": 1e-3 if name == "default" else 2e-3, "ch": 32, "seed": 4}
         result["origin"] = {"steps": 50 if name == "default" else 20, "seed": number, "checkpoint_sha256": name}

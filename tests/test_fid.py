@@ -9,12 +9,12 @@ import sklearn.neighbors
 import torch
 
 from score import fid
+from score.features import pooled
 from score.fid import (
     compute_statistics,
     frechet_distance,
     load_statistics,
     mean_and_covariance,
-    pixel_features,
     precision_recall,
     reference_statistics,
 )
@@ -113,16 +113,14 @@ def test_statistics_equal_numpy_for_any_batches():
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_pixel_features_are_block_means():
+def test_pooled_pixels_are_block_means():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8))
     expected = images.numpy().reshape(5, 3, 8, 4, 8, 4).mean(axis=(3, 5)) / 255
-    np.testing.assert_allclose(pixel_features(images), expected.reshape(5, 192), rtol=1e-5)
+    np.testing.assert_allclose(pooled(images), expected.reshape(5, 192), rtol=1e-5)
     eight = images[:, :, :8, :8]
-    np.testing.assert_allclose(pixel_features(eight), eight.numpy().reshape(5, 192) / 255, rtol=1e-6)
+    np.testing.assert_allclose(pooled(eight), eight.numpy().reshape(5, 192) / 255, rtol=1e-6)
     four = images[:, :, :4, :4]
-    np.testing.assert_allclose(
-        pixel_features(four), four.numpy().repeat(2, 2).repeat(2, 3).reshape(5, 192) / 255, rtol=1e-6
-    )
+    np.testing.assert_allclose(pooled(four), four.numpy().repeat(2, 2).repeat(2, 3).reshape(5, 192) / 255, rtol=1e-6)
 
 
 def random_images(seed, N=30):

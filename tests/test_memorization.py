@@ -187,7 +187,7 @@ def test_closer_than_a_third():
 def test_extracted_images_are_counted_once():
     sq_distance = torch.tensor([[0.0, 5.0], [1.0, 90.0], [1.0, 90.0], [4.0, 5.0]])
     index = torch.tensor([[3, 0], [3, 1], [7, 1], [2, 1]])
-    assert extraction(sq_distance, index) == {"share_sqrt_d1_d2_below_third": 0.75, "extracted": 2}
+    assert extraction(sq_distance, index) == {"f_mem": 0.75, "extracted": 2}
     assert extraction(sq_distance[3:], index[3:])["extracted"] == 0
 
 
@@ -211,7 +211,7 @@ def test_mirror_images_against_brute_force(M):
     if M > 1:
         np.testing.assert_array_equal(index[:, 1], distance.argsort(axis=1)[:, 1])
         near = np.sort(distance, axis=1)[:, 0] * 9 < np.sort(distance, axis=1)[:, 1]
-        expected = {"share_sqrt_d1_d2_below_third": near.mean(), "extracted": len(set(distance.argmin(axis=1)[near]))}
+        expected = {"f_mem": near.mean(), "extracted": len(set(distance.argmin(axis=1)[near]))}
         assert extraction(sq_distance, index) == expected and near.sum() >= 30
 
 

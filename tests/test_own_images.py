@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dataset import load_dataset
-from score.fid import pixel_features, precision_recall
+from score.features import pooled
+from score.fid import precision_recall
 from score.samples import content_order
 from tests.commands import eval_flags, run
 from training.logdir import read_run
@@ -61,8 +62,9 @@ def test_training_images_in_two_files_count_once(tmp_path):
     flags = ["--dataset=folder", "--samples=samples.npy"]
     _, once = measure(tmp_path, "a", *flags, "--data_root=once", "--heldout=clean")
     said, twice = measure(tmp_path, "b", *flags, "--data_root=twice", "--heldout=heldout")
-    assert once["share_sqrt_d1_d2_below_third"] == 1 and once["auth_pct"] == 0 and once["extracted"] == 60
-    same = ("share_sqrt_d1_d2_below_third", "auth_pct", "extracted", "mq", "holdout", "training_set_size", "c_t")
+    pixels = once["pixels"]
+    assert pixels["f_mem"] == 1 and pixels["auth_pct"] == 0 and pixels["extracted"] == 60
+    same = ("pixels", "holdout", "training_set_size")
     assert {name: once.get(name) for name in same} == {name: twice.get(name) for name in same}
     assert (once["repeated_training_images"], once["heldout_in_training"]) == (0, 0)
     assert (twice["repeated_training_images"], twice["heldout_in_training"]) == (60, 5)
@@ -105,13 +107,13 @@ def test_images_that_are_not_square_are_cut_to_their_middle(tmp_path):
             found, result = measure(
                 tmp_path, word, flag, "--dataset=folder", "--data_root=training", f"--samples={samples}"
             )
-            assert result["mq"]["15"] == 20 and result["extracted"] == 20  # each is its own training image
+            assert result["pixels"]["mq"]["15"] == 20 == result["pixels"]["extracted"]  # each is its own training image
             assert word in found.stderr
         cache = max((tmp_path / "training/.cache").glob("*.npy"), key=lambda path: path.stat().st_mtime_ns)
         expected = np.stack([by_pil(image, box) for image in wide]).transpose(0, 3, 1, 2)
         np.testing.assert_array_equal(np.load(cache), expected)
     found, default = measure(tmp_path, "default", "--dataset=folder", "--data_root=training", "--samples=training")
-    assert default["extracted"] == 20 and "20 of 20 images are not square" in found.stderr
+    assert default["pixels"]["extracted"] == 20 and "20 of 20 images are not square" in found.stderr
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(trained, tmp_path):
     run("all_in.py", *out, *NETWORK, *given, *eval_flags(tmp_path / "given"), cwd=trained)
     found = run("all_in.py", *out, *eval_flags(tmp_path / "taken"), cwd=trained)
     expected, result = (result_in(tmp_path / name) for name in ("given", "taken"))
-    same = ("images_sha256", "training_sha256", "mq", "fpd", "mirrored", "holdout", "training_set_size", "training")
+    same = ("images_sha256", "training_sha256", "pixels", "fpd", "holdout", "training_set_size", "training")
     assert {name: result[name] for name in same} == {name: expected[name] for name in same}
     assert result["settings_warning"] is None and "no run.json" not in found.stderr
     # the stages that find the images there
@@ -204,7 +206,7 @@ def test_floors_from_a_folder_of_held_out_images(tmp_path):
         sets = (
             (others[::2], others[1::2]) if extra else (in_order(loaded.train.images), others[np.arange(20) * 30 // 20])
         )
-        expected = precision_recall(*map(pixel_features, sets))
+        expected = precision_recall(*map(pooled, sets))
         assert {name: result[f"{name}_floor"] for name in expected} == expected  # never the reference against itself
     assert measure(tmp_path, "out", *flags)[1]["holdout"]["N"] == 20
     said, _ = measure(tmp_path, "out", *flags, "--heldout=nowhere", code=1)

@@ -99,9 +99,9 @@ def test_an_exported_file_too(tmp_path):
 
 def test_a_picture_of_images_too(tmp_path):
     images(tmp_path / "my")
-    result = run_module("text_to_image.picture", "my/all.png", "a=my", cwd=tmp_path, code=2)
+    result = run_module("score.grids", "my/all.png", "a=my", cwd=tmp_path, code=2)
     assert f"error: my/all.png: what is written there {AMONG} my" in result.stderr
-    run_module("text_to_image.picture", "all.png", "a=my", cwd=tmp_path)
+    run_module("score.grids", "all.png", "a=my", cwd=tmp_path)
     assert (tmp_path / "all.png").exists() and not (tmp_path / "my/all.png").exists()
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from experiments.tables import with_interval
+from score.columns import SIMILARITIES
 from score.evaluate import evaluate
-from score.memorization import measures, memorization_ratio
-from score.report import SIMILARITIES, all_columns, detector, similarities, training_seconds, write_report
+from score.memorization import memorization_ratio, shares_below
+from score.report import all_columns, detector, similarities, training_seconds, write_report
 from tests.browser import assert_readable, needs_chromium
 from tests.commands import run_module
 
@@ -24,9 +25,9 @@ def evaluation(N, M, size, seed=0):
     training, heldout = draw(M), draw(50)
     generated = training[torch.randint(M, (N,), generator=random)]
     generated[N // 2 :] = draw(N - N // 2)
-    result, (sq_distance, index) = evaluate(generated, training, heldout, scores=lambda images: {"fpd": 1.25})
+    result, (sq_distance, index) = evaluate(generated, training, heldout)
     result |= {"N": N, "training_set_size": M, "checkpoint": "logs/<a>/ckpt1.pt", "seconds": {"memorise": 1.0}}
-    result["flags"] = {"lr": 1e-3, "hflip": None, "seed": 1}
+    result |= {"fpd": 1.25, "flags": {"lr": 1e-3, "hflip": None, "seed": 1}}
     return result, generated, training, index[:, 0], memorization_ratio(sq_distance)
 
 
@@ -89,13 +90,15 @@ def test_the_page_needs_nothing_else_and_describes_its_pictures(report):
     assert len(tags.images) > 80 and all(image["alt"] for image in tags.images)
     assert len(charts_of(tags)) == 2
     assert "Of 4,000 training and 50 held-out images" in page and "At t = 500" in page
-    for name, value in (("AUC of losses", "0.750"), ("TPR at 1% FPR", "12.5%"), ("C_T", f"{result['c_t']:.1f}")):
+    c_t = f"{result['pixels']['c_t']:.1f}"
+    for name, value in (("AUC of losses", "0.750"), ("TPR at 1% FPR", "12.5%"), ("C_T", c_t)):
         assert f"<td>{name}</td><td>{value}</td><td></td>" in page
-    f_mem = [f"{found['share_sqrt_d1_d2_below_third']:.1%}" for found in (result, result["holdout"])]
+    f_mem = [f"{numbers['pixels']['f_mem']:.1%}" for numbers in (result, result["holdout"])]
     assert f"<td>f_mem</td><td>{f_mem[0]}</td><td>{f_mem[1]}</td>" in page
     assert "<td>lr</td><td>0.001</td>" in page and "hflip" not in page
     assert "logs/&lt;a&gt;/ckpt1.pt" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
-    assert f"{result['mq_fraction']['15']:.1%}" in page and f"{result['mq_above_floor']['30']:+.1%}" in page
+    pixels = result["pixels"]
+    assert f"{pixels['mq_fraction']['15']:.1%}" in page and f"{pixels['mq_above_floor']['30']:+.1%}" in page
     best = ratio.argsort(stable=True)[0].item()
     assert page.index("most memorised pairs") < page.index(f"generated image {best}")
     assert "skipped 39×" in page and "1.250" in page
@@ -115,19 +118,18 @@ def test_a_large_evaluation_stays_below_5_megabytes(tmp_path):
 def test_the_curve_against_numpy():
     ratio = torch.cat([torch.rand(500, dtype=torch.float64), torch.tensor([0.0, 0.15, 0.3, 1.0])])
     expected = [np.mean(100 * ratio.numpy() < p) for p in range(101)]
-    sq_distance = torch.stack([ratio, 2 - ratio], dim=1)  # of mean 1
-    found = measures(sq_distance, torch.zeros(504, 2, dtype=torch.int64), torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
-    np.testing.assert_allclose(found["mq_curve"], expected)
+    np.testing.assert_allclose(shares_below(ratio)["mq_curve"], expected)
 
 
 def test_no_zero_has_a_sign_of_minus(tmp_path):
     result, *shown = evaluation(60, 40, 8)
-    result["mq_above_floor"] = dict.fromkeys(result["mq_above_floor"], -0.0004)
-    result |= {"c_t": -0.04, "clip_score": -0.04}
+    pixels = result["pixels"]
+    pixels |= {"c_t": -0.04, "mq_above_floor": dict.fromkeys(pixels["mq_above_floor"], -0.0004)}
+    result["clip_score"] = -0.04
     of_features = {f"{set_}_{name}": -0.0004 for set_ in ("sim", "bg") for name in SIMILARITIES}
     histograms = {"sim_histogram": [1.0], "bg_histogram": [1.0], "f_mem": 0.0}
-    result["feature_space"] = {"features": "pixels", "preprocess": None, **of_features, **histograms}
-    result["feature_space"]["sim_gt_05pc"] = 0.0
+    result["similarity"] = {"features": "pixels", "preprocess": None, **of_features, **histograms}
+    result["similarity"]["sim_gt_05pc"] = 0.0
     write_report(tmp_path / "report.html", result, *shown)
     (tmp_path / "result.json").write_text(json.dumps(result))
     printed = run_module("score.compare", tmp_path, "--html=both.html", cwd=tmp_path).stdout
@@ -146,10 +148,11 @@ def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
 def test_pixels_have_no_threshold_in_older_results_either():
     of_copies = {"copies": 3, "mean_of_copies": 1.0, "mean_of_others": 0.5, "auc": 0.75}
     numbers = {f"{kind}_{name}": 0.5 for kind in ("sim", "bg") for name in SIMILARITIES}
-    result = numbers | {"sim_histogram": [0.25, 0.75], "bg_histogram": [1.0, 0.0], "f_mem": 0.5, "preprocess": None}
-    result |= {"N": 4, "holdout": result, "detector": {"above_05": of_copies, "f_mem": of_copies}}
+    numbers |= {"sim_histogram": [0.25, 0.75], "bg_histogram": [1.0, 0.0], "f_mem": 0.5, "preprocess": None}
+    result = {"N": 4, "similarity": numbers, "holdout": {"N": 4, "similarity": numbers}}
+    result["detector"] = {"above_05": of_copies, "f_mem": of_copies}
     for features in ("sscd", "clip", "pixels"):
-        result["features"] = features
+        numbers["features"] = features
         html = similarities(result) + detector(result) + all_columns(result)
         assert [text in html for text in ("gt_05pc", "bove 0.5", "above_05")] == [features != "pixels"] * 2 + [False]
         assert "<td>f_mem</td><td>3</td>" in html

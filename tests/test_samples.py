@@ -13,6 +13,7 @@ from PIL import Image
 
 from score.grids import save_grids
 from score.samples import load_samples, non_finite_images, odd_values, save_pngs
+from tests.commands import run_module
 from utils import safe_files
 from utils.errors import DataError
 from utils.images import to_uint8
@@ -331,6 +332,19 @@ def test_few_images_make_few_grids_and_remove_old_ones(tmp_path):
     assert paths == [tmp_path / "grid_image0.png", tmp_path / "grid_image1.png"]
     # With equal ratios the images keep their order: the second picture shows images 128, 129 and 130.
     np.testing.assert_array_equal(tile(Image.open(paths[1]), 0, 5, 4), generated[130])
+
+
+def test_picture_has_a_row_for_each_set(tmp_path):
+    folder, made = tmp_path / "train", tmp_path / "generate.npy"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "0.png")
+    np.save(made, np.full((20, 3, 8, 8), [[[[0]], [[0]], [[255]]]], np.uint8))
+    run_module("score.grids", tmp_path / "out.png", f"training={folder}", f"a=b={made}", cwd=tmp_path)
+    picture = Image.open(tmp_path / "out.png").convert("RGB")
+    assert picture.size == (12 * 64, 2 * (28 + 64))
+    assert [picture.getpixel((x, y)) for x, y in ((32, 60), (96, 60), (32, 152), (736, 152))] == [
+        (255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 255),
+    ]  # fmt: skip
 
 
 def photographs(N, seed):

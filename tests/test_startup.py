@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from score.compare import split_label
 from tests.commands import ROOT, check, environment, eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet
+from utils import startup
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, printable
 
@@ -143,11 +143,11 @@ def test_a_label_ends_where_the_path_begins(tmp_path, monkeypatch):
         "a=b=plain": ("a=b", "plain"), "=plain": ("", "plain"), "x=~/plain": ("x", f"{tmp_path}/plain"),
     }  # fmt: skip
     for argument, (label, path) in expected.items():
-        found = split_label(argument)
+        found = startup.split_label(argument)
         assert (found[0], str(found[1])) == (label, path)
     for argument in ("nothing", "x=nothing", "x=", "=", "x" * 5000):
         with pytest.raises(DataError, match="no such file or directory"):
-            split_label(argument)
+            startup.split_label(argument)
 
 
 def test_text_on_one_line():

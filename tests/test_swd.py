@@ -8,6 +8,7 @@ import torch
 
 from score import swd
 from score.evaluate import Quality
+from score.features import POOLED_PIXELS
 
 
 def noise(n, side, seed=0):
@@ -81,11 +82,13 @@ def test_what_must_hold():
 def test_quality_reports_it_with_what_real_images_reach(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     real, generated = noise(60, 32), noise(40, 32, seed=1)
-    scores = Quality(real, 40, heldout=real)(generated)
+    scores = Quality(real, 40, POOLED_PIXELS, "cpu", heldout=real)(generated)
     levels = swd.sliced_wasserstein(real, generated)
     assert scores["swd_32"] == levels["32"] and scores["swd_16"] == levels["16"]
     assert scores["swd"] == np.mean(list(levels.values()))
     halves = swd.sliced_wasserstein(real[::2], real[1::2])
     assert scores["swd_floor"] == np.mean(list(halves.values()))
-    assert "swd_floor" not in Quality(real, 40)(generated)
-    assert not {name for name in Quality(real[..., :8, :8], 40)(generated[..., :8, :8]) if "swd" in name}
+    assert "swd_floor" not in Quality(real, 40, POOLED_PIXELS, "cpu")(generated)
+    assert not {
+        name for name in Quality(real[..., :8, :8], 40, POOLED_PIXELS, "cpu")(generated[..., :8, :8]) if "swd" in name
+    }

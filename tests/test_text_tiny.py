@@ -1,4 +1,4 @@
-"""The emoji, and the picture of images in rows."""
+"""text_to_image/tiny.py: the emoji, and the pipeline that is made of them."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.commands import run_module
 from tests.text_files import tiny_pipeline
 from text_to_image import tiny
 
@@ -46,16 +45,3 @@ def test_scaled_latents_have_deviation_one():
     tiny.train_vae(vae, images, 0)
     latents = vae.encode(images / 127.5 - 1).latent_dist.mean
     assert abs(vae.config.scaling_factor * latents.std().item() - 1) < 1e-2 < abs(vae.config.scaling_factor - before)
-
-
-def test_picture_has_a_row_for_each_set(tmp_path):
-    folder, made = tmp_path / "train", tmp_path / "generate.npy"
-    folder.mkdir()
-    Image.new("RGB", (8, 8), "red").save(folder / "0.png")
-    np.save(made, np.full((20, 3, 8, 8), [[[[0]], [[0]], [[255]]]], np.uint8))
-    run_module("text_to_image.picture", tmp_path / "out.png", f"training={folder}", f"a=b={made}", cwd=tmp_path)
-    picture = Image.open(tmp_path / "out.png").convert("RGB")
-    assert picture.size == (12 * 64, 2 * (24 + 64))
-    assert [picture.getpixel((x, y)) for x, y in ((32, 56), (96, 56), (32, 144), (736, 144))] == [
-        (255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 255),
-    ]  # fmt: skip

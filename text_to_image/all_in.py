@@ -17,23 +17,15 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.evaluate import Quality, about_repeats, identity
+from score.columns import summary
+from score.evaluate import Quality, count_repeats, identity
+from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into
 from score.grids import save_grids
-from score.inception import find_weights
-from score.report import summary, write_similarity_report
+from score.report import training_seconds, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
-from score.similarity import (
-    background,
-    clip_scores,
-    copy_threshold,
-    detection,
-    embed,
-    load_clip,
-    measures,
-    memorized,
-)
+from score.similarity import clip_scores, detection, evaluate_similarity, memorized
 from text_to_image import build
 from text_to_image.data import check_length, load_images
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
@@ -52,7 +44,7 @@ from text_to_image.pipeline import (
 )
 from text_to_image.prompts import Prompts, distinct
 from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
-from training.build import embedding as embedding_of
+from training.build import copies_space, distance_space
 from training.flags import as_dict
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
@@ -193,22 +185,18 @@ def ema_warning(unet_folder):
     return young_ema(unet_folder.parent, share)
 
 
-def measure(images, prompts, space, scorers, clip):
-    """All numbers of one set of images, and its nearest training images, as `measures` returns them.
+def score(images, prompts, scorers, clip):
+    """The scores of one set of images.
 
     Args:
         prompts: `Prompts`, or None.
-        space: (features of the training images, the function that makes such, their `copy_threshold`).
         scorers: {prefix of their scores' names: `Quality`}.
         clip: of `load_clip`, or None.
     """
-    features, embedding, threshold = space
-    numbers, found = measures(embed(embedding, images), features, prompts and prompts.own, threshold)
-    for prefix, scorer in scorers.items():
-        numbers |= {prefix + name: value for name, value in scorer(images).items()}
+    scores = {prefix + name: value for prefix, scorer in scorers.items() for name, value in scorer(images).items()}
     if clip and prompts:
-        numbers["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
-    return numbers, found
+        scores["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
+    return scores
 
 
 def note(notes, text):
@@ -238,15 +226,15 @@ def take_directories(base_dir):
     return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
-def write_results(result, images, data, found, prompts):
+def write_results(result, images, data, neighbors, prompts):
     """Write all files but the images, and print what a person wants to know first.
 
     Args:
         data: the `CaptionedImages` that the numbers of training images count in.
-        found: of `measures`.
+        neighbors: of `evaluate_similarity`.
         prompts: texts, or None.
     """
-    grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in found)
+    grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
         np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
@@ -267,10 +255,10 @@ def without_repeats(given, training, heldout):
         heldout: (L, 3, H, W), or None.
     """
     if heldout is None:
-        repeats = about_repeats(given, 0, len(training), 0)
+        repeats = count_repeats(given, 0, len(training), 0)
     else:
         others = heldout[equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)]
-        repeats = about_repeats(given, len(heldout), len(training), len(others))
+        repeats = count_repeats(given, len(heldout), len(training), len(others))
         heldout = others if len(others) else None
     if repeats["repeats_warning"] and distributed.is_main():
         warn(f"warning: {repeats['repeats_warning']}")
@@ -301,8 +289,8 @@ def main():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
         unet_folder = unet_folder or folder / "unet"
     features = FLAGS.features or "sscd"
-    embedding = embedding_of(FLAGS, features, device, "features")
-    weights = find_weights(FLAGS.inception_weights) if fid_features(FLAGS) == "inception" else None
+    space = copies_space(FLAGS, features, device, "features")
+    distances = distance_space(FLAGS, fid_features(FLAGS), device, 50)
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     if folder:
         pipeline = load_pipeline(folder, unet_folder)
@@ -336,9 +324,10 @@ def main():
             check_length(prompts.texts, pipeline.tokenizer, "prompts")
     number = len(images if FLAGS.samples else prompts.texts)
     by_content = bool(FLAGS.samples)
-    scorers = {"": Quality(training, number, weights, device, FLAGS.fid_cache, heldout=heldout, by_content=by_content)}
+    scorer = partial(Quality, number=number, space=distances, device=device, heldout=heldout, by_content=by_content)
+    scorers = {"": scorer(training, fid_cache=FLAGS.fid_cache)}
     if heldout is not None:
-        scorers["heldout_"] = Quality(heldout, number, weights, device, heldout=heldout, by_content=by_content)
+        scorers["heldout_"] = scorer(heldout)
     locks = take_directories(base_dir) if distributed.is_main() else []
     announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
 
@@ -369,9 +358,8 @@ def main():
         floors["round_trip"] = decoded, Prompts(own, own, rows)
 
     begin = time.perf_counter()
-    space = embed(embedding, training), embedding, copy_threshold(features)
     result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
-    result |= {"features": features, "preprocess": FLAGS.preprocess if features == "sscd" else None}
+    result["training_seconds"] = training_seconds(result["checkpoint"])
     notes += [scorers[""].warning] if scorers[""].warning else []
     result |= {
         "warning": "; ".join(notes) or None,
@@ -379,22 +367,23 @@ def main():
         **repeats,
         "scored_with": scorers[""].scored_with,
     }
-    result |= background(space[0], space[2])
-    numbers, found = measure(images, prompts, space, scorers, clip)
-    result |= numbers
+    own = prompts and prompts.own
+    with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
+    numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)
+    result |= {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        result[name] = {"N": len(others), "images_sha256": fingerprint(others)}
-        result[name] |= measure(others, theirs, space, fitting, clip)[0]
+        result[name] = {"N": len(others), "images_sha256": fingerprint(others), "similarity": similar[name]}
+        result[name] |= score(others, theirs, fitting, clip)
     if norms is not None:
-        copies = {"f_mem": memorized(found[0])}
-        if space[2] is not None:
-            copies = {"above_05": found[0][:, 0] > space[2], **copies}
+        copies = {"f_mem": memorized(neighbors[0])}
+        if space.threshold is not None:
+            copies = {"above_05": neighbors[0][:, 0] > space.threshold, **copies}
         result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
     result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
     result["flags"] = as_dict(FLAGS)
     if distributed.is_main():
-        write_results(result, images, data, found, prompts and prompts.texts)
+        write_results(result, images, data, neighbors, prompts and prompts.texts)
     for lock in locks:
         lock.close()
 

@@ -2,7 +2,7 @@
 
 import math
 
-from score.similarity import FEATURES
+from score.features import COPIES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import LATENT_SIDE, check_steps
 from training.flags import (
@@ -63,7 +63,7 @@ EVALUATION = (
     choice("rand_augs", "none", RAND_AUGS, "all_in: what is put into every prompt at random places"),
     integer("rand_aug_repeats", 4, "all_in: how many of them", 1),
     text("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir"),
-    choice("features", None, FEATURES, "all_in: what similarity is that of; default: sscd"),
+    choice("features", None, COPIES, "all_in: what similarity is that of; default: sscd"),
 )
 
 GROUPS = (

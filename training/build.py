@@ -9,9 +9,10 @@ import torch
 from dataset import load_dataset
 from diffusion import AmbientTrainer, GaussianDiffusionSampler, GaussianDiffusionTrainer
 from model import UNet
+from score.evaluate import Quality
+from score.features import FRECHET, feature_space
 from score.generate import grid_noise
 from score.inception import find_weights
-from score.similarity import make_embedding
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches
 from training.flags import CHANGEABLE, FIXED, ONCE, as_flagfile, norm_groups
@@ -263,19 +264,41 @@ def logger(FLAGS, logdir, total, done, seconds, writes=True):
     )
 
 
-def embedding(FLAGS, features, device, flag):
-    """The `make_embedding` of `features`, which `flag` asks for. Raises a UsageError if its weights are not named."""
-    if features in ("sscd", "clip") and not FLAGS[features].value:
+def copies_space(FLAGS, name, device, flag):
+    """The `FeatureSpace` that copies are searched for in. Raises a UsageError if its weights are not named.
+
+    flag: that names it.
+    """
+    if name in ("sscd", "clip") and not FLAGS[name].value:
         what = f"the file of its weights, or --{flag}=pixels, which needs none"
-        raise UsageError(f"give --{features}, {what}")
-    return make_embedding(
-        features,
+        raise UsageError(f"give --{name}, {what}")
+    return feature_space(
+        name,
         device,
+        inception=find_weights(FLAGS.inception_weights) if name == "inception" else None,
+        clip=FLAGS.clip,
         sscd=FLAGS.sscd,
         how=FLAGS.preprocess,
-        allow_torchscript=FLAGS.allow_torchscript,
-        inception=find_weights(FLAGS.inception_weights) if features == "inception" else None,
-        clip=FLAGS.clip,
+        torchscript=FLAGS.allow_torchscript,
+    )
+
+
+def distance_space(FLAGS, name, device, batch_size):
+    """The `FeatureSpace` of Frechet distances, by a value of `--fid_features`."""
+    inception = find_weights(FLAGS.inception_weights) if name == "inception" else None
+    return feature_space(FRECHET[name], device, batch_size, inception=inception)
+
+
+def quality(FLAGS, space, reference, number, device, heldout=None, by_content=False):
+    """The `Quality` of so many images in the space of a distance."""
+    return Quality(
+        reference,
+        number,
+        space,
+        device,
+        fid_cache=FLAGS.fid_cache,
+        heldout=heldout,
+        by_content=by_content,
     )
 
 

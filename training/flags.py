@@ -12,7 +12,7 @@ from absl import flags
 
 from dataset import DATASETS
 from diffusion import MEAN_TYPES, SAMPLERS, VAR_TYPES
-from score.similarity import FEATURES, PREPROCESS
+from score.features import COPIES, FRECHET, PREPROCESS
 from training.agc import ANTI_GRADS
 from training.learner import PRECISIONS
 from training.shards import PLACES, SPLITS
@@ -21,7 +21,6 @@ from utils.images import RESIZES
 
 STAGES = ("generate", "score", "memorise", "gap", "grid", "report")
 DEVICES = ("device", "cpu")  # where something is kept
-FRECHET = ("inception", "pixels")  # features of --fid_features
 
 # ---- how flags are defined
 
@@ -311,7 +310,7 @@ SCORES = (
     text("similar_dir", "./results/similar", "all_in: directory of memorization.npz"),
     text("grid_dir", "./results/grid", "all_in: directory of the grids, result.json and result.txt"),
     switch("save_png", False, "all_in: also write the generated images as PNG files into --generate_dir"),
-    choice("fid_features", "inception", FRECHET, "inception: FID and IS; pixels: fpd, which needs no weights"),
+    choice("fid_features", "inception", tuple(FRECHET), "inception: FID and IS; pixels: fpd, which needs no weights"),
     text("sscd", None, "weights of SSCD, such as sscd_disc_mixup.torchvision.pt"),
     choice("preprocess", "published", tuple(PREPROCESS), "for SSCD: as published, or as its authors recommend"),
     switch("allow_torchscript", False, "trust an --sscd that is TorchScript: what it holds is run"),
@@ -328,7 +327,7 @@ CHECKPOINTS = (
     integer("batch_B", 8192, "all_in: training images per block of the neighbour search", 1),
     choice("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with"),
     switch("holdout", None, "all_in: measure held-out real images too, the floor of MQ; default: if any"),
-    choice("memorise_features", None, FEATURES, "all_in: search for copies in this feature space too"),
+    choice("memorise_features", None, COPIES, "all_in: search for copies in this feature space too"),
     switch("fid_use_torch", False, "no effect: feature statistics are always summed on --device"),
 )
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.errors import UsageError, UserError, warn
+from utils.errors import DataError, UsageError, UserError, warn
 
 MAIN_SPEAKS_FIRST = 3.0  # seconds
 
@@ -18,6 +18,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UsageError(f"{message}: see --help")
+
+
+def split_label(argument):
+    """(label, path) of an argument: the longest end of it that exists, after no or some "=", is the path. DataError."""
+    parts = argument.split("=")
+    for i in range(len(parts)):
+        path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
+        if os.path.exists(path):  # noqa: PTH110 - false where Path.exists raises, as for a name that is too long
+            return "=".join(parts[:i]), Path(path)
+    raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
 def run(main):

@@ -1,0 +1,127 @@
+"""The numbers in a result.json: what they are called, where they are, how they are written.
+
+    {"N": ..., "pixels": {"mq": ..., "f_mem": ...}, "similarity": {"features": "sscd", "f_mem": ...},
+     "fpd": ..., "holdout": {"N": ..., "pixels": ..., "similarity": ...}}
+
+What is measured in the place of generated images, under the keys of `FLOORS`, has the same shape.
+"""
+
+import functools
+
+# what is measured in the place of generated images: {name: key in a result.json}
+FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
+SHOWN = ("15", "30", "50")  # of the thresholds of MQ
+SIMILARITIES = ("mean", "std", "75pc", "90pc", "95pc", "gt_05pc")  # of sim_ and bg_, as published
+# what earlier versions had at the top, by how the names begin, and those of the text half
+OLD_PIXELS = ("mq", "f_mem", "extracted", "auth_pct", "mirrored", "c_t")
+OLD_SIMILARITY = ("features", "preprocess", "sim_", "bg_", "mq_", "f_mem", "own_image")
+
+
+def under(*keys):
+    """A function that finds what is under these keys of nested dicts, or None."""
+    return lambda result: functools.reduce(lambda inner, key: (inner or {}).get(key), keys, result)
+
+
+def above_half(result):
+    """The share above 0.5; None of pixels, where it tells no copies though older results have it."""
+    numbers = result.get("similarity") or {}
+    return None if numbers.get("features") == "pixels" else numbers.get("sim_gt_05pc")
+
+
+def detector_auc(result):
+    """Of copies by similarity above 0.5, which is SSCD's threshold, or by f_mem for other features."""
+    is_sscd = under("similarity", "features")(result) == "sscd"
+    return under("detector", "above_05" if is_sscd else "f_mem", "auc")(result)
+
+
+# what is said of an evaluation first: {name: (value in a result.json or None, its format)}
+# z, where a value can be below 0: a rounded -0.0 is 0.0
+COLUMNS = {
+    **{f"MQ@{p}": (under("pixels", "mq_fraction", p), "{:.1%}") for p in SHOWN},
+    **{f"@{p} above floor": (under("pixels", "mq_above_floor", p), "{:+z.1%}") for p in SHOWN},
+    "f_mem": (under("pixels", "f_mem"), "{:.1%}"),
+    "extracted": (under("pixels", "extracted"), "{:.0f}"),
+    "f_mem, mirrored too": (under("pixels", "mirrored", "f_mem"), "{:.1%}"),
+    "extracted, mirrored too": (under("pixels", "mirrored", "extracted"), "{:.0f}"),
+    "similarity": (under("similarity", "sim_mean"), "{:z.3f}"),
+    "above 0.5": (above_half, "{:.1%}"),
+    "own image": (under("similarity", "own_image"), "{:.1%}"),
+    **{f"MQ@{p} of features": (under("similarity", "mq_fraction", p), "{:.1%}") for p in SHOWN},
+    "f_mem of features": (under("similarity", "f_mem"), "{:.1%}"),
+    "detector's AUC": (detector_auc, "{:.3f}"),
+    "CLIP score": (under("clip_score"), "{:z.1f}"),
+    "AuthPct": (under("pixels", "auth_pct"), "{:.1f}"),
+    "C_T": (under("pixels", "c_t"), "{:z.1f}"),
+    "AUC of losses": (under("gap", "auc"), "{:.3f}"),
+    "TPR at 1% FPR": (under("gap", "tpr"), "{:.1%}"),
+    "FID": (under("fid"), "{:.3f}"),
+    "IS": (under("is"), "{:.3f}"),
+    "fpd": (under("fpd"), "{:.3f}"),
+    "FID to held-out": (under("heldout_fid"), "{:.3f}"),
+    "fpd to held-out": (under("heldout_fpd"), "{:.3f}"),
+    "precision": (under("precision"), "{:.1%}"),
+    "recall": (under("recall"), "{:.1%}"),
+    "SWD": (under("swd"), "{:.1f}"),
+    "images": (under("N"), "{:.0f}"),
+    "train s": (under("training_seconds"), "{:.0f}"),
+    "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),
+}
+
+
+def summary(result):
+    """{name: text} of the `COLUMNS` that a result has."""
+    values = {name: (value_of(result), form) for name, (value_of, form) in COLUMNS.items()}
+    return {name: form.format(value) for name, (value, form) in values.items() if value is not None}
+
+
+def sets_of(result):
+    """{name: the numbers} of the generated images and of what is measured in their place."""
+    floors = {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
+    return {"generated": result} | floors
+
+
+def floor_of(result, key):
+    """The numbers of what is measured in the place of generated images, under a key of `FLOORS`."""
+    scores = ("precision", "recall", "swd") if key == "holdout" else ()
+    return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
+
+
+def is_old(result):
+    """Whether a result.json was written by a version that had the numbers of copies at the top."""
+    return any(key.startswith((*OLD_PIXELS, "feature")) for key in result)
+
+
+def renewed(result):
+    """A result of an earlier version in today's shape; one of today as it is."""
+    if not is_old(result):
+        return result
+    result = with_f_mem(result)
+    kind = {name: result[name] for name in ("features", "preprocess") if name in result}
+
+    def lowered(numbers):
+        if kind:  # of the text half
+            return with_lower({**kind, **numbers}, "similarity", OLD_SIMILARITY)
+        return with_lower(numbers, "pixels", OLD_PIXELS)
+
+    new = lowered(result) | {key: lowered(result[key]) for key in FLOORS.values() if result.get(key)}
+    similarity = new.pop("feature_space", None)
+    if similarity:
+        new["similarity"] = {key: value for key, value in similarity.items() if key != "holdout"}
+        if "holdout" in similarity:
+            floor = {name: similarity.get(name) for name in ("features", "preprocess")}
+            new["holdout"] = new.get("holdout", {}) | {"similarity": floor | similarity["holdout"]}
+    return new
+
+
+def with_lower(numbers, name, beginnings):
+    """The numbers of one set of images, those whose keys begin so one level lower, under a name."""
+    lower = {key: value for key, value in numbers.items() if key.startswith(beginnings)}
+    return {key: value for key, value in numbers.items() if key not in lower} | {name: lower}
+
+
+def with_f_mem(numbers):
+    """Numbers of an earlier version with today's name of f_mem in pixels."""
+    if not isinstance(numbers, dict):
+        return numbers
+    name = "share_sqrt_d1_d2_below_third"
+    return {"f_mem" if key == name else key: with_f_mem(value) for key, value in numbers.items()}
