@@ -5,7 +5,7 @@ torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=l
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
-import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from absl.flags import FLAGS
 
 from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.columns import is_old, summary
 from score.evaluate import SAMPLES_ORDER, count_repeats, evaluate, identity, known_neighbors
 from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
 from score.memorization import memorization_ratio
+from score.record import add_stage, earlier_result, print_summary, say, take_directories
 from score.report import training_seconds, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import evaluate_similarity
@@ -32,7 +32,7 @@ from training.recorded import default_resize, take_training, take_trainings, tra
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
-from utils.files import atomic_write, file_hash, lock_directory, read_json, write_json
+from utils.files import atomic_write, file_hash, read_json
 from utils.images import equal_images, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
@@ -41,18 +41,6 @@ OPTIONAL = {
     "score": ("fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"),
     "memorise": ("holdout", "similarity"),
 }
-
-
-def earlier_result():
-    """What an earlier call has left in result.json, or {}."""
-    path = Path(FLAGS.grid_dir) / "result.json"
-    result = read_json(path) if path.exists() else {"images_sha256": None}
-    if not isinstance(result, dict) or "images_sha256" not in result:
-        raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
-    if is_old(result):
-        warn(f"{path}: of an earlier version, which had other names: it is begun anew")
-        return {"images_sha256": None}
-    return result
 
 
 def forget_old_scores(result):
@@ -64,41 +52,63 @@ def forget_old_scores(result):
             warn(f"{FLAGS.grid_dir}: scores of an earlier version are left out: run the score stage for new ones")
 
 
-def add(result, stage, find):
-    """Put what a stage finds into result.json, with its seconds; returns whether it was not there yet."""
-    start = time.perf_counter()
-    numbers = find()
-    earlier = {key: result.pop(key) for key in {*numbers, *OPTIONAL.get(stage, ())} if key in result}
-    result |= numbers
-    is_new = numbers != earlier or stage not in result["seconds"]
-    if is_new:
-        result["seconds"][stage] = round(time.perf_counter() - start, 3)
-        if stage in ("score", "memorise", "gap"):  # those of the last call that made numbers
-            result["flags"] = as_dict(FLAGS)
-    if distributed.is_main():
-        write_json(Path(FLAGS.grid_dir) / "result.json", result)
-    return is_new
-
-
 def directories(stages):
     """{flag: directory} of those that the stages write."""
     written = {"generate_dir": "generate" in stages, "similar_dir": "memorise" in stages, "grid_dir": True}
     return {flag: FLAGS[flag].value for flag, writes in written.items() if writes}
 
 
-def take_directories(stages):
-    """Make the directories that the stages write, and take them until the files that are returned are closed."""
-    paths = {Path(path).resolve(): flag for flag, path in directories(stages).items()}  # some may be the same
-    return [lock_directory(path, flag) for path, flag in paths.items()]
+def chosen_stages():
+    """The stages to run, a set; raises an error if they cannot be."""
+    stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
+    if not stages:
+        raise UsageError("--stages: nothing to do, choose some of " + ",".join(STAGES))
+    shows_earlier = stages & {"grid", "report"} and "memorise" not in stages
+    if shows_earlier and "generate" in stages:
+        what = "grid and report show what the memorise stage finds: add it, or leave out generate"
+        raise UsageError(f"--stages: {what}")
+    if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
+        what = "no memorization.npz in it: run the memorise stage first"
+        raise DataError(f"--similar_dir={FLAGS.similar_dir}: {what}")
+    if stages & {"generate", "gap"} and not FLAGS.unet_dir:
+        what = "name a checkpoint, or measure existing images with --samples, without gap"
+        raise UsageError(f"--unet_dir: {what}")
+    return stages
 
 
-def load_network(device):
+def load_spaces(stages, device):
+    """The feature spaces of scores and of copies, None where the stages need none."""
+    distances = copies = None
+    if "score" in stages:
+        distances = build.distance_space(FLAGS, FLAGS.fid_features, device, FLAGS.batch_size)
+    if "memorise" in stages and FLAGS.memorise_features:
+        copies = build.copies_space(FLAGS, FLAGS.memorise_features, device, "memorise_features")
+    return distances, copies
+
+
+def check_places(stages):
+    """Raise an error if images would be taken for others, or are there that would be."""
+    written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
+    folders = image_folders(FLAGS.dataset, FLAGS.data_root)
+    keep_apart(folders, {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
+    if "generate" in stages and FLAGS.save_png:
+        png_names(FLAGS.generate_dir, FLAGS.num_images)
+
+
+def load_network(stages, device):
     """The network that the flags name, its files, and the settings of its training or None.
 
-    Of several checkpoints it is the mean of their predictions.
+    Of several checkpoints it is the mean of their predictions. Flags that are not given are those of the training,
+    also where only images of it are measured; then there is no network.
     """
-    names = FLAGS.unet_dir.split(",")
-    paths = [find_checkpoint(name) for name in ([FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else names)]
+    if not stages & {"generate", "gap"}:
+        path = Path(FLAGS.generate_dir) / "generate.json"
+        record = read_json(path) if path.exists() and not FLAGS.samples else {}
+        if record.get("training"):
+            take_training(FLAGS, record["training"], record["flags"], path)
+        return None, [], None
+    names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
+    paths = [find_checkpoint(name) for name in names]
     states = [load_checkpoint(path, device) for path in paths]
     settings, nets = take_trainings(FLAGS, paths), []
     for path, state in zip(paths, states, strict=True):
@@ -107,12 +117,35 @@ def load_network(device):
     return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
 
 
-def take_earlier_training():
-    """Take the flags of the data from the training of the images in --generate_dir, if it is known."""
-    path = Path(FLAGS.generate_dir) / "generate.json"
-    record = read_json(path) if path.exists() else {}
-    if record.get("training"):
-        take_training(FLAGS, record["training"], record["flags"], path)
+# What images are compared with: a `dataset.Dataset` of distinct images; the reference of scores, and real images that
+# measure the floor or None, (N, 3, H, W); which distinct image is in each slot, (N,); and what is to be said of them
+Real = namedtuple("Real", "data reference heldout slot_group notes")
+
+
+def load_real(stages, images, paths, settings):
+    """The `Real` images, and what is to be said of them and of --samples.
+
+    images: to measure, None if they are to be made; paths, settings: of the network, as `load_network` returns them.
+    """
+    with distributed.main_first():
+        given = build.dataset(FLAGS)
+    notes = {"settings_warning": training_warning(settings, given, paths) if paths else None}
+    once = given.without_copies()
+    data = once.distinct()
+    if "gap" in stages:
+        build.heldout_images(FLAGS, data, "stages=gap")
+    heldout, sizes = build.holdout_images(FLAGS, data), []
+    for part in (once.train, once.heldout, data.train, data.heldout):
+        sizes.append(len(part.images) if part else 0)
+    notes |= count_repeats(*sizes)
+    is_rough = heldout is not None and len(heldout) < ROUGH
+    what = f"with less than {ROUGH} the floors are rough"
+    notes["floor_warning"] = f"{len(heldout)} held-out images: {what}" if is_rough else None
+    say(*(note for name, note in notes.items() if name.endswith("warning")))
+    is_given = bool(FLAGS.samples)
+    notes["samples_warning"] = warn_of_odd_values(FLAGS.samples, images, data.train.images) if is_given else None
+    slot_group = equal_images(given.train.images)
+    return Real(data, build.reference_images(FLAGS, once), heldout, slot_group, notes)
 
 
 def weights_of(paths):
@@ -143,9 +176,8 @@ def generate_images(net, paths, settings, young, data, device):
     origin |= {"num_labels": build.labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     classes = build.classes(FLAGS, data)
     origin |= {"classes": classes} if classes else {}
-    sampler = GaussianDiffusionSampler(
-        torch.compile(net) if FLAGS.compile else net, **build.sampler_settings(FLAGS)
-    ).to(device)
+    network = torch.compile(net) if FLAGS.compile else net
+    sampler = GaussianDiffusionSampler(network, **build.sampler_settings(FLAGS)).to(device)
 
     def batches(first):
         return generate_batches(sampler, **build.generation(FLAGS, data), first=first)
@@ -161,28 +193,28 @@ def generate_images(net, paths, settings, young, data, device):
 
 
 def existing_images(needed):
-    """The images of --samples, or of an earlier generate stage; where there are none, and they are not needed, none."""
+    """The images of --samples, or of an earlier generate stage; none where there are none, and none are needed."""
     images = None
     if distributed.is_main():
-        path = Path(FLAGS.generate_dir) / "generate.npy"
-        is_there = FLAGS.samples or path.exists()
-        if needed and not is_there:
-            raise DataError(f"{path}: no such file: run the generate stage first, or name images with --samples")
-        size = FLAGS.img_size
-        images = (
-            load_samples(FLAGS.samples or path, size, FLAGS.resize)
-            if is_there
-            else torch.empty(0, 3, size, size).byte()
-        )
-        is_ours = is_there and not FLAGS.samples
-        if is_ours and read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
-            raise DataError(f"{path}: not the images that generate.json beside it describes: generate them again")
+        path, size = Path(FLAGS.generate_dir) / "generate.npy", FLAGS.img_size
+        if FLAGS.samples:
+            images = load_samples(FLAGS.samples, size, FLAGS.resize)
+        elif path.exists():
+            images = load_samples(path, size, FLAGS.resize)
+            if read_json(path.with_name("generate.json")).get("file_sha256") != file_hash(path):
+                what = "not the images that generate.json beside it describes: generate them again"
+                raise DataError(f"{path}: {what}")
+        elif needed:
+            what = "no such file: run the generate stage first, or name images with --samples"
+            raise DataError(f"{path}: {what}")
+        else:
+            images = torch.empty(0, 3, size, size).byte()
     shape = distributed.from_main(None if images is None else images.shape)
     return distributed.broadcast(torch.empty(shape, dtype=torch.uint8) if images is None else images, 0)
 
 
-def about_images(images, paths, settings, young):
-    """What result.json says of the images, or of the network in `paths` if there are none, besides what is measured.
+def describe(images, paths, settings, young):
+    """What result.json says of the images, or of the network in `paths` if there are none, besides its numbers.
 
     settings: of the training of that network, or None; young: `ema_warning` of it.
     """
@@ -190,12 +222,34 @@ def about_images(images, paths, settings, young):
         nothing = dict.fromkeys(("checkpoint", "weights", "training", "origin", "ema_warning"))
         return {**nothing, "samples": FLAGS.samples}
     if not len(images):
-        about = {"training": settings, "origin": None, "ema_warning": young}
-        return {"checkpoint": names_of(paths), **weights_of(paths), **about}
+        of_training = {"training": settings, "origin": None, "ema_warning": young}
+        return {"checkpoint": names_of(paths), **weights_of(paths), **of_training}
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
     return {name: record[name] for name in names} | weights | {"ema_warning": record.get("ema_warning")}
+
+
+def begin_result(result, stages, images, real, paths, settings, young):
+    """The result of these images, with what an earlier call has found of them: its `result`."""
+    description = describe(images, paths, settings, young) if distributed.is_main() else None
+    description = distributed.from_main(description)
+    if description["ema_warning"] != young:
+        say(description["ema_warning"])
+    if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= description.items():
+        what = f"not the weights of the images in --generate_dir={FLAGS.generate_dir}"
+        raise UsageError(f"--unet_dir={FLAGS.unet_dir}: {what}: name those, or other directories")
+    sets = identity(images, real.data.train.images)
+    if not sets.items() <= result.items():  # else stages that are run one by one fill it
+        result = {"seconds": {}, **sets}
+    used = result.get("flags", description.get("flags", {}))  # an earlier call's, until this one makes numbers
+    seconds = result["seconds"] | description.get("seconds", {})
+    result |= description | {"flags": used, "seconds": seconds, **real.notes}
+    result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
+    result["training_seconds"] = training_seconds(result["checkpoint"])
+    if FLAGS.samples and "score" not in stages:
+        forget_old_scores(result)
+    return result
 
 
 def find_gap(net, paths, data, device):
@@ -209,9 +263,22 @@ def find_gap(net, paths, data, device):
     return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
 
 
-def memorise(images, training, heldout, space, **search):
+def memorise(images, real, space, names, device):
     """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
-    numbers, _ = evaluate(images, training, heldout, **search)
+    training, heldout = real.data.train.images, real.heldout
+    numbers, _ = evaluate(
+        images,
+        training.to(build.data_device(FLAGS, device)),
+        heldout,
+        folder=FLAGS.similar_dir,
+        sets=identity(images, training),
+        hflip=real.data.hflip,
+        names=names,
+        batch_generated=FLAGS.batch_A,
+        batch_training=FLAGS.batch_B,
+        device=device,
+        progress=True,
+    )
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
         numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors)
@@ -220,18 +287,29 @@ def memorise(images, training, heldout, space, **search):
     return numbers
 
 
-def numbers(images):
-    """The numbers of images in the place of names: str (N,)."""
-    return np.arange(len(images)).astype(str)
-
-
-def neighbors_to_show(result, sets):
-    """The nearest training images (N,) and the ratios (N,) that --similar_dir has of the images of these sets."""
+def show(stages, result, images, real, names):
+    """The grid and the report stage."""
+    training = real.data.train.images
     path = Path(FLAGS.similar_dir) / "memorization.npz"
-    known = known_neighbors(path, sets)
+    known = known_neighbors(path, identity(images, training))
     if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
-    return known[1][:, 0], memorization_ratio(known[0])
+    shown = images, training, known[1][:, 0], memorization_ratio(known[0])
+    if "grid" in stages:
+        grids = lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]}  # noqa: E731
+        add_stage(result, FLAGS.grid_dir, "grid", grids)
+    if "report" in stages:
+        page = Path(FLAGS.grid_dir) / "report.html"
+        skips = skip_counts(result["checkpoint"], real.slot_group)
+        report = lambda: {"report": write_report(page, result, *shown, skips, names)}  # noqa: E731
+        add_stage(result, FLAGS.grid_dir, "report", report)
+
+
+def names_of_images(images, training):
+    """What images and training images are called: str (N,) and (M,), their numbers where they have no names."""
+    numbers = np.arange(max(len(images), len(training.images))).astype(str)
+    names = sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers[: len(images)]
+    return names, numbers[: len(training.images)] if training.names is None else training.names
 
 
 def skip_counts(path, slot_group):
@@ -258,121 +336,49 @@ def append_published_format(result):
         file.write(before + "".join(f"{line}\n" for line in lines).encode())
 
 
-def print_summary(result):
-    """What a person wants to know first."""
-    print(f"{result['N']} images against {result['training_set_size']} training images")
-    if result.get("non_finite_images"):
-        print(f"  {result['non_finite_images']} images held NaN or infinity: they are measured, with 0 in those pixels")
-    print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
-    print(f"  written to {FLAGS.grid_dir}")
-
-
 def main():
-    stages = set(FLAGS.stages) - ({"generate"} if FLAGS.samples else set())
-    if not stages:
-        raise UsageError("--stages: nothing to do, choose some of " + ",".join(STAGES))
+    stages = chosen_stages()
     device = pick_device(FLAGS.device, FLAGS.precision)
 
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
-    shows_earlier = stages & {"grid", "report"} and "memorise" not in stages
-    if shows_earlier and "generate" in stages:
-        raise UsageError("--stages: grid and report show what the memorise stage finds: add it, or leave out generate")
-    if shows_earlier and not (Path(FLAGS.similar_dir) / "memorization.npz").exists():
-        raise DataError(f"--similar_dir={FLAGS.similar_dir}: no memorization.npz in it: run the memorise stage first")
-    net = paths = settings = space = None
-    if "score" in stages:
-        distances = build.distance_space(FLAGS, FLAGS.fid_features, device, FLAGS.batch_size)
-    if "memorise" in stages and FLAGS.memorise_features:
-        space = build.copies_space(FLAGS, FLAGS.memorise_features, device, "memorise_features")
-    if stages & {"generate", "gap"}:
-        if not FLAGS.unet_dir:
-            raise UsageError("--unet_dir: name a checkpoint, or measure existing images with --samples, without gap")
-        net, paths, settings = load_network(device)
-    elif not FLAGS.samples:
-        take_earlier_training()
+    distances, copies = load_spaces(stages, device)
+    net, paths, settings = load_network(stages, device)
     default_resize(FLAGS)
-    young = ema_warning(paths or [])
-    if young and distributed.is_main():
-        warn(f"warning: {young}")
-    written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
-    folders = image_folders(FLAGS.dataset, FLAGS.data_root)
-    keep_apart(folders, {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
-    if "generate" not in stages:
-        images = existing_images(needed=stages != {"gap"})
-    elif FLAGS.save_png:
-        png_names(FLAGS.generate_dir, FLAGS.num_images)
-    with distributed.main_first():
-        data = build.dataset(FLAGS)
-    about_settings = training_warning(settings, data, paths) if paths else None
-    slot_group, data = equal_images(data.train.images), data.without_copies()
-    reference, given, data = build.reference_images(FLAGS, data), data, data.distinct()
-    training, heldout = data.train.images, build.holdout_images(FLAGS, data)
-    before, after = ([len(part.images) if part else 0 for part in (d.train, d.heldout)] for d in (given, data))
-    repeats = count_repeats(*before, *after)
-    if "gap" in stages:
-        build.heldout_images(FLAGS, data, "stages=gap")
-    odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
-    notes = {"settings_warning": about_settings, "repeats_warning": repeats.pop("repeats_warning")}
-    notes["floor_warning"] = None
-    if heldout is not None and len(heldout) < ROUGH:
-        notes["floor_warning"] = f"{len(heldout)} held-out images: with less than {ROUGH} the floors are rough"
-    for note in filter(None, notes.values() if distributed.is_main() else ()):
-        warn(f"warning: {note}")
-    notes["samples_warning"] = odd
-    locks = take_directories(stages) if distributed.is_main() else []
-    result = distributed.from_main(earlier_result() if distributed.is_main() else None)
-    if "score" in stages:
-        number = FLAGS.num_images if "generate" in stages else len(images)
-        quality = build.quality(FLAGS, distances, reference, number, device, heldout, by_content=bool(FLAGS.samples))
-    announce(device, net, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
+    young = ema_warning(paths)
+    say(young)
+    check_places(stages)
+    images = None if "generate" in stages else existing_images(needed=stages != {"gap"})
+    real = load_real(stages, images, paths, settings)
 
-    if "generate" in stages:
-        images = generate_images(net, paths, settings, young, data, device)
-    about = distributed.from_main(about_images(images, paths, settings, young) if distributed.is_main() else None)
-    if about["ema_warning"] and not young and distributed.is_main():
-        warn(f"warning: {about['ema_warning']}")
-    if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= about.items():
-        raise UsageError(
-            f"--unet_dir={FLAGS.unet_dir}: not the weights of the images in --generate_dir={FLAGS.generate_dir}: "
-            "name those, or other directories"
-        )
-    sets = identity(images, training)
-    names = sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers(images)
-    names = names, numbers(training) if data.train.names is None else data.train.names
-    if not sets.items() <= result.items():  # else stages that are run one by one fill it
-        result = {"seconds": {}, **sets}
-    used = result.get("flags", about.get("flags", {}))  # an earlier call's, until this one makes numbers
-    result |= about | {"flags": used, "seconds": result["seconds"] | about.get("seconds", {})}
-    result |= {"N": len(images), "training_set_size": len(training), **repeats, **notes}
-    result["training_seconds"] = training_seconds(result["checkpoint"])
-    is_new = False
-    if FLAGS.samples and "score" not in stages:
-        forget_old_scores(result)
+    with take_directories(directories(stages)):
+        result = earlier_result(FLAGS.grid_dir)
+        if "score" in stages:
+            number = FLAGS.num_images if images is None else len(images)
+            quality = build.quality(FLAGS, distances, real.reference, number, device, real.heldout)
+        announce(device, net, len(real.data.train.images), FLAGS.batch_size, asked_for=FLAGS.device)
 
-    if "score" in stages and result.get("scored_with") != quality.scored_with:
-        about = {"scored_with": quality.scored_with, "warning": quality.warning, "fid_reference": FLAGS.fid_reference}
-        is_new |= add(result, "score", lambda: {**quality(images), **about})
-    if "memorise" in stages:
-        on_device = training.to(build.data_device(FLAGS, device))
-        search = {"batch_generated": FLAGS.batch_A, "batch_training": FLAGS.batch_B, "device": device, "progress": True}
-        search |= {"folder": FLAGS.similar_dir, "sets": sets, "hflip": data.hflip, "names": names}
-        is_new |= add(result, "memorise", lambda: memorise(images, on_device, heldout, space, **search))
-    if "gap" in stages:
-        add(result, "gap", lambda: find_gap(net, paths, data, device))
-    if distributed.is_main():
-        if stages & {"grid", "report"}:
-            shown = images, training, *neighbors_to_show(result, sets)
-        if "grid" in stages:
-            add(result, "grid", lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]})
-        if "report" in stages:
-            page = Path(FLAGS.grid_dir) / "report.html"
-            skips = skip_counts(result["checkpoint"], slot_group)
-            add(result, "report", lambda: {"report": write_report(page, result, *shown, skips, names)})
-        if is_new:
-            append_published_format(result)
-        print_summary(result)
-    for lock in locks:
-        lock.close()
+        if "generate" in stages:
+            images = generate_images(net, paths, settings, young, real.data, device)
+        result = begin_result(result, stages, images, real, paths, settings, young)
+        names, is_new = names_of_images(images, real.data.train), False
+
+        def add(stage, find):
+            return add_stage(result, FLAGS.grid_dir, stage, find, OPTIONAL.get(stage, ()), as_dict(FLAGS))
+
+        if "score" in stages and result.get("scored_with") != quality.scored_with:
+            of_scores = {"scored_with": quality.scored_with, "warning": quality.warning}
+            of_scores["fid_reference"] = FLAGS.fid_reference
+            is_new |= add("score", lambda: {**quality(images), **of_scores})
+        if "memorise" in stages:
+            is_new |= add("memorise", lambda: memorise(images, real, copies, names, device))
+        if "gap" in stages:
+            add("gap", lambda: find_gap(net, paths, real.data, device))
+        if distributed.is_main():
+            if stages & {"grid", "report"}:
+                show(stages, result, images, real, names)
+            if is_new:
+                append_published_format(result)
+            print_summary(result, FLAGS.grid_dir)
 
 
 if __name__ == "__main__":

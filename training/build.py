@@ -289,8 +289,8 @@ def distance_space(FLAGS, name, device, batch_size):
     return feature_space(FRECHET[name], device, batch_size, inception=inception)
 
 
-def quality(FLAGS, space, reference, number, device, heldout=None, by_content=False):
-    """The `Quality` of so many images in the space of a distance."""
+def quality(FLAGS, space, reference, number, device, heldout=None):
+    """The `Quality` of so many images in the space of a distance; of --samples in the order of their contents."""
     return Quality(
         reference,
         number,
@@ -298,7 +298,7 @@ def quality(FLAGS, space, reference, number, device, heldout=None, by_content=Fa
         device,
         fid_cache=FLAGS.fid_cache,
         heldout=heldout,
-        by_content=by_content,
+        by_content=bool(FLAGS.samples),
     )
 
 

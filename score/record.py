@@ -1,0 +1,72 @@
+"""What both evaluations do around their measurements: directories, warnings, result.json and what is printed."""
+
+import contextlib
+import time
+from pathlib import Path
+
+from score.columns import is_old, summary
+from utils import distributed
+from utils.errors import DataError, warn
+from utils.files import lock_directory, read_json, write_json
+
+
+@contextlib.contextmanager
+def take_directories(directories):
+    """Make directories, {flag: path}, and keep other processes out of them within the block."""
+    locks = []
+    if distributed.is_main():
+        paths = {Path(path).resolve(): flag for flag, path in directories.items()}  # some may be the same
+        locks = [lock_directory(path, flag) for path, flag in paths.items()]
+    yield
+    for lock in locks:
+        lock.close()
+
+
+def say(*notes):
+    """Warn of notes, texts or None, once for all processes."""
+    for note in filter(None, notes if distributed.is_main() else ()):
+        warn(f"warning: {note}")
+
+
+def earlier_result(directory):
+    """What an earlier call has left in the result.json of a directory, or an empty result, in every process."""
+    path, empty = Path(directory) / "result.json", {"images_sha256": None}
+    result = read_json(path) if path.exists() and distributed.is_main() else empty
+    if not isinstance(result, dict) or "images_sha256" not in result:
+        raise DataError(f"{path}: not written by all_in.py: move it, or choose another --grid_dir")
+    if is_old(result):
+        warn(f"{path}: of an earlier version, which had other names: it is begun anew")
+        result = empty
+    return distributed.from_main(result)
+
+
+def add_stage(result, directory, stage, find, optional=(), flags=None):
+    """Put what a stage finds into a result, with its seconds, and write it; returns whether it was not there yet.
+
+    Args:
+        directory: of result.json.
+        find: called without arguments, returns {name: JSON value}.
+        optional: names that the stage finds with some flags only: they go when it is run with others.
+        flags: {name: value} of this call, kept for the last one that made numbers; None of a stage that makes none.
+    """
+    start = time.perf_counter()
+    numbers = find()
+    earlier = {key: result.pop(key) for key in {*numbers, *optional} if key in result}
+    result |= numbers
+    is_new = numbers != earlier or stage not in result["seconds"]
+    if is_new:
+        result["seconds"][stage] = round(time.perf_counter() - start, 3)
+        result |= {"flags": flags} if flags else {}
+    if distributed.is_main():
+        write_json(Path(directory) / "result.json", result)
+    return is_new
+
+
+def print_summary(result, directory):
+    """What a person wants to know first."""
+    print(f"{result['N']} images against {result['training_set_size']} training images")
+    if result.get("non_finite_images"):
+        what = "images held NaN or infinity: they are measured, with 0 in those pixels"
+        print(f"  {result['non_finite_images']} {what}")
+    print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
+    print(f"  written to {directory}")
