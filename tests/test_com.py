@@ -138,9 +138,14 @@ def test_demo(tmp_path):
     assert files_of_the_project() == before and (tmp_path / "stats.npz").exists()
     (tmp_path / "results/demo").rename(tmp_path / "demo")
     table = json.loads((tmp_path / "demo/table.json").read_text())
-    assert table.keys() == {"default", "iet_agc"} and {"MQ@15", "fpd", "train s"} <= table["default"].keys()
-    steps = [json.loads((tmp_path / "demo" / name / "train.json").read_text())["steps"] for name in table]
-    assert steps[0] == steps[1] == 8
+    steps = [json.loads((tmp_path / f"demo/{name}/train.json").read_text())["steps"] for name in ("default", "iet_agc")]
+    assert steps == [8, 8]
+    evaluations = sorted((tmp_path / "demo/default").glob("eval_*"))
+    assert [path.name for path in evaluations] == ["eval_ckpt2", "eval_ckpt4", "eval_ckpt6"]
+    fpds = {path.name: json.loads((path / "grid/result.json").read_text())["fpd"] for path in evaluations}
+    nearest = min(fpds, key=lambda name: abs(fpds[name] - table["iet_agc"]["fpd"]["mean"])).removeprefix("eval_")
+    assert list(table) == ["default", f"default, {nearest}", "iet_agc"]
+    assert {"MQ@15", "fpd", "train s"} <= table["default"].keys()
     assert (tmp_path / "demo/memorised.png").stat().st_size > 0
 
 
