@@ -9,8 +9,7 @@ out="${LOG_DIR:-results/demo}"
 expand out
 flags=(--flagfile="$ROOT/config/DIGITS.txt" --num_train=64 --sample_step=1000 --fid_reference=heldout "$@")
 
-steps="${DEMO_STEPS:-6000}" rounds="${DEMO_ROUNDS:-20}"
-save_step="$(((steps + 5) / 6))"
+steps="${DEMO_STEPS:-6000}" rounds="${DEMO_ROUNDS:-20}" save_step="${DEMO_SAVE_STEP:-1000}"
 
 # 64 images in batches of 16 are 4 steps an epoch, in one piece or as 4 shards of 16
 once "$out/default/trained" "$PYTHON" "$ROOT/main.py" --train "${flags[@]}" --logdir="$out/default" \

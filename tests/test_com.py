@@ -133,7 +133,7 @@ def test_demo(tmp_path):
     for name in ("errors.py", "torch.py", "pathlib.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the directory of the caller')")
     flags = ["--T=20", "--sample_steps=2", "--num_images=20", "--sample_step=0", "--fid_cache=stats.npz"]
-    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
+    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2", DEMO_SAVE_STEP="3")
     assert "| default " in result.stdout and "| iet_agc " in result.stdout
     assert files_of_the_project() == before and (tmp_path / "stats.npz").exists()
     (tmp_path / "results/demo").rename(tmp_path / "demo")
@@ -141,7 +141,7 @@ def test_demo(tmp_path):
     steps = [json.loads((tmp_path / f"demo/{name}/train.json").read_text())["steps"] for name in ("default", "iet_agc")]
     assert steps == [8, 8]
     evaluations = sorted((tmp_path / "demo/default").glob("eval_*"))
-    assert [path.name for path in evaluations] == ["eval_ckpt2", "eval_ckpt4", "eval_ckpt6"]
+    assert [path.name for path in evaluations] == ["eval_ckpt3", "eval_ckpt6"]
     fpds = {path.name: json.loads((path / "grid/result.json").read_text())["fpd"] for path in evaluations}
     nearest = min(fpds, key=lambda name: abs(fpds[name] - table["iet_agc"]["fpd"]["mean"])).removeprefix("eval_")
     assert list(table) == ["default", f"default, {nearest}", "iet_agc"]
