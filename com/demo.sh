@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Default training and IET-AGC on 64 handwritten digits with the same number of steps, images from both, and one table.
-# In it default training stands twice: at its end, and at the earlier checkpoint whose images are about as good as
-# those of IET-AGC. Run again, it skips what is finished. Further flags go to training and evaluation.
+# In it default training stands a second time, stopped at its first checkpoint with images as good as IET-AGC's.
+# Run again, it skips what is finished. Further flags go to training and evaluation.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -17,40 +17,35 @@ once "$out/default/trained" "$PYTHON" "$ROOT/main.py" --train "${flags[@]}" --lo
 once "$out/iet_agc/trained" "$PYTHON" "$ROOT/main_fed.py" --train "${flags[@]}" --logdir="$out/iet_agc" \
     --client_num=4 --local_epoch="$((steps / 4 / rounds))" --total_round="$rounds" --warmup=25
 
-# measure CHECKPOINT DIRECTORY: generate images and measure them; of a log directory its newest checkpoint
+# measure CHECKPOINT DIRECTORY: generate images and measure them; of a log directory those of its newest checkpoint
 measure() {
     once "$2/done" "$PYTHON" "$ROOT/all_in.py" "${flags[@]}" --unet_dir="$1" --batch_size=512 --save_png \
         --generate_dir="$2/generate" --similar_dir="$2/similar" --grid_dir="$2/grid"
 }
 
+# is_as_good DIRECTORY OTHER: True if its images are at least as near to held-out digits as the other's, else False
+is_as_good() {
+    "$PYTHON" -P -c 'import json, sys
+results = [json.load(open(f"{directory}/grid/result.json")) for directory in sys.argv[1:]]
+distance, other = (result.get("fpd", result.get("fid")) for result in results)
+print(distance <= other)' "$@"
+}
+
 measure "$out/default" "$out/default/eval"
 measure "$out/iet_agc" "$out/iet_agc/eval"
-earlier=()
+results=("default=$out/default/eval/grid")
 for ((step = save_step; step < steps; step += save_step)); do
     name="ckpt$step"
-    name="${name/%000/k}"
-    measure "$out/default/$name.pt" "$out/default/eval_$name"
-    earlier+=("$name")
+    name="${name/%000/k}" # as main.py calls it
+    stopped="$out/default/eval_$name"
+    measure "$out/default/$name.pt" "$stopped"
+    found="$(is_as_good "$stopped" "$out/iet_agc/eval")"
+    if [[ "$found" == True ]]; then
+        results+=("default, $step steps=$stopped/grid")
+        break
+    fi
 done
-
-# the checkpoint whose distance to held-out images (fpd, or FID) is nearest to that of IET-AGC
-nearest="$("$PYTHON" -P - "$out" "${earlier[@]}" <<'PYTHON'
-import json
-import sys
-from pathlib import Path
-
-
-def quality(evaluation):
-    result = json.loads((Path(sys.argv[1]) / evaluation / "grid/result.json").read_text())
-    return result["fpd"] if "fpd" in result else result["fid"]
-
-
-aim = quality("iet_agc/eval")
-print(min(sys.argv[2:], key=lambda name: abs(quality(f"default/eval_{name}") - aim)))
-PYTHON
-)"
-results=("default=$out/default/eval/grid/result.json" "default, $nearest=$out/default/eval_$nearest/grid/result.json"
-    "iet_agc=$out/iet_agc/eval/grid/result.json")
+results+=("iet_agc=$out/iet_agc/eval/grid")
 
 echo
 "$PYTHON" -P -m score.compare --json="$out/table.json" --html="$out/compare.html" --picture="$out/memorised.png" "${results[@]}"
