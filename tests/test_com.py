@@ -133,14 +133,21 @@ def test_demo(tmp_path):
     for name in ("errors.py", "torch.py", "pathlib.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the directory of the caller')")
     flags = ["--T=20", "--sample_steps=2", "--num_images=20", "--sample_step=0", "--fid_cache=stats.npz"]
-    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
+    result = run_bash("com/demo.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2", DEMO_SAVE_STEP="3")
     assert "| default " in result.stdout and "| iet_agc " in result.stdout
     assert files_of_the_project() == before and (tmp_path / "stats.npz").exists()
     (tmp_path / "results/demo").rename(tmp_path / "demo")
     table = json.loads((tmp_path / "demo/table.json").read_text())
-    assert table.keys() == {"default", "iet_agc"} and {"MQ@15", "fpd", "train s"} <= table["default"].keys()
-    steps = [json.loads((tmp_path / "demo" / name / "train.json").read_text())["steps"] for name in table]
-    assert steps[0] == steps[1] == 8
+    steps = [json.loads((tmp_path / f"demo/{name}/train.json").read_text())["steps"] for name in ("default", "iet_agc")]
+    assert steps == [8, 8]
+    evaluations = sorted((tmp_path / "demo/default").glob("eval_*"))
+    fpds = [json.loads((path / "grid/result.json").read_text())["fpd"] for path in evaluations]
+    is_as_good = [fpd <= table["iet_agc"]["fpd"]["mean"] for fpd in fpds]
+    steps = [path.name.removeprefix("eval_ckpt") for path in evaluations]
+    stopped = [f"default, {step} steps" for step, good in zip(steps, is_as_good, strict=True) if good]
+    assert list(table) == ["default", *stopped, "iet_agc"]
+    assert True not in is_as_good[:-1] and (stopped or len(evaluations) == 2), "it goes on to the first that is"
+    assert {"MQ@15", "fpd", "train s"} <= table["default"].keys()
     assert (tmp_path / "demo/memorised.png").stat().st_size > 0
 
 
