@@ -354,7 +354,8 @@ def main():
         result = earlier_result(FLAGS.grid_dir)
         if "score" in stages:
             number = FLAGS.num_images if images is None else len(images)
-            quality = build.quality(FLAGS, distances, real.reference, number, device, real.heldout)
+            of = real.reference, number, device, real.heldout
+            quality = build.quality(FLAGS, distances, *of, fid_cache=FLAGS.fid_cache)
         announce(device, net, len(real.data.train.images), FLAGS.batch_size, asked_for=FLAGS.device)
 
         if "generate" in stages:

@@ -120,7 +120,7 @@ def main():
         data = build.dataset(FLAGS)
     if scores:
         reference, heldout = build.reference_images(FLAGS, data), data.heldout and data.heldout.images
-        quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout)
+        quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout, FLAGS.fid_cache)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:

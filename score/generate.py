@@ -78,29 +78,42 @@ def generate_batches(
     Yields: (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their
         pixels): bool (B,).
     """
-    device = sampler.betas.device
-    shape = (3, sampler.img_size, sampler.img_size)
+    device, shape = sampler.betas.device, (3, sampler.img_size, sampler.img_size)
+
+    def make(indices):
+        x_0 = torch.empty(0, *shape, device=device)
+        if indices:
+            labels = None
+            if num_labels is not None:
+                drawn = draw_labels(seed, indices, num_labels, classes)
+                labels = drawn.to(device) - int(legacy_labels)
+            noise = sample_noise(seed, indices, shape, device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                x_0 = sampler(noise(), labels, noise)
+        return to_uint8(x_0), non_finite_images(x_0)
+
     was_training = sampler.model.training
     sampler.model.eval()
-    with progress_bar(total=num_images, initial=first, desc="generate", unit="image") as bar:
-        for start in range(first, num_images, batch_size * distributed.world_size()):
-            batches = range(start, min(start + batch_size * distributed.world_size(), num_images))
-            indices = batches[distributed.share(len(batches))]
-            x_0 = torch.empty(0, *shape, device=device)
-            if indices:
-                labels = None
-                if num_labels is not None:
-                    drawn = draw_labels(seed, indices, num_labels, classes)
-                    labels = drawn.to(device) - int(legacy_labels)
-                noise = sample_noise(seed, indices, shape, device)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    x_0 = sampler(noise(), labels, noise)
-            made = distributed.gather((to_uint8(x_0).cpu(), non_finite_images(x_0).cpu()))
-            if distributed.is_main():
-                images, not_finite = zip(*made, strict=True)
-                yield torch.cat(images), torch.cat(not_finite)
-            bar.update(len(batches))
+    yield from over_ranks(first, num_images, batch_size, make)
     sampler.model.train(was_training)
+
+
+def over_ranks(first, number, batch_size, make):
+    """What all processes make for the images first..number-1, a batch each at a time, with a bar.
+
+    make: a function of a range of images, which may be empty; returns tensors with a row for each.
+
+    Yields: on rank 0, lists of these tensors on the CPU, the processes' rows in order; elsewhere nothing.
+    """
+    block = batch_size * distributed.world_size()
+    with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
+        for start in range(first, number, block):
+            batch = range(start, min(start + block, number))
+            made = make(batch[distributed.share(len(batch))])
+            gathered = distributed.gather([rows.cpu() for rows in made])
+            if distributed.is_main():
+                yield [torch.cat(parts) for parts in zip(*gathered, strict=True)]
+            bar.update(len(batch))
 
 
 def generate(sampler, num_images, batch_size, seed, **settings):

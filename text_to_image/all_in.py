@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.columns import summary
-from score.evaluate import Quality, count_repeats, identity
+from score.evaluate import count_repeats, identity
 from score.features import load_clip
 from score.fid import CACHE
-from score.generate import generate_into
+from score.generate import generate_into, over_ranks
 from score.grids import save_grids
+from score.record import print_summary, say, take_directories
 from score.report import training_seconds, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, evaluate_similarity, memorized
@@ -44,15 +44,15 @@ from text_to_image.pipeline import (
 )
 from text_to_image.prompts import Prompts, distinct
 from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
-from training.build import copies_space, distance_space
+from training.build import copies_space, distance_space, quality
 from training.flags import as_dict
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from training.logdir import random_start, read_run, young_ema
 from utils import distributed
 from utils.bar import progress_bar
-from utils.errors import DataError, UsageError, warn
-from utils.files import atomic_write, lock_directory, read_json, write_json
+from utils.errors import DataError, UsageError
+from utils.files import atomic_write, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
 from utils.seeding import generator
 
@@ -97,9 +97,9 @@ def write_prompts(path, prompts):
 
 def generate_batches(pipeline, prompts, kept, first):
     """As `score.generate.generate_batches`; writes the detector's norms of all images so far into the file `kept`."""
-    side, number = FLAGS.resolution // pipeline.vae_scale_factor, len(prompts.texts)
+    side, shown = FLAGS.resolution // pipeline.vae_scale_factor, FLAGS.resolution
+    shape = (pipeline.unet.config.in_channels, side, side)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
-    dtype, block = PRECISIONS[FLAGS.precision], FLAGS.batch_size * distributed.world_size()
     watched = []
 
     def watch(unet, inputs, output):
@@ -107,28 +107,30 @@ def generate_batches(pipeline, prompts, kept, first):
             without, given = output[0].float().chunk(2)
             watched.append((given - without).flatten(1).norm(dim=1))
 
+    def make(indices):
+        x, norm = torch.empty(0, 3, shown, shown), torch.zeros(len(indices))
+        if indices:
+            watched.clear()
+            streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
+            latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+            x = generate(
+                pipeline,
+                prompts.texts[indices.start : indices.stop],
+                latents,
+                FLAGS.sample_steps,
+                FLAGS.guidance,
+                streams,
+                FLAGS.text_noise,
+                PRECISIONS[FLAGS.precision],
+            )
+            norm = torch.stack(watched).mean(dim=0) if watched else norm
+        return to_uint8(2 * x - 1), non_finite_images(x), norm
+
     hook = pipeline.unet.register_forward_hook(watch)
-    with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
-        for start in range(first, number, block):
-            batch = range(start, min(start + block, number))
-            indices = batch[distributed.share(len(batch))]
-            x, found = torch.empty(0, 3, FLAGS.resolution, FLAGS.resolution), torch.zeros(len(indices))
-            if indices:
-                watched.clear()
-                streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
-                shape = (pipeline.unet.config.in_channels, side, side)
-                latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-                texts = prompts.texts[indices.start : indices.stop]
-                noise, steps = FLAGS.text_noise, FLAGS.sample_steps
-                x = generate(pipeline, texts, latents, steps, FLAGS.guidance, streams, noise, dtype)
-                found = torch.stack(watched).mean(dim=0).cpu() if watched else found
-            made = distributed.gather((to_uint8(2 * x - 1).cpu(), non_finite_images(x).cpu(), found))
-            if distributed.is_main():
-                images, not_finite, found = map(torch.cat, zip(*made, strict=True))
-                norms += found.tolist()
-                write_json(kept, norms)
-                yield images, not_finite
-            bar.update(len(batch))
+    for images, not_finite, norm in over_ranks(first, len(prompts.texts), FLAGS.batch_size, make):
+        norms += norm.tolist()
+        write_json(kept, norms)
+        yield images, not_finite
     hook.remove()
 
 
@@ -185,6 +187,13 @@ def ema_warning(unet_folder):
     return young_ema(unet_folder.parent, share)
 
 
+def generated():
+    """What result.json says of the images in --generate_dir."""
+    record = read_json(Path(FLAGS.generate_dir) / "generate.json")
+    names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
+    return {name: record[name] for name in names}
+
+
 def score(images, prompts, scorers, clip):
     """The scores of one set of images.
 
@@ -193,37 +202,22 @@ def score(images, prompts, scorers, clip):
         scorers: {prefix of their scores' names: `Quality`}.
         clip: of `load_clip`, or None.
     """
-    scores = {prefix + name: value for prefix, scorer in scorers.items() for name, value in scorer(images).items()}
+    scores = {}
+    for prefix, scorer in scorers.items():
+        scores |= {prefix + name: value for name, value in scorer(images).items()}
     if clip and prompts:
         scores["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
     return scores
 
 
-def note(notes, text):
-    """Add to what is to be said of an evaluation, and say it."""
-    notes.append(text)
-    if distributed.is_main():
-        warn(f"warning: {text}")
-
-
-def note_non_finite(notes, what, bad, number):
-    """`note` that so many of a number of images are not finite, if any are."""
-    if bad:
-        note(notes, f"{bad:,} of {number:,} {what} hold values that are not finite, black here")
-
-
-def directories(base_dir):
+def directories():
     """{flag: directory} of those that are written."""
     written = {"similar_dir": FLAGS.similar_dir, "grid_dir": FLAGS.grid_dir}
     if not FLAGS.samples:
-        written |= {"generate_dir": FLAGS.generate_dir} | ({"base_dir": base_dir} if base_dir else {})
+        written["generate_dir"] = FLAGS.generate_dir
+        if FLAGS.unet:
+            written["base_dir"] = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
     return written
-
-
-def take_directories(base_dir):
-    """Make the directories that are written, and take them until the files that are returned are closed."""
-    paths = {Path(path).resolve(): flag for flag, path in directories(base_dir).items()}  # some may be the same
-    return [lock_directory(path, flag) for path, flag in paths.items()]
 
 
 def write_results(result, images, data, neighbors, prompts):
@@ -242,9 +236,7 @@ def write_results(result, images, data, neighbors, prompts):
     paths = save_grids(grid_dir, *shown, 1 - similarity[:, 0])
     page = write_similarity_report(grid_dir / "report.html", result, *shown, similarity[:, 0], prompts, captions)
     write_json(grid_dir / "result.json", result | {"grids": [str(path) for path in paths], "report": page})
-    print(f"{len(images)} images against {len(data.images)} training images")
-    print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
-    print(f"  written to {grid_dir}")
+    print_summary(result, grid_dir)
 
 
 def without_repeats(given, training, heldout):
@@ -254,138 +246,156 @@ def without_repeats(given, training, heldout):
         given: how many training images there are, of which `training` (N, 3, H, W) are distinct.
         heldout: (L, 3, H, W), or None.
     """
-    if heldout is None:
-        repeats = count_repeats(given, 0, len(training), 0)
-    else:
-        others = heldout[equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)]
-        repeats = count_repeats(given, len(heldout), len(training), len(others))
-        heldout = others if len(others) else None
-    if repeats["repeats_warning"] and distributed.is_main():
-        warn(f"warning: {repeats['repeats_warning']}")
-    return repeats, heldout
+    others, number = heldout, 0 if heldout is None else len(heldout)
+    if heldout is not None:
+        is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
+        others = heldout[is_new] if is_new.any() else None
+    repeats = count_repeats(given, number, len(training), 0 if others is None else len(others))
+    say(repeats["repeats_warning"])
+    return repeats, others
 
 
-def main():
-    device = pick_device(FLAGS.device, FLAGS.precision)
-
-    notes = []  # what the page and result.json say, too
-    # whatever can be wrong shows here, before the long work
-    folder = unet_folder = pipeline = images = norms = prompts = source = heldout = odd = None
+def find_places():
+    """The folder of the UNet and that of the pipeline, or None; flags that are not given are those of the training."""
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
         what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
+    folder = unet_folder = None
     if FLAGS.unet:
         unet_folder = find_unet(FLAGS.unet)
         take_flags(FLAGS, unet_folder)
-        young = ema_warning(unet_folder)
-        if young and distributed.is_main() and not FLAGS.samples:
-            warn(f"warning: {young}")
-    base_dir = FLAGS.base_dir or str(Path(FLAGS.generate_dir) / "base")
-    base_dir = base_dir if FLAGS.unet and not FLAGS.samples else None
-    written = {**directories(base_dir), "fid_cache": FLAGS.fid_cache or CACHE}
+        say(None if FLAGS.samples else ema_warning(unet_folder))
+    written = {**directories(), "fid_cache": FLAGS.fid_cache or CACHE}
     keep_apart([FLAGS.data_root], {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if FLAGS.pretrained:
         with distributed.main_first():
             folder = find_folder(FLAGS.pretrained, FLAGS.download)
         unet_folder = unet_folder or folder / "unet"
-    features = FLAGS.features or "sscd"
-    space = copies_space(FLAGS, features, device, "features")
-    distances = distance_space(FLAGS, fid_features(FLAGS), device, 50)
-    clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
-    if folder:
-        pipeline = load_pipeline(folder, unet_folder)
-        if FLAGS.unet:
-            check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
-        if FLAGS.scheduler == "dpm":
-            pipeline.scheduler = as_scheduler("DPMSolverMultistepScheduler", pipeline.scheduler, "--scheduler=dpm")
-        check_pipeline(FLAGS, pipeline, 0 if FLAGS.samples else FLAGS.sample_steps)
-        pipeline.to(device)
-    data = build.dataset(FLAGS)
-    for text in differences(FLAGS, settings_of(unet_folder), data) if FLAGS.unet else ():
-        note(notes, text)
-    given, data = len(data.images), distinct(data)
-    training = data.images
-    if FLAGS.heldout:
-        heldout = read_images("heldout")
-    repeats, heldout = without_repeats(given, training, heldout)
-    if FLAGS.samples:
-        images = read_images("samples")
-        odd = warn_of_odd_values(FLAGS.samples, images, training)
-    if FLAGS.prompts or not FLAGS.samples:
-        number = len(images) if FLAGS.samples else num_images(FLAGS)
-        prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
-        in_turn = FLAGS.prompts == "all"  # several times, maybe
-        if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
-            kind = "captions, a distinct image each," if in_turn else "prompts"
-            what = f"{len(source)} {kind} for the {len(images)} images of --samples"
-            advice = "give as many images of each, or a file with a prompt for each" if in_turn else "give one for each"
-            raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice}")
-        if pipeline:
-            check_length(prompts.texts, pipeline.tokenizer, "prompts")
-    number = len(images if FLAGS.samples else prompts.texts)
-    by_content = bool(FLAGS.samples)
-    scorer = partial(Quality, number=number, space=distances, device=device, heldout=heldout, by_content=by_content)
-    scorers = {"": scorer(training, fid_cache=FLAGS.fid_cache)}
-    if heldout is not None:
-        scorers["heldout_"] = scorer(heldout)
-    locks = take_directories(base_dir) if distributed.is_main() else []
-    announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
+    return unet_folder, folder
 
-    nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
-    result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
-    if not FLAGS.samples:
-        generated = partial(generate_images, prompts=prompts, source=source)
-        images, norms = generated(pipeline, folder, unet_folder, directory=FLAGS.generate_dir)
-        if distributed.is_main():
-            record = read_json(Path(FLAGS.generate_dir) / "generate.json")
-            names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
-            result |= {name: record[name] for name in names}
-            note_non_finite(notes, "generated images", result["non_finite_images"], len(images))
-    floors = {}
-    if base_dir:
+
+def load_network(folder, unet_folder, device):
+    """The pipeline with the UNet, or None without a folder of one."""
+    if not folder:
+        return None
+    pipeline = load_pipeline(folder, unet_folder)
+    if FLAGS.unet:
+        check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+    if FLAGS.scheduler == "dpm":
+        kind = "DPMSolverMultistepScheduler"
+        pipeline.scheduler = as_scheduler(kind, pipeline.scheduler, "--scheduler=dpm")
+    check_pipeline(FLAGS, pipeline, 0 if FLAGS.samples else FLAGS.sample_steps)
+    return pipeline.to(device)
+
+
+def load_prompts(data, pipeline, images):
+    """The prompts and the texts that they are taken from, or None twice; images: of --samples, or None."""
+    if FLAGS.samples and not FLAGS.prompts:
+        return None, None
+    number = len(images) if FLAGS.samples else num_images(FLAGS)
+    prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
+    in_turn = FLAGS.prompts == "all"  # several times, maybe
+    if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
+        kind, advice = "prompts", "give one for each"
+        if in_turn:
+            kind = "captions, a distinct image each,"
+            advice = "give as many images of each, or a file with a prompt for each"
+        what = f"{len(source)} {kind} for the {len(images)} images of --samples"
+        raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice}")
+    if pipeline:
+        check_length(prompts.texts, pipeline.tokenizer, "prompts")
+    return prompts, source
+
+
+def non_finite(what, bad, number):
+    """What is to be said where so many of a number of images are not finite, said, or None."""
+    text = f"{bad:,} of {number:,} {what} hold values that are not finite, black here" if bad else None
+    say(text)
+    return text
+
+
+def make_floors(pipeline, folder, data, heldout, prompts, source, number, device):
+    """What is measured in the place of the images, {name: (images, their prompts or None)}, and notes on it."""
+    floors, notes, directory = {}, [], directories().get("base_dir")
+    if directory:
         pipeline.unet = load_unet(folder / "unet").to(device)
-        floors["base"] = generated(pipeline, folder, folder / "unet", directory=base_dir)[0], prompts
+        images, _ = generate_images(pipeline, folder, folder / "unet", prompts, source, directory)
+        floors["base"] = images, prompts
         if distributed.is_main():
-            bad = read_json(Path(base_dir) / "generate.json")["non_finite_images"]
-            note_non_finite(notes, "images of the base model", bad, len(images))
+            bad = read_json(Path(directory) / "generate.json")["non_finite_images"]
+            notes.append(non_finite("images of the base model", bad, number))
     if heldout is not None:
         floors["holdout"] = heldout, None
     if pipeline:
-        rows = evenly_spaced(len(training), len(images))
-        own = [data.captions[row][0] for row in rows]
-        decoded, bad = round_trip(pipeline, training[rows])
-        note_non_finite(notes, "training images after the VAE's round trip", bad, len(rows))
-        floors["round_trip"] = decoded, Prompts(own, own, rows)
+        rows = evenly_spaced(len(data.images), number)
+        captions = [data.captions[row][0] for row in rows]
+        decoded, bad = round_trip(pipeline, data.images[rows])
+        notes.append(non_finite("training images after the VAE's round trip", bad, len(rows)))
+        floors["round_trip"] = decoded, Prompts(captions, captions, rows)
+    return floors, notes
 
-    begin = time.perf_counter()
-    result |= identity(images, training) | {"N": len(images), "training_set_size": len(training)}
-    result["training_seconds"] = training_seconds(result["checkpoint"])
-    notes += [scorers[""].warning] if scorers[""].warning else []
-    result |= {
-        "warning": "; ".join(notes) or None,
-        "samples_warning": odd,
-        **repeats,
-        "scored_with": scorers[""].scored_with,
-    }
+
+def measure(images, norms, training, prompts, space, scorers, clip, floors):
+    """All numbers of images and floors, and the nearest training images; norms: of the detector, or None."""
     own = prompts and prompts.own
     with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
     numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)
-    result |= {"similarity": numbers, **score(images, prompts, scorers, clip)}
+    numbers = {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        result[name] = {"N": len(others), "images_sha256": fingerprint(others), "similarity": similar[name]}
-        result[name] |= score(others, theirs, fitting, clip)
+        numbers[name] = {"N": len(others), "images_sha256": fingerprint(others), "similarity": similar[name]}
+        numbers[name] |= score(others, theirs, fitting, clip)
     if norms is not None:
         copies = {"f_mem": memorized(neighbors[0])}
         if space.threshold is not None:
             copies = {"above_05": neighbors[0][:, 0] > space.threshold, **copies}
-        result["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
-    result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
-    result["flags"] = as_dict(FLAGS)
-    if distributed.is_main():
-        write_results(result, images, data, neighbors, prompts and prompts.texts)
-    for lock in locks:
-        lock.close()
+        numbers["detector"] = {name: detection(norms, rows.cpu()) for name, rows in copies.items()}
+    return numbers, neighbors
+
+
+def main():
+    device = pick_device(FLAGS.device, FLAGS.precision)
+
+    # whatever can be wrong shows here, before the long work
+    unet_folder, folder = find_places()
+    space = copies_space(FLAGS, FLAGS.features or "sscd", device, "features")
+    distances = distance_space(FLAGS, fid_features(FLAGS), device, batch_size=50)
+    clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
+    pipeline = load_network(folder, unet_folder, device)
+    given = build.dataset(FLAGS)
+    notes = differences(FLAGS, settings_of(unet_folder), given) if FLAGS.unet else []
+    say(*notes)
+    data, heldout = distinct(given), read_images("heldout") if FLAGS.heldout else None
+    training = data.images
+    repeats, heldout = without_repeats(len(given.images), training, heldout)
+    images = read_images("samples") if FLAGS.samples else None
+    odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
+    prompts, source = load_prompts(data, pipeline, images)
+    number = len(images if FLAGS.samples else prompts.texts)
+    scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
+    if heldout is not None:
+        scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)
+
+    with take_directories(directories()):
+        announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
+        nothing, norms = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning")), None
+        result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
+        if not FLAGS.samples:
+            images, norms = generate_images(pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir)
+            result |= distributed.from_main(generated() if distributed.is_main() else None)
+            notes.append(non_finite("generated images", result["non_finite_images"], number))
+        floors, more = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
+
+        begin, scorer = time.perf_counter(), scorers[""]
+        notes = [note for note in (*notes, *more, scorer.warning) if note]
+        result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
+        result |= {"training_seconds": training_seconds(result["checkpoint"]), "warning": "; ".join(notes) or None}
+        result |= {"samples_warning": odd, **repeats, "scored_with": scorer.scored_with}
+        numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)
+        result |= {**numbers, "flags": as_dict(FLAGS)}
+        result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
+        if distributed.is_main():
+            write_results(result, images, data, neighbors, prompts and prompts.texts)
 
 
 if __name__ == "__main__":

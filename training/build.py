@@ -289,14 +289,14 @@ def distance_space(FLAGS, name, device, batch_size):
     return feature_space(FRECHET[name], device, batch_size, inception=inception)
 
 
-def quality(FLAGS, space, reference, number, device, heldout=None):
+def quality(FLAGS, space, reference, number, device, heldout=None, fid_cache=None):
     """The `Quality` of so many images in the space of a distance; of --samples in the order of their contents."""
     return Quality(
         reference,
         number,
         space,
         device,
-        fid_cache=FLAGS.fid_cache,
+        fid_cache=fid_cache,
         heldout=heldout,
         by_content=bool(FLAGS.samples),
     )
