@@ -81,7 +81,7 @@ def make_step(architecture, size, batch_size, device, **settings):
         batch = batches(learner.step)
         loss, keep = agc(learner.losses(batch), batch.t)
         learner.update(loss)
-        skip_counts[batch.index] += ~keep
+        skip_counts[batch.slots] += ~keep
 
     return learner, take_step
 

@@ -19,7 +19,7 @@ def make(index=None, **changes):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_0", "labels", "t", "eps", "index"))
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_0", "labels", "t", "eps", "slots"))
 
 
 def test_an_epoch_shows_every_image_once_but_the_last_incomplete_batch():

@@ -176,14 +176,14 @@ def test_iet_agc_plus_exchanges_after_odd_rounds_and_averages_after_even_ones(tm
         cwd=tmp_path,
     )
     rounds = [load(tmp_path / f"log/global_ckpt_round{r}.pt") for r in (1, 2, 3, 4)]
-    sizes = [len(shard) for shard in rounds[0]["shards"]]
+    sizes = [len(shard) for shard in rounds[0]["slots"]]
     before = partition(load_dataset("digits", "", 8, 48).train.labels, 3, "stratified", 12)
     for r, state in enumerate(rounds, start=1):
-        assert sorted(torch.cat(state["shards"]).tolist()) == list(range(48))
-        assert [len(shard) for shard in state["shards"]] == sizes
+        assert sorted(torch.cat(state["slots"]).tolist()) == list(range(48))
+        assert [len(shard) for shard in state["slots"]] == sizes
         counts = sum(load(tmp_path / f"log/state/shard{k}_step{4 * r}.pt")["round_counts"] for k in range(3))
         after = exchange(before, counts, 0.25) if r in (1, 3) else before
-        assert all(map(torch.equal, state["shards"], after)), r
+        assert all(map(torch.equal, state["slots"], after)), r
         assert counts.sum() > 0
         before = after
     optim = [load(tmp_path / f"log/state/shard0_step{4 * r}.pt")["optim"]["state"][1]["step"] for r in (1, 4)]

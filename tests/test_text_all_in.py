@@ -236,7 +236,7 @@ def test_similarity_and_fid_of_inception(directory, tmp_path):
     [
         ([], 2, "give --sscd, the file of its weights, or --features=pixels, which needs none"),
         (["--features=clip"], 2, "give --clip, the file"),
-        (["--features=pixels", "--stages=score"], 2, "--stages: has no meaning for text_to_image, leave it out"),
+        (["--features=pixels", "--stages=score"], 2, "Unknown command line flag 'stages'"),
         (["--features=pixels", "--prompts=nothing.txt"], 1, "--prompts=nothing.txt: cannot be read"),
         (["--features=pixels", "--heldout=nothing"], 1, "--heldout=nothing: no such file or folder"),
         (["--features=pixels", "--unet=images"], 1, "--unet=images: no UNet in diffusers' format in it"),

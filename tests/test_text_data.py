@@ -256,12 +256,12 @@ def make(captioned, moments, states, index=None, **changes):
 def test_an_epoch_has_every_image_once_with_its_latents_and_caption(captioned, moments, states):
     batches = make(captioned, moments, states, hflip=False)
     seen = [batches(step) for step in range(4)]
-    assert sorted(i for batch in seen for i in batch.index.tolist()) == list(range(NUMBER))
+    assert sorted(i for batch in seen for i in batch.slots.tolist()) == list(range(NUMBER))
     for batch in seen:
-        mean, deviation = moments[batch.index, 0].float().unbind(1)
+        mean, deviation = moments[batch.slots, 0].float().unbind(1)
         noise = (batch.x_0 / 0.5 - mean) / deviation
         assert noise.std().item() == pytest.approx(1, abs=0.15) and abs(noise.mean()) < 0.15
-        firsts = [captioned.captions[i][0] for i in batch.index]
+        firsts = [captioned.captions[i][0] for i in batch.slots]
         assert torch.equal(batch.labels, states(firsts))
     again = make(captioned, moments, states, hflip=False)(2)
     assert all(torch.equal(a, b) for a, b in zip(again[:5], seen[2][:5], strict=True))
@@ -272,7 +272,7 @@ def test_half_of_the_latents_are_of_mirror_images(captioned, moments, states):
     batches, mirrored = make(captioned, moments, states), 0
     for step in range(100):
         batch = batches(step)
-        both = 0.5 * moments[batch.index, :, 0].float()
+        both = 0.5 * moments[batch.slots, :, 0].float()
         is_view = (batch.x_0[:, None] == both).all(dim=(2, 3, 4))
         assert is_view.any(dim=1).all()
         mirrored += int(is_view[:, 1].sum())

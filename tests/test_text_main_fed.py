@@ -216,7 +216,7 @@ def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
     ("flags", "code", "message"),
     [
         (["--resolution=17"], 2, "--resolution=17: pipeline has a VAE that makes images 2 times as small, so give"),
-        (["--local_epoch=3"], 2, "--local_epoch: has no meaning for text_to_image, leave it out"),
+        (["--local_epoch=3"], 2, "Unknown command line flag 'local_epoch'"),
         (["--client_num=17"], 2, "--client_num=17: more shards than the 16 images"),
         (["--client_num=5"], 2, "--batch_size=4 is larger than the 3 images of shard 1"),
         (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
