@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 
 SECONDS = 300  # after which a script is killed
-LIBRARIES = "torch torch._dynamo torch.distributed numpy scipy.linalg PIL.Image absl.flags tensorboardX tqdm safetensors".split()
+LIBRARIES = "torch torch._dynamo torch.distributed numpy scipy.linalg PIL.Image".split()
+LIBRARIES += "absl.flags tensorboardX tqdm safetensors".split()
 TEXT = {
     "diffusers": "StableDiffusionPipeline UNet2DConditionModel AutoencoderKL DDPMScheduler DDIMScheduler".split(),
     "transformers": "CLIPTextModel CLIPTokenizer CLIPModel".split(),
