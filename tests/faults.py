@@ -18,8 +18,10 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from tests.commands import ROOT, environment
+from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
 from training.logger import read_metrics
 from utils import startup
 from utils.bar import progress_bar
@@ -35,17 +37,31 @@ SCRIPTS = {
     "main_fed.py": [
         *COMMON, "--client_num=3", "--local_epoch=10", "--total_round=5", "--save_step=3", "--mem_ratio=1.0",
     ],
+    "text_to_image.main_fed": [
+        "--train", "--pretrained=pipeline", "--data_root=images", "--captions=captions.json", "--resolution=16",
+        "--batch_size=4", "--lr=1e-3", "--warmup=2", "--sample_step=0", f"--log_step={LOG_STEP}", "--client_num=3",
+        "--local_steps=20", "--total_round=5", "--save_step=3", "--save_round=1", "--mem_ratio=1.0", "--device=cpu",
+    ],
 }  # fmt: skip
 KILLS = ("kill", "kill during a save", "SIGTERM")
 DAMAGES = ("truncated", "bit flipped", "emptied")
 FULL_DISK = "full disk"
 
 
-def start(script, logdir):
-    """The script as a process of its own; its output goes to files beside the log directory."""
+def start(script, logdir, inputs):
+    """The script as a process of its own in the directory of its inputs; its output goes beside the log directory."""
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *program, *SCRIPTS[script], f"--logdir={logdir}"]
+    env = environment(PYTHONPATH=str(ROOT))
     with Path(f"{logdir}.out").open("w") as out, Path(f"{logdir}.err").open("w") as err:
-        command = [sys.executable, str(ROOT / script), *SCRIPTS[script], f"--logdir={logdir}"]
-        return subprocess.Popen(command, stdout=out, stderr=err, env=environment())
+        return subprocess.Popen(command, cwd=inputs, stdout=out, stderr=err, env=env)
+
+
+def make_inputs(directory):
+    """A small pipeline, images and captions, for the text-conditioned half."""
+    saved_pipeline(directory)
+    save_images(directory / "images")
+    save_captions(directory / "captions.json", CAPTIONS)
 
 
 def checkpoints(logdir):
@@ -121,10 +137,13 @@ def fill(disk, leave):
 def final_state(script, logdir):
     """Everything that two runs must agree on: checkpoint files, and the steps that were logged."""
     paths = [logdir / "ckpt300.pt"] if script == "main.py" else sorted(logdir.glob("global_ckpt_round*.pt"))
-    paths += [logdir / "state" / f"shard{k}_step100.pt" for k in range(3)] if script == "main_fed.py" else []
+    if script != "main.py":
+        paths += [logdir / "state" / f"shard{k}_step100.pt" for k in range(3)]
     states = {path.name: torch.load(path, weights_only=True) for path in paths}
     for state in states.values():
         state.pop("seconds")
+    for path in logdir.glob("checkpoint_round*/unet/*.safetensors"):
+        states[path.parent.parent.name] = load_file(path)
     return {**states, "logged": [line["step"] for line in read_metrics(logdir) if line["step"] % LOG_STEP == 0]}
 
 
@@ -142,14 +161,14 @@ def differences(a, b, name=""):
     return [] if a == b else [name]
 
 
-def attack(script, logdir, disk, chance, counts):
+def attack(script, logdir, inputs, disk, chance, counts):
     """Start a run five times, each hit by a random fault, then let it finish; whether it did.
 
-    disk: the small file system that the log directory is on, or None.
+    inputs: of `start`; disk: the small file system that the log directory is on, or None.
     """
     for _ in range(5):
         fault = chance.choice([*KILLS, *DAMAGES, *([FULL_DISK] if disk else [])])
-        process = start(script, logdir)
+        process = start(script, logdir, inputs)
         if fault == FULL_DISK:
             if not wait_for_a_save(process, logdir):
                 continue
@@ -164,7 +183,7 @@ def attack(script, logdir, disk, chance, counts):
         elif fault in DAMAGES:
             damage(checkpoints(logdir)[0], fault, chance)
         counts[fault] += 1
-    return start(script, logdir).wait() == 0
+    return start(script, logdir, inputs).wait() == 0
 
 
 def main():
@@ -174,18 +193,19 @@ def main():
     options = parser.parse_args()
     chance, limit = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     bad = ("full disks without a clear line", "runs that did not continue", "runs that differ")
-    counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, "runs", *bad], 0)
+    counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *(f"runs of {script}" for script in SCRIPTS), *bad], 0)
     with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, progress_bar(unit="run") as bar:
-        expected = {}
+        expected, inputs = {}, Path(directory)
+        make_inputs(inputs)
         for script in SCRIPTS:
-            start(script, Path(directory) / script).wait()
-            expected[script] = final_state(script, Path(directory) / script)
+            start(script, inputs / script, inputs).wait()
+            expected[script] = final_state(script, inputs / script)
         while time.monotonic() < limit:
             script = chance.choice(list(SCRIPTS))
-            counts["runs"] += 1
+            counts[f"runs of {script}"] += 1
             with tempfile.TemporaryDirectory(dir=disk) as place:
                 logdir = Path(place) / "log"
-                if not attack(script, logdir, disk, chance, counts):
+                if not attack(script, logdir, inputs, disk, chance, counts):
                     counts["runs that did not continue"] += 1
                 elif found := differences(expected[script], final_state(script, logdir)):
                     counts["runs that differ"] += 1
