@@ -28,7 +28,7 @@ from training import build
 from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
 from training.logdir import ema_start, young_ema
-from training.recorded import default_resize, take_training, take_trainings, training_warning
+from training.recorded import default_resize, take, take_trainings, training_warning
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
@@ -105,7 +105,7 @@ def load_network(stages, device):
         path = Path(FLAGS.generate_dir) / "generate.json"
         record = read_json(path) if path.exists() and not FLAGS.samples else {}
         if record.get("training"):
-            take_training(FLAGS, record["training"], record["flags"], path)
+            take(FLAGS, record["training"], path, record["flags"])
         return None, [], None
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     paths = [find_checkpoint(name) for name in names]
