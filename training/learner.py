@@ -1,4 +1,4 @@
-"""One network in training: its weights, their EMA, optimiser, schedule and scaler, and the update that moves them."""
+"""One network in training: its weights, EMA, optimiser, schedule and scaler, and the update of them."""
 
 import copy
 from contextlib import contextmanager
@@ -9,16 +9,18 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 from utils import distributed
 
 # the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32}
+PRECISIONS |= {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def to_host(value):
     """A copy in host memory; one of a GPU's tensor is pinned, so that both ways are fast."""
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+    host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return host.copy_(value, non_blocking=True)
 
 
 def warmed_up(lr, step, warmup):
-    """The learning rate of the update after `step` others: linear from 0 over the warm-up, then constant."""
+    """The learning rate after `step` updates: linear from 0 over the warm-up, then constant."""
     return lr * (min(step, warmup) / warmup if warmup else 1.0)
 
 
@@ -31,34 +33,23 @@ class Learner:
     """A denoising network in training.
 
     Args:
-        net: the network, on its device. Only its parameters that require a gradient train, and are moved.
+        net: the network, on its device. Only its parameters that require a gradient train and are moved.
         objective: makes of a network a module whose `error_of(batch)` is the squared error (B, C, H, W).
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
         grad_clip: largest norm of the gradient.
         ema_decay: of the EMA weights; None: there are none, and `ema` is `net`.
         weight_decay: of AdamW; 0: Adam.
-        precision: fp32, tf32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
+        precision: fp32, tf32, bf16 (autocast), fp16 (and a loss scaler); the loss is float32 in all.
         compile: run the network through torch.compile.
         share_batches: every process trains this network with its part of the same batches.
         offload: keep everything in host memory except within `on_device`.
     """
 
     def __init__(
-        self,
-        net,
-        objective,
-        *,
-        lr,
-        warmup,
-        grad_clip,
-        ema_decay,
-        weight_decay=0.0,
-        precision="fp32",
-        compile=False,
-        share_batches=False,
-        offload=False,
-    ):
+        self, net, objective, *, lr, warmup, grad_clip, ema_decay, weight_decay=0.0,
+        precision="fp32", compile=False, share_batches=False, offload=False,
+    ):  # fmt: skip
         self.device = next(net.parameters()).device
         self.net = net
         self.ema = net if ema_decay is None else copy.deepcopy(net).eval().requires_grad_(False)
@@ -165,27 +156,21 @@ class Learner:
         # by their places among all parameters, as published checkpoints number them
         optim["state"] = {self.places[i]: value for i, value in optim["state"].items()}
         optim["param_groups"][0]["params"] = list(range(len(list(self.net.parameters()))))
+        sched = {  # as torch's LambdaLR writes it, which other programs expect in a checkpoint
+            "base_lrs": [self.base_lr], "last_epoch": self.step, "_step_count": self.step + 1,
+            "_last_lr": [self.lr], "lr_lambdas": [None],
+        }  # fmt: skip
         return {
-            "net_model": self.net.state_dict(),
-            "ema_model": self.ema.state_dict(),
-            # as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint
-            "sched": {
-                "base_lrs": [self.base_lr],
-                "last_epoch": self.step,
-                "_step_count": self.step + 1,
-                "_last_lr": [self.lr],
-                "lr_lambdas": [None],
-            },
-            "optim": optim,
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-        }
+            "net_model": self.net.state_dict(), "ema_model": self.ema.state_dict(), "sched": sched,
+            "optim": optim, "scaler": self.scaler.state_dict(), "step": self.step,
+        }  # fmt: skip
 
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         (group,), places = state["optim"]["param_groups"], enumerate(self.places)
-        values = {i: state["optim"]["state"][place] for i, place in places if place in state["optim"]["state"]}
+        saved = state["optim"]["state"]
+        values = {i: saved[place] for i, place in places if place in saved}
         group = {**group, "params": list(range(len(self.places)))}
         self.optim.load_state_dict({"state": values, "param_groups": [group]})
         if state["scaler"]:  # of a run in fp16

@@ -69,7 +69,7 @@ class LogDirectory:
         fresh, overwrite, allow_change: the flags; the first two together remove an earlier run's files.
 
     Raises:
-        DataError: it cannot be written, another process has it, or it holds what no run of ours has written.
+        DataError: it cannot be written, another process has it, or it holds what no run of ours wrote.
         UsageError: what is in it is not this run.
     """
 
@@ -124,7 +124,7 @@ class LogDirectory:
             self.changes.append(change)
 
     def begin(self, steps):
-        """Write what the run is made of, once all processes have read what they need; steps: are done."""
+        """Write what the run is made of, once all processes have read theirs; `steps` are done."""
         distributed.barrier()
         if distributed.is_main():
             changes = [{**c, "step": min(steps, c.get("step", steps))} for c in self.changes]

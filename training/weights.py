@@ -28,7 +28,7 @@ for module in ("numpy.core", "numpy._core"):
 
 
 def step_name(step):
-    """File name of the checkpoint after `step` steps: ckpt400k.pt, or ckpt1234.pt for no multiple of 1,000."""
+    """File name of a checkpoint after `step` steps: ckpt400k.pt, or ckpt1234.pt."""
     return f"ckpt{step // 1000}k.pt" if step and step % 1000 == 0 else f"ckpt{step}.pt"
 
 
@@ -38,15 +38,16 @@ def round_name(number):
 
 
 def own_files(directory, pattern):
-    """{path: match} of the files in a log directory, or in directories in it, whose paths in it match a pattern."""
+    """{path: match} of the files in a log directory, or a level below, whose paths match."""
     paths = [path for level in ("*", "*/*") for path in sorted(Path(directory).glob(level))]
     found = {path: re.fullmatch(pattern, str(path.relative_to(directory))) for path in paths}
     return {path: match for path, match in found.items() if match}
 
 
 def numbered(directory, pattern):
-    """{number: path} of the files in a log directory whose paths match a pattern with one group, the highest first."""
-    found = {int(match[1].replace("k", "000")): path for path, match in own_files(directory, pattern).items()}
+    """{number: path} of files in a log directory that match a pattern with a group, the highest first."""
+    matches = own_files(directory, pattern).items()
+    found = {int(match[1].replace("k", "000")): path for path, match in matches}
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -63,11 +64,10 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, device="cpu", check=True):
     """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
-    Its tensors are mapped: read from the file when they are needed. check: read all now, and compare the checksums.
+    Its tensors are mapped: read when they are needed. check: read all now, and compare the checksums.
 
-    Raises:
-        DamagedError: what was written, if it was a checkpoint, is not there any more.
-        DataError: missing, unreadable, or no checkpoint.
+    DamagedError: what was written, if it was a checkpoint, is not there any more.
+    DataError: missing, unreadable, or no checkpoint.
     """
     path, kind = Path(path), DataError
     try:
@@ -94,22 +94,25 @@ def load_checkpoint(path, device="cpu", check=True):
             return load_checkpoint(path, device)  # which finds out whether it is damaged
         reason = one_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
-            reason = "no checkpoint, or one that holds more than tensors and plain values, which could run code"
+            reason = "no checkpoint, or one that holds more than tensors and plain values"
+            reason += ", which could run code"
         kind = DataError if isinstance(error, OSError) else kind
         raise kind(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
 def load_exported(path, device):
-    """What `training.export` has written, as the dict of a checkpoint: EMA or raw weights, norm_groups and flags."""
+    """What `training.export` has written, as a checkpoint: EMA or raw weights, norm_groups and flags."""
     with safe_open(path, framework="pt", device=str(device)) as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         flags = json.loads(metadata["flags"])
         kind = "ema_model" if flags["use_ema"] else "net_model"
         share = {"ema_start": float(metadata["ema_start"])} if "ema_start" in metadata else {}
         return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags, **share}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("its metadata does not say what network it is of: use python -m training.export") from error
+        what = "does not say what network it is of: use python -m training.export"
+        raise ValueError(f"its metadata {what}") from error
 
 
 def find_checkpoint(name):
@@ -119,14 +122,15 @@ def find_checkpoint(name):
         return path
     found = numbered(path, ROUNDS) or numbered(path, STEPS)
     if not found:
-        raise DataError(f"{path}: holds no ckpt*.pt and no global_ckpt_round*.pt; name a checkpoint or its directory")
+        what = "holds no ckpt*.pt and no global_ckpt_round*.pt"
+        raise DataError(f"{path}: {what}; name a checkpoint or its directory")
     return next(iter(found.values()))
 
 
 def weights_in(state, use_ema, path):
     """The state dict of the EMA or raw weights in a checkpoint of main or main_fed, ours or published.
 
-    A file that is a UNet's state dict itself holds one kind of weights only, and they are taken for both.
+    A file that is a UNet's state dict itself holds one kind of weights only, taken for both.
     """
     names = ("ema_model", "global_ema_model") if use_ema else ("net_model", "global_model")
     for name in names:
@@ -134,22 +138,24 @@ def weights_in(state, use_ema, path):
             return state[name]
     if any(str(key).endswith("head.weight") for key in state):
         return state
-    raise DataError(f"{path}: has neither {names[0]} nor {names[1]}; it holds {', '.join(map(str, state))}")
+    entries = ", ".join(map(str, state))
+    raise DataError(f"{path}: has neither {names[0]} nor {names[1]}; it holds {entries}")
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
+    """Load a checkpoint's weights into a UNet, without a prefix by DataParallel or torch.compile.
 
-    Raises:
-        DataError: names the first key that is missing, left over or of another shape.
+    DataError: names the first key that is missing, left over or of another shape.
     """
     try:
-        heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
+        matches = (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict)
+        heads = [match for match in matches if match]
         if len(heads) != 1:
             entries = ", ".join(map(str, [*state_dict][:3]))
             raise DataError(f"{path}: holds no weights of this UNet: its entries are {entries}, ...")
         prefix = heads[0][1] or ""
-        net.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        net.load_state_dict(own)
     except (RuntimeError, TypeError, AttributeError) as error:
         problem = str(error).splitlines()[1:] or [str(error)]
         what = "does not fit the network of the flags (--ch, --ch_mult, --attn, --num_labels, ...)"
