@@ -32,7 +32,8 @@ WARMUP = 5000  # steps
 
 def train(data, quality, device, logdir):
     # what the run is made of
-    images, part = data.train.images.to(build.data_device(FLAGS, device)), distributed.share(FLAGS.batch_size)
+    images = data.train.images.to(build.data_device(FLAGS, device))
+    part = distributed.share(FLAGS.batch_size)
     batches = build.batches(FLAGS, data, images, torch.arange(len(images)), device, part=part)
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = build.unet(FLAGS).to(device)

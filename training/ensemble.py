@@ -39,12 +39,9 @@ class Shard:
         self.round_counts.index_add_(0, slots, (~keep | (near > 0)).long())
 
     def augment(self, slots, near, seed):
-        """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch when there is one.
+        """Threshold-aware augmentation: queue samples near the threshold, and step on a full batch.
 
-        Args:
-            slots: (B,) int64, of a step.
-            near: (B,) float32 of `AntiGradientControl.near_threshold`.
-            seed: of the run.
+        slots: (B,) int64, of a step; near: (B,) float32, of `near_threshold`; seed: the run's.
         """
         chosen, B = near.cpu() > 0, self.batches.batch_size
         self.near_index = torch.cat([self.near_index, slots.cpu()[chosen]])

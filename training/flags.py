@@ -125,7 +125,8 @@ def norm_groups(values, checkpoint=None, path=None):
     checkpoint: its dict, or None where a training starts from random weights; one that records no number
     is published, with 32. path: of the checkpoint.
 
-    Raises a UsageError where the flag contradicts the checkpoint, or --ch is no multiple of G.
+    Raises:
+        UsageError: the flag contradicts the checkpoint, or --ch is no multiple of G.
     """
     groups, of = values.norm_groups or min(32, values.ch // 4), ""
     if checkpoint is not None:

@@ -83,7 +83,7 @@ class Learner:
         return warmed_up(self.base_lr, self.step, self.warmup)
 
     def losses(self, batch):
-        """The loss of every sample of a `training.batches.Batch`, its mean squared error: (B,) float32."""
+        """The loss of each sample of a `training.batches.Batch`, a mean squared error: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             squared_error = self.trainer.error_of(batch)
         return squared_error.mean(dim=(1, 2, 3))
@@ -91,15 +91,14 @@ class Learner:
     def update(self, loss, extra=False):
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
 
-        A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
-        is decided on the device, which is never waited for.
+        A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss
+        in fp16. That is decided on the device, which is never waited for.
 
         Args:
             loss: scalar.
             extra: the step is one beside those of the schedule, which does not count it.
 
-        Returns:
-            Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
+        Returns numbers of the step for the log, on the device: "loss" of all, "applied" (bool), "lr".
         """
         self.net.zero_grad()
         self.scaler.scale(loss).backward()
@@ -109,7 +108,7 @@ class Learner:
             loss = distributed.total(loss.clone()) / distributed.world_size()
         norm = get_total_norm([parameter.grad for parameter in self.parameters])
         applied = norm.isfinite() & loss.isfinite()
-        # fused Adam reads these, as torch's GradScaler sets them: what divides the gradient, and whether to do nothing
+        # fused Adam reads these, as GradScaler sets them: the divisor of gradients, whether to do nothing
         self.optim.grad_scale = clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
@@ -133,7 +132,7 @@ class Learner:
     def _move(self, move):
         """Replace weights, EMA and what the optimiser keeps by move(tensor).
 
-        The weights of a network become views of one tensor, so that one operation, or one copy, is of all of them.
+        The weights of a network become views of one tensor, so that one operation or copy is of all.
         """
         self.net.zero_grad()
         self.weights = move(self.weights)

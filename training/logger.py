@@ -43,7 +43,7 @@ def read_metrics(logdir):
 
 
 class Logger:
-    """The bar and the logs of one process, whose methods raise a DataError if a log cannot be written.
+    """The bar and the logs of one process. The bar is that of rank 0.
 
     Args:
         logdir: directory of metrics.jsonl, TensorBoard's event files and sample/.
@@ -53,6 +53,9 @@ class Logger:
         batch_size: images of a step.
         seconds: of training in earlier starts.
         writes: whether this process has files, with its rank above 0 in their names.
+
+    Raises:
+        DataError: in all methods, if a log cannot be written.
     """
 
     def __init__(
@@ -101,7 +104,8 @@ class Logger:
             now: write the line now, since a round or the run ends.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
 
-        Raises a DataError if too many steps in a row were not applied.
+        Raises:
+            DataError: too many steps in a row were not applied.
         """
         applied = numbers["applied"]
         self.steps += 1

@@ -104,8 +104,10 @@ def shard_files(logdir, shard):
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1. DataError: nothing can be
-    continued, but there are whole files, which a new start would replace.
+    A shard at step 0 has no file, and there is no average before round 1.
+
+    Raises:
+        DataError: nothing can be continued, but there are whole files, which a new start would replace.
     """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
@@ -130,8 +132,11 @@ def resume_shards(shards, steps_per_round, directory, total_round):
 
     steps_per_round: of all K shards; directory: the `LogDirectory`; total_round: rounds that are wanted.
 
-    Returns the rounds done, the seconds of training until then, and the slots of all shards if they have
-    been exchanged. DataError: the files do not fit the run; UsageError: more rounds are done.
+    Returns the rounds done, the seconds of training until then, and the slots if they were exchanged.
+
+    Raises:
+        DataError: the files do not fit the run.
+        UsageError: more rounds are done than are wanted.
     """
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None

@@ -66,8 +66,9 @@ def load_checkpoint(path, device="cpu", check=True):
 
     Its tensors are mapped: read when they are needed. check: read all now, and compare the checksums.
 
-    DamagedError: what was written, if it was a checkpoint, is not there any more.
-    DataError: missing, unreadable, or no checkpoint.
+    Raises:
+        DamagedError: what was written, if it was a checkpoint, is not there any more.
+        DataError: missing, unreadable, or no checkpoint.
     """
     path, kind = Path(path), DataError
     try:
@@ -143,10 +144,7 @@ def weights_in(state, use_ema, path):
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet, without a prefix by DataParallel or torch.compile.
-
-    DataError: names the first key that is missing, left over or of another shape.
-    """
+    """Load a checkpoint's weights into a UNet; a DataError names the first key that does not fit."""
     try:
         matches = (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict)
         heads = [match for match in matches if match]

@@ -61,8 +61,8 @@ def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
     torchrun keeps its store over restarts, with the addresses of processes that are gone (torch 2.14), and its count of
-    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also those of
-    earlier starts, until all of the others have taken its own.
+    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also
+    those of earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
