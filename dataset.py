@@ -39,22 +39,13 @@ ImageSet = namedtuple("ImageSet", "images labels names", defaults=[None])
 
 @dataclass(frozen=True)
 class Dataset:
-    """What to train on, and what is left to compare with.
+    """What to train on, and what is left to compare with."""
 
-    Args:
-        train: an `ImageSet` of N slots: with --duplicates some images fill several.
-        heldout: an `ImageSet`, or None.
-        num_classes: C.
-        hflip: whether training flips images at random.
-        subset: int64 (N,), ascending: the index of each slot's image in the whole training set.
-        class_names: C of them, or None.
-    """
-
-    train: ImageSet
+    train: ImageSet  # of N slots: with --duplicates some images fill several
     heldout: ImageSet | None
     num_classes: int
-    hflip: bool
-    subset: torch.Tensor
+    hflip: bool  # whether training flips images at random
+    subset: torch.Tensor  # int64 (N,), ascending: where each slot's image is in the whole training set
     class_names: list | None = None
 
     @property
