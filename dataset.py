@@ -231,8 +231,7 @@ def read_cifar(num_classes, data_root, download):
         content = unpickle_dict(data, path)
         pixels, labels = content.get("data"), content.get(label_key)
         in_range = isinstance(labels, list) and all(label in range(num_classes) for label in labels)
-        is_right = in_range and isinstance(pixels, np.ndarray) and pixels.shape == (len(labels), 3072)
-        if not is_right:
+        if not (in_range and isinstance(pixels, np.ndarray) and pixels.shape == (len(labels), 3072)):
             what = f"N numbers of 0 .. {num_classes - 1} in `{label_key}` and (N, 3072) bytes in `data`"
             raise DataError(f"{path}: does not hold {what}: fetch it again")
         images, names = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), content.get("filenames")
@@ -260,8 +259,7 @@ def read_heldout(folder, class_names, from_files):
     """The images below the folder of --heldout; in a sub-folder named as a class with its number."""
     part, own_names = read_folder(folder, **from_files, flag="heldout")
     classes = {name: number for number, name in enumerate(class_names or ())}
-    numbers = torch.tensor([classes.get(name, -1) for name in own_names])
-    return part._replace(labels=numbers[part.labels])
+    return part._replace(labels=torch.tensor([classes.get(name, -1) for name in own_names])[part.labels])
 
 
 def read_cached(paths, root, img_size, num_workers, resize):

@@ -66,9 +66,7 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         if mean_type not in MEAN_TYPES:
             raise ValueError(f"mean_type is {mean_type!r}: must be one of {', '.join(MEAN_TYPES)}")
-        self.model = model
-        self.T = T
-        self.mean_type = mean_type
+        self.model, self.T, self.mean_type = model, T, mean_type
         betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float32).double()  # float32 first, as published
         alphas_bar = torch.cumprod(1 - betas, dim=0)
         alphas_bar_prev = F.pad(alphas_bar, [1, 0], value=1.0)[:T]
@@ -133,8 +131,8 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
 class AmbientTrainer(GaussianDiffusionTrainer):
     """Ambient diffusion at high noise (Shah et al. 2025): for t >= t_n the network sees only x_n of x_0.
 
-    With a_t = sqrt(alphas_bar_t), s_t^2 = 1 - alphas_bar_t, an image's x_n = a_n x_0 + s_n eps_n is fixed.
-    For t >= t_n, c = a_t / a_n, eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps is of q(x_t | x_0),
+    Let a_t = sqrt(alphas_bar_t), s_t^2 = 1 - alphas_bar_t. For an image x_n = a_n x_0 + s_n eps_n is fixed.
+    For t >= t_n, c = a_t / a_n, eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps has q(x_t | x_0),
     and the loss of the paper is |[(eta^2 / s_t^2) (a_t x0_hat - x_t) + x_t] / c - x_n|^2, which the true
     E[x_0 | x_t] minimises. Here it is multiplied by c^2 / eta^2: |(eta / s_t) eps_hat - eps|^2, on the
     scale of the loss at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
@@ -217,7 +215,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         return (1 + self.guidance) * conditional - self.guidance * unconditional
 
     def ddpm_step(self, x_t, t, t_prev, labels, noise):
-        """x_{t-1} from x_t by ancestral sampling (DDPM algorithm 2): no clipping of x_0, no noise at t = 0."""
+        """x_{t-1} from x_t by ancestral sampling (DDPM alg. 2): x_0 is not clipped, and no noise at t = 0."""
         x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
         mean = self.q_posterior_mean(x_0, x_t, t)
         return mean if t_prev is None else mean + (0.5 * extract(self.log_var, t)).exp() * noise(x_t)

@@ -115,8 +115,7 @@ def main():
         take_trainings(FLAGS, [find_checkpoint(FLAGS.unet_dir or logdir)])
     default_resize(FLAGS, logdir)
     written = {"logdir": logdir} | ({"fid_cache": FLAGS.fid_cache or CACHE} if scores else {})
-    folders = image_folders(FLAGS.dataset, FLAGS.data_root)
-    keep_apart(folders, {"heldout": FLAGS.heldout}, written)
+    keep_apart(image_folders(FLAGS.dataset, FLAGS.data_root), {"heldout": FLAGS.heldout}, written)
     with distributed.main_first():
         data = build.dataset(FLAGS)
     if scores:

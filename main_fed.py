@@ -44,8 +44,7 @@ def make_shards(data, images, slots, device):
         warmup = WARMUP * batches.steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
         learner = build.learner(FLAGS, net, warmup)
         for network, use_ema in ((learner.net, False), (learner.ema, True)) if start else ():
-            weights = weights_in(start, use_ema, FLAGS.check_dir)
-            load_weights(network, weights, FLAGS.check_dir)
+            load_weights(network, weights_in(start, use_ema, FLAGS.check_dir), FLAGS.check_dir)
         counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, build.agc(FLAGS, FLAGS.T).to(device), *counts))
     return shards

@@ -23,7 +23,7 @@ DIGITS = {"ch": 32, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1, "groups
 
 
 def alternate(works, repeats, warmup=1):
-    """Median seconds of each of {name: work}, called in turn, so that a disturbance meets all of them."""
+    """Median seconds of each of {name: work}, called in turn, so that a disturbance meets all."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in works}
     for _ in range(warmup + repeats):

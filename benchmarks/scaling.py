@@ -18,7 +18,7 @@ FLAGS = ["--flagfile=config/DIGITS.txt", "--device=cpu", "--num_train=1024", "--
 
 
 def scaling(scale):
-    """Rows of median seconds of three runs, two processes against one; the scale multiplies their length."""
+    """Rows of median seconds of three runs, two processes against one; scale: of their length."""
     runs = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as directory:
         for number in progress_bar(range(6), desc="scaling", unit="run"):

@@ -20,9 +20,9 @@ class AntiGradientControl(nn.Module):
         T: number of timesteps.
         mem_ratio: the larger, the fewer samples are taken for memorised.
         ema_decay: d in [0, 1] of the bank's running mean.
-        anti_grad: what becomes of the gradient of a memorised sample: `skip` drops it, `ascend` turns it with
-            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded). The control `random`
-            drops as many samples of the batch as `skip` would, but drawn by chance.
+        anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it
+            round with weight `ascend_weight`, `off` keeps it (the bank and verdicts are still recorded).
+            The control `random` drops as many samples of the batch as `skip` would, drawn by chance.
         ascend_weight: w >= 0 of `ascend`.
         bins: entries of the bank, for T / bins timesteps each: few are kept fresher by small batches.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.

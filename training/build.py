@@ -139,8 +139,7 @@ def sampler_settings(FLAGS):
 
 def sampler(FLAGS, net):
     """The `GaussianDiffusionSampler` of a network, where that is."""
-    device = next(net.parameters()).device
-    return GaussianDiffusionSampler(net, **sampler_settings(FLAGS)).to(device)
+    return GaussianDiffusionSampler(net, **sampler_settings(FLAGS)).to(next(net.parameters()).device)
 
 
 def generation(FLAGS, data):

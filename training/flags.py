@@ -36,11 +36,8 @@ def defined(define, name, default, help, valid=None, **settings):
 
 
 def integer(name, default, help, least=None):
-    return defined(flags.DEFINE_integer, name, default, help, lower_bound=least)
-
-
-def integers(name, default, help, least=None):
-    return defined(flags.DEFINE_multi_integer, name, default, help, lower_bound=least)
+    define = flags.DEFINE_multi_integer if isinstance(default, list) else flags.DEFINE_integer
+    return defined(define, name, default, help, lower_bound=least)
 
 
 def number(name, default, help, least=None, most=None, valid=None):
@@ -106,8 +103,8 @@ TASKS = (
 
 NETWORK = (
     integer("ch", 128, "base width of the UNet, a multiple of the groups", 4),
-    integers("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", 1),
-    integers("attn", [1], "levels with self-attention, 0-based", 0),
+    integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", 1),
+    integer("attn", [1], "levels with self-attention, 0-based", 0),
     integer("num_res_blocks", 2, "residual blocks per level, >= 1", 1),
     integer("norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's, or else min(32, ch // 4)", 0),
     number("dropout", 0.1, "dropout probability, in [0, 1)", 0.0, valid=BELOW_ONE),

@@ -95,7 +95,7 @@ def check_warmup(warmup, steps):
 
 
 def pick_device(name, precision="fp32"):
-    """The torch device of `--device`, else cuda if there is one, else cpu; under torchrun, the rank's GPU.
+    """The torch device of `--device`, else cuda if there is one, else cpu; of torchrun, the rank's GPU.
 
     TF32 is used with `--precision=tf32` only; by torch's default convolutions would use it too.
     """

@@ -35,9 +35,8 @@ class Learner:
     Args:
         net: the network, on its device. Only its parameters that require a gradient train and are moved.
         objective: makes of a network a module whose `error_of(batch)` is the squared error (B, C, H, W).
-        lr: learning rate after the warm-up.
+        lr, grad_clip: learning rate after the warm-up, and largest norm of the gradient.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
-        grad_clip: largest norm of the gradient.
         ema_decay: of the EMA weights; None: there are none, and `ema` is `net`.
         weight_decay: of AdamW; 0: Adam.
         precision: fp32, tf32, bf16 (autocast), fp16 (and a loss scaler); the loss is float32 in all.
@@ -94,9 +93,7 @@ class Learner:
         A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss
         in fp16. That is decided on the device, which is never waited for.
 
-        Args:
-            loss: scalar.
-            extra: the step is one beside those of the schedule, which does not count it.
+        extra: the step is one beside those of the schedule, which does not count it.
 
         Returns numbers of the step for the log, on the device: "loss" of all, "applied" (bool), "lr".
         """
@@ -108,7 +105,7 @@ class Learner:
             loss = distributed.total(loss.clone()) / distributed.world_size()
         norm = get_total_norm([parameter.grad for parameter in self.parameters])
         applied = norm.isfinite() & loss.isfinite()
-        # fused Adam reads these, as GradScaler sets them: the divisor of gradients, whether to do nothing
+        # fused Adam reads these, as GradScaler sets them: the gradient's divisor, whether to skip
         self.optim.grad_scale = clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr

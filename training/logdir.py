@@ -60,10 +60,9 @@ class LogDirectory:
     """The log directory of a run: locked while this lives, compared with the run, written by `begin`.
 
     Args:
-        path: the directory, made if missing.
         settings: {name: JSON value} of what the result depends on, kept as `run.json`.
         fixed: names of those that a continued run cannot change: what it has saved depends on them.
-        flagfile: text of `flagfile.txt`, for `--flagfile`.
+        flagfile: text of `flagfile.txt`.
         subset: (N,) int64, the training images' numbers in the whole training set, kept as `subset.npy`:
             skip counts and neighbour indices count in it.
         fresh, overwrite, allow_change: the flags; the first two together remove an earlier run's files.
@@ -120,8 +119,7 @@ class LogDirectory:
                 advice = "give that, or choose another --logdir"
                 raise UsageError(f"{flag}={self.settings[name]}: {what}: {advice}")
         for name in changed:
-            change = {"flag": name, "before": before.get(name), "after": self.settings[name]}
-            self.changes.append(change)
+            self.changes.append({"flag": name, "before": before.get(name), "after": self.settings[name]})
 
     def begin(self, steps):
         """Write what the run is made of, once all processes have read theirs; `steps` are done."""

@@ -46,11 +46,9 @@ class Logger:
     """The bar and the logs of one process. The bar is that of rank 0.
 
     Args:
-        logdir: directory of metrics.jsonl, TensorBoard's event files and sample/.
-        total, done: steps of this process in the whole run, and how many an earlier start has made.
+        total, done: steps of this process in the whole run, and those that an earlier start has made.
         log_step: steps between two lines.
         max_bad_steps: stop after so many steps in a row that were not applied.
-        batch_size: images of a step.
         seconds: of training in earlier starts.
         writes: whether this process has files, with its rank above 0 in their names.
 
@@ -98,7 +96,6 @@ class Logger:
         `loss` is the mean over the steps that were applied, or None; `bad_steps` counts the others.
 
         Args:
-            step: the step's number in the whole run.
             numbers: of `Learner.update`.
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
             now: write the line now, since a round or the run ends.
@@ -177,7 +174,7 @@ class Logger:
             sync(self.events)
 
     def images(self, tag, step, draw):
-        """Write a grid to sample/ and TensorBoard of what draw() returns, images (B, 3, H, W) in [-1, 1]."""
+        """Write a grid of draw(), images (B, 3, H, W) in [-1, 1], to sample/ and TensorBoard."""
         begin = time.perf_counter()
         grid = image_grid(to_uint8(draw())).cpu().numpy()
         with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:

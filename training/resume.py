@@ -159,8 +159,7 @@ def resume_shards(shards, steps_per_round, directory, total_round):
     directory.begin(sum(steps))
     if any(steps):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    slots = average.get("slots", average.get("shards"))  # as earlier versions called them
-    return r, seconds, slots
+    return r, seconds, average.get("slots", average.get("shards"))  # as earlier versions called them
 
 
 def save_shard(logdir, number, state, end_of_round, keep):

@@ -38,7 +38,6 @@ def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round
     Args:
         shards: the `Shard`s of this process; shard k is trained by process k mod P.
         slots: K int64 tensors, which images of the training set each of the shards has.
-        schedule: a `Schedule`.
         logger: a `Logger`, whose directory also has the files to continue from.
         extra: what every one of these says besides, a dict.
         slots_of_round: a function of r: the slots of round r, or None for those of the round before.

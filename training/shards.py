@@ -39,8 +39,7 @@ def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="s
         groups = [single[labels[single] == label] for label in labels[single].unique()]
     elif split == "random":
         address = ("shards", r) if r else ("shards",)
-        order = torch.randperm(len(single), generator=generator("cpu", seed, *address))
-        groups = [single[order]]
+        groups = [single[torch.randperm(len(single), generator=generator("cpu", seed, *address))]]
     elif split == "contiguous":
         groups = [single]
     else:
@@ -95,8 +94,6 @@ def number_of_step(steps_per_round, shard, step):
 
     It counts as if shards were trained one after the other in every round, so it is the same whichever
     process makes the step, and whenever.
-
-    steps_per_round: of each of the K shards; shard: from 0; step: from 1.
     """
     rounds_before, before = divmod(step - 1, steps_per_round[shard])
     return rounds_before * sum(steps_per_round) + sum(steps_per_round[:shard]) + before + 1

@@ -45,14 +45,14 @@ def own_files(directory, pattern):
 
 
 def numbered(directory, pattern):
-    """{number: path} of files in a log directory that match a pattern with a group, the highest first."""
+    """{number: path} of files in a log directory that match a pattern with a group, highest first."""
     matches = own_files(directory, pattern).items()
     found = {int(match[1].replace("k", "000")): path for path, match in matches}
     return dict(sorted(found.items(), reverse=True))
 
 
 def save_checkpoint(path, state):
-    """Write a checkpoint whole or, with a DataError, not at all; what was at `path` is still there then."""
+    """Write a checkpoint whole or, with a DataError, not at all: what was at `path` stays then."""
     with atomic_write(path) as file:
         try:
             torch.save({"format": FORMAT, **state}, file)
@@ -75,7 +75,7 @@ def load_checkpoint(path, device="cpu", check=True):
         if path.suffix == EXPORTED:
             return load_exported(path, device)
         with path.open("rb") as file:
-            is_zip = file.read(1) != b"\x80"  # of torch's older format, which this program does not write
+            is_zip = file.read(1) != b"\x80"  # of torch's older format, not ours
             if is_zip:
                 kind = DamagedError
                 archive = zipfile.ZipFile(file)

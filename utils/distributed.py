@@ -60,7 +60,7 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, with the addresses of processes that are gone (torch 2.14), and
+    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and
     its count of restarts differs between machines. So rank 0 answers every name that another rank gives
     itself, also those of earlier starts, until all of the others have taken its own.
     """
@@ -82,7 +82,7 @@ def finish():
     """Leave the other processes, at the end of a run that went well and after its networks are gone."""
     if dist.is_initialized():
         barrier()
-        gc.collect()  # what still holds connections, as DistributedDataParallel does, could abort the process
+        gc.collect()  # what still holds connections could abort the process
         dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ def printable(text):
 
 
 def one_line(error):
-    """What an exception says, on one line of at most `LONGEST`, without an `OSError`'s path; or its type."""
+    """What an exception says, on one line up to `LONGEST`, without an `OSError`'s path; or its type."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 

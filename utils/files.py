@@ -23,7 +23,7 @@ def writable(what, advice):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears at `path`, in a new directory too, complete and synced or not at all."""
+    """A binary file that appears at `path`, in a new directory too, complete and synced or never."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

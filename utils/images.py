@@ -144,7 +144,7 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
         keeps_squares: only those are resized that are not square; the others must have one size.
 
     Raises:
-        DataError: they do not fit into memory; once all were tried, those that are bad or of another size.
+        DataError: they do not fit into memory; once all were tried, those bad or of another size.
     """
     images, first, bad, changed = None, None, [], 0
     read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)

@@ -1,4 +1,4 @@
-"""Files from elsewhere: CIFAR's pickles and archives, of which nothing is run; whether they fit memory."""
+"""Files from elsewhere: CIFAR's pickles and archives, of which nothing is run; memory for them."""
 
 import codecs
 import io
@@ -104,7 +104,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_dict(data, path):
-    """The dict in a pickle of arrays, lists, strings, numbers, else a DataError; nothing in it can run."""
+    """The dict of arrays and plain values in a pickle, else a DataError; nothing in it can run."""
     try:
         content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
         for key, value in content.items():

@@ -86,7 +86,7 @@ def stop_at_once(number, frame):
 
 
 def say_stopped(number):
-    """Write a line, of the first process only, past the streams, whose work this may have interrupted."""
+    """Write a line, of the first process only, past the streams, which this may have interrupted."""
     if os.environ.get("RANK", "0") == "0":
         after_bar = "\n" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
