@@ -6,6 +6,7 @@ python all_in.py --dataset=folder --data_root=my/training/images --samples=my/ge
 """
 
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +127,7 @@ Real = namedtuple("Real", "data reference heldout slot_group notes")
 
 
 def load_real(stages, images, paths, settings):
-    """The `Real` images, and what is to be said of them and of --samples.
-
-    images: to measure, None if they are to be made; paths, settings: as `load_network` returns them.
-    """
+    """The `Real` images, with notes; images: those to measure, None if they are to be made."""
     with distributed.main_first():
         given = build.dataset(FLAGS)
     notes = {"settings_warning": training_warning(settings, given, paths) if paths else None}
@@ -233,10 +231,7 @@ def describe(images, paths, settings, young):
 
 
 def begin_result(result, stages, images, real, paths, settings, young):
-    """The result of these images, with what an earlier call has found of them: its `result`.
-
-    settings: of the training of the network, or None; young: its `ema_warning`.
-    """
+    """The result of these images, with what an earlier call has found of them: its `result`."""
     description = describe(images, paths, settings, young) if distributed.is_main() else None
     description = distributed.from_main(description)
     if description["ema_warning"] != young:
@@ -294,13 +289,13 @@ def show(stages, result, images, real, names):
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])
     if "grid" in stages:
-        grids = lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]}  # noqa: E731
-        add_stage(result, FLAGS.grid_dir, "grid", grids)
+        grids = partial(save_grids, FLAGS.grid_dir, *shown)
+        add_stage(result, FLAGS.grid_dir, "grid", lambda: {"grids": [str(path) for path in grids()]})
     if "report" in stages:
         page = Path(FLAGS.grid_dir) / "report.html"
         skips = skip_counts(result["checkpoint"], real.slot_group)
-        report = lambda: {"report": write_report(page, result, *shown, skips, names)}  # noqa: E731
-        add_stage(result, FLAGS.grid_dir, "report", report)
+        report = partial(write_report, page, result, *shown, skips, names)
+        add_stage(result, FLAGS.grid_dir, "report", lambda: {"report": report()})
 
 
 def names_of_images(images, training):
@@ -311,10 +306,7 @@ def names_of_images(images, training):
 
 
 def skip_counts(path, slot_group):
-    """How often training left out each of M images, (M,) int64, or None if the checkpoint does not say.
-
-    slot_group: (N,) int64, which of the M is in each slot of the training set.
-    """
+    """How often training left out each of M images, (M,) int64, or None; slot_group: (N,), slots'."""
     counts = load_checkpoint(path).get("index_array") if path and Path(path).exists() else None
     if not isinstance(counts, torch.Tensor) or counts.shape != slot_group.shape:
         return None

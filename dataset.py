@@ -202,10 +202,7 @@ def read_packaged(name, img_size):
 
 
 def read_cifar(num_classes, data_root, download):
-    """CIFAR's training and test images, from the unpacked directory or else from the archive.
-
-    In its pickles, a row of `data` is the 1,024 red, then green, then blue values of an image.
-    """
+    """CIFAR's training and test images, from the unpacked directory or else from the archive."""
     if num_classes == 10:
         directory, label_key = data_root / "cifar-10-batches-py", "labels"
         names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
@@ -229,6 +226,7 @@ def read_cifar(num_classes, data_root, download):
     parts = []
     for path, data in files.items():
         content = unpickle_dict(data, path)
+        # a row of pixels is the 1,024 red, then green, then blue values of an image
         pixels, labels = content.get("data"), content.get(label_key)
         in_range = isinstance(labels, list) and all(label in range(num_classes) for label in labels)
         if not (in_range and isinstance(pixels, np.ndarray) and pixels.shape == (len(labels), 3072)):

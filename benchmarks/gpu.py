@@ -80,7 +80,7 @@ def diffusers_net(ch):
 
 
 def memory_of_sub_models(architecture, batch, device, offload):
-    """GiB of a GPU's memory at most of sub-models that train a step and are averaged; None on a CPU."""
+    """GiB of a GPU's memory that sub-models take at most in a step and an average; None on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -21,10 +21,7 @@ ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and 
 
 
 def run(main, define, arguments=()):
-    """Define the flags with `define(FLAGS)`, parse them, call main() with the `arguments` named so.
-
-    Exits with 2 for wrong flags, 1 for wrong files.
-    """
+    """Define and parse the flags, call main() with `arguments`; exit with 2 for wrong flags."""
     app.define_help_flags()
     define(flags.FLAGS)
     for flag in flags.FLAGS.get_key_flags_for_module(check.__module__):
@@ -63,10 +60,7 @@ def parse(values, arguments):
 
 
 def announce(device, net, images, batch_size, *, asked_for, **more):
-    """Print a line about what begins: device, processes, parameters, images, `more` counts, batch.
-
-    net: or None; asked_for: what `--device` says, or None.
-    """
+    """Print a line about what begins; net: or None; asked_for: what `--device` says, or None."""
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     if device.type == "cpu" and asked_for is None:
         name = " (no GPU found)"

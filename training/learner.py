@@ -127,10 +127,7 @@ class Learner:
             self._move(to_host)
 
     def _move(self, move):
-        """Replace weights, EMA and what the optimiser keeps by move(tensor).
-
-        The weights of a network become views of one tensor, so that one operation or copy is of all.
-        """
+        """Replace weights, EMA and optimiser state by move(tensor); weights are views of one tensor."""
         self.net.zero_grad()
         self.weights = move(self.weights)
         self.ema_weights = self.weights if self.ema is self.net else move(self.ema_weights)

@@ -28,10 +28,7 @@ def run_file(path):
 
 
 def training_of(path):
-    """The settings of a checkpoint's training, by its log directory or exported file, or None.
-
-    Those that were changed on the way are told in "changed".
-    """
+    """The settings of a checkpoint's training, with those changed on the way in "changed", or None."""
     if path.suffix == EXPORTED:
         return load_checkpoint(path).get("flags")
     run = read_run(run_file(path))
@@ -147,10 +144,7 @@ def is_ours(path):
 
 
 def random_start(run, steps):
-    """The share of the EMA weights that is a training's random start after so many steps of a network.
-
-    run: of `read_run`.
-    """
+    """The share of the EMA weights that is the random start after so many steps; run: of `read_run`."""
     settings, share, done = run["settings"], 1.0, 0
     if settings.get("check_dir") or not settings.get("unet_from_scratch", True):
         return 0.0
@@ -192,10 +186,7 @@ def young_ema(path, share):
 
 
 def say_young_ema(logdir, steps):
-    """Say at the start of a run if its random start will be too much of the EMA weights at its end.
-
-    steps: of a network, in the whole run.
-    """
+    """Say at the start of a run of so many steps if too much of its EMA will be the random start."""
     share = random_start(read_run(Path(logdir) / "run.json"), steps) if distributed.is_main() else 0.0
     if share > YOUNG_EMA:
         what = f"after all {steps:,} steps {share:.1%} of the EMA weights will still be the random start"

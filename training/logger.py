@@ -28,14 +28,11 @@ def due(count, every):
 
 
 def read_metrics(logdir):
-    """What all processes of a training have logged: a list of dicts, by step.
-
-    Of a step that was made again the last line counts. What a power loss has torn is left out.
-    """
+    """What all processes of a training have logged, dicts by step; of a step made again, the last."""
     lines = []
     for path in Path(logdir).glob("metrics*.jsonl"):
         for text in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # torn by a power loss
                 lines.append(json.loads(text))
     lines.sort(key=lambda line: line["time"])
     last = {(line["step"], line.get("weights")): line for line in lines}

@@ -71,10 +71,7 @@ def take_trainings(values, paths):
 
 
 def training_warning(settings, data, paths):
-    """What to say where it is not sure that checkpoints are evaluated as they were trained, or None.
-
-    settings: of `take_trainings`; data: the `dataset.Dataset` of the flags; paths: of the checkpoints.
-    """
+    """What to say where it is not sure that `data` and the flags are those of the training, or None."""
     names = ", ".join(map(str, paths))
     if settings is None:
         what = "network, diffusion and training images are the flags'"

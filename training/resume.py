@@ -130,13 +130,11 @@ def newest_round(steps_per_round, logdir):
 def resume_shards(shards, steps_per_round, directory, total_round):
     """Continue the shards of this process from the newest good files.
 
-    steps_per_round: of all K shards; directory: the `LogDirectory`; total_round: rounds that are wanted.
-
     Returns the rounds done, the seconds of training until then, and the slots if they were exchanged.
 
     Raises:
         DataError: the files do not fit the run.
-        UsageError: more rounds are done than are wanted.
+        UsageError: more rounds are done than `total_round`.
     """
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
@@ -163,7 +161,7 @@ def resume_shards(shards, steps_per_round, directory, total_round):
 
 
 def save_shard(logdir, number, state, end_of_round, keep):
-    """Write the file of a shard. Its `keep` newest stay, and the last round's until the next average."""
+    """Write a shard's file. Its `keep` newest stay, and the last round's until the next average."""
     save_checkpoint(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
     until_now = [item for item in shard_files(logdir, number).items() if item[0] <= state["step"]]
     for step, path in until_now[keep:]:

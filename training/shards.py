@@ -81,11 +81,7 @@ def exchange(slots, counts, share):
 
 
 def exchange_is_due(r, total_round, exchange, exchange_every):
-    """Whether an exchange of images takes the place of the average after round r, from 1.
-
-    It does after every round before a multiple of exchange_every, if `exchange` is not "off"; the last
-    round of total_round ends in an average.
-    """
+    """Whether an exchange replaces the average after round r, from 1; it never does after the last."""
     return exchange != "off" and (r + 1) % exchange_every == 0 and r < total_round
 
 

@@ -129,10 +129,7 @@ def find_checkpoint(name):
 
 
 def weights_in(state, use_ema, path):
-    """The state dict of the EMA or raw weights in a checkpoint of main or main_fed, ours or published.
-
-    A file that is a UNet's state dict itself holds one kind of weights only, taken for both.
-    """
+    """The EMA or raw weights in a checkpoint, ours or published; a bare UNet's are taken for both."""
     names = ("ema_model", "global_ema_model") if use_ema else ("net_model", "global_model")
     for name in names:
         if name in state:

@@ -60,9 +60,9 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and
-    its count of restarts differs between machines. So rank 0 answers every name that another rank gives
-    itself, also those of earlier starts, until all of the others have taken its own.
+    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and its count of
+    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also of
+    earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
@@ -144,7 +144,7 @@ def join_rows(rows):
 
 @contextmanager
 def main_first():
-    """The first process of a machine runs the block before the others, which find what it has made."""
+    """A machine's first process runs the block before the others, which find what it has made."""
     if local_rank() > 0:
         barrier()
     yield
