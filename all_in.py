@@ -50,8 +50,7 @@ def forget_old_scores(result):
         gone = [result.pop(key) for key in (*OPTIONAL["score"], "scored_with") if key in result]
         result["seconds"].pop("score", None)
         if gone and distributed.is_main():
-            what = "scores of an earlier version are left out: run the score stage for new ones"
-            warn(f"{FLAGS.grid_dir}: {what}")
+            warn(f"{FLAGS.grid_dir}: scores of an earlier version are left out: run the score stage for new ones")
 
 
 def directories(stages):
@@ -152,8 +151,7 @@ def load_real(stages, images, paths, settings):
 
 def weights_of(paths):
     """Which weights are evaluated, for the record."""
-    hashes = " ".join(map(file_hash, paths))
-    return {"checkpoint_sha256": hashes, "weights": "ema" if FLAGS.use_ema else "raw"}
+    return {"checkpoint_sha256": " ".join(map(file_hash, paths)), "weights": "ema" if FLAGS.use_ema else "raw"}
 
 
 def ema_warning(paths):

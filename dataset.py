@@ -100,11 +100,9 @@ def load_dataset(
     if name not in DATASETS:
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
     if (duplicates > 0) != (copies > 1):
-        what = "give both, how many images and how often each"
-        raise UsageError(f"--duplicates={duplicates} --copies={copies}: {what}")
+        raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
     if is_cifar and img_size > CIFAR_SIZE:
-        what = f"{name} has images of 32x32 pixels, give at most --img_size=32"
-        raise UsageError(f"--img_size={img_size}: {what}")
+        raise UsageError(f"--img_size={img_size}: {name} has images of 32x32 pixels, give at most --img_size=32")
 
     if name in PACKAGED:
         train, num_classes = read_packaged(name, img_size), 10
@@ -122,13 +120,11 @@ def load_dataset(
         if img_size != CIFAR_SIZE:
             train, test = (part._replace(images=resized(part.images, img_size)) for part in (train, test))
             if distributed.is_main():
-                what = f"made smaller, {img_size}x{img_size}, with antialiasing"
-                print(f"{name}: images of 32x32 pixels are {what}")
+                print(f"{name}: images of 32x32 pixels are made smaller, {img_size}x{img_size}, with antialiasing")
 
     total = len(train.labels)
     if num_train > total:
-        what = f"{name} has {total} training images, give at most that many"
-        raise UsageError(f"--num_train={num_train}: {what}")
+        raise UsageError(f"--num_train={num_train}: {name} has {total} training images, give at most that many")
     subset, others = torch.arange(total), [test] if test else []
     if 0 < num_train < total:
         subset = torch.from_numpy(stratified_subset(train.labels.numpy(), num_train, subset_seed))
@@ -136,8 +132,7 @@ def load_dataset(
     if heldout is not None:
         others = [read_heldout(Path(heldout), class_names, from_files)]
     if duplicates > len(subset):
-        what = f"there are {len(subset)} training images, give at most that many"
-        raise UsageError(f"--duplicates={duplicates}: {what}")
+        raise UsageError(f"--duplicates={duplicates}: there are {len(subset)} training images, give at most that many")
     if duplicates:
         repeated = stratified_subset(train.labels[subset].numpy(), duplicates, subset_seed + 1)
         times = torch.ones_like(subset).index_fill(0, torch.from_numpy(repeated), copies)
@@ -241,8 +236,7 @@ def read_cifar(num_classes, data_root, download):
 def read_folder(folder, img_size, num_workers=0, resize="crop", flag="data_root"):
     """The images below a folder, which `flag` names, and the classes' names: its sub-folders, or "."."""
     if not folder.is_dir():
-        what = f"put the images there, or name another place with --{flag}"
-        raise DataError(f"no directory {folder}: {what}")
+        raise DataError(f"no directory {folder}: put the images there, or name another place with --{flag}")
     classes = list_images(folder, classes=True)
     images = read_cached(paths := list(chain(*classes)), folder, img_size, num_workers, resize)
     counts = torch.tensor([len(members) for members in classes])

@@ -26,8 +26,7 @@ def gpu(scale):
     """Rows without targets; with a scale below 1 a trial. DataError: no GPU and no trial."""
     trial = scale < 1
     if not (torch.cuda.is_available() or trial):
-        what = "nothing was measured (--scale=0.01 tries the program on the CPU)"
-        raise DataError(f"no GPU on this machine: {what}")
+        raise DataError("no GPU on this machine: nothing was measured (--scale=0.01 tries the program on the CPU)")
     device = pick_device(None)
     architecture, batch, repeats, steps = CIFAR10, 128, 10, 50
     if trial:

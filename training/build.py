@@ -123,8 +123,7 @@ def diffusion_settings(FLAGS):
 def trainer(FLAGS, net):
     """The objective of a network."""
     if FLAGS.ambient_t:
-        settings = diffusion_settings(FLAGS)
-        return AmbientTrainer(net, **settings, ambient_t=FLAGS.ambient_t, seed=FLAGS.seed)
+        return AmbientTrainer(net, **diffusion_settings(FLAGS), ambient_t=FLAGS.ambient_t, seed=FLAGS.seed)
     return GaussianDiffusionTrainer(net, **diffusion_settings(FLAGS))
 
 

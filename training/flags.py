@@ -132,8 +132,7 @@ def norm_groups(values, checkpoint=None, path=None):
             what = f"{path} was trained with {groups}, leave the flag out"
             raise UsageError(f"--norm_groups={values.norm_groups}: {what}")
     if values.ch % groups:
-        what = f"must be a multiple of the {groups} groups of a GroupNorm{of}"
-        raise UsageError(f"--ch={values.ch}: {what}")
+        raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
     return groups
 
 
@@ -168,8 +167,7 @@ DIFFUSION = (
 @rule("beta_1", "beta_T")
 def betas_rise(values):
     if values.beta_1 > values.beta_T:
-        what = f"is above --beta_T={values.beta_T}: swap or correct them"
-        raise UsageError(f"--beta_1={values.beta_1} {what}")
+        raise UsageError(f"--beta_1={values.beta_1} is above --beta_T={values.beta_T}: swap or correct them")
 
 
 @rule("sample_steps", "sampler", "T")
@@ -187,8 +185,7 @@ def classes(values):
         if values[name].value and not values.use_labels:
             raise UsageError(f"--{name}={values[name].value} needs --use_labels and --num_labels")
     if values.legacy_labels and values.guidance:
-        what = "needs a null class, which checkpoints for --legacy_labels do not have"
-        raise UsageError(f"--guidance {what}")
+        raise UsageError("--guidance needs a null class, which checkpoints for --legacy_labels do not have")
 
 
 DATA = (
@@ -243,8 +240,7 @@ def partitions(values):
         what = "needs several shards, and neither --split=all nor --reshard"
         raise UsageError(f"--exchange={values.exchange} {what}")
     if values.reshard and (values.split not in (None, "random") or values.client_num == 1):
-        what = "give more than one --client_num, and no other --split"
-        raise UsageError(f"--reshard makes random shards: {what}")
+        raise UsageError("--reshard makes random shards: give more than one --client_num, and no other --split")
 
 
 CONTROL = (
@@ -388,8 +384,7 @@ def parse(values, argv):
     """
     positional, lists = [], {name for name in values if isinstance(values[name], flags.MultiFlag)}
     for words in parts(argv[1:]):
-        given = {word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")}
-        for name in lists & given:
+        for name in lists & {word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")}:
             values[name].present = 0  # absl adds to a list that is present
         positional += values([argv[0], *words])[1:]
     for name in values:
@@ -406,8 +401,7 @@ def parts(words, opened=()):
         if name in ("-flagfile", "--flagfile"):
             path = Path(os.path.expanduser(value if equals else next(words, "")))  # noqa: PTH111
             if path.resolve() in opened:
-                what = f"it includes itself: remove that line from {opened[-1]}"
-                raise UsageError(f"--flagfile={path}: {what}")
+                raise UsageError(f"--flagfile={path}: it includes itself: remove that line from {opened[-1]}")
             yield part
             yield from parts(read_flagfile(path), (*opened, path.resolve()))
             part = []

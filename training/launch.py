@@ -36,8 +36,7 @@ def launch(main, arguments):
         warnings.simplefilter("ignore")
     positional = parse(flags.FLAGS, arguments)
     if "parallel" in flags.FLAGS and flags.FLAGS.parallel and distributed.is_main():
-        what = "torchrun trains on several GPUs, with a process for each"
-        print(f"--parallel has no effect: {what}", file=sys.stderr)
+        print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
     distributed.initialize()
     main(*positional)
     distributed.finish()
@@ -84,8 +83,7 @@ def check_processes(client_num):
 def check_warmup(warmup, steps):
     """Say so where a warm-up is longer than the training, of so many steps of a network."""
     if warmup > steps and distributed.is_main():
-        what = f"is more than the {steps} steps of the training: it never reaches --lr"
-        warn(f"warning: --warmup={warmup} {what}")
+        warn(f"warning: --warmup={warmup} is more than the {steps} steps of the training: it never reaches --lr")
 
 
 def pick_device(name, precision="fp32"):
@@ -99,17 +97,14 @@ def pick_device(name, precision="fp32"):
         device = torch.device(name)
         if device.type == "cuda":
             if device.index is not None and distributed.world_size() > 1:
-                what = "every process takes the GPU of its own, say --device=cuda"
-                raise UsageError(f"--device={name}: {what}")
+                raise UsageError(f"--device={name}: every process takes the GPU of its own, say --device=cuda")
             if distributed.local_rank() >= torch.cuda.device_count() > 0:
-                what = "start as many processes with --nproc_per_node"
-                raise UsageError(f"{torch.cuda.device_count()} GPUs: {what}")
+                raise UsageError(f"{torch.cuda.device_count()} GPUs: start as many processes with --nproc_per_node")
             device = torch.device("cuda", device.index or distributed.local_rank())
             torch.cuda.set_device(device)  # so that nothing takes memory of another
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        what = "not available on this machine: leave it out to choose one"
-        raise UsageError(f"--device={name} is {what}") from error
+        raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True  # tries all algorithms on a new shape, of which there are few
     return device

@@ -9,14 +9,12 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 from utils import distributed
 
 # the dtype of autocast; tf32 is a setting of the device, see `training.launch.pick_device`
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32}
-PRECISIONS |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def to_host(value):
     """A copy in host memory; one of a GPU's tensor is pinned, so that both ways are fast."""
-    host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-    return host.copy_(value, non_blocking=True)
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
 
 
 def warmed_up(lr, step, warmup):

@@ -99,8 +99,7 @@ class LogDirectory:
         if fresh:
             files = [*own_files(self.path, f"{OWN_FILES}|{EVALUATIONS}")]
             if files and not overwrite:
-                what = f"{files[0]} is of an earlier run: add --overwrite to delete that run"
-                raise UsageError(f"--fresh: {what}")
+                raise UsageError(f"--fresh: {files[0]} is of an earlier run: add --overwrite to delete that run")
             for file in files:
                 if file.name != "run.json":  # `begin` replaces it
                     remove(file)
@@ -113,8 +112,7 @@ class LogDirectory:
                 if name in fixed:
                     why = "what it has saved depends on it"
                 what = f"the run in {self.path} was started with {before.get(name)} ({why})"
-                advice = "give that, or choose another --logdir"
-                raise UsageError(f"{flag}={self.settings[name]}: {what}: {advice}")
+                raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
         for name in changed:
             self.changes.append({"flag": name, "before": before.get(name), "after": self.settings[name]})
 

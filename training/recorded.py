@@ -74,11 +74,9 @@ def training_warning(settings, data, paths):
     """What to say where it is not sure that `data` and the flags are those of the training, or None."""
     names = ", ".join(map(str, paths))
     if settings is None:
-        what = "network, diffusion and training images are the flags'"
-        return f"{names}: no run.json says how it was trained: {what}"
+        return f"{names}: no run.json says how it was trained: network, diffusion and training images are the flags'"
     if settings.get("training images (sha256)") not in (None, fingerprint(data.train.images)):
-        what = "was trained on other images than those of the flags, which are measured against here"
-        return f"{names}: {what}"
+        return f"{names}: was trained on other images than those of the flags, which are measured against here"
     return None
 
 

@@ -28,8 +28,7 @@ def load_whole(path):
 def nothing_to_continue(path):
     """The error where a new start would replace what is whole."""
     what = "what the run needs beside it to be continued is missing or damaged"
-    advice = "choose another --logdir, or start over with --fresh --overwrite"
-    return DataError(f"{path}: {what}: {advice}")
+    return DataError(f"{path}: {what}: choose another --logdir, or start over with --fresh --overwrite")
 
 
 def restore(learner, state, path):
@@ -38,8 +37,7 @@ def restore(learner, state, path):
         # the optimiser goes on with the tensors that it is given, which must not be those of the file
         learner.load_state_dict({**state, "optim": deepcopy(state["optim"])})
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = one_line(error)[:300]
-        raise DataError(f"{path}: does not fit the network of the flags: {reason}") from error
+        raise DataError(f"{path}: does not fit the network of the flags: {one_line(error)[:300]}") from error
 
 
 def check_length(flag, wanted, done, logdir):
@@ -87,8 +85,7 @@ def save_step(logdir, state, milestone, keep):
             if "optim" not in old:
                 break  # nor do those before it have more
             if old["milestone"]:
-                kept = {name: value for name, value in old.items() if name not in FOR_RESUMING}
-                save_checkpoint(path, kept)
+                save_checkpoint(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
             else:
                 remove(path)
 
@@ -116,8 +113,7 @@ def newest_round(steps_per_round, logdir):
             continue
         steps = []
         for files, n in zip(shards, steps_per_round, strict=True):
-            steps_now = (step for step in files if r * n <= step <= (r + 1) * n)
-            own = (step for step in steps_now if load_whole(files[step]))
+            own = (step for step, path in files.items() if r * n <= step <= (r + 1) * n and load_whole(path))
             steps.append(next(own, None if r else 0))
         if None not in steps:
             break

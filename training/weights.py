@@ -46,8 +46,7 @@ def own_files(directory, pattern):
 
 def numbered(directory, pattern):
     """{number: path} of files in a log directory that match a pattern with a group, highest first."""
-    matches = own_files(directory, pattern).items()
-    found = {int(match[1].replace("k", "000")): path for path, match in matches}
+    found = {int(match[1].replace("k", "000")): path for path, match in own_files(directory, pattern).items()}
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -112,8 +111,7 @@ def load_exported(path, device):
         share = {"ema_start": float(metadata["ema_start"])} if "ema_start" in metadata else {}
         return {kind: tensors, "norm_groups": int(flags["norm_groups"]), "flags": flags, **share}
     except (KeyError, TypeError, ValueError) as error:
-        what = "does not say what network it is of: use python -m training.export"
-        raise ValueError(f"its metadata {what}") from error
+        raise ValueError("its metadata does not say what network it is of: use python -m training.export") from error
 
 
 def find_checkpoint(name):
@@ -123,8 +121,7 @@ def find_checkpoint(name):
         return path
     found = numbered(path, ROUNDS) or numbered(path, STEPS)
     if not found:
-        what = "holds no ckpt*.pt and no global_ckpt_round*.pt"
-        raise DataError(f"{path}: {what}; name a checkpoint or its directory")
+        raise DataError(f"{path}: holds no ckpt*.pt and no global_ckpt_round*.pt; name a checkpoint or its directory")
     return next(iter(found.values()))
 
 
@@ -149,8 +146,7 @@ def load_weights(net, state_dict, path):
             entries = ", ".join(map(str, [*state_dict][:3]))
             raise DataError(f"{path}: holds no weights of this UNet: its entries are {entries}, ...")
         prefix = heads[0][1] or ""
-        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        net.load_state_dict(own)
+        net.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
     except (RuntimeError, TypeError, AttributeError) as error:
         problem = str(error).splitlines()[1:] or [str(error)]
         what = "does not fit the network of the flags (--ch, --ch_mult, --attn, --num_labels, ...)"

@@ -60,9 +60,9 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and its count of
-    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also of
-    earlier starts, until all of the others have taken its own.
+    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and its count
+    of restarts differs between machines. So rank 0 answers every name that another rank gives itself,
+    also of earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
@@ -110,8 +110,7 @@ def average_gradients(network):
     if world_size() == 1:
         return network
     settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
-    group = group_of(next(network.parameters()).device)
-    return DistributedDataParallel(network, process_group=group, **settings)
+    return DistributedDataParallel(network, process_group=group_of(next(network.parameters()).device), **settings)
 
 
 def from_main(value):

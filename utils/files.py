@@ -88,8 +88,7 @@ def lock_directory(path, flag):
         except BlockingIOError:
             file.seek(0)
             writer = f"process {file.read().strip()} is writing there"
-            advice = "wait for it or choose another directory"
-            raise DataError(f"--{flag}={path}: {writer}: {advice}") from None
+            raise DataError(f"--{flag}={path}: {writer}: wait for it or choose another directory") from None
         except OSError as error:
             warn(f"{path}: has no locks ({error.strerror}): nothing keeps a second process from writing")
         file.truncate(0)

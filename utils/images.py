@@ -26,11 +26,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 
 CHANGES = {"crop": "cut to their central square", "squeeze": "squeezed"}
 RESIZES = tuple(CHANGES)  # what may become of images that are not square
-SUFFIXES = tuple((
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm "
-    ".jp2 .tga"
-).split())  # fmt: skip
-# in lower case
+SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
+)
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
@@ -130,8 +128,7 @@ def keep_apart(folders, others, written):
             if path and any(is_within(place, folder) for place in places):
                 name, hidden = f"--{flag}={path}" if flag else path, Path(folder) / ".out"
                 what = f"what is written there would be among the images in {folder}"
-                advice = f"choose another place, or a hidden one such as {hidden}"
-                raise UsageError(f"{name}: {what}: {advice}")
+                raise UsageError(f"{name}: {what}: choose another place, or a hidden one such as {hidden}")
 
 
 def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_squares=False):
@@ -174,8 +171,7 @@ def refuse(bad):
     """Raise a DataError that says what is wrong with images, a text each, if there are any."""
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        advice = f"remove or replace {'them' if len(bad) > 1 else 'it'}"
-        raise DataError(f"{'; '.join(bad[:10])}{more}: {advice}")
+        raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
 
 
 def size_of(images):

@@ -51,8 +51,7 @@ def read_text(path):
     """
     data = Path(path).read_bytes()
     try:
-        encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
-        text = data.decode(encoding)
+        text = data.decode(next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is no {error.encoding}: save it in UTF-8") from error
     if "\0" in text:
@@ -116,6 +115,5 @@ def unpickle_dict(data, path):
                 array, order = np.frombuffer(pixels, np.uint8), "F" if is_fortran else "C"
                 content[key] = array.reshape(shape, order=order)
     except Exception as error:  # a hostile file can make the unpickler raise anything
-        what = f"refused, not a pickle of arrays ({one_line(error)})"
-        raise DataError(f"{path}: {what}: fetch it again") from None
+        raise DataError(f"{path}: refused, not a pickle of arrays ({one_line(error)}): fetch it again") from None
     return content

@@ -27,8 +27,7 @@ def split_label(argument):
         path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
         if os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
             return "=".join(parts[:i]), Path(path)
-    what = "no such file or directory: name a result.json or its directory, or LABEL= and one"
-    raise DataError(f"{argument}: {what}")
+    raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
 def run(main):
