@@ -6,6 +6,7 @@ python all_in.py --dataset=folder --data_root=my/training/images --samples=my/ge
 """
 
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from training import build
 from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
 from training.logdir import ema_start, young_ema
-from training.recorded import default_resize, take_training, take_trainings, training_warning
+from training.recorded import default_resize, take, take_trainings, training_warning
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
@@ -37,14 +38,14 @@ from utils.images import equal_images, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
-OPTIONAL = {
-    "score": ("fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"),
-    "memorise": ("holdout", "similarity"),
-}
+OPTIONAL = {"memorise": ("holdout", "similarity")}
+OPTIONAL["score"] = (
+    "fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"
+)  # fmt: skip
 
 
 def forget_old_scores(result):
-    """Leave out scores of --samples that an earlier version has made, since they depended on the names of the files."""
+    """Leave out scores of --samples by an earlier version, which depended on the names of the files."""
     if result.get("scored_with", {}).get("samples_order") != SAMPLES_ORDER:
         gone = [result.pop(key) for key in (*OPTIONAL["score"], "scored_with") if key in result]
         result["seconds"].pop("score", None)
@@ -88,7 +89,9 @@ def load_spaces(stages, device):
 
 def check_places(stages):
     """Raise an error if images would be taken for others, or are there that would be."""
-    written = directories(stages) | ({"fid_cache": FLAGS.fid_cache or CACHE} if "score" in stages else {})
+    written = directories(stages)
+    if "score" in stages:
+        written["fid_cache"] = FLAGS.fid_cache or CACHE
     folders = image_folders(FLAGS.dataset, FLAGS.data_root)
     keep_apart(folders, {"samples": FLAGS.samples, "heldout": FLAGS.heldout}, written)
     if "generate" in stages and FLAGS.save_png:
@@ -98,14 +101,14 @@ def check_places(stages):
 def load_network(stages, device):
     """The network that the flags name, its files, and the settings of its training or None.
 
-    Of several checkpoints it is the mean of their predictions. Flags that are not given are those of the training,
+    Of several checkpoints it is the mean of their predictions. Flags not given are the training's,
     also where only images of it are measured; then there is no network.
     """
     if not stages & {"generate", "gap"}:
         path = Path(FLAGS.generate_dir) / "generate.json"
         record = read_json(path) if path.exists() and not FLAGS.samples else {}
         if record.get("training"):
-            take_training(FLAGS, record["training"], record["flags"], path)
+            take(FLAGS, record["training"], path, record["flags"])
         return None, [], None
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     paths = [find_checkpoint(name) for name in names]
@@ -117,16 +120,13 @@ def load_network(stages, device):
     return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
 
 
-# What images are compared with: a `dataset.Dataset` of distinct images; the reference of scores, and real images that
-# measure the floor or None, (N, 3, H, W); which distinct image is in each slot, (N,); and what is to be said of them
+# What images are compared with: a `dataset.Dataset` of distinct images; the scores' reference, and real
+# images for the floor or None, (N, 3, H, W); each slot's distinct image, (N,); what to say of them
 Real = namedtuple("Real", "data reference heldout slot_group notes")
 
 
 def load_real(stages, images, paths, settings):
-    """The `Real` images, and what is to be said of them and of --samples.
-
-    images: to measure, None if they are to be made; paths, settings: of the network, as `load_network` returns them.
-    """
+    """The `Real` images, with notes; images: those to measure, None if they are to be made."""
     with distributed.main_first():
         given = build.dataset(FLAGS)
     notes = {"settings_warning": training_warning(settings, given, paths) if paths else None}
@@ -139,24 +139,24 @@ def load_real(stages, images, paths, settings):
         sizes.append(len(part.images) if part else 0)
     notes |= count_repeats(*sizes)
     is_rough = heldout is not None and len(heldout) < ROUGH
-    what = f"with less than {ROUGH} the floors are rough"
-    notes["floor_warning"] = f"{len(heldout)} held-out images: {what}" if is_rough else None
+    what = f"held-out images: with less than {ROUGH} the floors are rough"
+    notes["floor_warning"] = f"{len(heldout)} {what}" if is_rough else None
     say(*(note for name, note in notes.items() if name.endswith("warning")))
-    is_given = bool(FLAGS.samples)
-    notes["samples_warning"] = warn_of_odd_values(FLAGS.samples, images, data.train.images) if is_given else None
+    notes["samples_warning"] = None
+    if FLAGS.samples:
+        notes["samples_warning"] = warn_of_odd_values(FLAGS.samples, images, data.train.images)
     slot_group = equal_images(given.train.images)
     return Real(data, build.reference_images(FLAGS, once), heldout, slot_group, notes)
 
 
 def weights_of(paths):
-    """What says which weights are evaluated."""
+    """Which weights are evaluated, for the record."""
     return {"checkpoint_sha256": " ".join(map(file_hash, paths)), "weights": "ema" if FLAGS.use_ema else "raw"}
 
 
 def ema_warning(paths):
-    """What is to be said of the EMA weights of these checkpoints, or None; of raw weights nothing is."""
-    found = [young_ema(path, ema_start(path)) for path in paths if FLAGS.use_ema]
-    texts = list(filter(None, found))
+    """What is to be said of the EMA weights of these checkpoints, or None."""
+    texts = [text for path in paths if FLAGS.use_ema and (text := young_ema(path, ema_start(path)))]
     return f"{'; '.join(texts)}; raw weights are measured with --use_ema=False" if texts else None
 
 
@@ -166,23 +166,24 @@ def names_of(paths):
 
 
 def generate_images(net, paths, settings, young, data, device):
-    """Images of a network, of classes that training images have, kept in --generate_dir with what made them.
+    """Images of a network, of the training images' classes, kept in --generate_dir with their origin.
 
-    settings: of the training of the network, or None; young: of `ema_warning`.
-
-    Images that an earlier call has made of the same weights with the same seed and sampler are not made again.
+    settings: of the network's training, or None; young: of `ema_warning`. Images that an earlier call
+    has made of the same weights with the same seed and sampler are not made again.
     """
-    origin = {**weights_of(paths), **build.sampler_settings(FLAGS), "precision": FLAGS.precision, "seed": FLAGS.seed}
+    origin = weights_of(paths) | build.sampler_settings(FLAGS)
+    origin |= {"precision": FLAGS.precision, "seed": FLAGS.seed}
     origin |= {"num_labels": build.labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
-    classes = build.classes(FLAGS, data)
-    origin |= {"classes": classes} if classes else {}
+    if classes := build.classes(FLAGS, data):
+        origin["classes"] = classes
     network = torch.compile(net) if FLAGS.compile else net
     sampler = GaussianDiffusionSampler(network, **build.sampler_settings(FLAGS)).to(device)
 
     def batches(first):
         return generate_batches(sampler, **build.generation(FLAGS, data), first=first)
 
-    about = {"checkpoint": names_of(paths), "training": settings, "flags": as_dict(FLAGS), "ema_warning": young}
+    about = {"checkpoint": names_of(paths), "training": settings}
+    about |= {"flags": as_dict(FLAGS), "ema_warning": young}
     if FLAGS.use_labels:
         labels = draw_labels(FLAGS.seed, range(FLAGS.num_images), FLAGS.num_labels, classes)
         about |= {"labels": labels.tolist(), "class_names": data.class_names}
@@ -193,7 +194,7 @@ def generate_images(net, paths, settings, young, data, device):
 
 
 def existing_images(needed):
-    """The images of --samples, or of an earlier generate stage; none where there are none, and none are needed."""
+    """The images of --samples or an earlier generate stage; none where there are none, none needed."""
     images = None
     if distributed.is_main():
         path, size = Path(FLAGS.generate_dir) / "generate.npy", FLAGS.img_size
@@ -214,10 +215,7 @@ def existing_images(needed):
 
 
 def describe(images, paths, settings, young):
-    """What result.json says of the images, or of the network in `paths` if there are none, besides its numbers.
-
-    settings: of the training of that network, or None; young: `ema_warning` of it.
-    """
+    """What result.json says of the images, or of the network if there are none, besides its numbers."""
     if FLAGS.samples:
         nothing = dict.fromkeys(("checkpoint", "weights", "training", "origin", "ema_warning"))
         return {**nothing, "samples": FLAGS.samples}
@@ -242,7 +240,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     sets = identity(images, real.data.train.images)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
-    used = result.get("flags", description.get("flags", {}))  # an earlier call's, until this one makes numbers
+    used = result.get("flags", description.get("flags", {}))  # an earlier call's, until numbers are made
     seconds = result["seconds"] | description.get("seconds", {})
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
@@ -253,32 +251,25 @@ def begin_result(result, stages, images, real, paths, settings, young):
 
 
 def find_gap(net, paths, data, device):
-    """The `denoising_gap` of the network on --num_images training and as many held-out images, evenly spaced."""
+    """The `denoising_gap` on --num_images training and as many held-out images, evenly spaced."""
     sets = []
     for part in (data.train, data.heldout):
         rows = evenly_spaced(len(part.images), FLAGS.num_images)
         labels = part.labels[rows] - int(FLAGS.legacy_labels) if FLAGS.use_labels else None
         sets.append((part.images[rows], labels))
     trainer = GaussianDiffusionTrainer(net, **build.diffusion_settings(FLAGS)).to(device)
-    return {"gap": {"checkpoint": names_of(paths), **denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)}}
+    gap = denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)
+    return {"gap": {"checkpoint": names_of(paths), **gap}}
 
 
 def memorise(images, real, space, names, device):
     """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
     training, heldout = real.data.train.images, real.heldout
     numbers, _ = evaluate(
-        images,
-        training.to(build.data_device(FLAGS, device)),
-        heldout,
-        folder=FLAGS.similar_dir,
-        sets=identity(images, training),
-        hflip=real.data.hflip,
-        names=names,
-        batch_generated=FLAGS.batch_A,
-        batch_training=FLAGS.batch_B,
-        device=device,
-        progress=True,
-    )
+        images, training.to(build.data_device(FLAGS, device)), heldout, folder=FLAGS.similar_dir,
+        sets=identity(images, training), hflip=real.data.hflip, names=names,
+        batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
+    )  # fmt: skip
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
         numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors)
@@ -296,27 +287,24 @@ def show(stages, result, images, real, names):
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])
     if "grid" in stages:
-        grids = lambda: {"grids": [str(path) for path in save_grids(FLAGS.grid_dir, *shown)]}  # noqa: E731
-        add_stage(result, FLAGS.grid_dir, "grid", grids)
+        grids = partial(save_grids, FLAGS.grid_dir, *shown)
+        add_stage(result, FLAGS.grid_dir, "grid", lambda: {"grids": [str(path) for path in grids()]})
     if "report" in stages:
         page = Path(FLAGS.grid_dir) / "report.html"
         skips = skip_counts(result["checkpoint"], real.slot_group)
-        report = lambda: {"report": write_report(page, result, *shown, skips, names)}  # noqa: E731
-        add_stage(result, FLAGS.grid_dir, "report", report)
+        report = partial(write_report, page, result, *shown, skips, names)
+        add_stage(result, FLAGS.grid_dir, "report", lambda: {"report": report()})
 
 
 def names_of_images(images, training):
-    """What images and training images are called: str (N,) and (M,), their numbers where they have no names."""
+    """What images and training images are called, by name or number: str (N,) and (M,)."""
     numbers = np.arange(max(len(images), len(training.images))).astype(str)
     names = sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers[: len(images)]
     return names, numbers[: len(training.images)] if training.names is None else training.names
 
 
 def skip_counts(path, slot_group):
-    """How often training left out each of M images, (M,) int64, or None where the checkpoint does not say.
-
-    slot_group: (N,) int64, which of the M is in each slot of the training set.
-    """
+    """How often training left out each of M images, (M,) int64, or None; slot_group: (N,), slots'."""
     counts = load_checkpoint(path).get("index_array") if path and Path(path).exists() else None
     if not isinstance(counts, torch.Tensor) or counts.shape != slot_group.shape:
         return None
@@ -324,7 +312,7 @@ def skip_counts(path, slot_group):
 
 
 def append_published_format(result):
-    """Append the evaluation to result.txt: a line of scores and a line per MQ threshold, as the published code does."""
+    """Append scores and MQ to result.txt, in the format of the published code."""
     path = Path(FLAGS.grid_dir) / "result.txt"
     name = "fpd" if "fpd" in result else "FID"
     inception_score = f"({result.get('is', 'nan')}, {result.get('is_std', 'nan')})"

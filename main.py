@@ -32,7 +32,8 @@ WARMUP = 5000  # steps
 
 def train(data, quality, device, logdir):
     # what the run is made of
-    images, part = data.train.images.to(build.data_device(FLAGS, device)), distributed.share(FLAGS.batch_size)
+    images = data.train.images.to(build.data_device(FLAGS, device))
+    part = distributed.share(FLAGS.batch_size)
     batches = build.batches(FLAGS, data, images, torch.arange(len(images)), device, part=part)
     torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
     net = build.unet(FLAGS).to(device)
@@ -114,8 +115,7 @@ def main():
         take_trainings(FLAGS, [find_checkpoint(FLAGS.unet_dir or logdir)])
     default_resize(FLAGS, logdir)
     written = {"logdir": logdir} | ({"fid_cache": FLAGS.fid_cache or CACHE} if scores else {})
-    folders = image_folders(FLAGS.dataset, FLAGS.data_root)
-    keep_apart(folders, {"heldout": FLAGS.heldout}, written)
+    keep_apart(image_folders(FLAGS.dataset, FLAGS.data_root), {"heldout": FLAGS.heldout}, written)
     with distributed.main_first():
         data = build.dataset(FLAGS)
     if scores:

@@ -3,9 +3,9 @@
     python main_fed.py --train --flagfile=config/DIGITS.txt --client_num=4 --local_epoch=50 --total_round=10
     torchrun --nproc_per_node=4 main_fed.py --train --flagfile=config/CIFAR10.txt    # the shards side by side
 
-The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and neither with
-both, which is default training with a memory bank looking on. IET-AGC+ is --exchange=ring --augment_near_threshold.
-The algorithm is training/rounds.py.
+The four arms of the ablation: IET-AGC as it is, IET with --anti_grad=off, AGC with --client_num=1, and
+neither with both, which is default training with a memory bank looking on. IET-AGC+ is --exchange=ring
+--augment_near_threshold. The algorithm is training/rounds.py.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ WARMUP = 15  # epochs of the shard
 
 
 def make_shards(data, images, slots, device):
-    """The shards of this process: shard k is trained by process k mod P. All start from the same weights."""
+    """The shards of this process: shard k is process k mod P's. All start from the same weights."""
     start = load_checkpoint(FLAGS.check_dir) if FLAGS.check_dir else None
     shards = []
     for k, of_shard in enumerate(slots):
@@ -44,8 +44,7 @@ def make_shards(data, images, slots, device):
         warmup = WARMUP * batches.steps_per_epoch if FLAGS.warmup is None else FLAGS.warmup
         learner = build.learner(FLAGS, net, warmup)
         for network, use_ema in ((learner.net, False), (learner.ema, True)) if start else ():
-            weights = weights_in(start, use_ema, FLAGS.check_dir)
-            load_weights(network, weights, FLAGS.check_dir)
+            load_weights(network, weights_in(start, use_ema, FLAGS.check_dir), FLAGS.check_dir)
         counts = torch.zeros(2, len(images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, build.agc(FLAGS, FLAGS.T).to(device), *counts))
     return shards
@@ -82,16 +81,13 @@ def main():
     done = sum(shard.learner.step for shard in shards)
     x_T, labels = build.sample_grid(FLAGS, data, device)  # the same at all times of the run
     train(
-        shards,
-        exchanged or slots,
-        build.schedule(FLAGS, steps_per_round),
-        build.logger(FLAGS, logdir, total, done, seconds),
-        first_round=rounds_done + 1,
+        shards, exchanged or slots, build.schedule(FLAGS, steps_per_round),
+        build.logger(FLAGS, logdir, total, done, seconds), first_round=rounds_done + 1,
         extra={"norm_groups": net.groups},
         slots_of_round=lambda r: build.slots(FLAGS, data, r) if FLAGS.reshard else None,
         preview=lambda net: build.sampler(FLAGS, net)(x_T, labels),
         publish=lambda state, is_due: save_average(logdir, state, is_due, FLAGS.keep),
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ DIGITS = {"ch": 32, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1, "groups
 
 
 def alternate(works, repeats, warmup=1):
-    """Median seconds of each of {name: work}, called in turn: what disturbs the machine disturbs all of them."""
+    """Median seconds of each of {name: work}, called in turn, so that a disturbance meets all."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in works}
     for _ in range(warmup + repeats):
@@ -50,7 +50,7 @@ def noise(number, size=32, device="cpu"):
 
 
 def noise_to_search(scale, generated=4096, training=50_000, device="cpu"):
-    """So many generated and training images, or a part of them; noise, of which a search can leave nothing out."""
+    """So many generated and training images, or a part of them: noise, where a search skips nothing."""
     torch.manual_seed(0)
     return [noise(max(50, round(number * scale)), device=device) for number in (generated, training)]
 
@@ -94,7 +94,7 @@ def forward_backward(net, x, t, dtype=torch.float32):
 
 
 def step(scale):
-    """Rows of two networks: a step of main_fed.py against bare forward and backward. The scale multiplies repeats."""
+    """Rows of two networks: main_fed.py's step against bare forward and backward; scale: of repeats."""
     device = pick_device(None)
     rows = []
     for name, architecture, size, batch, repeats in [("CIFAR-10", CIFAR10, 32, 4, 15), ("DIGITS", DIGITS, 8, 64, 41)]:
@@ -111,7 +111,7 @@ def step(scale):
 
 
 def evaluation(scale):
-    """Rows of search and Frechet distance; the scale multiplies the numbers of images and of features."""
+    """Rows of search and Frechet distance; the scale multiplies the numbers of images and features."""
     return [search(scale), distance(max(16, round(2048 * scale)))]
 
 
@@ -132,7 +132,7 @@ def search(scale):
 
 
 def distance(number):
-    """A row of the Frechet distance against pytorch-fid, of so many features, whose covariances have full rank."""
+    """A row of the Frechet distance against pytorch-fid, of so many features, of full rank."""
     arguments = []
     for spread in (1.0, 1.2):
         features = spread * torch.rand(3 * number, number, dtype=torch.float64)

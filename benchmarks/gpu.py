@@ -1,4 +1,4 @@
-"""What a GPU does in a second: the CIFAR-10 step, compiled and beside diffusers' network, sampling, the search.
+"""What a GPU does in a second: the CIFAR-10 step, also compiled, diffusers' network, sampling, search.
 
 `python -m benchmarks --only gpu --scale 0.01` tries the program itself on a CPU, with small networks.
 """
@@ -18,16 +18,12 @@ from training.learner import PRECISIONS
 from utils.errors import DataError
 
 SIZE, SUB_MODELS = 32, 10
-# com/com_c10_v.sh: 10 rounds of 100 epochs on 10 shards of 5,000 images in batches of 128; evaluated 6 times
+# com/com_c10_v.sh: 10 rounds of 100 epochs on 10 shards of 5,000 images in batches of 128; 6 evaluations
 STEPS, EVALUATIONS, GENERATED = 10 * 100 * 10 * (5000 // 128), 6, 65_536
 
 
 def gpu(scale):
-    """Rows without targets. With a scale below 1 it is a trial.
-
-    Raises:
-        DataError: no GPU and no trial.
-    """
+    """Rows without targets; with a scale below 1 a trial. DataError: no GPU and no trial."""
     trial = scale < 1
     if not (torch.cuda.is_available() or trial):
         raise DataError("no GPU on this machine: nothing was measured (--scale=0.01 tries the program on the CPU)")
@@ -39,7 +35,8 @@ def gpu(scale):
     x, t = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(T, (batch,), device=device)
     sampler = GaussianDiffusionSampler(net, 1e-4, 0.02, T, SIZE, steps=steps).to(device)
     generated, training = noise_to_search(scale, GENERATED, 50_000, device)
-    search = partial(nearest_neighbors, generated, training, batch_generated=1024, batch_training=8192)  # as all_in.py
+    blocks = {"batch_generated": 1024, "batch_training": 8192}  # as all_in.py
+    search = partial(nearest_neighbors, generated, training, **blocks)
     search_seconds = alternate({"search": search}, 1)["search"]
     rows = [row(f"search of {len(generated):,} x {len(training):,} x 3,072 (s)", search_seconds)]
 
@@ -47,11 +44,10 @@ def gpu(scale):
         pick_device(device.type, precision)
         make = partial(make_step, architecture, SIZE, batch, device, precision=precision)
         works = {
-            "step": make()[1],
-            "compiled": make(compile=not trial)[1],
+            "step": make()[1], "compiled": make(compile=not trial)[1],
             "ours": partial(forward_backward, net, x, t, PRECISIONS[precision]),
             "theirs": partial(forward_backward, theirs, x, t, PRECISIONS[precision]),
-        }
+        }  # fmt: skip
         rate = {name: batch / seconds for name, seconds in alternate(works, repeats, warmup=3).items()}
         sample = partial(generate, sampler, 4 * batch, 4 * batch, seed=0, dtype=PRECISIONS[precision])
         samples = 4 * batch / alternate({"sampling": sample}, 1)["sampling"]
@@ -73,19 +69,17 @@ def gpu(scale):
 def diffusers_net(ch):
     """diffusers' network with the width, blocks and attention of the CIFAR-10 UNet, called as ours."""
     net = UNet2DModel(
-        block_out_channels=[ch, 2 * ch, 2 * ch, 2 * ch],
-        layers_per_block=2,
+        block_out_channels=[ch, 2 * ch, 2 * ch, 2 * ch], layers_per_block=2,
         down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
         up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-        attention_head_dim=None,
-        dropout=0.1,
-    )
+        attention_head_dim=None, dropout=0.1,
+    )  # fmt: skip
     net.register_forward_hook(lambda net, inputs, output: output.sample)
     return net
 
 
 def memory_of_sub_models(architecture, batch, device, offload):
-    """GiB of a GPU's memory that sub-models take at most that train a step each and are averaged; None on a CPU."""
+    """GiB of a GPU's memory that sub-models take at most in a step and an average; None on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

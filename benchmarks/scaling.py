@@ -1,4 +1,4 @@
-"""What a second process gains, on one machine: the scripts as users run them, and this module, under torchrun."""
+"""What a second process gains, on one machine: the scripts as users run them, and this module."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ FLAGS = ["--flagfile=config/DIGITS.txt", "--device=cpu", "--num_train=1024", "--
 
 
 def scaling(scale):
-    """Rows of median seconds of three runs, of two processes against one in turn; the scale multiplies their length."""
+    """Rows of median seconds of three runs, two processes against one; scale: of their length."""
     runs = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as directory:
         for number in progress_bar(range(6), desc="scaling", unit="run"):

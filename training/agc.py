@@ -7,24 +7,24 @@ ANTI_GRADS = ("skip", "ascend", "random", "off")
 
 
 def shuffled(keep):
-    """Verdicts (B,) in a random order, drawn from torch's default generator, which the loop seeds for every step."""
+    """Verdicts (B,) in a random order, by torch's default generator, seeded for every step."""
     return keep[torch.rand(keep.shape, device=keep.device).argsort()]
 
 
 class AntiGradientControl(nn.Module):
     """A memory bank of the running mean loss of every timestep, and the loss that it allows.
 
-    A sample is taken for memorised where mem_ratio times its loss is below the bank's entry of its timestep.
+    A sample is taken for memorised where mem_ratio times its loss is below the bank's entry of its t.
 
     Args:
         T: number of timesteps.
         mem_ratio: the larger, the fewer samples are taken for memorised.
         ema_decay: d in [0, 1] of the bank's running mean.
-        anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it round with
-            weight `ascend_weight`, `off` keeps it (the bank and the verdicts are still recorded). The control `random`
-            drops as many samples of the batch as `skip` would, but drawn by chance.
+        anti_grad: what happens to the gradient of a memorised sample: `skip` drops it, `ascend` turns it
+            round with weight `ascend_weight`, `off` keeps it (the bank and verdicts are still recorded).
+            The control `random` drops as many samples of the batch as `skip` would, drawn by chance.
         ascend_weight: w >= 0 of `ascend`.
-        bins: entries of the bank, for T / bins timesteps each: small batches keep few entries fresher than many.
+        bins: entries of the bank, for T / bins timesteps each: few are kept fresher by small batches.
         bar: samples up to so many times the threshold are near it, and in no sum; 1 for none.
     """
 
@@ -38,16 +38,16 @@ class AntiGradientControl(nn.Module):
         self.register_buffer("bank", torch.zeros(bins or T))
 
     def forward(self, losses, t):
-        """The scalar loss of a batch, judged by the bank as it was before; the bank then takes in every sample.
+        """The scalar loss of a batch, judged by the bank before it takes in all samples.
 
         Args:
             losses: (B,) float32 per-sample losses.
             t: (B,) int64 timesteps in 0..T-1.
 
         Returns:
-            loss: scalar, (sum_i keep_i l_i - w sum_i (1 - keep_i) l_i) / max(1, sum_i keep_i), w = 0 unless
-                `ascend`; the plain mean if `off`. Samples near the threshold count in no sum.
-            keep: (B,) bool, False where the sample was taken for memorised; of `random`, where it was left out.
+            loss: scalar, (sum_i keep_i l_i - w sum_i (1 - keep_i) l_i) / max(1, sum_i keep_i), w = 0
+                unless `ascend`; the plain mean if `off`. Samples near the threshold count in no sum.
+            keep: (B,) bool, False where a sample was taken for memorised; of `random`, left out.
         """
         # so that NaN is kept, and seen in the loss
         keep = ~(self.mem_ratio * losses.detach() < self.bank[self.entry(t)])
@@ -66,14 +66,10 @@ class AntiGradientControl(nn.Module):
         return t * len(self.bank) // self.T
 
     def near_threshold(self, losses, t):
-        """How near samples just above the threshold are to it: threshold-aware augmentation (Guan et al. 2025).
+        """How near samples just above the threshold are to it, for TAA (Guan et al. 2025).
 
-        Args:
-            losses, t: as for `forward`, before it.
-
-        Returns:
-            (B,) float32: exp(-5 (m l - b) / b) where b <= m l < bar b, for the entry b of the bank and m = mem_ratio;
-            0 elsewhere.
+        losses, t: as for `forward`, before it. Returns (B,) float32: exp(-5 (m l - b) / b) where
+        b <= m l < bar b, for the entry b of the bank and m = mem_ratio; 0 elsewhere.
         """
         if self.bar == 1:
             return torch.zeros_like(losses)
@@ -84,8 +80,8 @@ class AntiGradientControl(nn.Module):
     def remember(self, losses, entry):
         """bank[e_i] <- d bank[e_i] + (1 - d) l_i for i = 0..B-1 in order, in closed form.
 
-        An entry that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j: a loss is
-        discounted once for every later occurrence of its entry. Nothing is taken in where a loss is not finite.
+        An entry that occurs m times, with losses l_1..l_m, ends as d^m bank + (1 - d) sum_j d^(m-j) l_j:
+        each later occurrence discounts a loss once. Nothing is taken in where a loss is not finite.
         """
         d = self.ema_decay
         same = entry[:, None] == entry[None, :]

@@ -1,4 +1,4 @@
-"""The ensemble step of IET: the weighted mean of the sub-models (Liu et al. 2024, eq. 5; McMahan et al. 2017)."""
+"""The ensemble step of IET: a weighted mean (Liu et al. 2024, eq. 5; McMahan et al. 2017)."""
 
 import torch
 
@@ -10,15 +10,14 @@ from utils.errors import DataError
 def weighted_average(models, sizes):
     """sum_k |D_k| theta_k / |D|, entry by entry.
 
-    The terms are added in float64 in the order of the shards, so that the sum is the same whichever process has which
-    of them: shard k is that of process k mod P.
+    The terms are added in float64 in the order of the shards, so that the sum is the same whichever
+    process has which of them: shard k is that of process k mod P.
 
     Args:
         models: {k: state dict} of the shards of this process.
         sizes: |D_k| of all K shards.
 
-    Returns:
-        The average as a state dict, in all processes, with the dtypes and on the device of the entries.
+    Returns the average as a state dict, in all processes, with the entries' dtypes and device.
     """
     average = {}
     for name, entry in next(iter(models.values())).items():
@@ -40,11 +39,10 @@ def average_learners(learners, sizes, replace=True):
         sizes: |D_k| of all K shards.
         replace: False to leave the learners as they are.
 
-    Returns:
-        The average weights and the average EMA weights, two state dicts.
+    Returns the average weights and the average EMA weights, two state dicts.
 
     Raises:
-        DataError: it is not finite; the learners are as they were.
+        DataError: they are not finite; the learners are as they were.
     """
     average = weighted_average({k: learner.net.state_dict() for k, learner in learners.items()}, sizes)
     ema_average = weighted_average({k: learner.ema.state_dict() for k, learner in learners.items()}, sizes)

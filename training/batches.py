@@ -1,6 +1,6 @@
 """Which images, flips, timesteps and noise belong to a step: a pure function of (seed, shard, step).
 
-Processes that share a batch draw all of it and take their part, so that no image depends on how many they are.
+Processes that share a batch draw all of it and take their part: no image depends on how many they are.
 """
 
 from collections import namedtuple
@@ -11,21 +11,21 @@ from utils.errors import UsageError
 from utils.images import normalize
 from utils.seeding import generator
 
-# What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no class, or
-# None; t (B,) int64; eps (B, 3, H, W) float32; slots (B,) int64, where the images are in the training set; mirrored
-# (B,) bool, which of x_0 are mirrored.
+# What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no
+# class, or None; t (B,) int64; eps (B, 3, H, W) float32; slots (B,) int64, where the images are in the
+# training set; mirrored (B,) bool, which of x_0 are mirrored.
 Batch = namedtuple("Batch", "x_0 labels t eps slots mirrored")
 
 
 def to_device(value, device):
-    """The tensor on the device; from host memory to a GPU it goes while both work on, so it has to be pinned."""
+    """The tensor on the device; from host memory to a GPU it goes while both work, so it is pinned."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 
 
 class Batches:
-    """The order of one shard's images, addressed by the shard's own step number over all epochs and rounds.
+    """The order of one shard's images, addressed by its own step number over all epochs and rounds.
 
     Args:
         slots: (M,) int64, those of the shard's images in the training set.
@@ -71,7 +71,7 @@ class ShardBatches(Batches):
     Args:
         images: (N, 3, H, W) uint8, the whole training set, on the training device or in host memory.
         labels: (N,) int64, or None for unconditional training.
-        slots, device, batch_size, T, seed, shard: as for `Batches`; device: by default that of the images.
+        slots, device, batch_size, T, seed, shard: as for `Batches`; device: by default the images'.
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
         part: a slice, which samples of every batch are wanted.
@@ -105,20 +105,16 @@ class ShardBatches(Batches):
         return Batch(x_0, labels, t, eps, slots, mirrored)
 
     def augmented(self, slots, magnitude):
-        """The `Batch` of threshold-aware augmentation (Guan et al. 2025): RandAugment, then a fresh t and eps.
+        """The `Batch` of threshold-aware augmentation (Guan et al. 2025): RandAugment, new t and eps.
 
-        Draws from torch's default generator.
-
-        Args:
-            slots: (B,) int64.
-            magnitude: of two operations on each image.
+        Draws from torch's default generator. slots: (B,) int64; magnitude: of two operations an image.
         """
         x_0, labels, slots = self.images_of(slots.to(self.images.device), rand_augment(magnitude))
         t = torch.randint(self.T, (len(slots),), device=self.device)
         return Batch(x_0, labels, t, torch.randn_like(x_0), slots, torch.zeros_like(t, dtype=torch.bool))
 
     def images_of(self, slots, augment=None):
-        """x_0 and labels of the images in slots (B,), and these, on the device; augment: a function of an image."""
+        """x_0, labels and slots of slots (B,), on the device; augment: a function of an image."""
         images = self.images[slots]
         if augment:
             images = torch.stack([augment(image) for image in images])

@@ -1,7 +1,6 @@
 """From flags to objects: the only place that turns flags into settings, every one by its name.
 
-FLAGS: absl's values, of `training.flags.define`; the functions from `agc` to `rounds_schedule` take those of
-text_to_image too.
+FLAGS: absl's values, of `training.flags.define`; what both halves have takes those of text_to_image too.
 """
 
 import torch
@@ -30,19 +29,11 @@ from utils.images import fingerprint
 def dataset(FLAGS):
     """The `dataset.Dataset` to train on. Raises a UsageError where other flags do not fit it."""
     data = load_dataset(
-        FLAGS.dataset,
-        FLAGS.data_root,
-        img_size=FLAGS.img_size,
-        num_train=FLAGS.num_train,
-        subset_seed=FLAGS.subset_seed,
-        duplicates=FLAGS.duplicates,
-        copies=FLAGS.copies,
-        hflip=FLAGS.hflip,
-        num_workers=FLAGS.num_workers,
-        download=FLAGS.download,
-        resize=FLAGS.resize,
+        FLAGS.dataset, FLAGS.data_root, img_size=FLAGS.img_size, num_train=FLAGS.num_train,
+        subset_seed=FLAGS.subset_seed, duplicates=FLAGS.duplicates, copies=FLAGS.copies,
+        hflip=FLAGS.hflip, num_workers=FLAGS.num_workers, download=FLAGS.download, resize=FLAGS.resize,
         heldout=FLAGS.heldout,
-    )
+    )  # fmt: skip
     if FLAGS.use_labels and FLAGS.num_labels < data.num_classes:
         what = f"{FLAGS.dataset} has {data.num_classes} classes, give them"
         raise UsageError(f"--num_labels={FLAGS.num_labels}: {what}")
@@ -82,31 +73,18 @@ def split(FLAGS):
 def slots(FLAGS, data, r=1):
     """The slots of the training set that each of the K shards has in round r, before any exchange."""
     return partition(
-        data.train.labels,
-        FLAGS.client_num,
-        split(FLAGS),
-        FLAGS.seed,
-        slot_image=data.slot_image,
-        duplicates_in=FLAGS.duplicates_in,
-        r=r - 1 if FLAGS.reshard else 0,
-    )
+        data.train.labels, FLAGS.client_num, split(FLAGS), FLAGS.seed, slot_image=data.slot_image,
+        duplicates_in=FLAGS.duplicates_in, r=r - 1 if FLAGS.reshard else 0,
+    )  # fmt: skip
 
 
 def batches(FLAGS, data, images, slots, device, shard=0, part=slice(None)):
     """The `ShardBatches` of some slots; images: those of the data, where they are to be kept."""
     return ShardBatches(
-        images,
-        data.train.labels if FLAGS.use_labels else None,
-        slots,
-        device,
-        batch_size=FLAGS.batch_size,
-        T=FLAGS.T,
-        seed=FLAGS.seed,
-        shard=shard,
-        hflip=data.hflip,
-        label_dropout=FLAGS.label_dropout,
-        part=part,
-    )
+        images, data.train.labels if FLAGS.use_labels else None, slots, device,
+        batch_size=FLAGS.batch_size, T=FLAGS.T, seed=FLAGS.seed, shard=shard, hflip=data.hflip,
+        label_dropout=FLAGS.label_dropout, part=part,
+    )  # fmt: skip
 
 
 def data_device(FLAGS, device):
@@ -120,15 +98,10 @@ def data_device(FLAGS, device):
 def unet(FLAGS, checkpoint=None, path=None):
     """The `UNet` of the flags, with the groups that `norm_groups` finds."""
     return UNet(
-        T=FLAGS.T,
-        ch=FLAGS.ch,
-        ch_mult=FLAGS.ch_mult,
-        attn=FLAGS.attn,
-        num_res_blocks=FLAGS.num_res_blocks,
-        dropout=FLAGS.dropout,
-        num_labels=labels(FLAGS),
+        T=FLAGS.T, ch=FLAGS.ch, ch_mult=FLAGS.ch_mult, attn=FLAGS.attn,
+        num_res_blocks=FLAGS.num_res_blocks, dropout=FLAGS.dropout, num_labels=labels(FLAGS),
         groups=norm_groups(FLAGS, checkpoint, path),
-    )
+    )  # fmt: skip
 
 
 def labels(FLAGS):
@@ -137,7 +110,7 @@ def labels(FLAGS):
 
 
 def classes(FLAGS, data):
-    """The classes that training images have, ascending, of a conditional network; None where these are all."""
+    """The classes that training images have, ascending, of a conditional network; None where all."""
     found = data.train.labels.unique().tolist()
     return found if FLAGS.use_labels and len(found) < FLAGS.num_labels else None
 
@@ -157,64 +130,42 @@ def trainer(FLAGS, net):
 def sampler_settings(FLAGS):
     """How images are made of a network, which decides them together with its weights and their seed."""
     return {
-        "beta_1": FLAGS.beta_1,
-        "beta_T": FLAGS.beta_T,
-        "T": FLAGS.T,
-        "img_size": FLAGS.img_size,
-        "mean_type": FLAGS.mean_type,
-        "var_type": FLAGS.var_type,
-        "sampler": FLAGS.sampler,
-        "eta": FLAGS.eta,
-        "guidance": FLAGS.guidance,
-        "steps": FLAGS.sample_steps,
-    }
+        "beta_1": FLAGS.beta_1, "beta_T": FLAGS.beta_T, "T": FLAGS.T, "img_size": FLAGS.img_size,
+        "mean_type": FLAGS.mean_type, "var_type": FLAGS.var_type, "sampler": FLAGS.sampler,
+        "eta": FLAGS.eta, "guidance": FLAGS.guidance, "steps": FLAGS.sample_steps,
+    }  # fmt: skip
 
 
 def sampler(FLAGS, net):
     """The `GaussianDiffusionSampler` of a network, where that is."""
-    device = next(net.parameters()).device
-    return GaussianDiffusionSampler(net, **sampler_settings(FLAGS)).to(device)
+    return GaussianDiffusionSampler(net, **sampler_settings(FLAGS)).to(next(net.parameters()).device)
 
 
 def generation(FLAGS, data):
     """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
     return {
-        "num_images": FLAGS.num_images,
-        "batch_size": FLAGS.batch_size,
-        "seed": FLAGS.seed,
-        "num_labels": labels(FLAGS),
-        "classes": classes(FLAGS, data),
-        "legacy_labels": FLAGS.legacy_labels,
-        "dtype": PRECISIONS[FLAGS.precision],
-    }
+        "num_images": FLAGS.num_images, "batch_size": FLAGS.batch_size, "seed": FLAGS.seed,
+        "num_labels": labels(FLAGS), "classes": classes(FLAGS, data),
+        "legacy_labels": FLAGS.legacy_labels, "dtype": PRECISIONS[FLAGS.precision],
+    }  # fmt: skip
 
 
 def sample_grid(FLAGS, data, device):
     """x_T and classes of the sample grids of a training: `grid_noise`."""
     return grid_noise(
-        device,
-        sample_size=FLAGS.sample_size,
-        img_size=FLAGS.img_size,
-        seed=FLAGS.seed,
-        num_labels=labels(FLAGS),
-        classes=classes(FLAGS, data),
-    )
+        device, sample_size=FLAGS.sample_size, img_size=FLAGS.img_size, seed=FLAGS.seed,
+        num_labels=labels(FLAGS), classes=classes(FLAGS, data),
+    )  # fmt: skip
 
 
 def learner(FLAGS, net, warmup, share_batches=False):
-    """The `Learner` of a UNet; warmup: steps; share_batches: of main.py, whose processes train one network."""
+    """The `Learner` of a UNet; warmup: steps; share_batches: main.py's, whose processes train one."""
     return Learner(
-        net,
-        lambda network: trainer(FLAGS, network),
-        lr=FLAGS.lr,
-        warmup=warmup,
-        grad_clip=FLAGS.grad_clip,
-        ema_decay=FLAGS.ema_decay,
-        precision=FLAGS.precision,
-        compile=FLAGS.compile,
-        share_batches=share_batches,
+        net, lambda network: trainer(FLAGS, network), lr=FLAGS.lr, warmup=warmup,
+        grad_clip=FLAGS.grad_clip, ema_decay=FLAGS.ema_decay, precision=FLAGS.precision,
+        compile=FLAGS.compile, share_batches=share_batches,
         offload=FLAGS.shard_state == "cpu" and not share_batches,
-    )
+    )  # fmt: skip
 
 
 # ---- what both halves have
@@ -223,64 +174,39 @@ def learner(FLAGS, net, warmup, share_batches=False):
 def agc(FLAGS, T):
     """The `AntiGradientControl` of the flags, for T timesteps."""
     return AntiGradientControl(
-        T,
-        mem_ratio=FLAGS.mem_ratio,
-        ema_decay=FLAGS.arr_ema_decay,
-        anti_grad=FLAGS.anti_grad,
-        ascend_weight=FLAGS.anti_grad_weight,
-        bins=FLAGS.bank_bins,
+        T, mem_ratio=FLAGS.mem_ratio, ema_decay=FLAGS.arr_ema_decay, anti_grad=FLAGS.anti_grad,
+        ascend_weight=FLAGS.anti_grad_weight, bins=FLAGS.bank_bins,
         bar=FLAGS.bar if FLAGS.augment_near_threshold else 1.0,
-    )
+    )  # fmt: skip
 
 
 def schedule(FLAGS, steps_per_round):
     """The `Schedule` of rounds; steps_per_round: own steps of each of the K shards."""
     return Schedule(
-        total_round=FLAGS.total_round,
-        steps_per_round=steps_per_round,
-        exchange=FLAGS.exchange,
-        exchange_every=FLAGS.exchange_every,
-        exchange_share=FLAGS.exchange_share,
-        augments=FLAGS.augment_near_threshold,
-        seed=FLAGS.seed,
-        sample_step=FLAGS.sample_step,
-        save_step=FLAGS.save_step,
-        save_round=FLAGS.save_round,
-        keep=FLAGS.keep,
-    )
+        total_round=FLAGS.total_round, steps_per_round=steps_per_round, exchange=FLAGS.exchange,
+        exchange_every=FLAGS.exchange_every, exchange_share=FLAGS.exchange_share,
+        augments=FLAGS.augment_near_threshold, seed=FLAGS.seed, sample_step=FLAGS.sample_step,
+        save_step=FLAGS.save_step, save_round=FLAGS.save_round, keep=FLAGS.keep,
+    )  # fmt: skip
 
 
 def logger(FLAGS, logdir, total, done, seconds, writes=True):
     """The `Logger` of a run in which this process makes `total` steps, of which `done` are made."""
     return Logger(
-        logdir,
-        total,
-        done,
-        log_step=FLAGS.log_step,
-        max_bad_steps=FLAGS.max_bad_steps,
-        batch_size=FLAGS.batch_size,
-        seconds=seconds,
-        writes=writes,
-    )
+        logdir, total, done, log_step=FLAGS.log_step, max_bad_steps=FLAGS.max_bad_steps,
+        batch_size=FLAGS.batch_size, seconds=seconds, writes=writes,
+    )  # fmt: skip
 
 
 def copies_space(FLAGS, name, device, flag):
-    """The `FeatureSpace` that copies are searched for in. Raises a UsageError if its weights are not named.
-
-    flag: that names it.
-    """
+    """The `FeatureSpace` to search for copies in, of `flag`. UsageError if its weights are not named."""
     if name in ("sscd", "clip") and not FLAGS[name].value:
         what = f"the file of its weights, or --{flag}=pixels, which needs none"
         raise UsageError(f"give --{name}, {what}")
     return feature_space(
-        name,
-        device,
-        inception=find_weights(FLAGS.inception_weights) if name == "inception" else None,
-        clip=FLAGS.clip,
-        sscd=FLAGS.sscd,
-        how=FLAGS.preprocess,
-        torchscript=FLAGS.allow_torchscript,
-    )
+        name, device, inception=find_weights(FLAGS.inception_weights) if name == "inception" else None,
+        clip=FLAGS.clip, sscd=FLAGS.sscd, how=FLAGS.preprocess, torchscript=FLAGS.allow_torchscript,
+    )  # fmt: skip
 
 
 def distance_space(FLAGS, name, device, batch_size):
@@ -290,29 +216,18 @@ def distance_space(FLAGS, name, device, batch_size):
 
 
 def quality(FLAGS, space, reference, number, device, heldout=None, fid_cache=None):
-    """The `Quality` of so many images in the space of a distance; of --samples in the order of their contents."""
+    """The `Quality` of so many images; those of --samples in the order of their contents."""
     return Quality(
-        reference,
-        number,
-        space,
-        device,
-        fid_cache=fid_cache,
-        heldout=heldout,
+        reference, number, space, device, fid_cache=fid_cache, heldout=heldout,
         by_content=bool(FLAGS.samples),
-    )
+    )  # fmt: skip
 
 
 # ---- the log directory
 
 
 def log_directory(FLAGS, logdir, script, data, groups):
-    """The `LogDirectory` of a run.
-
-    Args:
-        script: main or main_fed.
-        data: the `dataset.Dataset` trained on.
-        groups: of the UNet's GroupNorms.
-    """
+    """The `LogDirectory` of a run; script: main or main_fed; groups: of the UNet's GroupNorms."""
     names, images = (*FIXED[script], *CHANGEABLE[script]), fingerprint(data.train.images)
     settings = {"script": script} | {name: FLAGS[name].value for name in names}
     settings |= {"norm_groups": groups, "training images (sha256)": images}

@@ -12,24 +12,15 @@ from utils.seeding import derive_seed
 
 @dataclass
 class Shard:
-    """A part of the training images and the sub-model that trains on it.
+    """A part of the training images and the sub-model that trains on it."""
 
-    Args:
-        number: k, from 0.
-        batches: a function of the shard's own step, such as `training.batches.ShardBatches`.
-        learner: the sub-model.
-        agc: its memory bank.
-        skip_counts: (N,) int64, how often the shard has skipped each image.
-        round_counts: the same in this round, and with those near the threshold of IET-AGC+.
-        near_index, near: the slots that wait to be augmented, and how near each is to the threshold.
-    """
-
-    number: int
-    batches: object
+    number: int  # k, from 0
+    batches: object  # a function of the shard's own step, such as `training.batches.ShardBatches`
     learner: Learner
     agc: AntiGradientControl
-    skip_counts: torch.Tensor
-    round_counts: torch.Tensor
+    skip_counts: torch.Tensor  # (N,) int64, how often the shard has skipped each image
+    round_counts: torch.Tensor  # the same in this round, and with those near the threshold of IET-AGC+
+    # the slots that wait to be augmented, and how near each is to the threshold
     near_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     near: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -39,12 +30,9 @@ class Shard:
         self.round_counts.index_add_(0, slots, (~keep | (near > 0)).long())
 
     def augment(self, slots, near, seed):
-        """Threshold-aware augmentation: queue the samples near the threshold, and step on a batch when there is one.
+        """Threshold-aware augmentation: queue samples near the threshold, and step on a full batch.
 
-        Args:
-            slots: (B,) int64, of a step.
-            near: (B,) float32 of `AntiGradientControl.near_threshold`.
-            seed: of the run.
+        slots: (B,) int64, of a step; near: (B,) float32, of `near_threshold`; seed: the run's.
         """
         chosen, B = near.cpu() > 0, self.batches.batch_size
         self.near_index = torch.cat([self.near_index, slots.cpu()[chosen]])

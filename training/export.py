@@ -1,10 +1,10 @@
-"""The weights of a checkpoint as a safetensors file that says what network they are of, for others and for all_in.py.
+"""The weights of a checkpoint as a safetensors file that says what network they are of.
 
 python -m training.export logs/digits/ckpt10k.pt digits.safetensors
 python -m training.export --nouse_ema --flagfile=config/CIFAR10.txt published.pt cifar10.safetensors
 
-EMA weights, or with --nouse_ema the raw ones. The network is that of run.json beside the checkpoint, or else of the
-flags. The metadata's `flags` are that and what else run.json says of the training, as JSON.
+EMA weights, or with --nouse_ema the raw ones. The network is that of run.json beside the checkpoint, or
+else of the flags. The metadata's `flags` are that and what else run.json says of the training, as JSON.
 """
 
 import json
@@ -27,7 +27,7 @@ from utils.images import keep_apart
 
 
 def export(name, out):
-    """Write the weights of the checkpoint (or of the newest in a directory) `name` to the new file `out`."""
+    """Write the weights of the checkpoint (or a directory's newest) `name` to the new file `out`."""
     out = Path(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: give it the suffix .safetensors, which all_in.py knows it by")

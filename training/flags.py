@@ -1,7 +1,7 @@
-"""What flags there are: their names, ranges and help; rules between them; how command lines are read and recorded.
+"""What flags there are: names, ranges, help; rules between them; how command lines are read and kept.
 
-A group is a tuple of definitions. Each half of the project registers the groups that it has; rules stand below the
-groups that they are about. `training.build` makes objects of the flags.
+A group is a tuple of definitions. Each half of the project registers the groups that it has. Rules stand
+below the groups that they are about. `training.build` makes objects of the flags.
 """
 
 import os
@@ -24,7 +24,7 @@ DEVICES = ("device", "cpu")  # where something is kept
 
 # ---- how flags are defined
 
-# define: absl's function; arguments: its keyword arguments; valid: a test of the value and its words, or None
+# define: absl's function; arguments: its keyword arguments; valid: a test of a value, its words, or None
 Definition = namedtuple("Definition", "define name arguments valid")
 POSITIVE = (lambda value: value > 0, "> 0")
 SHARE = (lambda value: 0 < value < 1, "in (0, 1)")
@@ -36,11 +36,8 @@ def defined(define, name, default, help, valid=None, **settings):
 
 
 def integer(name, default, help, least=None):
-    return defined(flags.DEFINE_integer, name, default, help, lower_bound=least)
-
-
-def integers(name, default, help, least=None):
-    return defined(flags.DEFINE_multi_integer, name, default, help, lower_bound=least)
+    define = flags.DEFINE_multi_integer if isinstance(default, list) else flags.DEFINE_integer
+    return defined(define, name, default, help, lower_bound=least)
 
 
 def number(name, default, help, least=None, most=None, valid=None):
@@ -79,12 +76,12 @@ RULES = []
 
 
 def rule(*names):
-    """Register a function of absl's values that raises a UsageError where the flags of these names disagree."""
+    """Register a function of absl's values that raises a UsageError where these flags disagree."""
     return lambda function: RULES.append((names, function)) or function
 
 
 def check(values):
-    """Raise a UsageError where two flags contradict each other; a rule about flags that are not there is left out."""
+    """Raise a UsageError where flags contradict each other; rules about flags not there do not count."""
     for names, function in RULES:
         if all(name in values for name in names):
             function(values)
@@ -97,19 +94,17 @@ TRAIN = (switch("train", False, "train (main, main_fed)"),)
 TASKS = (
     switch("eval", False, "main: FID and IS of the raw and the EMA weights of a checkpoint"),
     defined(
-        flags.DEFINE_list,
-        "stages",
-        [stage for stage in STAGES if stage != "gap"],
-        f"all_in: what to do, in this order, of {','.join(STAGES)}; gap compares losses of training and held-out "
-        "images",
+        flags.DEFINE_list, "stages", [stage for stage in STAGES if stage != "gap"],
+        f"all_in: what to do, in this order, of {','.join(STAGES)}; "
+        "gap compares losses of training and held-out images",
         (lambda value: set(value) <= set(STAGES), f"some of {','.join(STAGES)}"),
     ),
-)
+)  # fmt: skip
 
 NETWORK = (
     integer("ch", 128, "base width of the UNet, a multiple of the groups", 4),
-    integers("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", 1),
-    integers("attn", [1], "levels with self-attention, 0-based", 0),
+    integer("ch_mult", [1, 2, 2, 2], "width of each level as a multiple of --ch", 1),
+    integer("attn", [1], "levels with self-attention, 0-based", 0),
     integer("num_res_blocks", 2, "residual blocks per level, >= 1", 1),
     integer("norm_groups", 0, "groups of a GroupNorm; 0: the checkpoint's, or else min(32, ch // 4)", 0),
     number("dropout", 0.1, "dropout probability, in [0, 1)", 0.0, valid=BELOW_ONE),
@@ -122,12 +117,10 @@ NETWORK = (
 
 @rule("norm_groups", "ch")
 def norm_groups(values, checkpoint=None, path=None):
-    """G of every GroupNorm: what a checkpoint says, else the flag, else min(32, ch // 4) as Karras et al. 2022 (EDM).
+    """G of every GroupNorm: a checkpoint's, else the flag, else min(32, ch // 4) as Karras et al. 2022.
 
-    Args:
-        checkpoint: the dict of a checkpoint, or None where a training starts from random weights. One that records no
-            number is published, with 32.
-        path: of the checkpoint.
+    checkpoint: its dict, or None where a training starts from random weights; one that records no number
+    is published, with 32. path: of the checkpoint.
 
     Raises:
         UsageError: the flag contradicts the checkpoint, or --ch is no multiple of G.
@@ -136,9 +129,8 @@ def norm_groups(values, checkpoint=None, path=None):
     if checkpoint is not None:
         groups, of = checkpoint.get("norm_groups", 32), f" of {path}"
         if values.norm_groups not in (0, groups):
-            raise UsageError(
-                f"--norm_groups={values.norm_groups}: {path} was trained with {groups}, leave the flag out"
-            )
+            what = f"{path} was trained with {groups}, leave the flag out"
+            raise UsageError(f"--norm_groups={values.norm_groups}: {what}")
     if values.ch % groups:
         raise UsageError(f"--ch={values.ch}: must be a multiple of the {groups} groups of a GroupNorm{of}")
     return groups
@@ -150,8 +142,9 @@ def levels(values):
     for level in values.attn:
         if level >= number:
             default = "" if values["attn"].present else " (the default)"
-            there = f"{number} levels, 0 to {number - 1}" if number > 1 else "one, level 0: give --attn=0"
-            raise UsageError(f"--attn={level}{default}: there is no level {level}: --ch_mult makes {there}")
+            made = f"{number} levels, 0 to {number - 1}" if number > 1 else "one, level 0: give --attn=0"
+            what = f"there is no level {level}: --ch_mult makes {made}"
+            raise UsageError(f"--attn={level}{default}: {what}")
     if values.img_size % 2 ** (number - 1):
         what = f"{number} levels of --ch_mult need a multiple of {2 ** (number - 1)}"
         raise UsageError(f"--img_size={values.img_size}: {what}")
@@ -331,8 +324,8 @@ CHECKPOINTS = (
     switch("fid_use_torch", False, "no effect: feature statistics are always summed on --device"),
 )
 
-# those of main.py, main_fed.py and all_in.py, which accept all of them, so that they share flagfiles; under the
-# headings of docs/FLAGS.md
+# main.py, main_fed.py and all_in.py accept all of them, so that they share flagfiles; by the headings of
+# docs/FLAGS.md
 GROUPS = {
     "what to do": (*TRAIN, *TASKS),
     "UNet": NETWORK,
@@ -354,30 +347,26 @@ def define(values):
 
 # what the weights of a network need to make images: a file of exported weights says it
 NETWORK_FLAGS = (
-    "ch ch_mult attn num_res_blocks num_labels use_labels legacy_labels beta_1 beta_T T mean_type img_size use_ema"
-).split()
+    "ch ch_mult attn num_res_blocks num_labels use_labels legacy_labels "
+    "beta_1 beta_T T mean_type img_size use_ema"
+).split()  # fmt: skip
 # what else of a training its evaluation is to know
 DATA_FLAGS = "dataset num_train subset_seed duplicates copies hflip resize".split()
 PATH_FLAGS = ("data_root", "heldout")
-# what a run's result depends on; FIXED: what it has saved depends on it too, so that --allow_change does not allow it
+# what a run's result depends on; FIXED: what it has saved depends on it too: no --allow_change allows it
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
-FIXED["main_fed"] = [
-    *FIXED["main"],
-    *(
-        "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed dataset num_train "
-        "subset_seed duplicates copies duplicates_in bank_bins check_dir"
-    ).split(),
-]
-CHANGEABLE = {
-    "main": (
-        "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies hflip "
-        "resize ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
-    ).split()
-}
-CHANGEABLE["main_fed"] = [
-    *CHANGEABLE["main"],
-    *"anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar".split(),
-]
+FIXED["main_fed"] = FIXED["main"] + (
+    "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed "
+    "dataset num_train subset_seed duplicates copies duplicates_in bank_bins check_dir"
+).split()  # fmt: skip
+CHANGEABLE = {}
+CHANGEABLE["main"] = (
+    "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies "
+    "hflip resize ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
+).split()  # fmt: skip
+CHANGEABLE["main_fed"] = CHANGEABLE["main"] + (
+    "anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar"
+).split()  # fmt: skip
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run
 
 
@@ -387,8 +376,8 @@ ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the
 def parse(values, argv):
     """Parse a command line, its program first, into absl's `values`; returns what is no flag.
 
-    --flagfile is read here, since absl adds up lists. What comes later wins, of flags that repeat as a whole: those in
-    a flagfile, or after it, replace those before it.
+    --flagfile is read here, since absl adds up lists. What comes later wins, repeated flags as a whole:
+    those in a flagfile, or after it, replace those before it.
 
     Raises:
         UsageError, flags.Error: what cannot be parsed.
@@ -405,7 +394,7 @@ def parse(values, argv):
 
 
 def parts(words, opened=()):
-    """The words of a command line up to a flagfile, those of the flagfile, and so on; `opened`: flagfiles around it."""
+    """The words of a command line up to a flagfile, of it, and so on; opened: flagfiles around it."""
     part, words = [], iter(words)
     for word in words:
         name, equals, value = word.partition("=")
@@ -426,8 +415,8 @@ def read_flagfile(path):
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
     except (OSError, ValueError) as error:
-        what = one_line(error)
-        raise UsageError(f"--flagfile={path}: not a text file ({what}): write a flag a line, in UTF-8") from error
+        what = f"not a text file ({one_line(error)}): write a flag a line, in UTF-8"
+        raise UsageError(f"--flagfile={path}: {what}") from error
     return [line for line in lines if line and not line.startswith(("#", "//"))]
 
 
@@ -438,5 +427,5 @@ def as_dict(values):
 
 def as_flagfile(values):
     """The same as the text of a file for `--flagfile`, without what is meant for one command only."""
-    registered = values.get_key_flags_for_module(__name__)
-    return "".join(f"{text}\n" for flag in registered if flag.name not in ONCE and (text := flag.serialize()))
+    kept = [flag for flag in values.get_key_flags_for_module(__name__) if flag.name not in ONCE]
+    return "".join(f"{text}\n" for flag in kept if (text := flag.serialize()))

@@ -1,4 +1,4 @@
-"""Running a script: flags in, one line where a person has to correct something, the device, a stop by a signal."""
+"""Running a script: its flags, one line where a person has to correct something, device, signals."""
 
 import os
 import signal
@@ -21,11 +21,7 @@ ONE_REQUEST = 1.0  # seconds: a cluster signals torchrun and its processes, and 
 
 
 def run(main, define, arguments=()):
-    """Define and parse the flags, call main() with the `arguments` named so; exit with 2 for wrong flags, 1 for wrong
-    files.
-
-    define: a function of absl's FLAGS that defines the flags of the script.
-    """
+    """Define and parse the flags, call main() with `arguments`; exit with 2 for wrong flags."""
     app.define_help_flags()
     define(flags.FLAGS)
     for flag in flags.FLAGS.get_key_flags_for_module(check.__module__):
@@ -63,10 +59,7 @@ def parse(values, arguments):
 
 
 def announce(device, net, images, batch_size, *, asked_for, **more):
-    """Print a line about what begins: device, processes, parameters of `net` or None, images, `more` counts, batch.
-
-    asked_for: what `--device` says, or None.
-    """
+    """Print a line about what begins; net: or None; asked_for: what `--device` says, or None."""
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     if device.type == "cpu" and asked_for is None:
         name = " (no GPU found)"
@@ -74,16 +67,17 @@ def announce(device, net, images, batch_size, *, asked_for, **more):
     counts = {"process" if processes == 1 else "processes": processes}
     counts |= {"parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)} if net else {}
     counts |= {"images": images, **more, "images per batch": batch_size}
-    print(f"{device}{name}, " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+    texts = [f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()]
+    print(f"{device}{name}, {', '.join(texts)}")
 
 
 def check_processes(client_num):
     """Raise a UsageError where there are more processes than shards."""
-    if client_num < distributed.world_size():
-        raise UsageError(
-            f"--client_num={client_num} with {distributed.world_size()} processes: a shard is trained by one process, "
-            f"so start at most {client_num}, or make more shards"
-        )
+    processes = distributed.world_size()
+    if client_num < processes:
+        what = "a shard is trained by one process, so start at most"
+        flag = f"--client_num={client_num} with {processes} processes"
+        raise UsageError(f"{flag}: {what} {client_num}, or make more shards")
 
 
 def check_warmup(warmup, steps):
@@ -93,9 +87,9 @@ def check_warmup(warmup, steps):
 
 
 def pick_device(name, precision="fp32"):
-    """The torch device of `--device`, or cuda if there is one, else cpu; under torchrun, the GPU of the local rank.
+    """The torch device of `--device`, else cuda if there is one, else cpu; of torchrun, the rank's GPU.
 
-    TF32 is used with `--precision=tf32` only, where torch's default is to round the products of convolutions to it.
+    TF32 is used with `--precision=tf32` only; by torch's default convolutions would use it too.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,12 +106,12 @@ def pick_device(name, precision="fp32"):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device={name} is not available on this machine: leave it out to choose one") from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True  # tries its algorithms for every new shape, of which a run has few
+    torch.backends.cudnn.benchmark = True  # tries all algorithms on a new shape, of which there are few
     return device
 
 
 class Interruption:
-    """Within its context SIGTERM, SIGINT or SIGHUP only makes it true, and a training stops at the next step, saved.
+    """Within it SIGTERM, SIGINT or SIGHUP only makes it true; a training stops at the next step, saved.
 
     A second signal ends the process at once; the same one again within a second is the same request.
     """
@@ -142,11 +136,11 @@ class Interruption:
         return self.number is not None
 
     def of_any(self):
-        """Whether any of the processes that train one network was signalled: all of them know at the same step."""
+        """Whether any process that trains the network was signalled: all know at the same step."""
         return bool(distributed.total(torch.tensor(int(bool(self)))))
 
     def wait_for_all(self, logdir):
-        """Wait for the other processes; where one was stopped meanwhile, and has gone, so is this one."""
+        """Wait for the other processes; where one was stopped meanwhile and has gone, so is this."""
         try:
             distributed.barrier()
         except RuntimeError:
@@ -155,7 +149,7 @@ class Interruption:
             raise
 
     def exit(self, logdir):
-        """End the process as shells and clusters expect it: 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP."""
+        """End the process as shells and clusters expect: 143 after SIGTERM, 130, SIGINT, 129, SIGHUP."""
         number = self.number or signal.SIGTERM  # where only another process was signalled
         if distributed.is_main():
             where = f"saved in {printable(logdir)}: the same command continues the run"

@@ -1,4 +1,4 @@
-"""One network in training: its weights, their EMA, optimiser, schedule and scaler, and the update that moves them."""
+"""One network in training: its weights, EMA, optimiser, schedule and scaler, and the update of them."""
 
 import copy
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def to_host(value):
 
 
 def warmed_up(lr, step, warmup):
-    """The learning rate of the update after `step` others: linear from 0 over the warm-up, then constant."""
+    """The learning rate after `step` updates: linear from 0 over the warm-up, then constant."""
     return lr * (min(step, warmup) / warmup if warmup else 1.0)
 
 
@@ -31,34 +31,22 @@ class Learner:
     """A denoising network in training.
 
     Args:
-        net: the network, on its device. Only its parameters that require a gradient train, and are moved.
+        net: the network, on its device. Only its parameters that require a gradient train and are moved.
         objective: makes of a network a module whose `error_of(batch)` is the squared error (B, C, H, W).
-        lr: learning rate after the warm-up.
+        lr, grad_clip: learning rate after the warm-up, and largest norm of the gradient.
         warmup: steps over which the rate rises linearly from 0 (the first update has lr 0); 0 for none.
-        grad_clip: largest norm of the gradient.
         ema_decay: of the EMA weights; None: there are none, and `ema` is `net`.
         weight_decay: of AdamW; 0: Adam.
-        precision: fp32, tf32, bf16 (autocast) or fp16 (autocast and a loss scaler); the loss is float32 in all.
+        precision: fp32, tf32, bf16 (autocast), fp16 (and a loss scaler); the loss is float32 in all.
         compile: run the network through torch.compile.
         share_batches: every process trains this network with its part of the same batches.
         offload: keep everything in host memory except within `on_device`.
     """
 
     def __init__(
-        self,
-        net,
-        objective,
-        *,
-        lr,
-        warmup,
-        grad_clip,
-        ema_decay,
-        weight_decay=0.0,
-        precision="fp32",
-        compile=False,
-        share_batches=False,
-        offload=False,
-    ):
+        self, net, objective, *, lr, warmup, grad_clip, ema_decay, weight_decay=0.0,
+        precision="fp32", compile=False, share_batches=False, offload=False,
+    ):  # fmt: skip
         self.device = next(net.parameters()).device
         self.net = net
         self.ema = net if ema_decay is None else copy.deepcopy(net).eval().requires_grad_(False)
@@ -92,7 +80,7 @@ class Learner:
         return warmed_up(self.base_lr, self.step, self.warmup)
 
     def losses(self, batch):
-        """The loss of every sample of a `training.batches.Batch`, its mean squared error: (B,) float32."""
+        """The loss of each sample of a `training.batches.Batch`, a mean squared error: (B,) float32."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             squared_error = self.trainer.error_of(batch)
         return squared_error.mean(dim=(1, 2, 3))
@@ -100,15 +88,12 @@ class Learner:
     def update(self, loss, extra=False):
         """One step down the gradient of a scalar loss: clip, Adam, schedule, EMA.
 
-        A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss in fp16. That
-        is decided on the device, which is never waited for.
+        A loss or gradient that is not finite changes nothing but the schedule, and the scale of the loss
+        in fp16. That is decided on the device, which is never waited for.
 
-        Args:
-            loss: scalar.
-            extra: the step is one beside those of the schedule, which does not count it.
+        extra: the step is one beside those of the schedule, which does not count it.
 
-        Returns:
-            Numbers of the step for the log, on the device: "loss" of the whole batch, "applied" (bool), "lr".
+        Returns numbers of the step for the log, on the device: "loss" of all, "applied" (bool), "lr".
         """
         self.net.zero_grad()
         self.scaler.scale(loss).backward()
@@ -118,7 +103,7 @@ class Learner:
             loss = distributed.total(loss.clone()) / distributed.world_size()
         norm = get_total_norm([parameter.grad for parameter in self.parameters])
         applied = norm.isfinite() & loss.isfinite()
-        # fused Adam reads these, as torch's GradScaler sets them: what divides the gradient, and whether to do nothing
+        # fused Adam reads these, as GradScaler sets them: the gradient's divisor, whether to skip
         self.optim.grad_scale = clip_divisor(norm, self.grad_clip)
         self.optim.found_inf = (~applied).float()
         self.optim.param_groups[0]["lr"] = lr = self.lr
@@ -140,10 +125,7 @@ class Learner:
             self._move(to_host)
 
     def _move(self, move):
-        """Replace weights, EMA and what the optimiser keeps by move(tensor).
-
-        The weights of a network become views of one tensor, so that one operation, or one copy, is of all of them.
-        """
+        """Replace weights, EMA and optimiser state by move(tensor); weights are views of one tensor."""
         self.net.zero_grad()
         self.weights = move(self.weights)
         self.ema_weights = self.weights if self.ema is self.net else move(self.ema_weights)
@@ -165,27 +147,21 @@ class Learner:
         # by their places among all parameters, as published checkpoints number them
         optim["state"] = {self.places[i]: value for i, value in optim["state"].items()}
         optim["param_groups"][0]["params"] = list(range(len(list(self.net.parameters()))))
+        sched = {  # as torch's LambdaLR writes it, which other programs expect in a checkpoint
+            "base_lrs": [self.base_lr], "last_epoch": self.step, "_step_count": self.step + 1,
+            "_last_lr": [self.lr], "lr_lambdas": [None],
+        }  # fmt: skip
         return {
-            "net_model": self.net.state_dict(),
-            "ema_model": self.ema.state_dict(),
-            # as torch's LambdaLR writes it, which is what other programs expect to find in a checkpoint
-            "sched": {
-                "base_lrs": [self.base_lr],
-                "last_epoch": self.step,
-                "_step_count": self.step + 1,
-                "_last_lr": [self.lr],
-                "lr_lambdas": [None],
-            },
-            "optim": optim,
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-        }
+            "net_model": self.net.state_dict(), "ema_model": self.ema.state_dict(), "sched": sched,
+            "optim": optim, "scaler": self.scaler.state_dict(), "step": self.step,
+        }  # fmt: skip
 
     def load_state_dict(self, state):
         """Continue from a `state_dict`."""
         self.set_weights(state["net_model"], state["ema_model"])
         (group,), places = state["optim"]["param_groups"], enumerate(self.places)
-        values = {i: state["optim"]["state"][place] for i, place in places if place in state["optim"]["state"]}
+        saved = state["optim"]["state"]
+        values = {i: saved[place] for i, place in places if place in saved}
         group = {**group, "params": list(range(len(self.places)))}
         self.optim.load_state_dict({"state": values, "param_groups": [group]})
         if state["scaler"]:  # of a run in fp16

@@ -1,4 +1,4 @@
-"""The log directory of a run: its lock, run.json, and what may be in it; what run.json says of a checkpoint."""
+"""The log directory of a run: its lock, run.json, what may be in it; what it says of a checkpoint."""
 
 import os
 import socket
@@ -14,10 +14,11 @@ from utils.files import atomic_write, lock_directory, read_json, remove, write_j
 
 YOUNG_EMA = 0.05  # the share of their random start in EMA weights from which on it is said
 OWN_FILES = (
-    rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl|train\.json"
-    r"|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
+    rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl"
+    r"|train\.json|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
 )
-LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"  # of a killed save
+# of a killed save
+LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"
 EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
 
 
@@ -27,23 +28,20 @@ def run_file(path):
 
 
 def training_of(path):
-    """The settings of the training that a checkpoint is of, as its log directory or exported file says them, or None.
-
-    Settings that were changed on the way are told in "changed".
-    """
+    """The settings of a checkpoint's training, with those changed on the way in "changed", or None."""
     if path.suffix == EXPORTED:
         return load_checkpoint(path).get("flags")
     run = read_run(run_file(path))
     if run is None:
         return None
-    changes = [f"{change['flag']}: {change['before']}, then {change['after']}" for change in run["changes"]]
-    return run["settings"] | ({"changed": changes} if changes else {})
+    texts = [f"{c['flag']}: {c['before']}, then {c['after']}" for c in run["changes"]]
+    return run["settings"] | ({"changed": texts} if texts else {})
 
 
 def read_run(path):
-    """{"settings": {name: JSON value}, "changes": [...]} of a run.json, or None if it is missing or is none.
+    """{"settings": {name: JSON value}, "changes": [...]} of a run.json; None if missing or none.
 
-    What earlier versions did without recording it is there too: images were squeezed, and CIFAR's always mirrored.
+    What earlier versions did unrecorded is there too: images were squeezed, CIFAR's always mirrored.
     """
     run = read_json(path) if path.exists() else None
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
@@ -56,23 +54,25 @@ def read_run(path):
 
 
 class LogDirectory:
-    """The log directory of a run: locked as long as this lives, compared with the run, and written by `begin` only.
+    """The log directory of a run: locked while this lives, compared with the run, written by `begin`.
 
     Args:
-        path: the directory, made if missing.
         settings: {name: JSON value} of what the result depends on, kept as `run.json`.
-        fixed: names of those that a continued run cannot change, since what it has saved depends on them.
-        flagfile: text of `flagfile.txt`, for `--flagfile`.
-        subset: (N,) int64, the training images' numbers in the whole training set, kept as `subset.npy`: skip counts
-            and neighbour indices count in it.
-        fresh, overwrite, allow_change: the flags. `fresh` with `overwrite` removes the files of an earlier run.
+        fixed: names of those that a continued run cannot change: what it has saved depends on them.
+        flagfile: text of `flagfile.txt`.
+        subset: (N,) int64, the training images' numbers in the whole training set, kept as `subset.npy`:
+            skip counts and neighbour indices count in it.
+        fresh, overwrite, allow_change: the flags; the first two together remove an earlier run's files.
 
     Raises:
-        DataError: it cannot be made or written, another process has it, or it holds what no run of ours has written.
+        DataError: it cannot be written, another process has it, or it holds what no run of ours wrote.
         UsageError: what is in it is not this run.
     """
 
-    def __init__(self, path, settings, fixed, flagfile, subset, *, fresh=False, overwrite=False, allow_change=False):
+    def __init__(
+        self, path, settings, fixed, flagfile, subset, *,
+        fresh=False, overwrite=False, allow_change=False,
+    ):  # fmt: skip
         self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
         if distributed.is_main():
             self.lock = lock_directory(self.path, "logdir")
@@ -83,7 +83,7 @@ class LogDirectory:
             raise DataError(f"--logdir={path}: {where}: choose one that all machines share")
 
     def take(self, fixed, fresh, overwrite, allow_change):
-        """Raise an error if what is in the directory is of others or of another run; remove it if that was asked."""
+        """Raise an error if what is there is of others or another run; remove it if that was asked."""
         files, before, self.changes = [*own_files(self.path, OWN_FILES)], self.settings, []
         if files:
             try:
@@ -108,16 +108,19 @@ class LogDirectory:
         for name in sorted(changed, key=lambda name: name not in fixed):
             if name in fixed or not allow_change:
                 flag = name if name == "script" or " " in name else f"--{name}"
-                why = "what it has saved depends on it" if name in fixed else "--allow_change continues all the same"
+                why = "--allow_change continues all the same"
+                if name in fixed:
+                    why = "what it has saved depends on it"
                 what = f"the run in {self.path} was started with {before.get(name)} ({why})"
                 raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
-        self.changes += [{"flag": name, "before": before.get(name), "after": self.settings[name]} for name in changed]
+        for name in changed:
+            self.changes.append({"flag": name, "before": before.get(name), "after": self.settings[name]})
 
     def begin(self, steps):
-        """Write what the run is made of, now that all processes have what they continue from; `steps` are done."""
+        """Write what the run is made of, once all processes have read theirs; `steps` are done."""
         distributed.barrier()
         if distributed.is_main():
-            changes = [{**change, "step": min(steps, change.get("step", steps))} for change in self.changes]
+            changes = [{**c, "step": min(steps, c.get("step", steps))} for c in self.changes]
             write_json(self.path / "run.json", {"settings": self.settings, "changes": changes})
             write_text(self.path / "flagfile.txt", self.flagfile)
             with atomic_write(self.path / "subset.npy") as file:
@@ -128,7 +131,7 @@ class LogDirectory:
 
 
 def is_ours(path):
-    """Whether a checkpoint in a log directory is of this version of this program; a damaged one is taken for it."""
+    """Whether a checkpoint in a log directory is of this version; a damaged one is taken for it."""
     try:
         return load_checkpoint(path, check=False).get("format") == FORMAT
     except DataError as error:
@@ -139,16 +142,13 @@ def is_ours(path):
 
 
 def random_start(run, steps):
-    """The share of the EMA weights that is the random start of a training after so many steps of a network.
-
-    run: of `read_run`.
-    """
+    """The share of the EMA weights that is the random start after so many steps; run: of `read_run`."""
     settings, share, done = run["settings"], 1.0, 0
     if settings.get("check_dir") or not settings.get("unet_from_scratch", True):
         return 0.0
     for change in run["changes"]:
         if change["flag"] == "ema_decay":
-            own_step = change["step"] // settings.get("client_num", 1)  # it is recorded for all shards together
+            own_step = change["step"] // settings.get("client_num", 1)  # of all shards together
             until = max(done, min(steps, own_step))
             share *= change["before"] ** (until - done)
             done = until
@@ -156,10 +156,7 @@ def random_start(run, steps):
 
 
 def steps_of(state, settings):
-    """The steps that a network in a checkpoint has made, of averages those of a shard, or None.
-
-    settings: of the training, where the checkpoint is an average.
-    """
+    """The steps that a network in a checkpoint has made, of averages those of a shard, or None."""
     if "round" not in state:
         return state.get("step")
     slots, split = len(state["index_array"]), settings["split"]
@@ -168,18 +165,18 @@ def steps_of(state, settings):
 
 
 def ema_start(path):
-    """`random_start` of the EMA weights in a checkpoint, or None where that is not known, as of published ones."""
+    """`random_start` of the EMA weights in a checkpoint, or None if unknown, as of published ones."""
     if path.suffix == EXPORTED:
         return load_checkpoint(path).get("ema_start")
     run = read_run(run_file(path))
     if run is None:
         return None
-    with suppress(KeyError, TypeError):  # of a version that recorded less, or a file that does not say its steps
+    with suppress(KeyError, TypeError):  # an older version recorded less, or a file tells no steps
         return random_start(run, steps_of(load_checkpoint(path, check=False), run["settings"]))
 
 
 def young_ema(path, share):
-    """What is to be said of EMA weights in a file, of which a share is their random start; None if nothing is."""
+    """What to say of EMA weights in a file, of which a share is their random start; None if nothing."""
     if share is None or share <= YOUNG_EMA:
         return None
     advice = "train longer, or with a lower --ema_decay"
@@ -187,10 +184,7 @@ def young_ema(path, share):
 
 
 def say_young_ema(logdir, steps):
-    """Print at the start of a run how much of the EMA weights its random start will be at its end, if it is too much.
-
-    steps: of a network, in the whole run.
-    """
+    """Say at the start of a run of so many steps if too much of its EMA will be the random start."""
     share = random_start(read_run(Path(logdir) / "run.json"), steps) if distributed.is_main() else 0.0
     if share > YOUNG_EMA:
         what = f"after all {steps:,} steps {share:.1%} of the EMA weights will still be the random start"

@@ -1,4 +1,4 @@
-"""What people see of a training run: a tqdm bar, TensorBoard and metrics.jsonl, all with the same numbers."""
+"""What people see of a training: a tqdm bar, TensorBoard, metrics.jsonl, all with the same numbers."""
 
 import contextlib
 import json
@@ -28,36 +28,34 @@ def due(count, every):
 
 
 def read_metrics(logdir):
-    """What all processes of a training have logged: a list of dicts, by step.
-
-    Of a step that a continued run has made again the last line counts. What a power loss has torn is left out.
-    """
+    """What all processes of a training have logged, dicts by step; of a step made again, the last."""
     lines = []
     for path in Path(logdir).glob("metrics*.jsonl"):
         for text in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # torn by a power loss
                 lines.append(json.loads(text))
     lines.sort(key=lambda line: line["time"])
-    return sorted({(line["step"], line.get("weights")): line for line in lines}.values(), key=lambda line: line["step"])
+    last = {(line["step"], line.get("weights")): line for line in lines}
+    return sorted(last.values(), key=lambda line: line["step"])
 
 
 class Logger:
     """The bar and the logs of one process. The bar is that of rank 0.
 
     Args:
-        logdir: directory of metrics.jsonl, TensorBoard's event files and sample/.
-        total, done: steps of this process in the whole run, and how many of them an earlier start has made.
+        total, done: steps of this process in the whole run, and those that an earlier start has made.
         log_step: steps between two lines.
         max_bad_steps: stop after so many steps in a row that were not applied.
-        batch_size: images of a step.
         seconds: of training in earlier starts.
-        writes: whether this process has files; those of a rank above 0 have the rank in their names.
+        writes: whether this process has files, with its rank above 0 in their names.
 
     Raises:
         DataError: in all methods, if a log cannot be written.
     """
 
-    def __init__(self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True):
+    def __init__(
+        self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True,
+    ):  # fmt: skip
         self.logdir, self.writes = Path(logdir), writes
         self.log_step, self.max_bad_steps, self.batch_size = log_step, max_bad_steps, batch_size
         rank, processes = distributed.rank(), distributed.world_size()
@@ -70,7 +68,7 @@ class Logger:
             with self.writing():
                 torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
                 self.metrics = self.path.open("a")
-                if torn:  # by a full disk or a power loss: what follows must not become part of that line
+                if torn:  # by a full disk or a power loss
                     self.metrics.write("\n")
                 events.mkdir(exist_ok=True)
                 self.events = EventsWriter(str(events / "events"), ".iet_agc")
@@ -90,15 +88,14 @@ class Logger:
         return time.perf_counter() - self.start
 
     def step(self, step, numbers, keep=None, *, now=False, **where):
-        """Take in a step; every `log_step` steps write a line about those since the last one to the bar and the logs.
+        """Take in a step; every `log_step` steps write a line about those since the last one.
 
-        `loss` is the mean over the steps that were applied, None if none was; `bad_steps` counts the others.
+        `loss` is the mean over the steps that were applied, or None; `bad_steps` counts the others.
 
         Args:
-            step: the step's number in the whole run.
             numbers: of `Learner.update`.
             keep: (B,) bool of IET-AGC, for the share of skipped samples.
-            now: write the line of the steps until this one, since a round ends, or the run.
+            now: write the line now, since a round or the run ends.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
 
         Raises:
@@ -132,9 +129,10 @@ class Logger:
         self.write(line)
         if self.longest_bad_row >= self.max_bad_steps:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
-            what = f"{int(self.longest_bad_row)} steps in a row without a finite loss and gradient, up to {place}"
+            what = f"{int(self.longest_bad_row)} steps in a row without a finite loss and gradient"
             advice = "the checkpoints are good: lower --lr or --grad_clip, or use another --precision"
-            raise DataError(f"{self.logdir}: {what}, learning rate {line['lr']:.3g}; {advice}")
+            when = f"up to {place}, learning rate {line['lr']:.3g}"
+            raise DataError(f"{self.logdir}: {what}, {when}; {advice}")
         self.since, self.longest_bad_row = at, self.bad_row
         self.clear()
 
@@ -146,11 +144,11 @@ class Logger:
         elif distributed.is_main():
             left = self.total - self.done - last
             seconds = left * (now - self.first_timed) / (last - first)
-            how_long = self.bar.format_interval(seconds)
-            self.bar.write(f"{left:,} more steps will take about {how_long}, sample grids aside")
+            how_long = f"will take about {self.bar.format_interval(seconds)}"
+            self.bar.write(f"{left:,} more steps {how_long}, sample grids aside")
 
     def write(self, line):
-        """Write a line to metrics.jsonl and, with its shard or kind of weights in the tag, to TensorBoard."""
+        """Write a line to metrics.jsonl and, with its shard or weights in the tag, to TensorBoard."""
         if not self.writes:
             return
         with self.writing():
@@ -162,18 +160,18 @@ class Logger:
                 self.event(line["step"], summary.scalar(of + name, value))
 
     def event(self, step, value):
-        """Write one of tensorboardX's summaries: in this thread, so that it is known where the disk is full."""
+        """Write one of tensorboardX's summaries: in this thread, so that a full disk is seen here."""
         with self.writing():
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=value))
 
     def flush(self):
-        """Make the logs durable: called before a save, so that no step behind a checkpoint is missing in them."""
+        """Make the logs durable, before a save: no step behind a checkpoint is missing in them."""
         with self.writing():
             sync(self.metrics)
             sync(self.events)
 
     def images(self, tag, step, draw):
-        """Write a grid to sample/ and TensorBoard of what draw() returns, images (B, 3, H, W) in [-1, 1]."""
+        """Write a grid of draw(), images (B, 3, H, W) in [-1, 1], to sample/ and TensorBoard."""
         begin = time.perf_counter()
         grid = image_grid(to_uint8(draw())).cpu().numpy()
         with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:
@@ -182,7 +180,7 @@ class Logger:
         self.drawing += time.perf_counter() - begin
 
     def memorization(self, skip_counts, banks, r):
-        """In TensorBoard: a histogram of skips per image, (N,) int64, and {shard: bank} as curves over its entries."""
+        """In TensorBoard: skips per image, (N,) int64, as a histogram, and {shard: bank} as curves."""
         if distributed.is_main():
             self.event(r, summary.histogram("skips_per_image", skip_counts.cpu().numpy(), bins=64))
         for shard, bank in banks.items():
@@ -190,7 +188,7 @@ class Logger:
                 self.event(t, summary.scalar(f"memory_bank_over_t/shard{shard}/round{r}", value))
 
     def finish(self, steps):
-        """At the end of the run: write train.json, its steps and the seconds over all starts, and say so."""
+        """At the end of the run: write train.json, its steps and the seconds over all starts, say so."""
         if self.writes:
             self.flush()
         if distributed.is_main():
@@ -198,8 +196,8 @@ class Logger:
             self.bar.close()
             took = f" in {self.bar.format_interval(self.seconds)}"
             if self.drawing > MUCH * self.seconds:
-                drawing = self.bar.format_interval(self.drawing)
-                took += f", {drawing} of it for sample grids: --sample_step=0 draws none"
+                drawing = f"{self.bar.format_interval(self.drawing)} of it for sample grids"
+                took += f", {drawing}: --sample_step=0 draws none"
             print(f"{printable(self.logdir)}: {steps} steps done{took}")
 
     def __enter__(self):

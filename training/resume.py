@@ -1,7 +1,7 @@
 """What a run continues from: the newest files that fit together, written so that there always are some.
 
-main.py writes ckpt{steps}.pt. main_fed.py writes global_ckpt_round{r}.pt and, to continue from, state/: a file per
-shard and save, whichever process made it, and the averages that are not to stay. It stands at (rounds done, own steps
+main.py writes ckpt{steps}.pt. main_fed.py writes global_ckpt_round{r}.pt and, to continue from, state/:
+a file per shard and save, and the averages that are not to stay. It stands at (rounds done, own steps
 of every shard), since in a round no shard depends on another.
 """
 
@@ -17,7 +17,7 @@ FOR_RESUMING = ("optim", "scaler", "seconds", "milestone")  # what main.py's old
 
 
 def load_whole(path):
-    """What a checkpoint of a run holds; None if it is damaged, which is said on stderr, and it is left as it is."""
+    """What a checkpoint of a run holds; None if it is damaged, which is said; it stays as it is."""
     try:
         return load_checkpoint(path)
     except DamagedError as error:
@@ -32,7 +32,7 @@ def nothing_to_continue(path):
 
 
 def restore(learner, state, path):
-    """Continue a learner from its `state_dict` in a checkpoint; raises a DataError if it does not fit the network."""
+    """Continue a learner from its `state_dict` in a file; DataError if it does not fit the network."""
     try:
         # the optimiser goes on with the tensors that it is given, which must not be those of the file
         learner.load_state_dict({**state, "optim": deepcopy(state["optim"])})
@@ -41,7 +41,7 @@ def restore(learner, state, path):
 
 
 def check_length(flag, wanted, done, logdir):
-    """Raise a UsageError if the flag, which is how long a run is, asks for less than the run has done."""
+    """Raise a UsageError if the flag, the length of a run, asks for less than the run has done."""
     if done > wanted:
         advice = "give at least that, or choose another --logdir"
         raise UsageError(f"--{flag}={wanted}: the run in {logdir} has done {done}: {advice}")
@@ -51,7 +51,7 @@ def check_length(flag, wanted, done, logdir):
 
 
 def resume(learner, directory, total_steps):
-    """Continue from the newest good checkpoint, if there is one; returns the seconds of training until then."""
+    """Continue from the newest good checkpoint, if any; returns the seconds of training until then."""
     logdir, seconds = directory.path, 0.0
     path = distributed.from_main(newest_step(logdir) if distributed.is_main() else None)
     if path:
@@ -76,7 +76,7 @@ def newest_step(logdir):
 
 
 def save_step(logdir, state, milestone, keep):
-    """Write the checkpoint of main.py. Of those older than the `keep` newest milestones stay, for evaluation only."""
+    """Write a checkpoint of main.py; of those before the `keep` newest milestones stay, to evaluate."""
     save_checkpoint(logdir / step_name(state["step"]), {**state, "milestone": milestone})
     until_now = [path for step, path in numbered(logdir, STEPS).items() if step <= state["step"]]
     for path in until_now[keep:]:
@@ -124,20 +124,13 @@ def newest_round(steps_per_round, logdir):
 
 
 def resume_shards(shards, steps_per_round, directory, total_round):
-    """Continue shards from the newest good files.
+    """Continue the shards of this process from the newest good files.
 
-    Args:
-        shards: those of this process.
-        steps_per_round: of all K shards.
-        directory: the `LogDirectory`.
-        total_round: rounds that are wanted.
-
-    Returns:
-        The rounds done, the seconds of training until then, and the slots of all shards if they have been exchanged.
+    Returns the rounds done, the seconds of training until then, and the slots if they were exchanged.
 
     Raises:
         DataError: the files do not fit the run.
-        UsageError: more rounds are done than are wanted.
+        UsageError: more rounds are done than `total_round`.
     """
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
@@ -160,12 +153,11 @@ def resume_shards(shards, steps_per_round, directory, total_round):
     directory.begin(sum(steps))
     if any(steps):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
-    slots = average.get("slots", average.get("shards"))  # as earlier versions called them
-    return r, seconds, slots
+    return r, seconds, average.get("slots", average.get("shards"))  # as earlier versions called them
 
 
 def save_shard(logdir, number, state, end_of_round, keep):
-    """Write the file of a shard. Its `keep` newest stay, and that of the last round's end until the next average."""
+    """Write a shard's file. Its `keep` newest stay, and the last round's until the next average."""
     save_checkpoint(logdir / "state" / f"shard{number}_step{state['step']}.pt", state)
     until_now = [item for item in shard_files(logdir, number).items() if item[0] <= state["step"]]
     for step, path in until_now[keep:]:
@@ -174,7 +166,7 @@ def save_shard(logdir, number, state, end_of_round, keep):
 
 
 def save_average(logdir, state, publish, keep):
-    """Write the average of a round, for the next round to start from: to stay if `publish`, else `keep` of them do."""
+    """Write a round's average, for the next to start from: to stay if `publish`, else `keep` stay."""
     r = state["round"]
     save_checkpoint(logdir / (round_name(r) if publish else f"state/average_round{r}.pt"), state)
     until_now = [path for s, path in numbered(logdir, AVERAGES).items() if s <= r]

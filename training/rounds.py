@@ -1,12 +1,12 @@
-"""IET-AGC (Liu et al. 2024), the algorithm of the paper: a model for each shard of the images, averaged every round.
+"""IET-AGC (Liu et al. 2024), the paper's algorithm: a model per shard of images, averaged every round.
 
 For rounds r = 1 .. R:
-    For every shard k, at the same time if there are several processes, with weights theta_k and memory bank b_k:
+        For every shard k, in parallel if there are several processes, with weights theta_k and bank b_k:
         For every step, with a batch of images x_0, timesteps t and noise eps:
             l_i = |eps_i - eps_theta_k(x_t,i, t_i)|^2
             leave sample i out of the step where mem_ratio l_i < b_k[t_i]: it looks memorised
             b_k takes in all l_i; theta_k makes a step of Adam down the mean of the others
-    theta_k <- sum_j |D_j| theta_j / |D| for all k, unless shards exchange images in the place of it (IET-AGC+)
+        theta_k <- sum_j |D_j| theta_j / |D| for all k, unless shards exchange images instead (IET-AGC+)
 """
 
 from collections import namedtuple
@@ -23,8 +23,8 @@ from training.shards import exchange, exchange_is_due, number_of_step
 from utils import distributed
 from utils.seeding import derive_seed
 
-# steps_per_round: own steps of each of the K shards in a round; augments: whether samples near the threshold are
-# augmented (IET-AGC+); all others as the flags of these names
+# steps_per_round: own steps of each of the K shards in a round; augments: whether samples near the
+# threshold are augmented (IET-AGC+); all others as the flags of these names
 Schedule = namedtuple(
     "Schedule",
     "total_round steps_per_round exchange exchange_every exchange_share augments seed "
@@ -38,7 +38,6 @@ def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round
     Args:
         shards: the `Shard`s of this process; shard k is trained by process k mod P.
         slots: K int64 tensors, which images of the training set each of the shards has.
-        schedule: a `Schedule`.
         logger: a `Logger`, whose directory also has the files to continue from.
         extra: what every one of these says besides, a dict.
         slots_of_round: a function of r: the slots of round r, or None for those of the round before.

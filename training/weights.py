@@ -28,7 +28,7 @@ for module in ("numpy.core", "numpy._core"):
 
 
 def step_name(step):
-    """File name of the checkpoint after `step` steps: ckpt400k.pt, or ckpt1234.pt for no multiple of 1,000."""
+    """File name of a checkpoint after `step` steps: ckpt400k.pt, or ckpt1234.pt."""
     return f"ckpt{step // 1000}k.pt" if step and step % 1000 == 0 else f"ckpt{step}.pt"
 
 
@@ -38,20 +38,20 @@ def round_name(number):
 
 
 def own_files(directory, pattern):
-    """{path: match} of the files in a log directory, or in directories in it, whose paths in it match a pattern."""
+    """{path: match} of the files in a log directory, or a level below, whose paths match."""
     paths = [path for level in ("*", "*/*") for path in sorted(Path(directory).glob(level))]
     found = {path: re.fullmatch(pattern, str(path.relative_to(directory))) for path in paths}
     return {path: match for path, match in found.items() if match}
 
 
 def numbered(directory, pattern):
-    """{number: path} of the files in a log directory whose paths match a pattern with one group, the highest first."""
+    """{number: path} of files in a log directory that match a pattern with a group, highest first."""
     found = {int(match[1].replace("k", "000")): path for path, match in own_files(directory, pattern).items()}
     return dict(sorted(found.items(), reverse=True))
 
 
 def save_checkpoint(path, state):
-    """Write a checkpoint whole or, with a DataError, not at all; what was at `path` is still there then."""
+    """Write a checkpoint whole or, with a DataError, not at all: what was at `path` stays then."""
     with atomic_write(path) as file:
         try:
             torch.save({"format": FORMAT, **state}, file)
@@ -63,7 +63,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, device="cpu", check=True):
     """The dict that a checkpoint or an exported file holds, on the device; no code of the file runs.
 
-    Its tensors are mapped: read from the file when they are needed. check: read all now, and compare the checksums.
+    Its tensors are mapped: read when they are needed. check: read all now, and compare the checksums.
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
@@ -74,7 +74,7 @@ def load_checkpoint(path, device="cpu", check=True):
         if path.suffix == EXPORTED:
             return load_exported(path, device)
         with path.open("rb") as file:
-            is_zip = file.read(1) != b"\x80"  # of torch's older format, which this program does not write
+            is_zip = file.read(1) != b"\x80"  # of torch's older format, not ours
             if is_zip:
                 kind = DamagedError
                 archive = zipfile.ZipFile(file)
@@ -94,15 +94,17 @@ def load_checkpoint(path, device="cpu", check=True):
             return load_checkpoint(path, device)  # which finds out whether it is damaged
         reason = one_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
-            reason = "no checkpoint, or one that holds more than tensors and plain values, which could run code"
+            reason = "no checkpoint, or one that holds more than tensors and plain values"
+            reason += ", which could run code"
         kind = DataError if isinstance(error, OSError) else kind
         raise kind(f"{path}: cannot be read as a checkpoint ({reason})") from error
 
 
 def load_exported(path, device):
-    """What `training.export` has written, as the dict of a checkpoint: EMA or raw weights, norm_groups and flags."""
+    """What `training.export` has written, as a checkpoint: EMA or raw weights, norm_groups and flags."""
     with safe_open(path, framework="pt", device=str(device)) as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         flags = json.loads(metadata["flags"])
         kind = "ema_model" if flags["use_ema"] else "net_model"
@@ -124,27 +126,22 @@ def find_checkpoint(name):
 
 
 def weights_in(state, use_ema, path):
-    """The state dict of the EMA or raw weights in a checkpoint of main or main_fed, ours or published.
-
-    A file that is a UNet's state dict itself holds one kind of weights only, and they are taken for both.
-    """
+    """The EMA or raw weights in a checkpoint, ours or published; a bare UNet's are taken for both."""
     names = ("ema_model", "global_ema_model") if use_ema else ("net_model", "global_model")
     for name in names:
         if name in state:
             return state[name]
     if any(str(key).endswith("head.weight") for key in state):
         return state
-    raise DataError(f"{path}: has neither {names[0]} nor {names[1]}; it holds {', '.join(map(str, state))}")
+    entries = ", ".join(map(str, state))
+    raise DataError(f"{path}: has neither {names[0]} nor {names[1]}; it holds {entries}")
 
 
 def load_weights(net, state_dict, path):
-    """Load a checkpoint's weights into a UNet. What DataParallel or torch.compile have put before all keys is left out.
-
-    Raises:
-        DataError: names the first key that is missing, left over or of another shape.
-    """
+    """Load a checkpoint's weights into a UNet; a DataError names the first key that does not fit."""
     try:
-        heads = [match for match in (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict) if match]
+        matches = (re.fullmatch(r"(.*\.)?head\.weight", key) for key in state_dict)
+        heads = [match for match in matches if match]
         if len(heads) != 1:
             entries = ", ".join(map(str, [*state_dict][:3]))
             raise DataError(f"{path}: holds no weights of this UNet: its entries are {entries}, ...")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # processes wait for each other's shards, so for a round; torchrun sees a dead one, no clock has to
 LONGEST_ROUND = timedelta(days=7)
-# GPUs exchange tensors right after such a wait, so that one of them waits for a sample grid, a save or torch.compile
+# GPUs exchange tensors right after such a wait: one may wait for a sample grid, a save or torch.compile
 GPU_TIMEOUT = timedelta(minutes=30)
 gpus = None  # the group for tensors on GPUs
 
@@ -60,9 +60,9 @@ def group_of(device):
 def name_of_start(store, rank, world_size):
     """A name that all processes of this start agree on, and that no earlier start had.
 
-    torchrun keeps its store over restarts, with the addresses of processes that are gone (torch 2.14), and its count of
-    restarts differs between machines. So rank 0 answers every name that another rank gives itself, also those of
-    earlier starts, until all of the others have taken its own.
+    torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and its count
+    of restarts differs between machines. So rank 0 answers every name that another rank gives itself,
+    also of earlier starts, until all of the others have taken its own.
     """
     name = secrets.token_hex(8)
     if rank > 0:
@@ -82,7 +82,7 @@ def finish():
     """Leave the other processes, at the end of a run that went well and after its networks are gone."""
     if dist.is_initialized():
         barrier()
-        gc.collect()  # what still holds connections, as DistributedDataParallel does, could abort the process
+        gc.collect()  # what still holds connections could abort the process
         dist.destroy_process_group()
 
 
@@ -106,7 +106,7 @@ def broadcast(tensor, source):
 
 
 def average_gradients(network):
-    """The network, its gradient the mean over all processes. Its buffers are constants, which need no exchange."""
+    """The network, its gradient the mean over all processes; its buffers are constants."""
     if world_size() == 1:
         return network
     settings = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
@@ -122,7 +122,7 @@ def from_main(value):
 
 
 def gather(value):
-    """The values of all processes in the order of their ranks, on rank 0; None elsewhere. As for `from_main`."""
+    """The values of all processes in the order of their ranks, on rank 0; None elsewhere."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main() else None
@@ -143,7 +143,7 @@ def join_rows(rows):
 
 @contextmanager
 def main_first():
-    """The first process of every machine runs the block before the others, which find the files that it has made."""
+    """A machine's first process runs the block before the others, which find what it has made."""
     if local_rank() > 0:
         barrier()
     yield

@@ -1,4 +1,4 @@
-"""Errors that a person can fix: one line each, with which the scripts exit. All else is a bug, with its traceback."""
+"""Errors that a person can fix: one line each, with which scripts exit. All else is a bug."""
 
 import sys
 
@@ -6,12 +6,12 @@ LONGEST = 300  # characters of an exception in a message
 
 
 def printable(text):
-    """The text on one line that every terminal and file takes: what is not printable or no UTF-8 becomes escapes."""
+    """The text on one line for all terminals and files: what is not printable or no UTF-8 is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def one_line(error):
-    """What an exception says, on one line, at most `LONGEST` characters, without an `OSError`'s path; else its type."""
+    """What an exception says, on one line up to `LONGEST`, without an `OSError`'s path; or its type."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 

@@ -1,4 +1,4 @@
-"""Files of our own: written whole or not at all, JSON, hashes, directories. All raise a `DataError` naming the file."""
+"""Files of our own: written whole or not at all, JSON, hashes, directories; a `DataError` names them."""
 
 import contextlib
 import errno
@@ -23,10 +23,7 @@ def writable(what, advice):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file that appears at `path` complete or not at all: temporary until then, and synced.
-
-    Makes the parent directories.
-    """
+    """A binary file that appears at `path`, in a new directory too, complete and synced or never."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -43,7 +40,7 @@ def atomic_write(path):
 
 
 def sync(file):
-    """Bring what was written to an open file, or to one of tensorboardX, to the disk, where the file system can."""
+    """Bring what was written to an open file, or tensorboardX's, to the disk, where that can be done."""
     try:
         file.flush()
         if hasattr(file, "fileno"):  # tensorboardX's flush syncs, too
@@ -79,9 +76,9 @@ def make_directory(path, flag):
 
 
 def lock_directory(path, flag):
-    """Make and take the directory that `flag` names, until this process ends or closes the file that is returned.
+    """Make and take the directory that `flag` names, until this process ends or closes what is returned.
 
-    One that another process has is refused. A file system without locks is warned of, and the work goes on.
+    One that another process has is refused. A file system without locks is warned of, no more.
     """
     with writable(f"--{flag}={path}", "choose another directory"):
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.safe_files import check_memory
 
-# What PIL has to say is of metadata. Once for all, because filters are shared by the threads that decode.
+# What PIL has to say is of metadata. Once for all: filters are shared by the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # PIL would refuse a PNG for the workflow that a generator has written into it, of a megabyte or more
@@ -29,16 +29,16 @@ RESIZES = tuple(CHANGES)  # what may become of images that are not square
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}  # lower case
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 
 def list_images(folder, classes=False, quiet=False):
-    """The images in a folder, one sorted list of paths; if it has none, those below each of its sub-folders, one each.
+    """The images in a folder, a sorted list of paths; if it has none, a list for each sub-folder.
 
-    An image is a file whose name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
-    passed over is named on stderr, if not quiet: other files, sub-folders without images, sub-folders beside images.
+    An image's name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
+    passed over is named on stderr, if not quiet: other files, sub-folders without or beside images.
 
     Raises:
         DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
@@ -61,11 +61,11 @@ def list_images(folder, classes=False, quiet=False):
 
 
 def scan(folder, deep=False):
-    """The images, the sub-folders and the other files in a folder, sorted by path; with `deep` at any depth below it.
+    """The images, sub-folders and other files in a folder, sorted; with `deep` at any depth below it.
 
     Raises:
-        DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for ever) or a
-            symbolic link to a directory (links can form a loop).
+        DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for
+            ever) or a symbolic link to a directory (links can form a loop).
     """
     images, folders, others, pending = [], [], [], [folder]
     try:
@@ -96,7 +96,7 @@ def is_hidden(name):
 
 
 def is_within(path, folder):
-    """Whether `path` is a folder or lies in it, where `scan` sees it; links and .. are resolved, neither need exist."""
+    """Whether `path` is a folder or lies in it, where `scan` sees it; links and .. are resolved."""
     path, folder = (Path(os.path.realpath(place)) for place in (path, folder))
     return path.is_relative_to(folder) and not any(map(is_hidden, path.relative_to(folder).parts))
 
@@ -104,14 +104,13 @@ def is_within(path, folder):
 def keep_apart(folders, others, written):
     """Refuse places where images would be taken for other ones, in this run or in the next.
 
-    Args:
-        folders: whose files are listed as images, that of the training images first; [] for other kinds of data sets.
-        others: {flag: images to measure, or None}. Those of `samples` may be the training images themselves.
-        written: {flag, or "" for an argument: what will be written, or None}.
+    folders: whose files are listed as images, the training images' first; [] for other data sets.
+    others: {flag: images to measure, or None}. Those of `samples` may be the training images themselves.
+    written: {flag, or "" for an argument: what will be written, or None}.
 
     Raises:
-        UsageError: one of `others` is a folder in that of the training images, or has it in it, or one of `written`
-            lies in any of these folders.
+        UsageError: one of `others` is a folder in that of the training images, or has it in it, or one
+            of `written` lies in any of these folders.
     """
     others = {flag: path for flag, path in others.items() if path and Path(path).is_dir()}
     for flag, path in others.items():
@@ -136,19 +135,19 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
     """Image files as uint8 (N, 3, H, W), in order.
 
     Args:
-        paths: of the files.
-        img_size: side in pixels that they are resized to; None: they stay as they are, and must have one size.
+        img_size: side in pixels that they are resized to; None: they stay, and must have one size.
         num_workers: threads.
-        resize: what becomes of images that are not square, one of `RESIZES`; how many these are is said.
+        resize: what images that are not square become, of `RESIZES`; how many these are is said.
         keeps_squares: only those are resized that are not square; the others must have one size.
 
     Raises:
-        DataError: they do not fit into memory; once all have been tried, for those that are bad or of another size.
+        DataError: they do not fit into memory; once all were tried, those bad or of another size.
     """
     images, first, bad, changed = None, None, [], 0
     read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
     with contextlib.closing(in_threads(read, paths, num_workers)) as results:
-        for row, (found, is_square) in enumerate(progress_bar(results, "decoding", total=len(paths), unit="image")):
+        bar = progress_bar(results, "decoding", total=len(paths), unit="image")
+        for row, (found, is_square) in enumerate(bar):
             changed += not is_square
             if isinstance(found, DataError):
                 bad.append(str(found))
@@ -202,10 +201,7 @@ def central_square(width, height):
 
 
 def in_threads(function, items, number):
-    """The function's results in order, from so many threads, which Pillow and hashlib let run at the same time.
-
-    Closing it drops what has not begun.
-    """
+    """The function's results in order, from so many threads; closing it drops what has not begun."""
     with ThreadPoolExecutor(number or 1) as pool:
         for start in range(0, len(items), 256):  # a million tasks in a queue would fill gigabytes
             yield from pool.map(function, items[start : start + 256])
@@ -215,12 +211,12 @@ def read_image(path):
     """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
     Raises:
-        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or what PIL takes for a decompression bomb.
+        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression bomb.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data shows after the turn
+            with contextlib.suppress(Exception):  # what is odd elsewhere in the EXIF data
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except Exception as error:  # a hostile file can make a decoder raise anything
@@ -228,7 +224,7 @@ def read_image(path):
 
 
 def to_rgb(image):
-    """The image in mode RGB: transparency over white, 16-bit grey v as the level round(v / 257), all else as PIL does.
+    """The image in RGB: transparency over white, 16-bit grey v as round(v / 257), else as PIL does.
 
     Raises:
         ValueError: the range of the values is unknown (32-bit integers, floats).
@@ -254,7 +250,7 @@ def normalize(images):
 
 
 def to_uint8(x):
-    """Network output of any shape as uint8 pixels: clip((x + 1) / 2, 0, 1) * 255, rounded. NaN becomes 0."""
+    """Network output of any shape as uint8: clip((x + 1) / 2, 0, 1) * 255, rounded. NaN becomes 0."""
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
@@ -266,26 +262,26 @@ def image_grid(images, columns=8):
 
 
 def equal_images(images):
-    """The group of each of the images (N, ...) uint8 that are equal in pixels: int64 (N,), numbered by their firsts."""
+    """The group of each image (N, ...) uint8 equal in pixels: int64 (N,), numbered by their firsts."""
     numbers = {}
     digests = (hashlib.sha256(image).digest() for image in images.contiguous().numpy())
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
 
 
 def firsts(group):
-    """Which of the images are the first of their group: bool (N,); group: as `equal_images` returns it."""
+    """Which images are the first of their group of `equal_images`: bool (N,)."""
     return torch.cat([torch.tensor([True]), group[1:] > torch.cummax(group, dim=0).values[:-1]])
 
 
 def fingerprint(images):
-    """SHA-256 (hex) of the shape and the bytes of a uint8 tensor, the same on every device and memory layout."""
+    """SHA-256 (hex) of the shape and bytes of a uint8 tensor, the same on every device and layout."""
     digest = hashlib.sha256(repr(tuple(images.shape)).encode())
     digest.update(images.contiguous().cpu().numpy())
     return digest.hexdigest()
 
 
 def resized(images, img_size):
-    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear and antialiased: (N, 3, img_size, img_size)."""
+    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear, antialiased: (N, 3, size, size)."""
     pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
     size, filter = (img_size, img_size), Image.Resampling.BILINEAR
     rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])

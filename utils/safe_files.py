@@ -1,4 +1,4 @@
-"""Files from elsewhere: CIFAR's pickles and archives, of which nothing is run, and whether there is memory for them."""
+"""Files from elsewhere: CIFAR's pickles and archives, of which nothing is run; memory for them."""
 
 import codecs
 import io
@@ -27,7 +27,7 @@ def available_memory():
 
 
 def check_memory(path, size):
-    """Raise a DataError if the `size` bytes that what is in `path` takes are more than there is memory for."""
+    """Raise a DataError if what is in `path` takes more bytes than there is memory for."""
     available = available_memory()
     if size > available:
         needed, available = (f"{number / 2**30:.1f} GiB" for number in (size, available))
@@ -44,7 +44,7 @@ def read_file(path):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; all its lines end in a line feed.
+    """The text of a file in UTF-8, or UTF-16 or UTF-32 with a byte order mark; lines end in a line feed.
 
     Raises:
         OSError, ValueError: it cannot be read, or is in another encoding.
@@ -60,9 +60,9 @@ def read_text(path):
 
 
 def read_archive(path, names):
-    """{path / name: contents} of the files `names` in a .tar.gz, unpacked in memory: nothing is extracted.
+    """{path / name: contents} of the files `names` in a .tar.gz, unpacked in memory, not extracted.
 
-    They are read in the order of the archive, since going back in a .gz means to unpack it from its beginning.
+    In the order of the archive, since going back in a .gz means to unpack it from its beginning.
 
     Raises:
         DataError: the archive is damaged, lacks one of them, or unpacks to more than the free memory.
@@ -84,7 +84,7 @@ def read_archive(path, names):
 
 
 class PickledArray:
-    """Stands in for NumPy's array, dtype and reconstruction function while unpickling: keeps what it is given."""
+    """Stands in for NumPy's array, dtype and reconstruction while unpickling: keeps what it is given."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -94,7 +94,7 @@ class PickledArray:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles lists, dicts, strings, numbers and stand-ins for NumPy's arrays; refuses every other global."""
+    """Unpickles lists, dicts, strings, numbers and stand-ins for NumPy's arrays; refuses all else."""
 
     def find_class(self, module, name):
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
@@ -103,13 +103,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def unpickle_dict(data, path):
-    """The dict of arrays of bytes, lists, strings and numbers in a pickle, of Python 2 too. Nothing in it can run.
-
-    path: where the data came from.
-
-    Raises:
-        DataError: any other pickle.
-    """
+    """The dict of arrays and plain values in a pickle, else a DataError; nothing in it can run."""
     try:
         content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
         for key, value in content.items():
@@ -118,7 +112,8 @@ def unpickle_dict(data, path):
                 if dtype.arguments[0] != "u1":
                     raise pickle.UnpicklingError("an array of something else than bytes")
                 pixels = pixels.encode("latin1") if isinstance(pixels, str) else pixels
-                content[key] = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+                array, order = np.frombuffer(pixels, np.uint8), "F" if is_fortran else "C"
+                content[key] = array.reshape(shape, order=order)
     except Exception as error:  # a hostile file can make the unpickler raise anything
         raise DataError(f"{path}: refused, not a pickle of arrays ({one_line(error)}): fetch it again") from None
     return content

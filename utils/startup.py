@@ -21,22 +21,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def split_label(argument):
-    """(label, path) of an argument: the longest end of it that exists, after no or some "=", is the path. DataError."""
+    """(label, path) of an argument: the path is its longest end that exists, after no or some "="."""
     parts = argument.split("=")
     for i in range(len(parts)):
         path = os.path.expanduser("=".join(parts[i:]))  # noqa: PTH111
-        if os.path.exists(path):  # noqa: PTH110 - false where Path.exists raises, as for a name that is too long
+        if os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a name that is too long
             return "=".join(parts[:i]), Path(path)
     raise DataError(f"{argument}: no such file or directory: name a result.json or its directory, or LABEL= and one")
 
 
 def run(main):
-    """Call main() and exit with what it returns; after a user's error with a line and 1 or 2, after signal n 128 + n.
-
-    What it prints may be any text, and appears line by line.
-    """
+    """Call main() and exit with what it returns; after a user's error 1 or 2, after signal n 128 + n."""
     handle(stop)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed; any text appears
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         code = main()
@@ -48,7 +45,7 @@ def run(main):
     except UserError as error:
         code = error.exit_code
         if os.environ.get("RANK", "0") != "0":
-            # most errors are every process's: rank 0 has said it then, and torchrun ends this one before it speaks
+            # most errors are every process's: rank 0 has said it then, and torchrun ends this one before
             handle(stop_at_once)
             time.sleep(MAIN_SPEAKS_FIRST)
         say(f"error: {error}")
@@ -76,7 +73,7 @@ def handle(handler):
 
 
 def stop(number, frame):
-    """Unwind as from Ctrl-C, so that files and processes are left tidy; a second signal does not wait for that."""
+    """Unwind as from Ctrl-C, to leave files and processes tidy; a second signal does not wait for it."""
     handle(stop_at_once)
     raise KeyboardInterrupt(number)
 
@@ -88,7 +85,7 @@ def stop_at_once(number, frame):
 
 
 def say_stopped(number):
-    """Write a line, of the first of several processes, past the streams, whose work this may have interrupted."""
+    """Write a line, of the first process only, past the streams, which this may have interrupted."""
     if os.environ.get("RANK", "0") == "0":
         after_bar = "\n" if os.isatty(2) else ""
         with contextlib.suppress(OSError):
