@@ -1,4 +1,5 @@
-"""The experiments of docs/RESULTS.md: train and measure every arm, then write results/cifar10.json and the figure.
+"""The experiments of docs/RESULTS.md: train and measure every arm, then write results/cifar10.json and
+the figure.
 
 bash com/results.sh --minutes=60
 bash com/results.sh --arms=AGC --out=again
@@ -78,13 +79,10 @@ def result_of(spec, complete, data_root):
         points += [of_run | point for point in found["points"]]
     own = (*runs.OF_PLACES, "--seed=")
     return {
-        "machine": machine(),
-        "data": spec.DATA,
-        "floor": spec.floor(data_root),
+        "machine": machine(), "data": spec.DATA, "floor": spec.floor(data_root),
         "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
-        "trainings": trainings,
-        "points": points,
-    }
+        "trainings": trainings, "points": points,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ SEEDS = {
 
 
 def real_images(data):
-    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W).
+    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3,
+    H, W).
 
-    data: as for `load`.
-    """
+    data: as for `load`."""
     repeated = load(**{**data, "duplicates": DATA["duplicates"], "copies": DATA["copies"]})
     return repeated.without_copies().train.images, repeated.slot_image.bincount() > 1, repeated.heldout.images
 
@@ -86,10 +86,10 @@ def real_images(data):
 def measure(images, data):
     """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
 
-    fpd is that to the held-out images; a generator that draws the repeated images less often has a better one, and so
-    `fpd of others` is that of the images whose nearest is no repeated one. `near copies` is the share of the rest.
-    f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
-    """
+    fpd is that to the held-out images; a generator that draws the repeated images less often has a
+    better one, and so `fpd of others` is that of the images whose nearest is no repeated one. `near
+    copies` is the share of the rest. f_mem (Gu et al. 2023) is also taken of repeated images alone;
+    `extracted` counts those of which there is a copy."""
     distinct, repeated, heldout = real_images(data)
     numbers, (sq_distance, index) = evaluate(images, distinct)
     pixels = numbers["pixels"]

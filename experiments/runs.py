@@ -1,8 +1,9 @@
-"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
+"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all
+cores.
 
-A run is in <out>/runs/<experiment>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json, or
-stacked.json by experiments.stacked, what was measured. The same call goes on where it stopped. What <out> has in the
-experiment's JSON file is not made again either.
+A run is in <out>/runs/<experiment>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py,
+measured.json, or stacked.json by experiments.stacked, what was measured. The same call goes on where it
+stopped. What <out> has in the experiment's JSON file is not made again either.
 """
 
 import contextlib
@@ -50,8 +51,7 @@ def plan(experiment, out, data_root, scale=1.0):
         experiment: a name of `EXPERIMENTS`.
         out: the directory of all that is written.
         data_root: where the data set is.
-        scale: below 1: fewer steps, rounds and images, for a trial.
-    """
+        scale: below 1: fewer steps, rounds and images, for a trial."""
     seeds = EXPERIMENTS[experiment].SEEDS
     order = itertools.product(range(1, max(map(max, seeds.values())) + 1), EXPERIMENTS[experiment].ARMS)
     return [make_run(experiment, out, data_root, arm, seed, scale) for seed, arm in order if seed in seeds[arm]]
@@ -106,11 +106,11 @@ def measure(run, images):
 def measured(run, names=FILES):
     """What was measured of a training so far: a dict.
 
-    "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and "stacked" how it was
-    trained, "seconds" how long that took.
+    "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and
+    "stacked" how it was trained, "seconds" how long that took.
 
-    names: of the files where that may be, of which the last that is complete counts; the experiment's file comes first.
-    """
+    names: of the files where that may be, of which the last that is complete counts; the experiment's
+    file comes first."""
     known = published(run.directory.parents[3] / f"{run.experiment}.json").get((run.arm, run.seed), {})
     result = {"flags": run.flags, "points": [], "complete": False}
     for found in (known, *(read_json(path) for name in names if (path := run.directory / name).exists())):
@@ -177,10 +177,10 @@ def train(run):
 
 
 def networks(run, values):
-    """(about, files of the networks whose mean prediction is measured) of every point of a training, in order.
+    """(about, files of the networks whose mean prediction is measured) of every point of a training, in
+    order.
 
-    about: the steps made until there over all shards, and the steps one after the other.
-    """
+    about: the steps made until there over all shards, and the steps one after the other."""
     log, K = run.directory / "log", values.client_num
     if run.start:
         yield {"steps": 0, "sequential": 0}, [run.start]

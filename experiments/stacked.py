@@ -1,9 +1,11 @@
-"""The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of networks.
+"""The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of
+networks.
 
-One training step of all networks is one CUDA graph. A training has the flags, images, orders and starting weights that
-it has with main_fed.py, and other timesteps and noise, which depend on what else is in the stack. What is measured goes
-to stacked.json. Arms whose step is another (lr, dropout, large batches, IET-AGC+, ambient diffusion) are left to
-main_fed.py. A training that does not come to its end in time leaves nothing behind.
+One training step of all networks is one CUDA graph. A training has the flags, images, orders and
+starting weights that it has with main_fed.py, and other timesteps and noise, which depend on what else
+is in the stack. What is measured goes to stacked.json. Arms whose step is another (lr, dropout, large
+batches, IET-AGC+, ambient diffusion) are left to main_fed.py. A training that does not come to its end
+in time leaves nothing behind.
 """
 
 import functools
@@ -61,8 +63,7 @@ class Stack(nn.Module):
 
     Args:
         net: a `model.UNet` of that shape; what it does not train is the same in all.
-        weights: (N, P), rows of `row_of`.
-    """
+        weights: (N, P), rows of `row_of`."""
 
     def __init__(self, net, weights):
         super().__init__()
@@ -91,11 +92,11 @@ class StackedLearner:
         net: a `model.UNet` of their shape, on the device.
         weights, ema_weights: (N, P), where they start.
         agc: an `AntiGradientControl`.
-        uses_agc, at_random: bool (N,): of which networks it skips samples, and of which as many are left out at random.
+        uses_agc, at_random: bool (N,): of which networks it skips samples, and of which as many are left
+            out at random.
         diffusion: keyword arguments of `GaussianDiffusionTrainer`.
         images: uint8 (slots, 3, H, W), on the device.
-        lr, warmup, grad_clip, ema_decay: as for `Learner`.
-    """
+        lr, warmup, grad_clip, ema_decay: as for `Learner`."""
 
     def __init__(
         self, net, weights, ema_weights, agc, uses_agc, at_random, diffusion, images, lr, warmup, grad_clip, ema_decay
@@ -236,8 +237,7 @@ def sample(net, rows, x_T, settings):
         settings: keyword arguments of `GaussianDiffusionSampler`.
 
     Returns:
-        uint8 (E, N, 3, H, W) on the CPU.
-    """
+        uint8 (E, N, 3, H, W) on the CPU."""
     E, K = rows.shape[:2]
     stack = Stack(net, rows.flatten(0, 1))
 
@@ -266,18 +266,9 @@ def make_stack(planned, device):
     images = torch.cat([member.data.train.images for member in members]).to(device)
     net, agc = build.unet(values).to(device), build.agc(values, values.T).to(device)
     return members, StackedLearner(
-        net,
-        weights,
-        ema_weights,
-        agc,
-        *masks,
-        build.diffusion_settings(values),
-        images,
-        lr=values.lr,
-        warmup=values.warmup,
-        grad_clip=values.grad_clip,
-        ema_decay=values.ema_decay,
-    )
+        net, weights, ema_weights, agc, *masks, build.diffusion_settings(values), images, lr=values.lr,
+        warmup=values.warmup, grad_clip=values.grad_clip, ema_decay=values.ema_decay,
+    )  # fmt: skip
 
 
 def sample_due(members, learner, step):
@@ -293,11 +284,11 @@ def sample_due(members, learner, step):
 
 
 def train_together(planned, wanted, device, pool, deadline):
-    """Train runs whose networks have one shape, and measure them in a pool of processes: stacked.json of each.
+    """Train runs whose networks have one shape, and measure them in a pool of processes: stacked.json of
+    each.
 
     wanted: paths of checkpoints that other runs start from; those of these runs are written.
-    deadline: in seconds of time.time(), after which it stops.
-    """
+    deadline: in seconds of time.time(), after which it stops."""
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
     step, last = 0, max(member.steps for member in members)
@@ -343,8 +334,7 @@ def shape_of(run):
 def work_all(planned, wanted, device, deadline):
     """Train and measure what can be stacked of the runs that are not complete, until the deadline.
 
-    wanted: as for `train_together`.
-    """
+    wanted: as for `train_together`."""
     missing = sorted((r for r in planned if can_stack(r) and not runs.measured(r)["complete"]), key=shape_of)
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), runs.begin_worker) as pool:
         for _, group in itertools.groupby(missing, shape_of):

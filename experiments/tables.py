@@ -1,4 +1,5 @@
-"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and figures.
+"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and
+figures.
 
 python -m experiments.tables
 """
@@ -94,10 +95,10 @@ def after_steps(paths, count, steps, measures):
 
 
 def digits_arms(result):
-    """All arms after as many steps in a row, and at two fixed qualities, where all but default are differences to it.
+    """All arms after as many steps in a row, and at two fixed qualities, where all but default are
+    differences to it.
 
-    By Welch's t; bold is what Holm's correction over the table leaves.
-    """
+    By Welch's t; bold is what Holm's correction over the table leaves."""
     steps, measures = digits.ENSEMBLE["steps"] // digits.K, ("fpd of others", "f_mem", "MQ@15")
     columns = [(axis, measure) for axis in COMPARED for measure in COMPARED[axis]]
     found = dict(trainings(result, ALL_DIGITS))
@@ -135,10 +136,10 @@ def digits_fine_tuned(result):
 
 
 def cifar10_primary(result):
-    """The best quality without copying of every arm, and its difference to default training, by Welch's t.
+    """The best quality without copying of every arm, and its difference to default training, by Welch's
+    t.
 
-    AGC is compared with random skip too. p is that after Holm's correction over the table.
-    """
+    AGC is compared with random skip too. p is that after Holm's correction over the table."""
     axes, found = ("fpd", "swd"), dict(trainings(result, ALL_CIFAR10))
     best = {(arm, axis): [best_without_copying(p, axis) for p in found[arm].values()] for arm in found for axis in axes}
     pairs = [(arm, "default") for arm in found if arm != "default"] + [("AGC", "random skip")]
@@ -194,10 +195,11 @@ PRINTED = {"digits": digits_arms, "cifar10": cifar10_primary}
 
 
 def filled(text, results):
-    """A document with its tables made anew: each stands between `<!-- table: EXPERIMENT NAME -->` and `<!-- end -->`.
+    """A document with its tables made anew: each stands between `<!-- table: EXPERIMENT NAME -->` and
+    `<!-- end -->`.
 
-    results: {experiment: what its file says}; a table of an experiment that is not among them stays as it is.
-    """
+    results: {experiment: what its file says}; a table of an experiment that is not among them stays as
+    it is."""
 
     def table(place):
         if place[2] not in results:

@@ -81,8 +81,7 @@ def separate(groups):
 
     Returns:
         rows: {label, or "label (1)" and so on: [(path, result)]}.
-        notes: a line for each label with several rows.
-    """
+        notes: a line for each label with several rows."""
     rows, notes = {}, []
     for label, members in groups.items():
         kinds = []
@@ -174,8 +173,7 @@ def differing(results, values_of):
     Args:
         results: {label: [result of each repeat]}.
         values_of: a function of a result that returns {name: value}; a label none of whose results has a
-            name has "".
-    """
+            name has ""."""
     values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
     different = {}
     for name in dict.fromkeys(itertools.chain(*itertools.chain(*values.values()))):
@@ -191,8 +189,7 @@ def differing(results, values_of):
 def warnings_about(results):
     """A line for each of the `facts_of` in which labels differ, and for each doubt about a training.
 
-    results: as for `differing`.
-    """
+    results: as for `differing`."""
     lines = []
     for name, texts in differing(results, facts_of).items():
         labels_of = {}
@@ -222,8 +219,7 @@ def shared(name, values):
 def floors_of(results):
     """{name: summary} of what is measured in the place of generated images, equal ones once.
 
-    results: {label: [result of each repeat]}.
-    """
+    results: {label: [result of each repeat]}."""
     rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
@@ -255,8 +251,7 @@ def compare_page(rows, summaries, notes):
     Args:
         rows: {label: [(path, result) of each repeat]}.
         summaries: {label: summary} of these, and of floors if they are wanted.
-        notes: lines that are to be said of them.
-    """
+        notes: lines that are to be said of them."""
     results = results_in(rows)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}

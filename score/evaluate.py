@@ -47,8 +47,7 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
             and their mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares
             below each threshold less those of held-out images, and what `data_copying` returns}; with
             held-out images their numbers as "holdout", in the same shape.
-        nearest: (sq_distance, index), as `nearest_neighbors` returns them.
-    """
+        nearest: (sq_distance, index), as `nearest_neighbors` returns them."""
 
     def measure(images, name, sets, named=None):
         path = folder and Path(folder) / f"{name}.npz"
@@ -82,8 +81,7 @@ def count_repeats(training, heldout, training_left, heldout_left):
 
     Args:
         training, heldout: how many images there are.
-        training_left, heldout_left: how many of them are measured.
-    """
+        training_left, heldout_left: how many of them are measured."""
     repeated, in_training = training - training_left, heldout - heldout_left
     said = []
     if repeated:
@@ -104,8 +102,7 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
     sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
-    d_2 is empty.
-    """
+    d_2 is empty."""
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -121,8 +118,7 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
 def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):
     """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there.
 
-    named: {name of an array in the file: names of images}, or None.
-    """
+    named: {name of an array in the file: names of images}, or None."""
     known = known_neighbors(path, sets) if path and distributed.is_main() else None
     known = distributed.from_main(known)
     nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
@@ -169,8 +165,7 @@ class Quality:
 
     Raises:
         DataError: a cache that is of other images or cannot be written.
-        UsageError: too few images.
-    """
+        UsageError: too few images."""
 
     def __init__(self, reference, number, space, device, fid_cache=None, heldout=None, by_content=False):
         least = SPLITS if space.logits else 2
@@ -207,8 +202,7 @@ class Quality:
         """Scores of uint8 (N, 3, H, W): "fid", "is", "is_std" or "fpd"; "precision", "recall", "swd".
 
         All processes take part, with the same images, and are given the scores. Precision and recall are
-        of the first `COVER_IMAGES`, and of as many reference images.
-        """
+        of the first `COVER_IMAGES`, and of as many reference images."""
         space, order = self.space, content_order(images) if self.by_content else None
         real, batches, scores = self.real_features, self.batches(images, order), None
         features = (features for features, _ in batches)
@@ -232,8 +226,7 @@ class Quality:
         """What held-out images reach in the place of `number` generated ones: {} without any.
 
         "precision_floor" and "recall_floor" are against the reference, or where that has some of these
-        images, of one half of them against the other; "swd_floor" is always between halves.
-        """
+        images, of one half of them against the other; "swd_floor" is always between halves."""
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]

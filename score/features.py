@@ -59,8 +59,7 @@ def feature_space(
         clip: folder of `load_clip`.
 
     Raises:
-        DataError, UsageError: the weights cannot be read.
-    """
+        DataError, UsageError: the weights cannot be read."""
     settings = {"device": device, "batch_size": batch_size}
     if name == "pooled pixels":
         return POOLED_PIXELS
@@ -80,16 +79,14 @@ def feature_space(
 def standardised(device, images):
     """uint8 images (B, 3, H, W) -> (B, 3*H*W): values less their mean, over their deviation.
 
-    Their cosine similarity is the correlation of pixels: unrelated images may be as alike as copies.
-    """
+    Their cosine similarity is the correlation of pixels: unrelated images may be as alike as copies."""
     return F.layer_norm(images.to(device).float(), images.shape[1:]).flatten(1)
 
 
 def inception_space(weights, device="cpu", batch_size=50):
     """The space of FID and the Inception score; weights: file of `load_inception`.
 
-    Warns if it is not the published file, since its FID cannot be compared with published ones.
-    """
+    Warns if it is not the published file, since its FID cannot be compared with published ones."""
     weights_hash = file_hash(weights)
     if not weights_hash.startswith(WEIGHTS_HASH):
         what = "not the published Inception weights, FID is comparable to itself only"
@@ -105,8 +102,7 @@ def pooled(images):
     """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to (3, 8, 8).
 
     Where 8 does not divide the size the windows overlap by a pixel, and smaller images have pixels
-    repeated (torch's adaptive average pooling).
-    """
+    repeated (torch's adaptive average pooling)."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
@@ -135,8 +131,7 @@ def load_sscd(path, allow_torchscript=False):
 
     Raises:
         DataError: no such file, or it holds something else.
-        UsageError: it is TorchScript, and that is not allowed.
-    """
+        UsageError: it is TorchScript, and that is not allowed."""
     from torchvision.models import resnet50  # takes a second
 
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -177,8 +172,7 @@ def load_clip(folder, device="cpu"):
 
     Raises:
         DataError: missing or damaged files, or weights of another model.
-        UsageError: transformers is not installed.
-    """
+        UsageError: transformers is not installed."""
     try:
         from transformers import CLIPModel, CLIPTokenizer  # takes seconds
     except ImportError as error:

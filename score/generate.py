@@ -76,8 +76,7 @@ def generate_batches(
         dtype: of autocast; float32 for none.
 
     Yields: (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their
-        pixels): bool (B,).
-    """
+        pixels): bool (B,)."""
     device, shape = sampler.betas.device, (3, sampler.img_size, sampler.img_size)
 
     def make(indices):
@@ -103,8 +102,8 @@ def over_ranks(first, number, batch_size, make):
 
     make: a function of a range of images, which may be empty; returns tensors with a row for each.
 
-    Yields: on rank 0, lists of these tensors on the CPU, the processes' rows in order; elsewhere nothing.
-    """
+    Yields: on rank 0, lists of these tensors on the CPU, the processes' rows in order; elsewhere
+    nothing."""
     block = batch_size * distributed.world_size()
     with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):
@@ -146,8 +145,7 @@ def generate_into(directory, origin, make_batches, num_images, img_size, descrip
         (N, 3, H, W) uint8 on the CPU, in every process.
 
     Raises:
-        DataError: they do not fit into memory, or cannot be written.
-    """
+        DataError: they do not fit into memory, or cannot be written."""
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)

@@ -36,8 +36,7 @@ def save_grids(folder, generated, training, nearest, ratio):
         ratio: (N,) its memorisation ratio.
 
     Returns:
-        The paths written.
-    """
+        The paths written."""
     paths = [Path(folder) / f"grid_image{k}.png" for k in range(PICTURES)]
     chosen = ratio.argsort(stable=True)[: PICTURES * PAIRS_PER_PICTURE].split(PAIRS_PER_PICTURE)
     for path, rows in zip(paths, chosen, strict=False):

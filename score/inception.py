@@ -29,8 +29,7 @@ def find_weights(path=None):
 
     Raises:
         DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what
-            takes long.
-    """
+            takes long."""
     if path is not None:
         if not Path(path).is_file():
             raise DataError(f"--inception_weights={path}: no such file")
@@ -58,8 +57,7 @@ def load_inception(weights_path, device="cpu"):
     """Inception v3 in evaluation mode without its last layer, and the weight of that, (1008, 2048).
 
     Raises:
-        DataError: the file is damaged, or holds other keys or shapes.
-    """
+        DataError: the file is damaged, or holds other keys or shapes."""
     network = build_network()
     try:
         network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
@@ -76,8 +74,7 @@ def inception_features(network, device, images):
     """uint8 images (B, 3, H, W) on any device -> features (B, 2048) on the network's device.
 
     The images are scaled to [0, 1], resized to 299 x 299 bilinearly with neither aligned corners nor
-    antialiasing, and scaled to [-1, 1].
-    """
+    antialiasing, and scaled to [-1, 1]."""
     x = images.to(device).float() / 255
     x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
     # in full float32 whatever --precision says: the FID is compared with others

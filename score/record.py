@@ -41,14 +41,15 @@ def earlier_result(directory):
 
 
 def add_stage(result, directory, stage, find, optional=(), flags=None):
-    """Put what a stage finds into a result, with its seconds, and write it; returns whether it was not there yet.
+    """Put what a stage finds into a result, with its seconds, and write it; returns whether it was not
+    there yet.
 
     Args:
         directory: of result.json.
         find: called without arguments, returns {name: JSON value}.
         optional: names that the stage finds with some flags only: they go when it is run with others.
-        flags: {name: value} of this call, kept for the last one that made numbers; None of a stage that makes none.
-    """
+        flags: {name: value} of this call, kept for the last one that made numbers; None of a stage that
+            makes none."""
     start = time.perf_counter()
     numbers = find()
     earlier = {key: result.pop(key) for key in {*numbers, *optional} if key in result}

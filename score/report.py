@@ -232,8 +232,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
         skips: (M,) int64, how often training left each image out; None if it did not count.
-        names: of generated and training images; None for their numbers.
-    """
+        names: of generated and training images; None for their numbers."""
     image_names, training_names = names or (range(len(generated)), range(len(training)))
     all_thresholds = {"generated": [result["pixels"]["mq_curve"]]}
     if "holdout" in result:
@@ -291,8 +290,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     Args:
         path, result, generated, training: as for `write_report`.
         nearest: (N,) int64, the most similar training image of every generated one; similarity: (N,).
-        prompts: N texts, or None; captions: of the training images.
-    """
+        prompts: N texts, or None; captions: of the training images."""
     source = result["checkpoint"] or result["samples"]
     shares = {name: [numbers["similarity"]["mq_curve"]] for name, numbers in sets_of(result).items()}
 

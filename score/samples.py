@@ -55,8 +55,7 @@ def save_pngs(folder, images):
 
     Raises:
         DataError: the folder cannot be written, or holds other images, which would be measured with
-            these.
-    """
+            these."""
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -94,8 +93,7 @@ def load_samples(path, img_size=None, resize="crop"):
 
     Raises:
         DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than
-            fits in memory, images of several sizes.
-    """
+            fits in memory, images of several sizes."""
     path = Path(path)
     if path.is_dir():
         paths = [image for group in list_images(path) for image in group]
@@ -128,8 +126,7 @@ def load_samples(path, img_size=None, resize="crop"):
 def warn_of_odd_values(path, images, training):
     """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says.
 
-    images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
-    """
+    images, training: (N, 3, H, W) and (M, 3, H, W), uint8."""
     odd = odd_values(images, training) if distributed.is_main() else []
     said = f"--samples={path}: odd, are they what is meant? {'; '.join(odd)}" if odd else None
     if said:
@@ -208,8 +205,7 @@ def read_npz(path, names):
 
     Raises:
         DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free
-            memory.
-    """
+            memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))

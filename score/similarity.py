@@ -22,8 +22,7 @@ BINS = 40  # of a histogram
 def clip_scores(clip, images, captions, batch_size=64):
     """100 times the cosine similarity of CLIP's features of every image and its caption: (N,) float32.
 
-    clip: of `load_clip`; images: (N, 3, H, W) uint8; captions: N texts.
-    """
+    clip: of `load_clip`; images: (N, 3, H, W) uint8; captions: N texts."""
     (model, tokenizer), scores = clip, []
     for start in range(0, len(images), batch_size):
         texts = list(captions[start : start + batch_size])
@@ -40,8 +39,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 def embed(space, images):
     """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32, by all processes.
 
-    space: a `FeatureSpace`.
-    """
+    space: a `FeatureSpace`."""
     share = images[distributed.share(len(images))]
     batches = (share if len(share) else images[:1]).split(space.batch_size)
     bar = progress_bar(batches, "embedding", unit="batch", delay=1)
@@ -61,8 +59,7 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
         batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
 
     Returns:
-        similarity (N, k) float32, descending, and index (N, k) int64.
-    """
+        similarity (N, k) float32, descending, and index (N, k) int64."""
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     rows = []
     for block in queries.split(batch_queries):
@@ -82,8 +79,7 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
 def statistics(similarity, prefix, threshold=COPY):
     """Mean, deviation, percentiles and share of copies of (N,) similarities, by their published names.
 
-    threshold: of a `FeatureSpace`; None: no share of copies.
-    """
+    threshold: of a `FeatureSpace`; None: no share of copies."""
     values = similarity.double().cpu().numpy()
     percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
     above = {} if threshold is None else {f"{prefix}_gt_05pc": float((values > threshold).mean())}
@@ -120,8 +116,7 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
         numbers: those of `measure_similarity`, with the features, and `statistics` and `histogram` of
             the second largest similarity of every training image to all of them: the largest is itself.
         floors: {name: the numbers of `measure_similarity`, with the features}.
-        neighbors: (similarity, index) of the images, as `most_similar` returns them.
-    """
+        neighbors: (similarity, index) of the images, as `most_similar` returns them."""
     training = embed(space, training)
 
     def measure(images, prompt_images):
@@ -150,8 +145,7 @@ def measure_similarity(features, training, threshold=COPY, prompt_images=None):
         numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and
             mq_curve as in `score.memorization`, of squared distances of features; own_image: of the
             images whose prompt is the caption of a training image, the share whose nearest it is.
-        neighbors: (similarity, index), (N, k), as `most_similar` returns them.
-    """
+        neighbors: (similarity, index), (N, k), as `most_similar` returns them."""
     similarity, index = most_similar(features, training, NEIGHBORS)
     numbers = statistics(similarity[:, 0], "sim", threshold)
     numbers["sim_histogram"] = histogram(similarity[:, 0])
@@ -166,8 +160,7 @@ def measure_similarity(features, training, threshold=COPY, prompt_images=None):
 def detection(scores, copies):
     """How well scores (N,) tell which images are copies, (N,) bool: means of both kinds, and the AUC.
 
-    None stands for what has no value, where all images are copies, or none is.
-    """
+    None stands for what has no value, where all images are copies, or none is."""
     numbers = {"copies": int(copies.sum()), "mean_of_copies": None, "mean_of_others": None, "auc": None}
     for name, part in (("mean_of_copies", scores[copies]), ("mean_of_others", scores[~copies])):
         if len(part):

@@ -1,4 +1,5 @@
-"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, and how good they are.
+"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, and how good
+they are.
 
     python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt --clip=clip
     python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --prompts=all --features=pixels
@@ -62,13 +63,12 @@ DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector 
 def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     """Images of all prompts, and the detector's norms (N,), None without guidance.
 
-    They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the networks, the
-    settings, the seed and i, and not on the batch or the number of processes.
+    They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the
+    networks, the settings, the seed and i, and not on the batch or the number of processes.
 
     Args:
         folder, unet_folder: of the pipeline and of its UNet.
-        source: of `make_prompts`.
-    """
+        source: of `make_prompts`."""
     names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
     origin |= {"prompts": "drawn" if prompts_are_drawn(FLAGS) else "in turn"}
@@ -114,15 +114,9 @@ def generate_batches(pipeline, prompts, kept, first):
             streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
             latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
             x = generate(
-                pipeline,
-                prompts.texts[indices.start : indices.stop],
-                latents,
-                FLAGS.sample_steps,
-                FLAGS.guidance,
-                streams,
-                FLAGS.text_noise,
-                PRECISIONS[FLAGS.precision],
-            )
+                pipeline, prompts.texts[indices.start : indices.stop], latents, FLAGS.sample_steps,
+                FLAGS.guidance, streams, FLAGS.text_noise, PRECISIONS[FLAGS.precision],
+            )  # fmt: skip
             norm = torch.stack(watched).mean(dim=0) if watched else norm
         return to_uint8(2 * x - 1), non_finite_images(x), norm
 
@@ -136,11 +130,11 @@ def generate_batches(pipeline, prompts, kept, first):
 
 @torch.no_grad()
 def round_trip(pipeline, images, batch_size=16):
-    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks like.
+    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks
+    like.
 
     Returns:
-        The images, uint8, and how many of them are not finite.
-    """
+        The images, uint8, and how many of them are not finite."""
     decoded, bad = [], 0
     for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
@@ -151,11 +145,11 @@ def round_trip(pipeline, images, batch_size=16):
 
 
 def read_images(flag):
-    """The images that a flag names, uint8; those of a folder resized, in the order of the numbers in their names.
+    """The images that a flag names, uint8; those of a folder resized, in the order of the numbers in
+    their names.
 
     Raises:
-        DataError, UsageError: no images, or an array of images of another size.
-    """
+        DataError, UsageError: no images, or an array of images of another size."""
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
@@ -200,8 +194,7 @@ def score(images, prompts, scorers, clip):
     Args:
         prompts: `Prompts`, or None.
         scorers: {prefix of their scores' names: `Quality`}.
-        clip: of `load_clip`, or None.
-    """
+        clip: of `load_clip`, or None."""
     scores = {}
     for prefix, scorer in scorers.items():
         scores |= {prefix + name: value for name, value in scorer(images).items()}
@@ -226,8 +219,7 @@ def write_results(result, images, data, neighbors, prompts):
     Args:
         data: the `CaptionedImages` that the numbers of training images count in.
         neighbors: of `evaluate_similarity`.
-        prompts: texts, or None.
-    """
+        prompts: texts, or None."""
     grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
@@ -240,12 +232,12 @@ def write_results(result, images, data, neighbors, prompts):
 
 
 def without_repeats(given, training, heldout):
-    """What is to be said of repeats, and the held-out images that equal no training image, None if none are left.
+    """What is to be said of repeats, and the held-out images that equal no training image, None if none
+    are left.
 
     Args:
         given: how many training images there are, of which `training` (N, 3, H, W) are distinct.
-        heldout: (L, 3, H, W), or None.
-    """
+        heldout: (L, 3, H, W), or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
         is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)

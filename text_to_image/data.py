@@ -43,14 +43,14 @@ CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
 def load_folder(folder, captions, resolution, num_workers=0):
-    """The images of a folder, or of its sub-folders, which are classes; the shorter side resized, the centre cut out.
+    """The images of a folder, or of its sub-folders, which are classes; the shorter side resized, the
+    centre cut out.
 
     Args:
         captions: file of `read_captions`, or None for metadata.jsonl in the folder.
 
     Raises:
-        DataError: no images, images that cannot be read, or images without a caption.
-    """
+        DataError: no images, images that cannot be read, or images without a caption."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
@@ -69,8 +69,7 @@ def load_images(files, resolution, num_workers=0):
     """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it.
 
     Raises:
-        DataError: they do not fit into memory; once all have been tried, for those that are bad.
-    """
+        DataError: they do not fit into memory; once all have been tried, for those that are bad."""
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
     with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
@@ -108,14 +107,13 @@ def square(path, side):
 def read_captions(path, flag="captions"):
     """{name of an image: its captions, in the order of the file}, not empty.
 
-    The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv. An image may
-    have several lines.
+    The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv.
+    An image may have several lines.
 
     flag: that names the file.
 
     Raises:
-        DataError: missing, or of another form.
-    """
+        DataError: missing, or of another form."""
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
@@ -177,11 +175,12 @@ def parts_of(path):
 
 
 def match(captions, paths, name, folder=""):
-    """The captions of every path: those of its key, else of the key that has most of its last parts in common with it.
+    """The captions of every path: those of its key, else of the key that has most of its last parts in
+    common with it.
 
-    A key in folders may have the file name alone in common, as a path of another machine has. It is of another image,
-    and not taken, where other keys show that their folders are those of the paths, or where both are in folders and
-    the key is relative.
+    A key in folders may have the file name alone in common, as a path of another machine has. It is of
+    another image, and not taken, where other keys show that their folders are those of the paths, or
+    where both are in folders and the key is relative.
 
     Args:
         captions: {path of an image: its captions}.
@@ -190,8 +189,7 @@ def match(captions, paths, name, folder=""):
         folder: its own parts may be those of keys.
 
     Raises:
-        DataError: a path has no captions, or it is not clear which are its.
-    """
+        DataError: a path has no captions, or it is not clear which are its."""
     whole, endings = defaultdict(set), defaultdict(set)  # a key's path, or the last parts of it -> keys
     for key in captions:
         parts = parts_of(key)
@@ -226,8 +224,7 @@ def captions_of_mode(data, mode, tokenizer):
     """N lists of captions as `--caption_mode` has them before a step draws its own.
 
     Raises:
-        DataError: captions that should be lists of token numbers are not, or there are no classes.
-    """
+        DataError: captions that should be lists of token numbers are not, or there are no classes."""
     if mode == "nolevel":
         return [["An image"]] * len(data.captions)
     if mode == "classlevel":
@@ -292,14 +289,14 @@ def cached(path, make):
 
 
 def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
-    """Latents, captions and text states of all `CaptionedImages`, made once and cached: see `CaptionBatches`.
+    """Latents, captions and text states of all `CaptionedImages`, made once and cached: see
+    `CaptionBatches`.
 
     Args:
         directory: of the cache.
         vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder.
         caption_mode: one of CAPTION_MODES.
-        draws_captions: whether other captions of an image than the first are used.
-    """
+        draws_captions: whether other captions of an image than the first are used."""
     path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
     moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
@@ -311,14 +308,14 @@ def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_cap
 
 
 class TextStates:
-    """Hidden states of captions: of those given at the start kept, of others computed when they are asked for.
+    """Hidden states of captions: of those given at the start kept, of others computed when they are
+    asked for.
 
     Args:
         pipeline: its tokenizer and text encoder.
         captions: texts.
         directory: where those of the given captions are cached.
-        key: of the tokenizer and text encoder, for the cache.
-    """
+        key: of the tokenizer and text encoder, for the cache."""
 
     def __init__(self, pipeline, captions, directory, key):
         self.pipeline = pipeline
@@ -345,17 +342,19 @@ class CaptionBatches(Batches):
         moments: of `encode_images`, in host memory.
         captions: N lists of texts, of `captions_of_mode`.
         states: `TextStates`.
-        slots, device, batch_size, T, seed, shard: as for `training.batches.Batches`; hflip as in `ShardBatches`.
+        slots, device, batch_size, T, seed, shard: as for `training.batches.Batches`; hflip as in
+            `ShardBatches`.
         scaling_factor: of the VAE's latents.
         often: (N,) bool of `duplicated`.
-        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last four change
-            a caption with probability caption_prob: allcaps draws it from all, randrepl takes four random tokens,
-            randwordadd adds two random words, wordrepeat adds two of its own words (Somepalli et al. 2023).
+        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last
+            four change a caption with probability caption_prob: allcaps draws it from all, randrepl
+            takes four random tokens, randwordadd adds two random words, wordrepeat adds two of its own
+            words (Somepalli et al. 2023).
         text_noise: standard deviation of noise on the text states.
-        text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~ Beta(a, 1).
-        duplication: dup_both draws the images that are `often` dup_weight times as often as others, always with the
-            first caption; dup_image with one drawn from all of theirs.
-    """
+        text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~
+            Beta(a, 1).
+        duplication: dup_both draws the images that are `often` dup_weight times as often as others,
+            always with the first caption; dup_image with one drawn from all of theirs."""
 
     def __init__(
         self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T, seed, shard=0,

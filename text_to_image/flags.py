@@ -180,8 +180,7 @@ def check_pipeline(values, pipeline, steps):
     steps: of `--sample_steps`, or 0 where no image is made.
 
     Raises:
-        UsageError: they do not.
-    """
+        UsageError: they do not."""
     factor, T = math.lcm(pipeline.vae_scale_factor, LATENT_SIDE), pipeline.scheduler.config.num_train_timesteps
     if values.resolution % factor:
         what = f"{values.pretrained} has a VAE that makes images {pipeline.vae_scale_factor} times as small"

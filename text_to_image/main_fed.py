@@ -1,10 +1,11 @@
-"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise the captioned images.
+"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise the captioned
+images.
 
     python -m text_to_image.main_fed --train --pretrained=stable-diffusion-2-1 --data_root=images --captions=texts.json
     torchrun --nproc_per_node=4 -m text_to_image.main_fed --train ...    # the shards side by side
 
---client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in --logdir.
-The algorithm is training/rounds.py.
+--client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in
+--logdir. The algorithm is training/rounds.py.
 """
 
 import copy
@@ -106,16 +107,12 @@ def main():
 
     done = sum(shard.learner.step for shard in shards)
     train(
-        shards,
-        exchanged or slots,
-        schedule(FLAGS, steps_per_round),
-        logger(FLAGS, logdir, own_steps * len(shards), done, seconds),
-        first_round=rounds_done + 1,
+        shards, exchanged or slots, schedule(FLAGS, steps_per_round),
+        logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1,
         extra={},
         slots_of_round=lambda r: build.slots(FLAGS, len(data.images), r) if FLAGS.reshard else None,
-        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions),
-        publish=publish,
-    )
+        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def find_folder(name, download=False):
     """The folder that `--pretrained` names: itself, or the files of a model of the Hugging Face hub.
 
     Raises:
-        DataError: it is neither here nor in the hub's cache, and not to be downloaded, or not Stable Diffusion.
-    """
+        DataError: it is neither here nor in the hub's cache, and not to be downloaded, or not Stable
+            Diffusion."""
     folder = Path(name)
     if folder.is_file():
         how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -95,8 +95,7 @@ def load_pipeline(folder, unet_folder):
         unet_folder: of the UNet.
 
     Raises:
-        DataError: a part is missing, damaged, only there as a pickle, or does not fit the others.
-    """
+        DataError: a part is missing, damaged, only there as a pickle, or does not fit the others."""
     diffusers, transformers = libraries()
     scheduler = read_scheduler(folder / "scheduler")
     unet = load_unet(unet_folder)
@@ -145,8 +144,8 @@ def read_scheduler(folder):
     """diffusers' scheduler in a folder, one of those that sample Stable Diffusion.
 
     Raises:
-        DataError: it is none, cannot be made, or its noise is not that of a network that predicts epsilon or v.
-    """
+        DataError: it is none, cannot be made, or its noise is not that of a network that predicts
+            epsilon or v."""
     diffusers, _ = libraries()
     settings = read_config(folder / "scheduler_config.json")
     name, prediction = settings.get("_class_name"), settings.get("prediction_type", "epsilon")
@@ -181,8 +180,7 @@ def as_scheduler(kind, scheduler, use):
         use: what it is for.
 
     Raises:
-        DataError: it cannot have that noise.
-    """
+        DataError: it cannot have that noise."""
     name = type(scheduler).__name__
     try:
         made = getattr(libraries()[0], kind).from_config(scheduler.config)
@@ -246,11 +244,11 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet that `--unet` names: itself, its unet/, or the newest round of a log directory.
+    """The folder of a UNet that `--unet` names: itself, its unet/, or the newest round of a log
+    directory.
 
     Raises:
-        DataError: there is none.
-    """
+        DataError: there is none."""
     folder = Path(name)
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, folder / "unet", *(rounds[r] / "unet" for r in sorted(rounds, reverse=True))):
@@ -327,11 +325,11 @@ def encode_images(vae, images, batch_size=16):
 
 @torch.no_grad()
 def encode_captions(pipeline, captions, batch_size=64):
-    """The text states of B captions that the pipeline samples with: (B, L, D) float16, on the text encoder's device.
+    """The text states of B captions that the pipeline samples with: (B, L, D) float16, on the text
+    encoder's device.
 
     Raises:
-        DataError: they are not finite.
-    """
+        DataError: they are not finite."""
     device, blocks = pipeline.text_encoder.device, range(0, len(captions), batch_size)
     texts = [list(captions[start : start + batch_size]) for start in blocks]
     states = torch.cat([pipeline.encode_prompt(block, device, 1, False)[0].half() for block in texts])
@@ -346,9 +344,8 @@ class LatentTrainer(nn.Module):
     Args:
         unet: diffusers' UNet2DConditionModel.
         scheduler: diffusers' DDPMScheduler.
-        parts: compute a batch in so many parts, each with its own activations, which the backward pass makes again:
-            the result is that of the whole batch.
-    """
+        parts: compute a batch in so many parts, each with its own activations, which the backward pass
+            makes again: the result is that of the whole batch."""
 
     def __init__(self, unet, scheduler, parts=1):
         super().__init__()
@@ -380,11 +377,11 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
     """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
 
     Args:
-        steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and with it.
+        steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and
+            with it.
         streams: B generators on the CPU, for the noise of the scheduler and of the text.
         text_noise: standard deviation of noise on the text states, with and without the prompt.
-        dtype: of the UNet's autocast; all else is in float32.
-    """
+        dtype: of the UNet's autocast; all else is in float32."""
     text = pipeline.encode_prompt(prompts, pipeline.device, 1, guidance > 1)
     if text_noise:
         text = [

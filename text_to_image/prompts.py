@@ -20,8 +20,7 @@ Prompts = namedtuple("Prompts", "texts captions own")
 def distinct(data):
     """The `CaptionedImages` with images that occur several times there once, with all of their captions.
 
-    A repeated image would be its own second neighbour.
-    """
+    A repeated image would be its own second neighbour."""
     group = equal_images(data.images)
     rows, captions = firsts(group).nonzero().flatten().tolist(), [[] for _ in range(int(group.max()) + 1)]
     for number, texts in zip(group.tolist(), data.captions, strict=True):
@@ -33,12 +32,11 @@ def distinct(data):
 def read_prompts(path):
     """Texts of a file.
 
-    A line each; JSON, a list of texts or of {"prompt": text} as in prompts.json; or of a file for `--captions` the
-    first captions.
+    A line each; JSON, a list of texts or of {"prompt": text} as in prompts.json; or of a file for
+    `--captions` the first captions.
 
     Raises:
-        DataError: it cannot be read as any of these.
-    """
+        DataError: it cannot be read as any of these."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
@@ -59,8 +57,7 @@ def read_prompts(path):
 def owners(texts, captions):
     """The number of the image whose caption each text is, -1 where there is none or are several.
 
-    captions: of every image, as of `CaptionedImages`.
-    """
+    captions: of every image, as of `CaptionedImages`."""
     images = {}
     for i, of_image in enumerate(captions):
         for text in of_image:
@@ -69,20 +66,21 @@ def owners(texts, captions):
 
 
 def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4):
-    """The `Prompts` of images, and the list of texts that they are taken from. Prompt i does not depend on the number.
+    """The `Prompts` of images, and the list of texts that they are taken from. Prompt i does not depend
+    on the number.
 
     Args:
         data: `CaptionedImages`, distinct ones.
         tokenizer: of the pipeline; None if neither caption_mode nor rand_augs needs one.
         number: of images; None: one of each text.
-        prompts: None or random: first captions, drawn with replacement; all: first captions in turn; or a file.
+        prompts: None or random: first captions, drawn with replacement; all: first captions in turn; or
+            a file.
         caption_mode: as in training.
-        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many of them: numbers,
-            words, or words of its own (Somepalli et al. 2023).
+        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many of
+            them: numbers, words, or words of its own (Somepalli et al. 2023).
 
     Raises:
-        DataError: a file that cannot be read, or that has not one prompt for each of the images.
-    """
+        DataError: a file that cannot be read, or that has not one prompt for each of the images."""
     source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
     own, is_random = range(len(source)), prompts in (None, "random")
     if not is_random and prompts != "all":

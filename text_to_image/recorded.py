@@ -11,14 +11,15 @@ from utils.images import fingerprint
 
 
 def take_flags(values, unet_folder):
-    """Give the flags of the pipeline and the training images the values of a training, unless they were given.
+    """Give the flags of the pipeline and the training images the values of a training, unless they were
+    given.
 
     Args:
         unet_folder: of the UNet; where there is no flagfile in its log directory, nothing is taken.
 
     Raises:
-        UsageError: no pipeline is known, and images are to be generated, or another resolution was given for them.
-    """
+        UsageError: no pipeline is known, and images are to be generated, or another resolution was given
+            for them."""
     logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
     recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
     if values["resolution"].present and values.resolution != resolution and not values.samples:
@@ -40,8 +41,7 @@ def check_pipeline_of_training(values, settings, folder, unet_folder):
         folder, unet_folder: of the pipeline and of the UNet.
 
     Raises:
-        UsageError: it is another.
-    """
+        UsageError: it is another."""
     logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
     if known not in (None, content_hash(folder, *FROZEN)):
         first = Path(recorded_flags(logdir).get("pretrained", ""))
@@ -57,8 +57,7 @@ def differences(values, settings, data):
 
     Args:
         settings: as for `check_pipeline_of_training`.
-        data: the `CaptionedImages`.
-    """
+        data: the `CaptionedImages`."""
     of_run = settings or {}
     if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
         what = "no run.json beside it says which pipeline and images it was trained with: these may be others"

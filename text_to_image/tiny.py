@@ -1,9 +1,11 @@
-"""A small Stable Diffusion in diffusers' format, made here without a network, and emoji with captions to train it on.
+"""A small Stable Diffusion in diffusers' format, made here without a network, and emoji with captions to
+train it on.
 
     python -m text_to_image.tiny OUT
 
-OUT/pipeline is made of CLIP's vocabulary, a text encoder with random weights, and a VAE and a UNet that are trained on
-some 900 emoji of OpenMoji (CC BY-SA 4.0). OUT/train and OUT/heldout have others, with captions in OUT/*.json.
+OUT/pipeline is made of CLIP's vocabulary, a text encoder with random weights, and a VAE and a UNet that
+are trained on some 900 emoji of OpenMoji (CC BY-SA 4.0). OUT/train and OUT/heldout have others, with
+captions in OUT/*.json.
 """
 
 import gzip
@@ -110,22 +112,14 @@ def make_pipeline():
         )
     )
     vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(32, 64),
-        norm_num_groups=16,
-        latent_channels=4,
-        sample_size=SIDE,
-    )
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(32, 64), norm_num_groups=16, latent_channels=4, sample_size=SIDE,
+    )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=SIDE // 2, down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        norm_num_groups=16,
-        cross_attention_dim=64,
-    )
+        block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16, cross_attention_dim=64,
+    )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(**SCHEDULER)
     return diffusers.StableDiffusionPipeline(
         vae, text_encoder.eval(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -159,19 +153,12 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     )
     captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # one in ten is empty: guidance needs that
     batches = CaptionBatches(
-        data.images,
-        encode_images(pipeline.vae, data.images),
-        captions,
+        data.images, encode_images(pipeline.vae, data.images), captions,
         TextStates(pipeline, [text for texts in captions for text in texts], directory, "tiny"),
-        torch.arange(len(data.images)),
-        torch.device("cpu"),
-        scaling_factor=pipeline.vae.config.scaling_factor,
-        often=None,
-        batch_size=batch_size,
-        T=1000,
-        seed=SEED,
-        caption_mode="all",
-    )
+        torch.arange(len(data.images)), torch.device("cpu"),
+        scaling_factor=pipeline.vae.config.scaling_factor, often=None, batch_size=batch_size, T=1000,
+        seed=SEED, caption_mode="all",
+    )  # fmt: skip
     for step in progress_bar(range(steps), "UNet", unit="step"):
         learner.update(learner.losses(batches(step)).mean())
     pipeline.unet.load_state_dict(learner.ema.state_dict())
