@@ -1,9 +1,8 @@
-"""The experiments of docs/RESULTS.md: train and measure every arm, then write results/cifar10.json and
-the figure.
+"""The experiments of docs/RESULTS.md: train and measure every arm, and write a JSON file and a figure.
 
-bash com/results.sh --minutes=60
-bash com/results.sh --arms=AGC --out=again
-bash com/results.sh --experiment=digits
+    bash com/results.sh --minutes=60
+    bash com/results.sh --arms=AGC --out=again
+    bash com/results.sh --experiment=digits
 
 What is there already is not made again: the same command goes on where it was stopped.
 """

@@ -1,4 +1,4 @@
-"""CIFAR-10 images that stand in the training set once: every arm as flags of main_fed.py, and what is measured."""
+"""CIFAR-10 images that occur once each: every arm as flags of main_fed.py, and what is measured."""
 
 import functools
 
@@ -67,14 +67,14 @@ def measure(images, data):
 
 @functools.cache
 def held_out(**data):
-    """A data set, the pooled pixels' statistics of its held-out images, and MQ of these, the floor: {p: share}."""
+    """A data set, the statistics of its held-out images, and the MQ of these, the floor: {p: share}."""
     loaded = load(**data)
     numbers, _ = evaluate(loaded.heldout.images, loaded.train.images)
     return loaded, compute_statistics(loaded.heldout.images), numbers["pixels"]["mq_fraction"]
 
 
 def floor(data_root):
-    """What held-out real images reach in the place of generated ones; fpd and swd between disjoint sets of them."""
+    """What held-out real images reach in place of generated ones; fpd, swd: of disjoint sets of them."""
     data = {**DATA, "data_root": data_root}
     real = load(**data).heldout.images
     chosen = torch.zeros(len(real), dtype=torch.bool)

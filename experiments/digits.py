@@ -1,4 +1,4 @@
-"""Repeated digits: one data set, every arm as flags of main_fed.py, and what is measured of generated images."""
+"""Repeated digits: one data set, every arm as flags of main_fed.py, and what is measured of them."""
 
 import torch
 
@@ -75,10 +75,7 @@ SEEDS = {
 
 
 def real_images(data):
-    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3,
-    H, W).
-
-    data: as for `load`."""
+    """(distinct training images, which repeated (M,), held-out ones) of `load`: uint8 (N, 3, H, W)."""
     repeated = load(**{**data, "duplicates": DATA["duplicates"], "copies": DATA["copies"]})
     return repeated.without_copies().train.images, repeated.slot_image.bincount() > 1, repeated.heldout.images
 
@@ -107,7 +104,7 @@ def measure(images, data):
 
 
 def floor(data_root):
-    """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
+    """What held-out real images reach in place of generated ones, and the fpd of training images."""
     data = {**DATA, "data_root": data_root}
     distinct, repeated, heldout = real_images(data)
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]

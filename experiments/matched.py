@@ -29,13 +29,13 @@ def at_quality(path, quality, measure, axis="fpd"):
 
 
 def onset(path):
-    """The steps after which a training begins to copy, linear between its checkpoints; NaN if it never does."""
+    """The steps after which a training begins to copy, linear between checkpoints; NaN if never."""
     measure, limit = COPIES
     return at_first(path, measure, operator.gt, limit, "steps")
 
 
 def at_first(path, axis, compare, level, measure):
-    """The measure where the number `axis` of a path first comes to a level, as `at_quality` says; or NaN."""
+    """The measure where the number `axis` of a path first reaches a level, as in `at_quality`; or NaN."""
     first = next((i for i, point in enumerate(path) if compare(point[axis], level)), None)
     if first is None:
         return float("nan")

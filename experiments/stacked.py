@@ -1,5 +1,4 @@
-"""The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of
-networks.
+"""The experiment on a GPU, by bash com/results.sh --stacked: many trainings as one stack of networks.
 
 One training step of all networks is one CUDA graph. A training has the flags, images, orders and
 starting weights that it has with main_fed.py, and other timesteps and noise, which depend on what else
@@ -43,7 +42,7 @@ MAY_DIFFER |= {"from", "img_size", "num_train", "duplicates", "copies"}
 
 
 class ConvolutionByMatmul(TorchFunctionMode):
-    """F.conv2d as a matrix product, of which many networks make one batch; cuDNN's grouped convolution is slower."""
+    """F.conv2d as a product of matrices, one for many networks; faster than cuDNN's grouped one."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.conv2d:
@@ -61,9 +60,7 @@ class ConvolutionByMatmul(TorchFunctionMode):
 class Stack(nn.Module):
     """N networks of one shape as one: called with images in N equal parts, one of each network.
 
-    Args:
-        net: a `model.UNet` of that shape; what it does not train is the same in all.
-        weights: (N, P), rows of `row_of`."""
+    net: a `model.UNet` of that shape, whose frozen parts all have; weights: (N, P), rows of `row_of`."""
 
     def __init__(self, net, weights):
         super().__init__()
@@ -91,9 +88,8 @@ class StackedLearner:
     Args:
         net: a `model.UNet` of their shape, on the device.
         weights, ema_weights: (N, P), where they start.
-        agc: an `AntiGradientControl`.
-        uses_agc, at_random: bool (N,): of which networks it skips samples, and of which as many are left
-            out at random.
+        uses_agc, at_random: bool (N,): of which networks `agc` skips samples, and of which as many are
+            left out at random.
         diffusion: keyword arguments of `GaussianDiffusionTrainer`.
         images: uint8 (slots, 3, H, W), on the device.
         lr, warmup, grad_clip, ema_decay: as for `Learner`."""
@@ -171,7 +167,7 @@ class StackedLearner:
 
 
 class Member:
-    """A training in a stack: its K networks are rows of it from `row` on, and its images in slots from `slot` on."""
+    """A training in a stack: its K networks are rows from `row` on, its images slots from `slot` on."""
 
     def __init__(self, run, row, slot):
         values = runs.values_of(run.flags)
@@ -191,7 +187,7 @@ class Member:
         self.points = []  # what was measured, as in measured.json
 
     def start(self, net):
-        """The weights and EMA weights that all its networks start from, by way of a network: two rows (P,)."""
+        """The weights and EMA weights that its networks start from, by way of a network: (P,) each."""
         path, rows = self.run.start, []
         state = load_checkpoint(path) if path else None
         for use_ema in (False, True):
@@ -210,7 +206,7 @@ class Member:
         return self.slot + torch.stack([torch.stack([b.slots_of(step) for b in self.batches]) for step in steps])
 
     def due(self, step):
-        """What is measured after a step: [({"steps": n, ...}, rows of the networks whose mean prediction it is)]."""
+        """What is measured after a step: [({"steps": n, ...}, rows of networks that are averaged)]."""
         row, about = self.rows.start, {"steps": self.K * step, "sequential": step}
         if step > self.steps or (step % self.every and step < self.steps) or (step == 0 and not self.run.start):
             return []
@@ -228,16 +224,9 @@ def noise(seed, number, img_size):
 
 @torch.no_grad()
 def sample(net, rows, x_T, settings):
-    """Images of ensembles of networks, whose predictions are averaged.
+    """Images of E ensembles of K networks, rows (E, K, P) of a `Stack`: uint8 (E, N, 3, H, W), on CPU.
 
-    Args:
-        net: as for `Stack`.
-        rows: (E, K, P), of E ensembles of K networks.
-        x_T: (E, N, 3, H, W).
-        settings: keyword arguments of `GaussianDiffusionSampler`.
-
-    Returns:
-        uint8 (E, N, 3, H, W) on the CPU."""
+    x_T: (E, N, 3, H, W); settings: keyword arguments of `GaussianDiffusionSampler`."""
     E, K = rows.shape[:2]
     stack = Stack(net, rows.flatten(0, 1))
 
@@ -284,8 +273,7 @@ def sample_due(members, learner, step):
 
 
 def train_together(planned, wanted, device, pool, deadline):
-    """Train runs whose networks have one shape, and measure them in a pool of processes: stacked.json of
-    each.
+    """Train runs whose networks have one shape, and measure them in a pool: stacked.json of each.
 
     wanted: paths of checkpoints that other runs start from; those of these runs are written.
     deadline: in seconds of time.time(), after which it stops."""
@@ -332,9 +320,7 @@ def shape_of(run):
 
 
 def work_all(planned, wanted, device, deadline):
-    """Train and measure what can be stacked of the runs that are not complete, until the deadline.
-
-    wanted: as for `train_together`."""
+    """Train and measure what can be stacked of the runs that are not complete, as `train_together`."""
     missing = sorted((r for r in planned if can_stack(r) and not runs.measured(r)["complete"]), key=shape_of)
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), runs.begin_worker) as pool:
         for _, group in itertools.groupby(missing, shape_of):

@@ -1,7 +1,9 @@
-"""Several evaluations in one table and one page, repeats as mean and spread:
+"""Several evaluations in one table and one page, repeats as mean and spread.
 
-python -m score.compare runs/a/grid runs/b/grid --html=both.html python -m score.compare
-default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
+    python -m score.compare runs/a/grid runs/b/grid --html=both.html
+    python -m score.compare default=runs/a/grid IET-AGC=runs/b/grid IET-AGC=runs/c/grid
+
+A name that is there several times has repeats.
 """
 
 import itertools

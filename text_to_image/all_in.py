@@ -1,9 +1,8 @@
-"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, and how good
-they are.
+"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, their quality.
 
-    python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt --clip=clip
-    python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --prompts=all --features=pixels
-    python -m text_to_image.all_in --samples=their/images --prompts=their/prompts.txt --data_root=images --sscd=sscd.pt
+    python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt
+    python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --features=pixels --prompts=all
+    python -m text_to_image.all_in --samples=images --prompts=prompts.txt --data_root=photos --clip=clip
 
 Images and captions of the training are those of --unet's log directory, unless flags name others.
 """
@@ -66,9 +65,7 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the
     networks, the settings, the seed and i, and not on the batch or the number of processes.
 
-    Args:
-        folder, unet_folder: of the pipeline and of its UNet.
-        source: of `make_prompts`."""
+    folder, unet_folder: of the pipeline and of its UNet; source: of `make_prompts`."""
     names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
     origin |= {"prompts": "drawn" if prompts_are_drawn(FLAGS) else "in turn"}
@@ -90,13 +87,13 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
 
 
 def write_prompts(path, prompts):
-    """A list of what every image was asked for: prompt, caption, and the number of the caption's training image."""
+    """What every image was asked for: prompt, caption, and which training image the caption is of."""
     rows = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
     write_json(path, [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in rows])
 
 
 def generate_batches(pipeline, prompts, kept, first):
-    """As `score.generate.generate_batches`; writes the detector's norms of all images so far into the file `kept`."""
+    """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`."""
     side, shown = FLAGS.resolution // pipeline.vae_scale_factor, FLAGS.resolution
     shape = (pipeline.unet.config.in_channels, side, side)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
@@ -130,11 +127,9 @@ def generate_batches(pipeline, prompts, kept, first):
 
 @torch.no_grad()
 def round_trip(pipeline, images, batch_size=16):
-    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks
-    like.
+    """Images (N, 3, H, W) uint8 as the VAE gives them back, uint8, and how many of them are not finite.
 
-    Returns:
-        The images, uint8, and how many of them are not finite."""
+    That is what a perfect copy of their latents looks like."""
     decoded, bad = [], 0
     for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
@@ -145,8 +140,7 @@ def round_trip(pipeline, images, batch_size=16):
 
 
 def read_images(flag):
-    """The images that a flag names, uint8; those of a folder resized, in the order of the numbers in
-    their names.
+    """The images that a flag names, uint8; those of a folder resized, by the numbers in their names.
 
     Raises:
         DataError, UsageError: no images, or an array of images of another size."""
@@ -172,7 +166,7 @@ def about_training(unet_folder):
 
 
 def ema_warning(unet_folder):
-    """What is to be said of the EMA weights of a round, or None; without --unet_from_scratch nothing is."""
+    """What is to be said of the EMA weights of a round; None without --unet_from_scratch."""
     run = read_run(unet_folder.parent.parent / "run.json")
     found = re.fullmatch(ROUND, unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
@@ -189,12 +183,7 @@ def generated():
 
 
 def score(images, prompts, scorers, clip):
-    """The scores of one set of images.
-
-    Args:
-        prompts: `Prompts`, or None.
-        scorers: {prefix of their scores' names: `Quality`}.
-        clip: of `load_clip`, or None."""
+    """The scores of images of `Prompts` or None; scorers: {prefix of the scores' names: `Quality`}."""
     scores = {}
     for prefix, scorer in scorers.items():
         scores |= {prefix + name: value for name, value in scorer(images).items()}
@@ -216,10 +205,8 @@ def directories():
 def write_results(result, images, data, neighbors, prompts):
     """Write all files but the images, and print what a person wants to know first.
 
-    Args:
-        data: the `CaptionedImages` that the numbers of training images count in.
-        neighbors: of `evaluate_similarity`.
-        prompts: texts, or None."""
+    data: the `CaptionedImages` that the numbers of training images count in; neighbors: of
+    `evaluate_similarity`; prompts: texts, or None."""
     grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
@@ -232,12 +219,10 @@ def write_results(result, images, data, neighbors, prompts):
 
 
 def without_repeats(given, training, heldout):
-    """What is to be said of repeats, and the held-out images that equal no training image, None if none
-    are left.
+    """What is to be said of repeats, and the held-out images that equal no training image, or None.
 
-    Args:
-        given: how many training images there are, of which `training` (N, 3, H, W) are distinct.
-        heldout: (L, 3, H, W), or None."""
+    given: how many training images there are, of which `training` (N, 3, H, W) are distinct; heldout:
+    (L, 3, H, W), or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
         is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
@@ -248,7 +233,7 @@ def without_repeats(given, training, heldout):
 
 
 def find_places():
-    """The folder of the UNet and that of the pipeline, or None; flags that are not given are those of the training."""
+    """The folders of the UNet and the pipeline, or None; flags that are not given are the training's."""
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
         what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
@@ -281,7 +266,7 @@ def load_network(folder, unet_folder, device):
 
 
 def load_prompts(data, pipeline, images):
-    """The prompts and the texts that they are taken from, or None twice; images: of --samples, or None."""
+    """The prompts and the texts they are taken from, or None twice; images: of --samples, or None."""
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
@@ -307,7 +292,7 @@ def non_finite(what, bad, number):
 
 
 def make_floors(pipeline, folder, data, heldout, prompts, source, number, device):
-    """What is measured in the place of the images, {name: (images, their prompts or None)}, and notes on it."""
+    """What is measured in place of the images, {name: (images, prompts or None)}, and notes on it."""
     floors, notes, directory = {}, [], directories().get("base_dir")
     if directory:
         pipeline.unet = load_unet(folder / "unet").to(device)
@@ -328,7 +313,7 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
 
 
 def measure(images, norms, training, prompts, space, scorers, clip, floors):
-    """All numbers of images and floors, and the nearest training images; norms: of the detector, or None."""
+    """All numbers of images and floors, and nearest training images; norms: of the detector, or None."""
     own = prompts and prompts.own
     with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
     numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)

@@ -78,7 +78,7 @@ def learner(FLAGS, unet, scheduler):
 
 
 def log_directory(FLAGS, data, folder, unet_folder):
-    """The `LogDirectory` of a run on `CaptionedImages` that starts from a pipeline's and a UNet's folder."""
+    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts."""
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *CHANGEABLE)}
     settings["split"] = split(FLAGS)
@@ -91,7 +91,7 @@ def log_directory(FLAGS, data, folder, unet_folder):
 
 
 def prompts(FLAGS, data, tokenizer, number):
-    """The `Prompts` of so many images, or None for one of each text; and the texts that they are taken from."""
+    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from."""
     return make_prompts(
         data, tokenizer, number, prompts=FLAGS.prompts, caption_mode=FLAGS.caption_mode, seed=FLAGS.seed,
         rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats,

@@ -43,11 +43,9 @@ CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
 def load_folder(folder, captions, resolution, num_workers=0):
-    """The images of a folder, or of its sub-folders, which are classes; the shorter side resized, the
-    centre cut out.
+    """The images of a folder, or of its sub-folders, which are classes, each made `square`.
 
-    Args:
-        captions: file of `read_captions`, or None for metadata.jsonl in the folder.
+    captions: file of `read_captions`, or None for metadata.jsonl in the folder.
 
     Raises:
         DataError: no images, images that cannot be read, or images without a caption."""
@@ -91,7 +89,7 @@ def try_square(path, side):
 
 
 def square(path, side):
-    """An image file as uint8 (3, side, side): its shorter side resized to `side`, and the centre of the longer one."""
+    """An image file as uint8 (3, side, side): the shorter side resized to `side`, the centre cut out."""
     image = read_image(path)
     shorter, longer = sorted(image.size)
     if longer > THIN * shorter:  # resized as a whole, it could fill the memory
@@ -108,9 +106,7 @@ def read_captions(path, flag="captions"):
     """{name of an image: its captions, in the order of the file}, not empty.
 
     The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv.
-    An image may have several lines.
-
-    flag: that names the file.
+    An image may have several lines. flag: that names the file.
 
     Raises:
         DataError: missing, or of another form."""
@@ -142,7 +138,7 @@ def read_captions(path, flag="captions"):
 
 
 def file_and_text(row):
-    """The name of an image and its caption in a row of a table, [(column, value)]; raises a ValueError."""
+    """The name of an image and its caption in a row of a table, [(column, value)], or a ValueError."""
     columns, values = [column for column, _ in row], dict(row)
     if len(values) < len(columns):
         raise ValueError(f"a column of {', '.join(columns)} is there twice")
@@ -156,7 +152,7 @@ def file_and_text(row):
 
 
 def read_table(text):
-    """The rows of a table with a header, [(column, value)] each; commas, semicolons, tabs or bars part its columns."""
+    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars."""
     first = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
     header = [column.strip().lower() for column in next(rows, [])]
@@ -169,14 +165,13 @@ def read_table(text):
 
 
 def parts_of(path):
-    """The parts of a path of any system, as the letters that they show: some systems write letters and accents."""
+    """The parts of a path of any system, in composed letters: some systems write letters and accents."""
     parts = unicodedata.normalize("NFC", str(path)).replace("\\", "/").split("/")
     return [part for part in parts if part not in ("", ".")]
 
 
 def match(captions, paths, name, folder=""):
-    """The captions of every path: those of its key, else of the key that has most of its last parts in
-    common with it.
+    """The captions of every path: those of the key that has most of its last parts in common with it.
 
     A key in folders may have the file name alone in common, as a path of another machine has. It is of
     another image, and not taken, where other keys show that their folders are those of the paths, or
@@ -184,9 +179,8 @@ def match(captions, paths, name, folder=""):
 
     Args:
         captions: {path of an image: its captions}.
-        paths: of the images, in `folder`.
+        paths: of the images, in `folder`, whose own parts may be those of keys.
         name: of the file of captions.
-        folder: its own parts may be those of keys.
 
     Raises:
         DataError: a path has no captions, or it is not clear which are its."""
@@ -241,7 +235,7 @@ def captions_of_mode(data, mode, tokenizer):
 
 
 def duplicated(number, weight_pc, seed):
-    """(number,) bool: the share of the images, drawn by the seed, that `--duplication` samples more often."""
+    """(number,) bool: the share of the images that `--duplication` samples more often, by the seed."""
     chosen = torch.randperm(number, generator=generator("cpu", seed, "duplication"))[: int(weight_pc * number)]
     return torch.zeros(number, dtype=torch.bool).index_fill(0, chosen, True)
 
@@ -261,7 +255,7 @@ def random_tokens(tokenizer, number, draw):
 
 
 def check_length(captions, tokenizer, what):
-    """Say which of the captions, a list of texts, are empty, and which the text encoder does not read to the end."""
+    """Say how many of the captions are empty, and how many the text encoder does not read to the end."""
     captions = list(captions)
     empty = sum(not text.strip() for text in captions)
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
@@ -275,7 +269,7 @@ def check_length(captions, tokenizer, what):
 
 
 def cached(path, make):
-    """The array that make() gives, or gave in an earlier run, from the file at `path`: mapped, copy on write."""
+    """The array that make() gives, or gave in an earlier run, from the file at `path`: copy on write."""
     try:
         return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
     except (OSError, ValueError):  # not there, or damaged
@@ -289,8 +283,7 @@ def cached(path, make):
 
 
 def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
-    """Latents, captions and text states of all `CaptionedImages`, made once and cached: see
-    `CaptionBatches`.
+    """Latents, captions and text states of `CaptionedImages` for `CaptionBatches`, made once and cached.
 
     Args:
         directory: of the cache.
@@ -308,14 +301,9 @@ def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_cap
 
 
 class TextStates:
-    """Hidden states of captions: of those given at the start kept, of others computed when they are
-    asked for.
+    """Hidden states of captions: of those given at the start kept, of others computed when asked for.
 
-    Args:
-        pipeline: its tokenizer and text encoder.
-        captions: texts.
-        directory: where those of the given captions are cached.
-        key: of the tokenizer and text encoder, for the cache."""
+    directory, key: the file of those kept is there, and named by the hash of the text encoder, too."""
 
     def __init__(self, pipeline, captions, directory, key):
         self.pipeline = pipeline
@@ -340,21 +328,19 @@ class CaptionBatches(Batches):
     Args:
         images: (N, 3, H, W) uint8.
         moments: of `encode_images`, in host memory.
-        captions: N lists of texts, of `captions_of_mode`.
-        states: `TextStates`.
-        slots, device, batch_size, T, seed, shard: as for `training.batches.Batches`; hflip as in
-            `ShardBatches`.
+        captions, states: N lists of texts, of `captions_of_mode`, and `TextStates`.
+        slots, device, batch_size, T, seed, shard, hflip: as for `training.batches.ShardBatches`.
         scaling_factor: of the VAE's latents.
-        often: (N,) bool of `duplicated`.
         caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last
-            four change a caption with probability caption_prob: allcaps draws it from all, randrepl
-            takes four random tokens, randwordadd adds two random words, wordrepeat adds two of its own
-            words (Somepalli et al. 2023).
+            four change it with probability caption_prob: allcaps draws it from all, randrepl takes four
+            random tokens, randwordadd adds two random words, wordrepeat adds two of its own words
+            (Somepalli et al. 2023).
         text_noise: standard deviation of noise on the text states.
         text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~
             Beta(a, 1).
-        duplication: dup_both draws the images that are `often` dup_weight times as often as others,
-            always with the first caption; dup_image with one drawn from all of theirs."""
+        duplication: dup_both draws the images that are `often`, (N,) bool of `duplicated`, dup_weight
+            times as often, always with the first caption; dup_image with one drawn from all of theirs.
+    """
 
     def __init__(
         self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T, seed, shard=0,
@@ -393,7 +379,7 @@ class CaptionBatches(Batches):
         return texts[0]
 
     def __call__(self, step):
-        """The `Batch` of a step: x_0 the scaled latents (B, C, h, w), `labels` the text states (B, L, D)."""
+        """The `Batch` of a step: x_0 scaled latents (B, C, h, w), `labels` text states (B, L, D)."""
         slots = self.slots_of(step)
         draw = random.Random(derive_seed(self.seed, "captions", self.shard, step))
         text = self.states([self.caption(i, draw) for i in slots.tolist()]).to(self.device)

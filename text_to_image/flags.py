@@ -1,4 +1,4 @@
-"""The flags of the text-conditioned half: its own, and groups of training/flags.py, some with other defaults."""
+"""The flags of the text-conditioned half: its own, and training/flags.py's groups, some adapted."""
 
 import math
 
@@ -162,7 +162,7 @@ def num_images(values):
 
 
 def fid_features(values):
-    """What the scores of quality are of: the flag, else inception, unless similarity is that of pixels."""
+    """What quality is measured by: the flag, else inception, or pixels where similarity is of pixels."""
     default = "pixels" if values.features == "pixels" else "inception"
     return values.fid_features if values["fid_features"].present else default
 
@@ -175,12 +175,7 @@ def check_data(values, data):
 
 
 def check_pipeline(values, pipeline, steps):
-    """Check that flags fit a pipeline.
-
-    steps: of `--sample_steps`, or 0 where no image is made.
-
-    Raises:
-        UsageError: they do not."""
+    """Raise a UsageError where flags do not fit a pipeline; steps: to an image, 0 for no images."""
     factor, T = math.lcm(pipeline.vae_scale_factor, LATENT_SIDE), pipeline.scheduler.config.num_train_timesteps
     if values.resolution % factor:
         what = f"{values.pretrained} has a VAE that makes images {pipeline.vae_scale_factor} times as small"

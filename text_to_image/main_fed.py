@@ -1,7 +1,6 @@
-"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise the captioned
-images.
+"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise captioned images.
 
-    python -m text_to_image.main_fed --train --pretrained=stable-diffusion-2-1 --data_root=images --captions=texts.json
+    python -m text_to_image.main_fed --train --pretrained=pipeline --data_root=images --captions=text.csv
     torchrun --nproc_per_node=4 -m text_to_image.main_fed --train ...    # the shards side by side
 
 --client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in
@@ -40,7 +39,7 @@ from utils.seeding import derive_seed
 
 
 def make_shards(data, pipeline, scheduler, folder, slots, device):
-    """The shards of this process: shard k is trained by process k mod P. All start from the pipeline's UNet."""
+    """The shards of this process, those of numbers k mod P; all start from the pipeline's UNet."""
     T, scaling_factor = scheduler.config.num_train_timesteps, pipeline.vae.config.scaling_factor
     with distributed.main_first():
         encoded = build.encoded(FLAGS, data, pipeline, folder)

@@ -1,4 +1,4 @@
-"""Stable Diffusion in diffusers' format: read from a folder without running what is in it, trained, sampled, saved."""
+"""Stable Diffusion in diffusers' format: read without running what is in it, trained, sampled, saved."""
 
 import contextlib
 import copy
@@ -51,11 +51,7 @@ def libraries():
 
 
 def find_folder(name, download=False):
-    """The folder that `--pretrained` names: itself, or the files of a model of the Hugging Face hub.
-
-    Raises:
-        DataError: it is neither here nor in the hub's cache, and not to be downloaded, or not Stable
-            Diffusion."""
+    """The folder that `--pretrained` names: itself, or that of a model of the hub; or a DataError."""
     folder = Path(name)
     if folder.is_file():
         how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -89,10 +85,6 @@ def find_folder(name, download=False):
 
 def load_pipeline(folder, unet_folder):
     """diffusers' StableDiffusionPipeline, on the CPU in float32; its VAE and text encoder are frozen.
-
-    Args:
-        folder: of `find_folder`.
-        unet_folder: of the UNet.
 
     Raises:
         DataError: a part is missing, damaged, only there as a pickle, or does not fit the others."""
@@ -141,11 +133,7 @@ def check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer):
 
 
 def read_scheduler(folder):
-    """diffusers' scheduler in a folder, one of those that sample Stable Diffusion.
-
-    Raises:
-        DataError: it is none, cannot be made, or its noise is not that of a network that predicts
-            epsilon or v."""
+    """diffusers' scheduler in a folder, if Stable Diffusion can be sampled by it; or a DataError."""
     diffusers, _ = libraries()
     settings = read_config(folder / "scheduler_config.json")
     name, prediction = settings.get("_class_name"), settings.get("prediction_type", "epsilon")
@@ -173,14 +161,7 @@ def read_scheduler(folder):
 
 
 def as_scheduler(kind, scheduler, use):
-    """A scheduler of another kind with the noise of a pipeline's scheduler.
-
-    Args:
-        kind: name of the class.
-        use: what it is for.
-
-    Raises:
-        DataError: it cannot have that noise."""
+    """A scheduler of the class `kind` with a scheduler's noise, or a DataError; use: what it is for."""
     name = type(scheduler).__name__
     try:
         made = getattr(libraries()[0], kind).from_config(scheduler.config)
@@ -195,7 +176,7 @@ def as_scheduler(kind, scheduler, use):
 
 
 def check_steps(scheduler, steps):
-    """Raise a UsageError where a scheduler cannot make an image in so many steps: it is tried, without a network."""
+    """Raise a UsageError where a scheduler cannot take so many steps: it is tried, without a network."""
     T, reason = scheduler.config.num_train_timesteps, f"give at most {scheduler.config.num_train_timesteps}"
     if steps <= T:
         x, scheduler, reason = torch.zeros(1, 1, 1, 1), copy.deepcopy(scheduler), None
@@ -217,7 +198,7 @@ def load_unet(folder):
 
 
 def read_part(kind, folder, **settings):
-    """A network of a pipeline in float32, from safetensors only: its weights are those of the file, all of them."""
+    """A network of a pipeline in float32, from safetensors only, which must hold exactly its weights."""
     settings |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         network, info = kind.from_pretrained(folder, **settings)
@@ -244,11 +225,7 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet that `--unet` names: itself, its unet/, or the newest round of a log
-    directory.
-
-    Raises:
-        DataError: there is none."""
+    """The folder of a UNet that `--unet` names: itself, its unet/, or a log directory's newest round."""
     folder = Path(name)
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, folder / "unet", *(rounds[r] / "unet" for r in sorted(rounds, reverse=True))):
@@ -258,14 +235,14 @@ def find_unet(name):
 
 
 def settings_of(unet_folder):
-    """The settings in the run.json of the log directory that a UNet lies in, a dict; None where there is none."""
+    """The settings in the run.json of the log directory of a UNet, a dict; None where there is none."""
     path = Path(unet_folder).parent.parent / "run.json"
     settings = read_config(path).get("settings") if path.is_file() else None
     return settings if isinstance(settings, dict) else None
 
 
 def save_unet(unet, weights, folder):
-    """Write `folder`/unet as diffusers does, with weights for this UNet; it is there as a whole or not at all."""
+    """Write `folder`/unet as diffusers does, with these weights: it is there whole or not at all."""
     place, temporary = Path(folder) / "unet", Path(folder) / ".unet.tmp"
     weights = {name: value.cpu().contiguous() for name, value in weights.items()}
     try:
@@ -299,7 +276,7 @@ def remove_unets(logdir):
 
 
 def content_hash(folder, *parts):
-    """SHA-256 of the names and contents of the files in a folder, or in those of its sub-folders, in hex."""
+    """SHA-256, in hex, of the names and contents of the files in a folder, or in parts of it."""
     digest = hashlib.sha256()
     for path in sorted(path for part in parts or [""] for path in (Path(folder) / part).iterdir() if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
@@ -314,7 +291,7 @@ def latent_moments(vae, images):
 
 
 def encode_images(vae, images, batch_size=16):
-    """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
+    """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
     blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
     both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
     moments = torch.cat(both)
@@ -325,11 +302,7 @@ def encode_images(vae, images, batch_size=16):
 
 @torch.no_grad()
 def encode_captions(pipeline, captions, batch_size=64):
-    """The text states of B captions that the pipeline samples with: (B, L, D) float16, on the text
-    encoder's device.
-
-    Raises:
-        DataError: they are not finite."""
+    """The text states of B captions, as in sampling: (B, L, D) float16, on the text encoder's device."""
     device, blocks = pipeline.text_encoder.device, range(0, len(captions), batch_size)
     texts = [list(captions[start : start + batch_size]) for start in blocks]
     states = torch.cat([pipeline.encode_prompt(block, device, 1, False)[0].half() for block in texts])
@@ -342,8 +315,7 @@ class LatentTrainer(nn.Module):
     """The squared error of a text-conditioned UNet on latents, for epsilon or v as the scheduler says.
 
     Args:
-        unet: diffusers' UNet2DConditionModel.
-        scheduler: diffusers' DDPMScheduler.
+        unet, scheduler: diffusers' UNet2DConditionModel and DDPMScheduler.
         parts: compute a batch in so many parts, each with its own activations, which the backward pass
             makes again: the result is that of the whole batch."""
 
@@ -352,7 +324,7 @@ class LatentTrainer(nn.Module):
         self.unet, self.scheduler, self.parts = unet, scheduler, parts
 
     def forward(self, x_0, text, t, eps):
-        """x_0, eps (B, C, h, w); text (B, L, D); t (B,) int64. Returns (B, C, h, w) float32, unreduced."""
+        """x_0, eps (B, C, h, w); text (B, L, D); t (B,) int64: (B, C, h, w) float32, unreduced."""
         x_t = self.scheduler.add_noise(x_0, eps, t)
         target = eps
         if self.scheduler.config.prediction_type == "v_prediction":
@@ -377,8 +349,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
     """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
 
     Args:
-        steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and
-            with it.
+        steps, guidance: of diffusers; guidance above 1 takes predictions without the prompt and with it.
         streams: B generators on the CPU, for the noise of the scheduler and of the text.
         text_noise: standard deviation of noise on the text states, with and without the prompt.
         dtype: of the UNet's autocast; all else is in float32."""
@@ -398,7 +369,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
 
 
 def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
-    """Images of prompts by a UNet, from the same noise at all times of a run: (B, 3, H, W) in [-1, 1]."""
+    """Images of prompts by a UNet, from the same noise at all times: (B, 3, H, W) in [-1, 1]."""
     pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
     latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
     x = generate(pipeline, prompts, latents, steps, guidance)

@@ -18,9 +18,7 @@ Prompts = namedtuple("Prompts", "texts captions own")
 
 
 def distinct(data):
-    """The `CaptionedImages` with images that occur several times there once, with all of their captions.
-
-    A repeated image would be its own second neighbour."""
+    """The `CaptionedImages` with repeated images there once, with all of their captions."""
     group = equal_images(data.images)
     rows, captions = firsts(group).nonzero().flatten().tolist(), [[] for _ in range(int(group.max()) + 1)]
     for number, texts in zip(group.tolist(), data.captions, strict=True):
@@ -30,10 +28,7 @@ def distinct(data):
 
 
 def read_prompts(path):
-    """Texts of a file.
-
-    A line each; JSON, a list of texts or of {"prompt": text} as in prompts.json; or of a file for
-    `--captions` the first captions.
+    """Texts of a file: a line each; JSON as prompts.json; or the first captions of one for `--captions`.
 
     Raises:
         DataError: it cannot be read as any of these."""
@@ -55,7 +50,7 @@ def read_prompts(path):
 
 
 def owners(texts, captions):
-    """The number of the image whose caption each text is, -1 where there is none or are several.
+    """The number of the image whose caption each text is, -1 of none or several.
 
     captions: of every image, as of `CaptionedImages`."""
     images = {}
@@ -66,18 +61,15 @@ def owners(texts, captions):
 
 
 def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4):
-    """The `Prompts` of images, and the list of texts that they are taken from. Prompt i does not depend
-    on the number.
+    """The `Prompts` of images, and the texts they are taken from; no prompt depends on the number.
 
     Args:
         data: `CaptionedImages`, distinct ones.
         tokenizer: of the pipeline; None if neither caption_mode nor rand_augs needs one.
         number: of images; None: one of each text.
-        prompts: None or random: first captions, drawn with replacement; all: first captions in turn; or
-            a file.
-        caption_mode: as in training.
-        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many of
-            them: numbers, words, or words of its own (Somepalli et al. 2023).
+        prompts: None or random: first captions, drawn with replacement; all: in turn; or a file.
+        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many:
+            numbers, words, or words of its own (Somepalli et al. 2023).
 
     Raises:
         DataError: a file that cannot be read, or that has not one prompt for each of the images."""

@@ -11,15 +11,10 @@ from utils.images import fingerprint
 
 
 def take_flags(values, unet_folder):
-    """Give the flags of the pipeline and the training images the values of a training, unless they were
-    given.
-
-    Args:
-        unet_folder: of the UNet; where there is no flagfile in its log directory, nothing is taken.
+    """Give flags of the pipeline and the images that were not given the values of a UNet's training.
 
     Raises:
-        UsageError: no pipeline is known, and images are to be generated, or another resolution was given
-            for them."""
+        UsageError: images are to be generated, and no pipeline is known, or --resolution is another."""
     logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
     recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
     if values["resolution"].present and values.resolution != resolution and not values.samples:
@@ -34,14 +29,7 @@ def take_flags(values, unet_folder):
 
 
 def check_pipeline_of_training(values, settings, folder, unet_folder):
-    """Check that a UNet is used with the pipeline that it was trained with.
-
-    Args:
-        settings: of the training, as `settings_of` returns them.
-        folder, unet_folder: of the pipeline and of the UNet.
-
-    Raises:
-        UsageError: it is another."""
+    """Raise a UsageError unless a UNet was trained with this pipeline; settings: of `settings_of`."""
     logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
     if known not in (None, content_hash(folder, *FROZEN)):
         first = Path(recorded_flags(logdir).get("pretrained", ""))
@@ -53,11 +41,7 @@ def check_pipeline_of_training(values, settings, folder, unet_folder):
 
 
 def differences(values, settings, data):
-    """What is to be said of an evaluation whose data may not be that of the training, a list of texts.
-
-    Args:
-        settings: as for `check_pipeline_of_training`.
-        data: the `CaptionedImages`."""
+    """Texts on what the `CaptionedImages` may not have in common with those of a training's settings."""
     of_run = settings or {}
     if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
         what = "no run.json beside it says which pipeline and images it was trained with: these may be others"

