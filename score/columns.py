@@ -7,6 +7,7 @@ What is measured in the place of generated images, under the keys of `FLOORS`, h
 """
 
 import functools
+import json
 
 # what is measured in the place of generated images: {name: key in a result.json}
 FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
@@ -95,33 +96,20 @@ def renewed(result):
     """A result of an earlier version in today's shape; one of today as it is."""
     if not is_old(result):
         return result
-    result = with_f_mem(result)
-    kind = {name: result[name] for name in ("features", "preprocess") if name in result}
+    result = json.loads(json.dumps(result).replace('"share_sqrt_d1_d2_below_third": ', '"f_mem": '))
+    kind = {name: result[name] for name in ("features", "preprocess") if name in result}  # of the text half
+    name, beginnings = ("similarity", OLD_SIMILARITY) if kind else ("pixels", OLD_PIXELS)
 
     def lowered(numbers):
-        if kind:  # of the text half
-            return with_lower({**kind, **numbers}, "similarity", OLD_SIMILARITY)
-        return with_lower(numbers, "pixels", OLD_PIXELS)
+        numbers = kind | numbers
+        lower = {key: value for key, value in numbers.items() if key.startswith(beginnings)}
+        return {key: value for key, value in numbers.items() if key not in lower} | {name: lower}
 
     new = lowered(result) | {key: lowered(result[key]) for key in FLOORS.values() if result.get(key)}
-    similarity = new.pop("feature_space", None)
-    if similarity:
-        new["similarity"] = {key: value for key, value in similarity.items() if key != "holdout"}
+    if similarity := new.pop("feature_space", None):
         if "holdout" in similarity:
             floor = {name: similarity.get(name) for name in ("features", "preprocess")}
-            new["holdout"] = new.get("holdout", {}) | {"similarity": floor | similarity["holdout"]}
+            floor |= similarity.pop("holdout")
+            new["holdout"] = new.get("holdout", {}) | {"similarity": floor}
+        new["similarity"] = similarity
     return new
-
-
-def with_lower(numbers, name, beginnings):
-    """The numbers of one set of images, those whose keys begin so one level lower, under a name."""
-    lower = {key: value for key, value in numbers.items() if key.startswith(beginnings)}
-    return {key: value for key, value in numbers.items() if key not in lower} | {name: lower}
-
-
-def with_f_mem(numbers):
-    """Numbers of an earlier version with today's name of f_mem in pixels."""
-    if not isinstance(numbers, dict):
-        return numbers
-    name = "share_sqrt_d1_d2_below_third"
-    return {"f_mem" if key == name else key: with_f_mem(value) for key, value in numbers.items()}

@@ -88,12 +88,10 @@ def separate(groups):
     for label, members in groups.items():
         kinds = []
         for member in members:
-            for kind in kinds:
-                if all(are_repeats(member[1], result) for _, result in kind):
-                    kind.append(member)
-                    break
-            else:
-                kinds.append([member])
+            same = (kind for kind in kinds if all(are_repeats(member[1], result) for _, result in kind))
+            if (kind := next(same, None)) is None:
+                kinds.append(kind := [])
+            kind.append(member)
         if len(kinds) == 1:
             rows[label] = members
             continue
@@ -179,10 +177,8 @@ def differing(results, values_of):
     values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
     different = {}
     for name in dict.fromkeys(itertools.chain(*itertools.chain(*values.values()))):
-        cells = {
-            label: dict.fromkeys(str(known[name]) for known in of_label if name in known)
-            for label, of_label in values.items()
-        }
+        texts = {label: [str(of[name]) for of in all_of if name in of] for label, all_of in values.items()}
+        cells = {label: dict.fromkeys(of_label) for label, of_label in texts.items()}
         if len({frozenset(cell) for cell in cells.values() if cell}) > 1:
             different[name] = {label: " / ".join(cell) for label, cell in cells.items()}
     return different
@@ -308,8 +304,7 @@ def pictures(rows):
         for number, (path, result) in enumerate(members, 1):
             name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
             grid = path.with_name("grid_image0.png")
-            # a grid that the result does not know is of other images
-            if "grids" not in result or not grid.exists():
+            if "grids" not in result or not grid.exists():  # the grid is of other images, if there is any
                 missing.append(f"{name}: no grid_image0.png of these images beside {path}")
                 continue
             try:
@@ -328,10 +323,8 @@ def pictures(rows):
 
 def differing_settings(results):
     """A table of the settings that differ between labels, those of repeats side by side."""
-    rows = [
-        [name, *(text or "unknown" for text in texts.values())]
-        for name, texts in differing(results, settings_of).items()
-    ]
+    different = differing(results, settings_of).items()
+    rows = [[name, *(text or "unknown" for text in texts.values())] for name, texts in different]
     return table(["setting", *results], rows) if rows else "<p>None that are known.</p>"
 
 

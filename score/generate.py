@@ -50,17 +50,9 @@ def grid_noise(device, sample_size, img_size, seed, num_labels=None, classes=Non
 
 @torch.no_grad()
 def generate_batches(
-    sampler,
-    num_images,
-    batch_size,
-    seed,
-    *,
-    first=0,
-    num_labels=None,
-    classes=None,
-    legacy_labels=False,
-    dtype=torch.float32,
-):
+    sampler, num_images, batch_size, seed, *,
+    first=0, num_labels=None, classes=None, legacy_labels=False, dtype=torch.float32,
+):  # fmt: skip
     """Generate images first..num_images-1 batch by batch with a bar, the network in evaluation mode.
 
     Every process makes a batch at a time; rank 0 is given all of them in order, the others nothing.

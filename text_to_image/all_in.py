@@ -68,16 +68,16 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     folder, unet_folder: of the pipeline and of its UNet; source: of `make_prompts`."""
     names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
     origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
-    origin |= {"prompts": "drawn" if prompts_are_drawn(FLAGS) else "in turn"}
-    origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
-    origin |= {"pipeline_sha256": content_hash(folder, *FROZEN)}
-    origin |= {"checkpoint_sha256": content_hash(unet_folder)}
+    origin["prompts"] = "drawn" if prompts_are_drawn(FLAGS) else "in turn"
+    origin["texts_sha256"] = hashlib.sha256(repr(source).encode()).hexdigest()
+    origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
+    origin["checkpoint_sha256"] = content_hash(unet_folder)
     if PRECISIONS[FLAGS.precision] != torch.float32:
-        origin |= {"autocast": "unet"}  # earlier versions had it around all of the pipeline
+        origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept)
-    number = len(prompts.texts)
-    images = generate_into(directory, origin, batches, number, FLAGS.resolution, about_training(unet_folder))
+    number, about = len(prompts.texts), about_training(unet_folder)
+    images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():
         write_prompts(Path(directory) / "prompts.json", prompts)
@@ -94,7 +94,7 @@ def write_prompts(path, prompts):
 
 def generate_batches(pipeline, prompts, kept, first):
     """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`."""
-    side, shown = FLAGS.resolution // pipeline.vae_scale_factor, FLAGS.resolution
+    shown, side = FLAGS.resolution, FLAGS.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
     watched = []
@@ -147,7 +147,8 @@ def read_images(flag):
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(file))])
+        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
+        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
         return load_images(files, side, FLAGS.num_workers)
     if not Path(path).is_file():
         raise DataError(f"--{flag}={path}: no such file or folder")
@@ -184,9 +185,7 @@ def generated():
 
 def score(images, prompts, scorers, clip):
     """The scores of images of `Prompts` or None; scorers: {prefix of the scores' names: `Quality`}."""
-    scores = {}
-    for prefix, scorer in scorers.items():
-        scores |= {prefix + name: value for name, value in scorer(images).items()}
+    scores = {f"{prefix}{name}": x for prefix, scorer in scorers.items() for name, x in scorer(images).items()}
     if clip and prompts:
         scores["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
     return scores
@@ -212,9 +211,10 @@ def write_results(result, images, data, neighbors, prompts):
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
         np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
     shown, captions = (images, data.images, index[:, 0]), [texts[0] for texts in data.captions]
-    paths = save_grids(grid_dir, *shown, 1 - similarity[:, 0])
-    page = write_similarity_report(grid_dir / "report.html", result, *shown, similarity[:, 0], prompts, captions)
-    write_json(grid_dir / "result.json", result | {"grids": [str(path) for path in paths], "report": page})
+    grids = [str(path) for path in save_grids(grid_dir, *shown, 1 - similarity[:, 0])]
+    texts, page = (similarity[:, 0], prompts, captions), grid_dir / "report.html"
+    page = write_similarity_report(page, result, *shown, *texts)
+    write_json(grid_dir / "result.json", result | {"grids": grids, "report": page})
     print_summary(result, grid_dir)
 
 
@@ -257,7 +257,7 @@ def load_network(folder, unet_folder, device):
         return None
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
-        check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+        check_pipeline_of_training(FLAGS, folder, unet_folder)
     if FLAGS.scheduler == "dpm":
         kind = "DPMSolverMultistepScheduler"
         pipeline.scheduler = as_scheduler(kind, pipeline.scheduler, "--scheduler=dpm")
@@ -273,12 +273,10 @@ def load_prompts(data, pipeline, images):
     prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
     in_turn = FLAGS.prompts == "all"  # several times, maybe
     if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
-        kind, advice = "prompts", "give one for each"
-        if in_turn:
-            kind = "captions, a distinct image each,"
-            advice = "give as many images of each, or a file with a prompt for each"
+        kind = "captions, a distinct image each," if in_turn else "prompts"
+        advice = "give as many images of each, or a file with a prompt" if in_turn else "give one"
         what = f"{len(source)} {kind} for the {len(images)} images of --samples"
-        raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice}")
+        raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice} for each")
     if pipeline:
         check_length(prompts.texts, pipeline.tokenizer, "prompts")
     return prompts, source
@@ -340,7 +338,7 @@ def main():
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     pipeline = load_network(folder, unet_folder, device)
     given = build.dataset(FLAGS)
-    notes = differences(FLAGS, settings_of(unet_folder), given) if FLAGS.unet else []
+    notes = differences(FLAGS, unet_folder, given) if FLAGS.unet else []
     say(*notes)
     data, heldout = distinct(given), read_images("heldout") if FLAGS.heldout else None
     training = data.images
@@ -366,8 +364,9 @@ def main():
         begin, scorer = time.perf_counter(), scorers[""]
         notes = [note for note in (*notes, *more, scorer.warning) if note]
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
-        result |= {"training_seconds": training_seconds(result["checkpoint"]), "warning": "; ".join(notes) or None}
-        result |= {"samples_warning": odd, **repeats, "scored_with": scorer.scored_with}
+        result |= {"training_seconds": training_seconds(result["checkpoint"])}
+        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
+        result["scored_with"] = scorer.scored_with
         numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)
         result |= {**numbers, "flags": as_dict(FLAGS)}
         result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)

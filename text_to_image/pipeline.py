@@ -54,15 +54,14 @@ def find_folder(name, download=False):
     """The folder that `--pretrained` names: itself, or that of a model of the hub; or a DataError."""
     folder = Path(name)
     if folder.is_file():
-        how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        raise DataError(f"--pretrained={name}: is a file: convert it with diffusers, {how}, and give the folder")
+        how = "with diffusers, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise DataError(f"--pretrained={name}: is a file: convert it {how}, and give the folder")
     if not folder.is_dir():
         import huggingface_hub
 
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, local_files_only=not download)
-            )
+            settings = {"allow_patterns": FILES, "local_files_only": not download}
+            folder = Path(huggingface_hub.snapshot_download(str(name), **settings))
         except Exception as error:  # of the network, the hub, or a name that cannot be one of its
             what = "no such folder:"
             if download:
@@ -94,11 +93,13 @@ def load_pipeline(folder, unet_folder):
     vae = read_part(diffusers.AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     text_encoder = read_part(transformers.CLIPTextModel, folder / "text_encoder").eval().requires_grad_(False)
     try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        kind = transformers.CLIPTokenizer
+        tokenizer = kind.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # of files that are no JSON, or lack something
         raise DataError(f"{folder}/tokenizer: cannot be read ({one_line(error)})") from error
     # a tokenizer that does not say what the text encoder takes would pad to 10^30 tokens
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    limit = text_encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer)
     pipeline = diffusers.StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -111,8 +112,9 @@ def check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer):
     """Raise a DataError where parts of a pipeline are not made for each other, which names both."""
     for name in CONDITIONS:
         if unet.config.get(name) is not None:
-            what = f"{name} is {unet.config[name]}, so it wants more than latents, time and text, as {folder} gives it"
-            raise DataError(f"{unet_folder}: its {what}: give a UNet of Stable Diffusion 1.x or 2.x")
+            what = f"its {name} is {unet.config[name]}, so it wants more than latents, time and text"
+            advice = f"as {folder} gives it: give a UNet of Stable Diffusion 1.x or 2.x"
+            raise DataError(f"{unet_folder}: {what}, {advice}")
     tokens, width = max(tokenizer.get_vocab().values()) + 1, unet.config.cross_attention_dim
     if isinstance(width, (list, tuple)) and len(set(width)) == 1:  # the same in all its blocks
         width = width[0]
@@ -145,7 +147,8 @@ def read_scheduler(folder):
     try:
         scheduler = kind.from_config(settings)
     except Exception as error:  # of settings that the class does not know
-        raise DataError(f"{folder}: {name} cannot be made of its settings ({one_line(error)[:200]})") from error
+        what = f"{name} cannot be made of its settings ({one_line(error)[:200]})"
+        raise DataError(f"{folder}: {what}") from error
     alphas = getattr(scheduler, "alphas_cumprod", None)
     known = {*SCHEDULERS, *diffusers.schedulers.KarrasDiffusionSchedulers.__members__}
     if alphas is None or name not in known or settings.get("use_flow_sigmas"):
@@ -156,7 +159,8 @@ def read_scheduler(folder):
         raise DataError(f"{folder}: its betas are not {T} numbers in [0, 1], one for each of num_train_timesteps")
     if prediction == "epsilon" and (settings.get("rescale_betas_zero_snr") or alphas[-1] == 0):
         what = "its last timestep is noise alone (zero terminal SNR), of which epsilon says nothing"
-        raise DataError(f"{folder}: {what}: give a pipeline of v_prediction, or betas without rescale_betas_zero_snr")
+        advice = "give a pipeline of v_prediction, or betas without rescale_betas_zero_snr"
+        raise DataError(f"{folder}: {what}: {advice}")
     return scheduler
 
 
@@ -166,12 +170,13 @@ def as_scheduler(kind, scheduler, use):
     try:
         made = getattr(libraries()[0], kind).from_config(scheduler.config)
     except Exception as error:  # of settings that the class does not know
-        raise DataError(f"{kind}, for {use}, cannot be made of the pipeline's {name} ({one_line(error)})") from error
+        what = f"cannot be made of the pipeline's {name} ({one_line(error)})"
+        raise DataError(f"{kind}, for {use}, {what}") from error
     ours, theirs = made.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
         what = f"{kind}, for {use}, has other betas than the pipeline's {name} has"
-        advice = "write beta_schedule, beta_start and beta_end into scheduler_config.json, or give another scheduler"
-        raise DataError(f"{what}: {advice}")
+        advice = "write beta_schedule, beta_start and beta_end into scheduler_config.json"
+        raise DataError(f"{what}: {advice}, or give another scheduler")
     return made
 
 
@@ -293,9 +298,9 @@ def latent_moments(vae, images):
 def encode_images(vae, images, batch_size=16):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
     blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
-    both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
-    moments = torch.cat(both)
-    if bad := int((~moments.isfinite()).flatten(1).any(dim=1).sum()):
+    both = ([latent_moments(vae, x), latent_moments(vae, x.flip(-1))] for x in blocks)
+    moments = torch.cat([torch.stack(pair, dim=1).half().cpu() for pair in both])
+    if bad := int(non_finite_images(moments).sum()):
         raise DataError(f"the VAE's latents of {bad} of {len(images)} images are not finite in float16: give another")
     return moments
 
@@ -330,14 +335,13 @@ class LatentTrainer(nn.Module):
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(x_0, eps, t)
         if self.parts == 1:
-            prediction = self.predict(x_t, t, text)
-        else:
-            parts = zip(*(value.chunk(self.parts) for value in (x_t, t, text)), strict=True)
-            prediction = torch.cat([recompute(self.predict, *part, use_reentrant=False) for part in parts])
+            return (self.predict(x_t, t, text).float() - target).square()
+        parts = zip(*(value.chunk(self.parts) for value in (x_t, t, text)), strict=True)
+        prediction = torch.cat([recompute(self.predict, *part, use_reentrant=False) for part in parts])
         return (prediction.float() - target).square()
 
     def error_of(self, batch):
-        """The squared error of a batch of `CaptionBatches`."""
+        """`forward` of a batch of `CaptionBatches`."""
         return self(batch.x_0, batch.labels, batch.t, batch.eps)
 
     def predict(self, x_t, t, text):
@@ -355,10 +359,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
         dtype: of the UNet's autocast; all else is in float32."""
     text = pipeline.encode_prompt(prompts, pipeline.device, 1, guidance > 1)
     if text_noise:
-        text = [
-            None if states is None else states + text_noise * torch.stack([noise_like(states[0], s) for s in streams])
-            for states in text
-        ]
+        text = [states if states is None else states + text_noise * noise_like(states, streams) for states in text]
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": streams}
     settings |= {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "output_type": "latent"}
     height, width = (pipeline.vae_scale_factor * side for side in latents.shape[-2:])
@@ -396,6 +397,6 @@ def autocast_unet(pipeline, dtype):
         del unet.forward  # that of the class is there again
 
 
-def noise_like(states, stream):
-    """Standard normal noise of a tensor's shape, drawn on the CPU."""
-    return torch.randn(states.shape, generator=stream).to(states)
+def noise_like(states, streams):
+    """Standard normal noise of a tensor's shape (B, ...), drawn by B streams on the CPU."""
+    return torch.stack([torch.randn(states.shape[1:], generator=stream) for stream in streams]).to(states)

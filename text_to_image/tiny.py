@@ -98,18 +98,12 @@ def make_pipeline():
     diffusers, transformers = libraries()
     torch.manual_seed(derive_seed(SEED, "weights"))
     tokenizer = make_tokenizer()
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text_encoder = transformers.CLIPTextModel(config)
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=(32, 64), norm_num_groups=16, latent_channels=4, sample_size=SIDE,
@@ -119,10 +113,8 @@ def make_pipeline():
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16, cross_attention_dim=64,
     )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
-    return diffusers.StableDiffusionPipeline(
-        vae, text_encoder.eval(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
+    parts = vae, text_encoder.eval(), tokenizer, unet, diffusers.DDIMScheduler(**SCHEDULER)
+    return diffusers.StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 
 def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-7):
@@ -147,9 +139,8 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     """Default training of the UNet, whose weights become the EMA."""
     diffusers, _ = libraries()
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
-    learner = Learner(
-        pipeline.unet, partial(LatentTrainer, scheduler=scheduler), lr=lr, warmup=100, grad_clip=1.0, ema_decay=0.99
-    )
+    settings = {"lr": lr, "warmup": 100, "grad_clip": 1.0, "ema_decay": 0.99}
+    learner = Learner(pipeline.unet, partial(LatentTrainer, scheduler=scheduler), **settings)
     captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # one in ten is empty: guidance needs that
     batches = CaptionBatches(
         data.images, encode_images(pipeline.vae, data.images), captions,
