@@ -170,10 +170,8 @@ def settings_of(result):
 def differing(results, values_of):
     """{name: {label: text}} of the values that differ between labels, those of repeats side by side.
 
-    Args:
-        results: {label: [result of each repeat]}.
-        values_of: a function of a result that returns {name: value}; a label none of whose results has a
-            name has ""."""
+    results: {label: [result of each repeat]}; values_of: a function of a result, {name: value}. A label
+    none of whose results has a name has ""."""
     values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
     different = {}
     for name in dict.fromkeys(itertools.chain(*itertools.chain(*values.values()))):
@@ -215,9 +213,7 @@ def shared(name, values):
 
 
 def floors_of(results):
-    """{name: summary} of what is measured in the place of generated images, equal ones once.
-
-    results: {label: [result of each repeat]}."""
+    """{name: summary} of what is measured in place of images of {label: results}, equal ones once."""
     rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
@@ -244,12 +240,10 @@ def similarity_of_training(result):
 
 
 def compare_page(rows, summaries, notes):
-    """Everything of several runs that fits side by side, as HTML.
+    """Everything of several runs that fits side by side, as HTML, with notes, lines of text.
 
-    Args:
-        rows: {label: [(path, result) of each repeat]}.
-        summaries: {label: summary} of these, and of floors if they are wanted.
-        notes: lines that are to be said of them."""
+    rows: {label: [(path, result) of each repeat]}; summaries: those of these, and of floors if wanted.
+    """
     results = results_in(rows)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}

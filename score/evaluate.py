@@ -38,15 +38,13 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
-        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too;
-            None for not.
+        names: (N,) and (M,) str, of images and training, for nearest.csv in folder; None for none.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: {"pixels": those of `measure_distances`; with hflip the `extraction` of training images
-            and their mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares
-            below each threshold less those of held-out images, and what `data_copying` returns}; with
-            held-out images their numbers as "holdout", in the same shape.
+        numbers: {"pixels": those of `measure_distances`; with hflip "mirrored", the `extraction` of
+            training and mirror images; with held-out images "mq_above_floor", the shares below each
+            threshold less those of held-out images, and `data_copying`}; in the same shape "holdout".
         nearest: (sq_distance, index), as `nearest_neighbors` returns them."""
 
     def measure(images, name, sets, named=None):
@@ -79,9 +77,7 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
 def count_repeats(training, heldout, training_left, heldout_left):
     """What result.json says of training images that equal others, and held-out ones that equal these.
 
-    Args:
-        training, heldout: how many images there are.
-        training_left, heldout_left: how many of them are measured."""
+    training, heldout: how many there are; training_left, heldout_left: how many of them are measured."""
     repeated, in_training = training - training_left, heldout - heldout_left
     said = []
     if repeated:
@@ -101,8 +97,8 @@ def identity(images, training):
 def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
-    d_2 is empty."""
+    sq_distance, index: (N, k), of `nearest_neighbors`; without a second image d_1 / d_2 is empty.
+    """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
@@ -154,14 +150,11 @@ class Quality:
     Args:
         reference: (M, 3, H, W) uint8 real images.
         number: how many images will be scored.
-        space: the `FeatureSpace` of distance, precision and recall; of Inception's there is the
-            Inception score too.
+        space: the `FeatureSpace` of distance, precision and recall; Inception's has a score, too.
         device: of the sliced Wasserstein distance.
         fid_cache: as `cache` of `reference_statistics`.
-        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach;
-            None for none.
-        by_content: take images in their `content_order`, so that no score depends on the order in which
-            they come.
+        heldout: (L, 3, H, W) uint8 real images that were not trained on, for floors; None for none.
+        by_content: take images in their `content_order`, so that scores do not depend on their order.
 
     Raises:
         DataError: a cache that is of other images or cannot be written.

@@ -55,8 +55,7 @@ def feature_space(
     Args:
         device, batch_size: of its network, and images per call of it.
         sscd, how, torchscript: SSCD's file, which of PREPROCESS, and whether it may be TorchScript.
-        inception: file of Inception weights (`score.inception.find_weights`).
-        clip: folder of `load_clip`.
+        inception, clip: file of `score.inception.find_weights`, and folder of `load_clip`.
 
     Raises:
         DataError, UsageError: the weights cannot be read."""
@@ -125,13 +124,11 @@ class GeM(nn.Module):
 def load_sscd(path, allow_torchscript=False):
     """SSCD's network, which embeds preprocessed images: ResNet-50, GeM pooling and a linear layer.
 
-    Args:
-        path: sscd_disc_mixup.torchvision.pt or another with weights of that form, or a TorchScript file.
-        allow_torchscript: TorchScript files hold code, which is run.
+    path: sscd_disc_mixup.torchvision.pt, or weights of that form, or TorchScript, if it is allowed.
 
     Raises:
         DataError: no such file, or it holds something else.
-        UsageError: it is TorchScript, and that is not allowed."""
+        UsageError: it is TorchScript, which holds code, and that is not allowed."""
     from torchvision.models import resnet50  # takes a second
 
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []

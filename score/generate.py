@@ -62,13 +62,12 @@ def generate_batches(
         num_images, batch_size: how many in all, and per call of the sampler.
         seed: of x_T, of the classes, and of the noise of stochastic samplers.
         first: images before this one are there already.
-        num_labels, classes: draw a class for every image, as `draw_labels`; num_labels is None for an
-            unconditional network.
+        num_labels, classes: as for `draw_labels`; num_labels is None for an unconditional network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
         dtype: of autocast; float32 for none.
 
-    Yields: (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their
-        pixels): bool (B,)."""
+    Yields: (B, 3, H, W) uint8 on the CPU, and bool (B,), which had NaN or infinity (0 in their pixels).
+    """
     device, shape = sampler.betas.device, (3, sampler.img_size, sampler.img_size)
 
     def make(indices):
@@ -94,8 +93,8 @@ def over_ranks(first, number, batch_size, make):
 
     make: a function of a range of images, which may be empty; returns tensors with a row for each.
 
-    Yields: on rank 0, lists of these tensors on the CPU, the processes' rows in order; elsewhere
-    nothing."""
+    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing.
+    """
     block = batch_size * distributed.world_size()
     with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):
@@ -125,11 +124,8 @@ def generate_into(directory, origin, make_batches, num_images, img_size, descrip
 
     Args:
         directory: of these files, which rank 0 reads and writes.
-        origin: a dict of JSON values, all that the images depend on; images of another origin are not
-            continued.
-        make_batches: a function of the number of images that are there; returns the rest, as
-            `generate_batches` does.
-        num_images: how many are wanted.
+        origin: a dict of JSON values, all that images depend on: those of another are not continued.
+        make_batches: a function of how many images are there; returns the rest, as `generate_batches`.
         img_size: height and width of an image.
         description: JSON values that generate.json is to hold beside what is known here.
 

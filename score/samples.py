@@ -54,8 +54,7 @@ def save_pngs(folder, images):
     """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into a folder, over such files.
 
     Raises:
-        DataError: the folder cannot be written, or holds other images, which would be measured with
-            these."""
+        DataError: it cannot be written, or holds other images, which would be measured with these."""
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -80,16 +79,13 @@ def png_names(folder, number):
 def load_samples(path, img_size=None, resize="crop"):
     """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 (N, 3, H, W) on the CPU.
 
-    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to
-    uint8), NCHW or NHWC. An .npz holds one array, or the images are under `images` or `arr_0`. A
-    folder's images are those of `utils.images.list_images`, in the order of their names. Grey images are
-    repeated to three channels.
+    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded), NCHW or
+    NHWC. An .npz holds one array, or the images are under `images` or `arr_0`. A folder's images are
+    those of `utils.images.list_images`, in the order of their names. Grey images get three channels.
 
     Args:
-        path: of the file or folder.
         img_size: height and width that square images must have; None: they stay as they are.
-        resize: what becomes of images that are not square where there is an img_size, one of
-            `utils.images.RESIZES`.
+        resize: what becomes of images that are not square where there is an img_size: of `RESIZES`.
 
     Raises:
         DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than
@@ -124,9 +120,7 @@ def load_samples(path, img_size=None, resize="crop"):
 
 
 def warn_of_odd_values(path, images, training):
-    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says.
-
-    images, training: (N, 3, H, W) and (M, 3, H, W), uint8."""
+    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns that text."""
     odd = odd_values(images, training) if distributed.is_main() else []
     said = f"--samples={path}: odd, are they what is meant? {'; '.join(odd)}" if odd else None
     if said:
@@ -204,8 +198,7 @@ def read_npz(path, names):
     """{name: array} of the arrays in an .npz that are among `names`, in that order, or of its only one.
 
     Raises:
-        DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free
-            memory."""
+        DataError: none of them, a damaged file, pickles, or more than the free memory when unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))

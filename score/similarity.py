@@ -37,9 +37,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 
 @torch.no_grad()
 def embed(space, images):
-    """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32, by all processes.
-
-    space: a `FeatureSpace`."""
+    """The features, in a `FeatureSpace`, of images (N, 3, H, W) uint8: (N, D) float32, of length 1."""
     share = images[distributed.share(len(images))]
     batches = (share if len(share) else images[:1]).split(space.batch_size)
     bar = progress_bar(batches, "embedding", unit="batch", delay=1)
@@ -109,8 +107,7 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
         space: a `FeatureSpace`.
         images, training: (N, 3, H, W) and (M, 3, H, W), uint8; training images without repeats.
         prompt_images: of `measure_similarity`.
-        floors: {name: (images, their prompt_images)} of what is measured in the place of generated
-            images.
+        floors: {name: (images, their prompt_images)}, measured in the place of generated images.
 
     Returns:
         numbers: those of `measure_similarity`, with the features, and `statistics` and `histogram` of
