@@ -13,10 +13,10 @@ POINTS = 6  # of a training of one round
 IMAGES = 4096  # of a measurement
 OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
-# 2,000 single images of 8x8 pixels and 20 that stand there 100 times. A bank of T / 4 entries is as fresh with batches
-# of 32 as the paper's is with 128.
+# 2,000 single images of 8x8 pixels and 20 that stand there 100 times
 DATA = {"dataset": "mnist5k", "img_size": 8, "num_train": 2020, "duplicates": 20, "copies": 100}
 NETWORK = {"ch": 16, "ch_mult": [1, 2], "attn": 1, "num_res_blocks": 1, "dropout": 0.0}
+# a bank of T / 4 entries is as fresh with batches of 32 as the paper's is with 128
 TRAINING = {"batch_size": 32, "lr": 2e-3, "warmup": 500, "ema_decay": 0.999, "bank_bins": 250}
 SAMPLER = {"sampler": "dpmpp", "sample_steps": 20}
 
@@ -29,13 +29,9 @@ PLUS = {"exchange": "ring", "augment_near_threshold": True}
 
 # "clustered": all copies of an image in one shard; "spread": over all shards in turn, as a random split does
 MAIN = {
-    "default": PLAIN,
-    "AGC": ONE,
-    "clustered IET": AVERAGED,
-    "clustered IET-AGC": ENSEMBLE,
-    "clustered IET-AGC+": {**ENSEMBLE, **PLUS},
-    "ambient": {**PLAIN, "ambient_t": 300},
-}
+    "default": PLAIN, "AGC": ONE, "clustered IET": AVERAGED, "clustered IET-AGC": ENSEMBLE,
+    "clustered IET-AGC+": {**ENSEMBLE, **PLUS}, "ambient": {**PLAIN, "ambient_t": 300},
+}  # fmt: skip
 OTHERS = {
     "dropout 0.1": {**PLAIN, "dropout": 0.1},
     "dropout 0.3": {**PLAIN, "dropout": 0.3},
@@ -94,13 +90,11 @@ def measure(images, data):
     return {
         "fpd": fpd(images, heldout),
         "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
-        "f_mem": pixels["f_mem"],
-        "f_mem of copies": (copies & of_repeated).double().mean().item(),
+        "f_mem": pixels["f_mem"], "f_mem of copies": (copies & of_repeated).double().mean().item(),
         "extracted": len(index[copies & of_repeated, 0].unique()),
         "near copies": of_repeated.double().mean().item(),
-        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")},
-        "images": len(images),
-    }
+        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")}, "images": len(images),
+    }  # fmt: skip
 
 
 def floor(data_root):

@@ -77,12 +77,14 @@ def summary(result):
 
 def sets_of(result):
     """{name: the numbers} of the generated images and of what is measured in their place."""
-    floors = {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
-    return {"generated": result} | floors
+    floors = {name: floor_of(result, key) for name, key in FLOORS.items()}
+    return {"generated": result} | {name: numbers for name, numbers in floors.items() if numbers}
 
 
 def floor_of(result, key):
-    """The numbers of what is measured in the place of generated images, under a key of `FLOORS`."""
+    """The numbers of what is measured in place of generated images, under a key of `FLOORS`, or None."""
+    if key not in result:
+        return None
     scores = ("precision", "recall", "swd") if key == "holdout" else ()
     return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
 

@@ -6,6 +6,7 @@
 A name that is there several times has repeats.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -214,7 +215,7 @@ def shared(name, values):
 
 def floors_of(results):
     """{name: summary} of what is measured in place of images of {label: results}, equal ones once."""
-    rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
+    rows, floors_in = {}, {name: functools.partial(floor_of, key=key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
         floors = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
@@ -225,11 +226,6 @@ def floors_of(results):
 def once(values):
     """One of them if all are equal, else all."""
     return values[:1] if all(value == values[0] for value in values) else values
-
-
-def floor_under(key):
-    """A function that finds the floor under a key of a result, or None."""
-    return lambda result: floor_of(result, key) if key in result else None
 
 
 def similarity_of_training(result):
@@ -253,12 +249,15 @@ def compare_page(rows, summaries, notes):
     cells = [[text.replace("± ", "±\N{NO-BREAK SPACE}") for text in row] for row in measures]
     cells = [[name, *row] for name, row in zip(columns, cells, strict=True)]
     scores = table(["measure", *labels], cells)
+    different = differing(results, settings_of).items()
+    different = [[name, *(text or "unknown" for text in texts.values())] for name, texts in different]
+    settings = table(["setting", *results], different) if different else "<p>None that are known.</p>"
     sections = [
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
         *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
         ("The closest pairs: training image, generated image", pictures(rows)),
-        ("Settings that differ", differing_settings(results)),
+        ("Settings that differ", settings),
     ]
     return page("Runs compared", sections, "comparison")
 
@@ -313,13 +312,6 @@ def pictures(rows):
             shown.append((escape(name), images))
     note = "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
     return figures(shown) + note
-
-
-def differing_settings(results):
-    """A table of the settings that differ between labels, those of repeats side by side."""
-    different = differing(results, settings_of).items()
-    rows = [[name, *(text or "unknown" for text in texts.values())] for name, texts in different]
-    return table(["setting", *results], rows) if rows else "<p>None that are known.</p>"
 
 
 def main(arguments=None):

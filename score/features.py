@@ -23,10 +23,7 @@ FRECHET = {"inception": "inception", "pixels": "pooled pixels"}
 COPY = 0.5  # similarity above which an image counts as a copy
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (shorter side, side of the centre, mean, deviation) of the published scripts and of SSCD's authors
-PREPROCESS = {
-    "published": (256, 224, (0.5,) * 3, (0.5,) * 3),
-    "recommended": (288, 288, *IMAGENET),
-}
+PREPROCESS = {"published": (256, 224, (0.5,) * 3, (0.5,) * 3), "recommended": (288, 288, *IMAGENET)}
 CLIP_NORMALIZE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -42,21 +42,17 @@ def find_weights(path=None):
             shown = distributed.is_main() and sys.stderr.isatty()
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), WEIGHTS_HASH, progress=shown)
         except Exception as error:  # of sockets, of HTTP, of the disk, or another hash
-            raise DataError(
-                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be "
-                f"downloaded ({one_line(error)}): copy the file there, or name it with "
-                "--inception_weights, or use --fid_features=pixels, which needs none"
-            ) from None
+            what = f"the Inception weights are not in {cached.parent} and can't be downloaded ({one_line(error)})"
+            advice = "copy the file there, or name it with --inception_weights"
+            last = "or use --fid_features=pixels, which needs none"
+            raise DataError(f"{WEIGHTS_NAME}: {what}: {advice}, {last}") from None
         finally:
             socket.setdefaulttimeout(before)
     return cached
 
 
 def load_inception(weights_path, device="cpu"):
-    """Inception v3 in evaluation mode without its last layer, and the weight of that, (1008, 2048).
-
-    Raises:
-        DataError: the file is damaged, or holds other keys or shapes."""
+    """Inception v3 without its last layer, and the weight of that, (1008, 2048); or a DataError."""
     network = build_network()
     try:
         network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))

@@ -51,10 +51,7 @@ def content_order(images):
 
 
 def save_pngs(folder, images):
-    """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into a folder, over such files.
-
-    Raises:
-        DataError: it cannot be written, or holds other images, which would be measured with these."""
+    """Write uint8 images (N, 3, H, W) as 00000.png, ... into a folder; a DataError if it has others."""
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -239,11 +236,9 @@ def to_images(path, array):
             # A NaN fails both comparisons.
             low, high = float(block.min()), float(block.max())
             if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-                raise DataError(
-                    f"{path}: values from {low!r} to {high!r} in images {start} and following; "
-                    f"floats must be in [0, 1], at most {TOLERANCE} beyond it, and no NaN, "
-                    "and pixels of 0..255 must be uint8"
-                )
+                what = f"{path}: values from {low!r} to {high!r} in images {start} and following"
+                form = f"floats must be in [0, 1], at most {TOLERANCE} beyond it, and no NaN"
+                raise DataError(f"{what}; {form}, and pixels of 0..255 must be uint8")
             block = np.round(block.clip(0, 1).astype(np.float64) * 255)
         images[start : start + 1000] = block
     return torch.from_numpy(images)

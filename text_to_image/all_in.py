@@ -76,20 +76,18 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
         origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept)
-    number, about = len(prompts.texts), about_training(unet_folder)
+    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    about = {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
+    about["ema_warning"], number = ema_warning(unet_folder), len(prompts.texts)
     images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():
-        write_prompts(Path(directory) / "prompts.json", prompts)
+        asked = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
+        asked = [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in asked]
+        write_json(Path(directory) / "prompts.json", asked)
         if FLAGS.save_png:
             save_pngs(directory, images)
     return images, torch.tensor(distributed.from_main(norms)) if FLAGS.guidance > 1 else None
-
-
-def write_prompts(path, prompts):
-    """What every image was asked for: prompt, caption, and which training image the caption is of."""
-    rows = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
-    write_json(path, [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in rows])
 
 
 def generate_batches(pipeline, prompts, kept, first):
@@ -140,10 +138,7 @@ def round_trip(pipeline, images, batch_size=16):
 
 
 def read_images(flag):
-    """The images that a flag names, uint8; those of a folder resized, by the numbers in their names.
-
-    Raises:
-        DataError, UsageError: no images, or an array of images of another size."""
+    """The images of a flag, uint8, or a DataError; those of a folder by the numbers in their names."""
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
@@ -157,13 +152,6 @@ def read_images(flag):
         what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
         raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
     return images
-
-
-def about_training(unet_folder):
-    """What result.json says of the training that a UNet comes from."""
-    folder = unet_folder.parent if unet_folder.name == "unet" else unet_folder
-    about = {"checkpoint": str(folder), "training": settings_of(unet_folder) if FLAGS.unet else None}
-    return about | {"ema_warning": ema_warning(unet_folder)}
 
 
 def ema_warning(unet_folder):
@@ -204,8 +192,8 @@ def directories():
 def write_results(result, images, data, neighbors, prompts):
     """Write all files but the images, and print what a person wants to know first.
 
-    data: the `CaptionedImages` that the numbers of training images count in; neighbors: of
-    `evaluate_similarity`; prompts: texts, or None."""
+    data: the `CaptionedImages` that are numbered; neighbors: of `evaluate_similarity`; prompts: or None.
+    """
     grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
@@ -221,8 +209,7 @@ def write_results(result, images, data, neighbors, prompts):
 def without_repeats(given, training, heldout):
     """What is to be said of repeats, and the held-out images that equal no training image, or None.
 
-    given: how many training images there are, of which `training` (N, 3, H, W) are distinct; heldout:
-    (L, 3, H, W), or None."""
+    given: how many training images there are, of which `training` are distinct; heldout: or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
         is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)

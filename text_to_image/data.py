@@ -43,12 +43,7 @@ CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
 def load_folder(folder, captions, resolution, num_workers=0):
-    """The images of a folder, or of its sub-folders, which are classes, each made `square`.
-
-    captions: file of `read_captions`, or None for metadata.jsonl in the folder.
-
-    Raises:
-        DataError: no images, images that cannot be read, or images without a caption."""
+    """The images of a folder, or of its sub-folders, which are classes, `square`; or a DataError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
@@ -64,10 +59,7 @@ def load_folder(folder, captions, resolution, num_workers=0):
 
 
 def load_images(files, resolution, num_workers=0):
-    """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it.
-
-    Raises:
-        DataError: they do not fit into memory; once all have been tried, for those that are bad."""
+    """Image files as uint8 (N, 3, S, S), each as `square` makes it; a DataError names all bad ones."""
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
     with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
@@ -215,10 +207,7 @@ def match(captions, paths, name, folder=""):
 
 
 def captions_of_mode(data, mode, tokenizer):
-    """N lists of captions as `--caption_mode` has them before a step draws its own.
-
-    Raises:
-        DataError: captions that should be lists of token numbers are not, or there are no classes."""
+    """N lists of captions as `--caption_mode` has them before a step draws its own, or a DataError."""
     if mode == "nolevel":
         return [["An image"]] * len(data.captions)
     if mode == "classlevel":

@@ -83,7 +83,7 @@ def find_folder(name, download=False):
 
 
 def load_pipeline(folder, unet_folder):
-    """diffusers' StableDiffusionPipeline, on the CPU in float32; its VAE and text encoder are frozen.
+    """diffusers' StableDiffusionPipeline, on the CPU in float32, with a frozen VAE and text encoder.
 
     Raises:
         DataError: a part is missing, damaged, only there as a pickle, or does not fit the others."""

@@ -28,10 +28,7 @@ def distinct(data):
 
 
 def read_prompts(path):
-    """Texts of a file: a line each; JSON as prompts.json; or the first captions of one for `--captions`.
-
-    Raises:
-        DataError: it cannot be read as any of these."""
+    """Texts in a file, a line each, JSON, or a file for `--captions` (its first ones); or a DataError."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
@@ -50,9 +47,7 @@ def read_prompts(path):
 
 
 def owners(texts, captions):
-    """The number of the image whose caption each text is, -1 of none or several.
-
-    captions: of every image, as of `CaptionedImages`."""
+    """The number of the image whose caption each text is, -1: of none or several; captions: of all."""
     images = {}
     for i, of_image in enumerate(captions):
         for text in of_image:
