@@ -53,11 +53,12 @@ def main(arguments=None):
     out, data_root = (Path(path).resolve() for path in (options.out, options.data_root))
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
         spec = EXPERIMENTS[options.experiment]
-        load(**spec.DATA, data_root=data_root)  # so that what is wrong with it shows before the long work
+        load(**spec.DATA, data_root=data_root)  # what is wrong with it shows before the long work
         planned = runs.plan(options.experiment, out, data_root, options.scale)
         path = out / f"{options.experiment}.json"
         runs.check_published(path, planned)
-        wanted, deadline = [run for run in planned if run.arm in options.arms], start + 60 * options.minutes
+        wanted = [run for run in planned if run.arm in options.arms]
+        deadline = start + 60 * options.minutes
         if options.stacked:
             stacked.work_all(wanted, {run.start for run in planned}, torch.device("cuda"), deadline)
         runs.work_all(wanted, deadline, options.processes)

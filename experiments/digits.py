@@ -27,7 +27,7 @@ ENSEMBLE = {"client_num": K, "local_epoch": 15, "steps": 2 * STEPS, "duplicates_
 AVERAGED = {**ENSEMBLE, "anti_grad": "off"}
 PLUS = {"exchange": "ring", "augment_near_threshold": True}
 
-# "clustered": all copies of an image in one shard; "spread": over all shards in turn, as a random split does
+# "clustered": all copies of an image in one shard; "spread": over all shards, as a random split does
 MAIN = {
     "default": PLAIN, "AGC": ONE, "clustered IET": AVERAGED, "clustered IET-AGC": ENSEMBLE,
     "clustered IET-AGC+": {**ENSEMBLE, **PLUS}, "ambient": {**PLAIN, "ambient_t": 300},
@@ -73,7 +73,8 @@ SEEDS = {
 def real_images(data):
     """(distinct training images, which repeated (M,), held-out ones) of `load`: uint8 (N, 3, H, W)."""
     repeated = load(**{**data, "duplicates": DATA["duplicates"], "copies": DATA["copies"]})
-    return repeated.without_copies().train.images, repeated.slot_image.bincount() > 1, repeated.heldout.images
+    distinct, is_repeated = repeated.without_copies().train.images, repeated.slot_image.bincount() > 1
+    return distinct, is_repeated, repeated.heldout.images
 
 
 def measure(images, data):

@@ -35,7 +35,7 @@ def onset(path):
 
 
 def at_first(path, axis, compare, level, measure):
-    """The measure where the number `axis` of a path first reaches a level, as in `at_quality`; or NaN."""
+    """The measure where the number `axis` of a path first reaches a level, as `at_quality`; or NaN."""
     first = next((i for i, point in enumerate(path) if compare(point[axis], level)), None)
     if first is None:
         return float("nan")

@@ -37,9 +37,8 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {"cifar10": cifar10, "digits": digits}
 OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=")  # flags that change where files are moved
 
-# One training: the names of its experiment and arm, its seed and directory, the command line of main_fed.py, the
-# arguments of `experiments.images.load`, the checkpoint that it starts from or None, its rounds and the steps of one
-# over all shards, and how many images a measurement generates.
+# One training. flags: the command line of main_fed.py; data: arguments of `load`; start: a checkpoint, or
+# None; steps_per_round: over all shards; images: how many a measurement generates
 Run = namedtuple("Run", "experiment arm seed directory flags data start rounds steps_per_round images")
 
 
@@ -97,8 +96,7 @@ def measure(run, images):
 
 
 def measured(run, names=FILES):
-    """What was measured of a training so far, in the last complete one of the experiment's file and those
-    of `names`: a dict.
+    """What was measured of a training so far, in the last complete file: the experiment's, then `names`.
 
     "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and
     "stacked" how it was trained, "seconds" how long that took."""
@@ -203,7 +201,7 @@ def work(run):
             nets.append(build.unet(values, state, path).eval())
             load_weights(nets[-1], weights_in(state, True, path), path)
         sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of processes would overwrite each other
             images = generate(sampler, run.images, 512, run.seed)
         result["points"].append({**about, **measure(run, images)})
         write_json(run.directory / "measured.json", result)

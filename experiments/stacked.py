@@ -264,7 +264,7 @@ def sample_due(members, learner, step):
     """What is measured after a step: yields (member, {"steps": n, ...}, uint8 images (N, 3, H, W))."""
     due = [(member, *point) for member in members for point in member.due(step)]
     settings = build.sampler_settings(runs.values_of(members[0].run.flags))
-    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work` measures: ensembles first
+    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work`: ensembles first
         same = [point for point in due if len(point[-1]) == K]
         weights = torch.stack([learner.ema_weights[rows] for *_, rows in same])
         x_T = torch.stack([noise(m.run.seed, m.run.images, settings["img_size"]) for m, *_ in same])

@@ -26,7 +26,7 @@ FORMS |= {f"MQ@{p} above": "{:+.1%}" for p in ("15", "30", "50")}
 NAMES = {"swd": "SWD"}  # of measures that are called otherwise in a table
 SHOWN_BELOW = 0.05  # p after Holm's correction
 
-# Of each quality the best hundredth that default training and more than half of the other arms reach in all seeds.
+# of each the best hundredth that default training and more than half of the others reach in all seeds
 QUALITY = {"fpd of others": 0.12, "fpd": 0.3}
 COMPARED = {"fpd of others": ("f_mem", "MQ@15"), "fpd": ("f_mem", "extracted")}  # there
 ALL_DIGITS = digits.MAIN | digits.OTHERS
@@ -138,7 +138,8 @@ def cifar10_primary(result):
 
     AGC is compared with random skip too. p is that after Holm's correction over the table."""
     axes, found = ("fpd", "swd"), dict(trainings(result, ALL_CIFAR10))
-    best = {(arm, axis): [best_without_copying(p, axis) for p in found[arm].values()] for arm in found for axis in axes}
+    paths = [(arm, axis, found[arm].values()) for arm in found for axis in axes]
+    best = {(arm, axis): [best_without_copying(p, axis) for p in of_arm] for arm, axis, of_arm in paths}
     pairs = [(arm, "default") for arm in found if arm != "default"] + [("AGC", "random skip")]
     pairs = [pair for pair in pairs if set(pair) <= set(found)]
     compared = corrected({(*pair, x): welch(best[pair[0], x], best[pair[1], x]) for pair in pairs for x in axes})

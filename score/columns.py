@@ -99,7 +99,8 @@ def renewed(result):
     if not is_old(result):
         return result
     result = json.loads(json.dumps(result).replace('"share_sqrt_d1_d2_below_third": ', '"f_mem": '))
-    kind = {name: result[name] for name in ("features", "preprocess") if name in result}  # of the text half
+    kind = {name: result[name] for name in ("features", "preprocess") if name in result}
+    # those of the text half say what features they are of
     name, beginnings = ("similarity", OLD_SIMILARITY) if kind else ("pixels", OLD_PIXELS)
 
     def lowered(numbers):

@@ -297,7 +297,7 @@ def pictures(rows):
         for number, (path, result) in enumerate(members, 1):
             name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
             grid = path.with_name("grid_image0.png")
-            if "grids" not in result or not grid.exists():  # the grid is of other images, if there is any
+            if "grids" not in result or not grid.exists():  # a grid is of other images
                 missing.append(f"{name}: no grid_image0.png of these images beside {path}")
                 continue
             try:

@@ -15,7 +15,7 @@ def take_directories(directories):
     """Make directories, {flag: path}, and keep other processes out of them within the block."""
     locks = []
     if distributed.is_main():
-        paths = {Path(path).resolve(): flag for flag, path in directories.items()}  # some may be the same
+        paths = {Path(path).resolve(): flag for flag, path in directories.items()}  # may be equal
         locks = [lock_directory(path, flag) for path, flag in paths.items()]
     yield
     for lock in locks:

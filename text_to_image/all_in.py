@@ -66,8 +66,8 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     networks, the settings, the seed and i, and not on the batch or the number of processes.
 
     folder, unet_folder: of the pipeline and of its UNet; source: of `make_prompts`."""
-    names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
-    origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
+    names = "rand_augs rand_aug_repeats seed guidance sample_steps scheduler text_noise precision resolution"
+    origin = {name: FLAGS[name].value for name in names.split()}
     origin["prompts"] = "drawn" if prompts_are_drawn(FLAGS) else "in turn"
     origin["texts_sha256"] = hashlib.sha256(repr(source).encode()).hexdigest()
     origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
@@ -173,7 +173,8 @@ def generated():
 
 def score(images, prompts, scorers, clip):
     """The scores of images of `Prompts` or None; scorers: {prefix of the scores' names: `Quality`}."""
-    scores = {f"{prefix}{name}": x for prefix, scorer in scorers.items() for name, x in scorer(images).items()}
+    scores = {prefix: scorer(images).items() for prefix, scorer in scorers.items()}
+    scores = {prefix + name: value for prefix, found in scores.items() for name, value in found}
     if clip and prompts:
         scores["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
     return scores
@@ -305,8 +306,8 @@ def measure(images, norms, training, prompts, space, scorers, clip, floors):
     numbers = {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        numbers[name] = {"N": len(others), "images_sha256": fingerprint(others), "similarity": similar[name]}
-        numbers[name] |= score(others, theirs, fitting, clip)
+        numbers[name] = {"N": len(others), "images_sha256": fingerprint(others)}
+        numbers[name] |= {"similarity": similar[name], **score(others, theirs, fitting, clip)}
     if norms is not None:
         copies = {"f_mem": memorized(neighbors[0])}
         if space.threshold is not None:

@@ -37,8 +37,7 @@ FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path"
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description")
 THIN = 64  # of the longer side to the shorter: such images are cut before they are resized
 
-
-# images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes: N names; paths: N, in the folder
+# images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes, paths in the folder: N texts
 CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
@@ -63,7 +62,8 @@ def load_images(files, resolution, num_workers=0):
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
     with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
-        for i, found in enumerate(progress_bar(results, "decoding", total=len(files), unit="image", delay=1)):
+        bar = progress_bar(results, "decoding", total=len(files), unit="image", delay=1)
+        for i, found in enumerate(bar):
             if isinstance(found, DataError):
                 bad.append(str(found))
             else:
@@ -225,8 +225,8 @@ def captions_of_mode(data, mode, tokenizer):
 
 def duplicated(number, weight_pc, seed):
     """(number,) bool: the share of the images that `--duplication` samples more often, by the seed."""
-    chosen = torch.randperm(number, generator=generator("cpu", seed, "duplication"))[: int(weight_pc * number)]
-    return torch.zeros(number, dtype=torch.bool).index_fill(0, chosen, True)
+    order = torch.randperm(number, generator=generator("cpu", seed, "duplication"))
+    return torch.zeros(number, dtype=torch.bool).index_fill(0, order[: int(weight_pc * number)], True)
 
 
 def add_words(text, words, draw):
@@ -239,7 +239,7 @@ def add_words(text, words, draw):
 
 def random_tokens(tokenizer, number, draw):
     """The text of so many random tokens, those before the first special one."""
-    special = {*tokenizer.all_special_ids} - {0, tokenizer.pad_token_id}  # Stable Diffusion 2 pads with '!', number 0
+    special = {*tokenizer.all_special_ids} - {0, tokenizer.pad_token_id}  # some pad with '!', number 0
     return tokenizer.decode([draw.randrange(min(special)) for _ in range(number)])
 
 
@@ -253,8 +253,8 @@ def check_length(captions, tokenizer, what):
     if empty and distributed.is_main():
         warn(f"warning: {empty:,} of {len(captions):,} {what} are empty")
     if long and distributed.is_main():
-        begin = f"the text encoder reads {limit} and no more, such as of {long[0][:60]!r}"
-        warn(f"warning: {len(long):,} of {len(captions):,} {what} have more than {limit} tokens: {begin}")
+        what = f"{len(long):,} of {len(captions):,} {what} have more than {limit} tokens"
+        warn(f"warning: {what}: the text encoder reads {limit} and no more, such as of {long[0][:60]!r}")
 
 
 def cached(path, make):
@@ -332,8 +332,8 @@ class CaptionBatches(Batches):
     """
 
     def __init__(
-        self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T, seed, shard=0,
-        hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
+        self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T,
+        seed, shard=0, hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
         duplication="nodup", dup_weight=5.0,
     ):  # fmt: skip
         self.images, self.moments, self.captions, self.states = images, moments, captions, states

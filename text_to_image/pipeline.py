@@ -24,15 +24,13 @@ from utils.safe_files import read_text
 from utils.seeding import sample_noise
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
-FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts of a pipeline that are not trained
+FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts that are not trained
 PREDICTIONS = ("epsilon", "v_prediction")
 # that take Stable Diffusion from noise to image, besides diffusers' KarrasDiffusionSchedulers
 SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
 # what else than latents, time and text a UNet can be told: nothing here knows what to say
-CONDITIONS = (
-    "class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim",
-    "encoder_hid_dim_type",
-)  # fmt: skip
+CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
+CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
@@ -182,7 +180,8 @@ def as_scheduler(kind, scheduler, use):
 
 def check_steps(scheduler, steps):
     """Raise a UsageError where a scheduler cannot take so many steps: it is tried, without a network."""
-    T, reason = scheduler.config.num_train_timesteps, f"give at most {scheduler.config.num_train_timesteps}"
+    T = scheduler.config.num_train_timesteps
+    reason = f"give at most {T}"
     if steps <= T:
         x, scheduler, reason = torch.zeros(1, 1, 1, 1), copy.deepcopy(scheduler), None
         try:
@@ -255,7 +254,7 @@ def save_unet(unet, weights, folder):
             shutil.rmtree(temporary, ignore_errors=True)
             unet.save_config(temporary)
             save_file(weights, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-            shutil.rmtree(place, ignore_errors=True)  # of a start that has been killed since: the same weights
+            shutil.rmtree(place, ignore_errors=True)  # of a start that was killed: the same weights
             temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -290,7 +289,7 @@ def content_hash(folder, *parts):
 
 @torch.no_grad()
 def latent_moments(vae, images):
-    """Mean and standard deviation of the latents of images (B, 3, H, W) uint8: (B, 2, C, h, w) float32."""
+    """Mean and deviation of the latents of images (B, 3, H, W) uint8: (B, 2, C, h, w) float32."""
     latents = vae.encode(normalize(images.to(vae.device))).latent_dist
     return torch.stack([latents.mean, latents.std], dim=1)
 
@@ -383,8 +382,8 @@ def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
 @contextlib.contextmanager
 def autocast_unet(pipeline, dtype):
     """Within it the pipeline's UNet computes in a dtype, and gives its predictions in float32."""
-    unet, autocast = pipeline.unet, torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
-    forward = unet.forward
+    unet, forward = pipeline.unet, pipeline.unet.forward
+    autocast = torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
 
     def cast(*inputs, **settings):
         with autocast:

@@ -13,14 +13,15 @@ from utils.images import equal_images, firsts
 from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
-# texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1
+# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's image, or -1
 Prompts = namedtuple("Prompts", "texts captions own")
 
 
 def distinct(data):
     """The `CaptionedImages` with repeated images there once, with all of their captions."""
     group = equal_images(data.images)
-    rows, captions = firsts(group).nonzero().flatten().tolist(), [[] for _ in range(int(group.max()) + 1)]
+    rows = firsts(group).nonzero().flatten().tolist()
+    captions = [[] for _ in range(int(group.max()) + 1)]
     for number, texts in zip(group.tolist(), data.captions, strict=True):
         captions[number] += texts
     classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
@@ -28,7 +29,7 @@ def distinct(data):
 
 
 def read_prompts(path):
-    """Texts in a file, a line each, JSON, or a file for `--captions` (its first ones); or a DataError."""
+    """Texts in a file, a line each, JSON, or the first ones of a file of captions; or a DataError."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
@@ -74,10 +75,12 @@ def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs
         source = read_prompts(prompts)
         own = owners(source, data.captions)
     number = number or len(source)
-    rows = [derive_seed(seed, "prompt", i) % len(source) if is_random else i % len(source) for i in range(number)]
+    rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
+    rows = [row % len(source) for row in rows]
     chosen = [source[row] for row in rows]
     streams = (random.Random(derive_seed(seed, "rand_augs", i)) for i in range(number))
-    texts = [augmented(*pair, tokenizer, rand_augs, rand_aug_repeats) for pair in zip(chosen, streams, strict=True)]
+    pairs = zip(chosen, streams, strict=True)
+    texts = [augmented(*pair, tokenizer, rand_augs, rand_aug_repeats) for pair in pairs]
     return Prompts(texts, chosen, torch.tensor([own[row] for row in rows])), source
 
 

@@ -84,7 +84,7 @@ def make_tokenizer():
     _, transformers = libraries()
     with gzip.open(package_file("clip-anytorch", "clip", "bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as f:
         merges = f.read().split("\n")[1 : 49152 - 256 - 2 + 1]
-    # the first tokens are the bytes, those that can be printed before the others, alone and at the end of a word
+    # the first tokens are the bytes, those that can be printed first, alone and at the end of a word
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alone = [*map(chr, printed), *map(chr, range(256, 256 + 256 - len(printed)))]
     tokens = [*alone, *(f"{token}</w>" for token in alone), *(merge.replace(" ", "") for merge in merges)]
@@ -141,7 +141,7 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
     settings = {"lr": lr, "warmup": 100, "grad_clip": 1.0, "ema_decay": 0.99}
     learner = Learner(pipeline.unet, partial(LatentTrainer, scheduler=scheduler), **settings)
-    captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # one in ten is empty: guidance needs that
+    captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # some empty, for guidance
     batches = CaptionBatches(
         data.images, encode_images(pipeline.vae, data.images), captions,
         TextStates(pipeline, [text for texts in captions for text in texts], directory, "tiny"),
