@@ -51,10 +51,8 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
 
     Every pair is compared, in float32 without TF32: a similarity is exact to some 1e-6.
 
-    Args:
-        queries, keys: (N, D) and (M, D), of length 1, on one device.
-        k: all M if there are fewer.
-        batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
+    queries, keys: (N, D) and (M, D), of length 1, on one device. k: all M if there are fewer.
+    batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
 
     Returns:
         similarity (N, k) float32, descending, and index (N, k) int64."""
@@ -132,11 +130,8 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
 def measure_similarity(features, training, threshold=COPY, prompt_images=None):
     """The numbers of a set of images in a feature space, as JSON values, and nearest training images.
 
-    Args:
-        features, training: (N, D) and (M, D), of length 1.
-        threshold: of the `FeatureSpace`.
-        prompt_images: (N,) int64, the training image that each prompt is the caption of, -1 for none;
-            None: no prompts.
+    features, training: (N, D) and (M, D), of length 1. threshold: of the `FeatureSpace`. prompt_images:
+    (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
 
     Returns:
         numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and

@@ -25,10 +25,7 @@ def sliced_wasserstein(a, b, device="cpu", progress=False):
     As many images are taken of both, evenly spaced, at most `MOST_IMAGES`: the fewer they are, the
     larger the distance between sets of one kind. The patches and directions are drawn by a fixed seed.
 
-    Args:
-        a, b: (N, 3, H, H) and (M, 3, H, H), uint8.
-        device: where to compute.
-        progress: show a bar."""
+    a, b: (N, 3, H, H) and (M, 3, H, H), uint8. device: where to compute. progress: show a bar."""
     sides, number = level_sides(a.shape[-1]), min(len(a), len(b), MOST_IMAGES)
     a, b = (images[evenly_spaced(len(images), number)] for images in (a, b))
     distances = {}

@@ -169,10 +169,8 @@ def match(captions, paths, name, folder=""):
     another image, and not taken, where other keys show that their folders are those of the paths, or
     where both are in folders and the key is relative.
 
-    Args:
-        captions: {path of an image: its captions}.
-        paths: of the images, in `folder`, whose own parts may be those of keys.
-        name: of the file of captions.
+    captions: {path of an image: its captions}. paths: of the images, in `folder`, whose own parts may be
+    those of keys. name: of the file of captions.
 
     Raises:
         DataError: a path has no captions, or it is not clear which are its."""
