@@ -25,7 +25,6 @@ from utils.machine import machine
 
 
 def options_of(arguments):
-    """The options of a command line. Raises a UsageError."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = startup.Parser("python -m experiments", description=__doc__, formatter_class=raw)
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")

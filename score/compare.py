@@ -149,23 +149,21 @@ def facts_of(result):
 def facts_of_repeats(result):
     """`facts_of` a result, and of its training and checkpoint what repeats share."""
     training = {k: v for k, v in (result.get("training") or {}).items() if not k.endswith(OF_REPEATS)}
-    name = checkpoint_of(result) or ""
-    checkpoint = {"checkpoint": name} if re.match(STEPS_IN_NAME, name) else {}
-    return facts_of(result) | checkpoint | training
+    checkpoint = checkpoint_of(result)
+    is_numbered = re.match(STEPS_IN_NAME, checkpoint.get("checkpoint", ""))
+    return facts_of(result) | (checkpoint if is_numbered else {}) | training
 
 
 def checkpoint_of(result):
-    """The name of a result's checkpoint, or None."""
-    return Path(result["checkpoint"]).name if result.get("checkpoint") else None
+    """{"checkpoint": its name} of a result that has one, else {}."""
+    return {"checkpoint": Path(result["checkpoint"]).name} if result.get("checkpoint") else {}
 
 
 def settings_of(result):
     """{name: value} of what made a result, as far as it is known: `facts_of`, training, seed."""
     origin = result.get("origin") or {}
     seed = {"sampling: seed": origin["seed"]} if "seed" in origin else {}
-    name = checkpoint_of(result)
-    checkpoint = {"checkpoint": name} if name else {}
-    return checkpoint | facts_of(result) | (result.get("training") or {}) | seed
+    return checkpoint_of(result) | facts_of(result) | (result.get("training") or {}) | seed
 
 
 def differing(results, values_of):
@@ -285,8 +283,7 @@ def curves_under(results, *keys):
 
 def mean_histogram(repeats):
     """The mean of the histograms of similarity of the repeats that have one, or None."""
-    histogram_of = under("similarity", "sim_histogram")
-    known = [shares for result in repeats if (shares := histogram_of(result))]
+    known = [shares for result in repeats if (shares := under("similarity", "sim_histogram")(result))]
     return [statistics.fmean(bin) for bin in zip(*known, strict=True)] if known else None
 
 
@@ -310,8 +307,7 @@ def pictures(rows):
                 what = f"of pair {place} of {name}"
                 images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
             shown.append((escape(name), images))
-    note = "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
-    return figures(shown) + note
+    return figures(shown) + "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
 
 
 def main(arguments=None):

@@ -115,8 +115,7 @@ def neighbors(images, training, path=None, sets=None, named=None, device=None, *
     """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there.
 
     named: {name of an array in the file: names of images}, or None."""
-    known = known_neighbors(path, sets) if path and distributed.is_main() else None
-    known = distributed.from_main(known)
+    known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
     sq_distance, index = nearest
     if path and not known and distributed.is_main():
@@ -241,7 +240,6 @@ class Quality:
 
 
 def evenly(images, number):
-    """At most so many of the images, evenly spaced."""
     return images[evenly_spaced(len(images), number)]
 
 

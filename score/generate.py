@@ -29,7 +29,6 @@ class MeanPrediction(nn.Module):
         self.nets = nn.ModuleList(nets)
 
     def forward(self, x, t, labels=None):
-        """The mean of what the networks predict, as `model.UNet.forward`."""
         return sum(net(x, t, labels) for net in self.nets) / len(self.nets)
 
 
@@ -75,8 +74,7 @@ def generate_batches(
         if indices:
             labels = None
             if num_labels is not None:
-                drawn = draw_labels(seed, indices, num_labels, classes)
-                labels = drawn.to(device) - int(legacy_labels)
+                labels = draw_labels(seed, indices, num_labels, classes).to(device) - int(legacy_labels)
             noise = sample_noise(seed, indices, shape, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 x_0 = sampler(noise(), labels, noise)
@@ -117,10 +115,10 @@ def generate(sampler, num_images, batch_size, seed, **settings):
 def generate_into(directory, origin, make_batches, num_images, img_size, description):
     """Images kept in a directory, each batch before the next is made: a killed generation goes on there.
 
-    Image i does not depend on how many there are, so those that are there are always the first of any
-    number. When complete they are generate.npy, described by generate.json. Before, their pixels are in
-    a file of which generate.part.json says how many are done; its name is made of the origin, so that
-    two processes never mix theirs.
+    Returns (N, 3, H, W) uint8 on the CPU, in every process. Image i does not depend on how many there
+    are, so those that are there are always the first of any number. When complete they are generate.npy,
+    described by generate.json. Before, their pixels are in a file of which generate.part.json says how
+    many are done; its name is made of the origin, so that two processes never mix theirs.
 
     Args:
         directory: of these files, which rank 0 reads and writes.
@@ -128,9 +126,6 @@ def generate_into(directory, origin, make_batches, num_images, img_size, descrip
         make_batches: a function of how many images are there; returns the rest, as `generate_batches`.
         img_size: height and width of an image.
         description: JSON values that generate.json is to hold beside what is known here.
-
-    Returns:
-        (N, 3, H, W) uint8 on the CPU, in every process.
 
     Raises:
         DataError: they do not fit into memory, or cannot be written."""

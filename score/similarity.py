@@ -28,8 +28,7 @@ def clip_scores(clip, images, captions, batch_size=64):
         texts = list(captions[start : start + batch_size])
         limit = model.config.text_config.max_position_embeddings
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        states = model.text_model(**tokens.to(model.device))
-        text = model.text_projection(states.pooler_output)
+        text = model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
         image = clip_features(model, images[start : start + batch_size])
         scores.append(100 * F.cosine_similarity(image, text).cpu())
     return torch.cat(scores)
@@ -123,8 +122,7 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
     among_training = most_similar(training, training, 2)[0][:, -1]
     numbers |= statistics(among_training, "bg", space.threshold)
     numbers["bg_histogram"] = histogram(among_training)
-    floors = {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}
-    return numbers, floors, neighbors
+    return numbers, {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}, neighbors
 
 
 def measure_similarity(features, training, threshold=COPY, prompt_images=None):

@@ -20,7 +20,6 @@ from training.shards import partition
 
 
 def dataset(FLAGS):
-    """The `CaptionedImages` to train on."""
     return load_folder(
         FLAGS.data_root, captions=FLAGS.captions, resolution=FLAGS.resolution,
         num_workers=FLAGS.num_workers,

@@ -48,8 +48,7 @@ def load_folder(folder, captions, resolution, num_workers=0):
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
     if captions is None and not (folder / "metadata.jsonl").exists():
         raise DataError(f"{folder}: has no metadata.jsonl: give the file of captions with --captions")
-    groups = list_images(folder, classes=True)
-    files = [Path(path) for group in groups for path in group]
+    files = [Path(path) for group in list_images(folder, classes=True) for path in group]
     paths = [path.relative_to(folder).as_posix() for path in files]
     found = read_captions(captions or folder / "metadata.jsonl")
     captions = match(found, paths, captions or "metadata.jsonl", folder)
@@ -388,7 +387,6 @@ class CaptionBatches(Batches):
         return Batch(x_0, text, t, eps, to_device(slots, device), mirrored)
 
     def augmented(self, slots, magnitude):
-        """As `ShardBatches.augmented`."""
         augment = rand_augment(magnitude)
         images = torch.stack([augment(image) for image in self.images[slots]])
         mean, deviation = latent_moments(self.states.pipeline.vae, images).to(self.device).unbind(1)

@@ -340,7 +340,6 @@ class LatentTrainer(nn.Module):
         return (prediction.float() - target).square()
 
     def error_of(self, batch):
-        """`forward` of a batch of `CaptionBatches`."""
         return self(batch.x_0, batch.labels, batch.t, batch.eps)
 
     def predict(self, x_t, t, text):
