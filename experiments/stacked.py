@@ -275,8 +275,8 @@ def sample_due(members, learner, step):
 def train_together(planned, wanted, device, pool, deadline):
     """Train runs whose networks have one shape, and measure them in a pool: stacked.json of each.
 
-    wanted: paths of checkpoints that other runs start from; those of these runs are written.
-    deadline: in seconds of time.time(), after which it stops."""
+    wanted: paths of checkpoints that others start from, and are written; deadline: as time.time() has it.
+    """
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
     step, last = 0, max(member.steps for member in members)

@@ -78,7 +78,7 @@ def summary(result):
 def sets_of(result):
     """{name: the numbers} of the generated images and of what is measured in their place."""
     floors = {name: floor_of(result, key) for name, key in FLOORS.items()}
-    return {"generated": result} | {name: numbers for name, numbers in floors.items() if numbers is not None}
+    return {"generated": result} | {name: floor for name, floor in floors.items() if floor is not None}
 
 
 def floor_of(result, key):

@@ -82,9 +82,8 @@ def read_results(arguments):
 def separate(groups):
     """The groups of `read_results`, a row for each kind of results where a label's are no repeats.
 
-    Returns:
-        rows: {label, or "label (1)" and so on: [(path, result)]}.
-        notes: a line for each label with several rows."""
+    Returns rows, {label, or "label (1)" and so on: [(path, result)]}, and notes on labels with several.
+    """
     rows, notes = {}, []
     for label, members in groups.items():
         kinds = []
@@ -234,10 +233,7 @@ def similarity_of_training(result):
 
 
 def compare_page(rows, summaries, notes):
-    """Everything of several runs that fits side by side, as HTML, with notes, lines of text.
-
-    rows: {label: [(path, result) of each repeat]}; summaries: those of these, and of floors if wanted.
-    """
+    """Everything of several runs that fits side by side, as HTML; notes: lines of text."""
     results = results_in(rows)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}

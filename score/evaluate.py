@@ -75,9 +75,7 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
 
 
 def count_repeats(training, heldout, training_left, heldout_left):
-    """What result.json says of training images that equal others, and held-out ones that equal these.
-
-    training, heldout: how many there are; training_left, heldout_left: how many of them are measured."""
+    """What result.json says of training images that equal others, and held-out ones that equal these."""
     repeated, in_training = training - training_left, heldout - heldout_left
     said = []
     if repeated:

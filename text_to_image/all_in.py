@@ -63,9 +63,7 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     """Images of all prompts, and the detector's norms (N,), None without guidance.
 
     They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the
-    networks, the settings, the seed and i, and not on the batch or the number of processes.
-
-    folder, unet_folder: of the pipeline and of its UNet; source: of `make_prompts`."""
+    networks, the settings, the seed and i, and not on the batch or the number of processes."""
     names = "rand_augs rand_aug_repeats seed guidance sample_steps scheduler text_noise precision resolution"
     origin = {name: FLAGS[name].value for name in names.split()}
     origin["prompts"] = "drawn" if prompts_are_drawn(FLAGS) else "in turn"
@@ -125,9 +123,7 @@ def generate_batches(pipeline, prompts, kept, first):
 
 @torch.no_grad()
 def round_trip(pipeline, images, batch_size=16):
-    """Images (N, 3, H, W) uint8 as the VAE gives them back, uint8, and how many of them are not finite.
-
-    That is what a perfect copy of their latents looks like."""
+    """Images (N, 3, H, W) uint8 as the VAE gives them back, and how many of them are not finite."""
     decoded, bad = [], 0
     for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
@@ -191,10 +187,7 @@ def directories():
 
 
 def write_results(result, images, data, neighbors, prompts):
-    """Write all files but the images, and print what a person wants to know first.
-
-    data: the `CaptionedImages` that are numbered; neighbors: of `evaluate_similarity`; prompts: or None.
-    """
+    """Write all files but the images, and print a summary; neighbors: of `evaluate_similarity`."""
     grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
@@ -208,9 +201,7 @@ def write_results(result, images, data, neighbors, prompts):
 
 
 def without_repeats(given, training, heldout):
-    """What is to be said of repeats, and the held-out images that equal no training image, or None.
-
-    given: how many training images there are, of which `training` are distinct; heldout: or None."""
+    """What is to be said of repeats, and the held-out images that equal no training image, or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
         is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)

@@ -271,11 +271,8 @@ def cached(path, make):
 def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
     """Latents, captions and text states of `CaptionedImages` for `CaptionBatches`, made once and cached.
 
-    Args:
-        directory: of the cache.
-        vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder.
-        caption_mode: one of CAPTION_MODES.
-        draws_captions: whether other captions of an image than the first are used."""
+    vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder. draws_captions: whether
+    other captions of an image than the first are used."""
     path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
     moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
@@ -287,9 +284,7 @@ def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_cap
 
 
 class TextStates:
-    """Hidden states of captions: of those given at the start kept, of others computed when asked for.
-
-    directory, key: the file of those kept is there, and named by the hash of the text encoder, too."""
+    """Hidden states of captions: of those given at the start kept, of others computed when asked for."""
 
     def __init__(self, pipeline, captions, directory, key):
         self.pipeline = pipeline
