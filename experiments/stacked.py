@@ -275,7 +275,7 @@ def sample_due(members, learner, step):
 def train_together(planned, wanted, device, pool, deadline):
     """Train runs whose networks have one shape, and measure them in a pool: stacked.json of each.
 
-    wanted: paths of checkpoints that others start from, and are written; deadline: as time.time() has it.
+    wanted: paths of checkpoints that others start from, to be written; deadline: of time.time().
     """
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
