@@ -2,7 +2,7 @@
 
     python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt
     python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --features=pixels --prompts=all
-    python -m text_to_image.all_in --samples=images --prompts=prompts.txt --data_root=photos --clip=clip
+    python -m text_to_image.all_in --samples=made --prompts=texts.txt --data_root=photos --sscd=sscd.pt
 
 Images and captions of the training are those of --unet's log directory, unless flags name others.
 """
