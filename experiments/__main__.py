@@ -1,8 +1,8 @@
-"""The experiments of docs/RESULTS.md: train and measure every arm, then write results/cifar10.json and the figure.
+"""The experiments of docs/RESULTS.md: train and measure every arm, and write a JSON file and a figure.
 
-bash com/results.sh --minutes=60
-bash com/results.sh --arms=AGC --out=again
-bash com/results.sh --experiment=digits
+    bash com/results.sh --minutes=60
+    bash com/results.sh --arms=AGC --out=again
+    bash com/results.sh --experiment=digits
 
 What is there already is not made again: the same command goes on where it was stopped.
 """
@@ -25,7 +25,6 @@ from utils.machine import machine
 
 
 def options_of(arguments):
-    """The options of a command line. Raises a UsageError."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = startup.Parser("python -m experiments", description=__doc__, formatter_class=raw)
     parser.add_argument("--minutes", type=float, default=240, help="stop after so long; the same command goes on")
@@ -53,11 +52,12 @@ def main(arguments=None):
     out, data_root = (Path(path).resolve() for path in (options.out, options.data_root))
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
         spec = EXPERIMENTS[options.experiment]
-        load(**spec.DATA, data_root=data_root)  # so that what is wrong with it shows before the long work
+        load(**spec.DATA, data_root=data_root)  # what is wrong with it shows before the long work
         planned = runs.plan(options.experiment, out, data_root, options.scale)
         path = out / f"{options.experiment}.json"
         runs.check_published(path, planned)
-        wanted, deadline = [run for run in planned if run.arm in options.arms], start + 60 * options.minutes
+        wanted = [run for run in planned if run.arm in options.arms]
+        deadline = start + 60 * options.minutes
         if options.stacked:
             stacked.work_all(wanted, {run.start for run in planned}, torch.device("cuda"), deadline)
         runs.work_all(wanted, deadline, options.processes)
@@ -78,13 +78,10 @@ def result_of(spec, complete, data_root):
         points += [of_run | point for point in found["points"]]
     own = (*runs.OF_PLACES, "--seed=")
     return {
-        "machine": machine(),
-        "data": spec.DATA,
-        "floor": spec.floor(data_root),
+        "machine": machine(), "data": spec.DATA, "floor": spec.floor(data_root),
         "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
-        "trainings": trainings,
-        "points": points,
-    }
+        "trainings": trainings, "points": points,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CIFAR-10 images that stand in the training set once: every arm as flags of main_fed.py, and what is measured."""
+"""CIFAR-10 images that occur once each: every arm as flags of main_fed.py, and what is measured."""
 
 import functools
 
@@ -29,12 +29,7 @@ PLAIN = {**ONE, "anti_grad": "off"}
 ENSEMBLE = {"client_num": K, "local_epoch": 210, "steps": 3 * STEPS}
 AVERAGED = {**ENSEMBLE, "anti_grad": "off"}
 
-COMPARED = {
-    "default": PLAIN,
-    "AGC": ONE,
-    "random skip": {**ONE, "anti_grad": "random"},
-    "IET-AGC": ENSEMBLE,
-}
+COMPARED = {"default": PLAIN, "AGC": ONE, "random skip": {**ONE, "anti_grad": "random"}, "IET-AGC": ENSEMBLE}
 SHOWN = {
     "IET": AVERAGED,
     "score ensemble": {**AVERAGED, "local_epoch": 20 * 210, "one_round": True},
@@ -54,34 +49,32 @@ SEEDS = {**dict.fromkeys(COMPARED, range(1, 4)), **dict.fromkeys(SHOWN, range(1,
 def measure(images, data):
     """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
 
-    fpd and swd are those to the held-out images. `near copies` are nearer to their training image than that one is to
-    any other, 1 - AuthPct of Alaa et al. 2022. `above` is MQ less its floor, that of the held-out images.
-    """
+    fpd and swd are those to the held-out images. `near copies` are nearer to their training image than
+    that one is to any other, 1 - AuthPct of Alaa et al. 2022. `above` is MQ less its floor, that of the
+    held-out images."""
     loaded, reference, floors = held_out(**data)
     numbers, _ = evaluate(images, loaded.train.images)
     pixels = numbers["pixels"]
     return {
         "fpd": frechet_distance(*compute_statistics(images), *reference),
-        "swd": mean_of(sliced_wasserstein(loaded.heldout.images, images)),
-        "f_mem": pixels["f_mem"],
-        "extracted": pixels["extracted"],
-        "near copies": 1 - pixels["auth_pct"] / 100,
+        "swd": mean_of(sliced_wasserstein(loaded.heldout.images, images)), "f_mem": pixels["f_mem"],
+        "extracted": pixels["extracted"], "near copies": 1 - pixels["auth_pct"] / 100,
         **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30", "50")},
         **{f"MQ@{p} above": pixels["mq_fraction"][p] - floors[p] for p in ("15", "30", "50")},
         "images": len(images),
-    }
+    }  # fmt: skip
 
 
 @functools.cache
 def held_out(**data):
-    """A data set, the pooled pixels' statistics of its held-out images, and MQ of these, the floor: {p: share}."""
+    """A data set, the statistics of its held-out images, and the MQ of these, the floor: {p: share}."""
     loaded = load(**data)
     numbers, _ = evaluate(loaded.heldout.images, loaded.train.images)
     return loaded, compute_statistics(loaded.heldout.images), numbers["pixels"]["mq_fraction"]
 
 
 def floor(data_root):
-    """What held-out real images reach in the place of generated ones; fpd and swd between disjoint sets of them."""
+    """What held-out real images reach in place of generated ones; fpd, swd: of disjoint sets of them."""
     data = {**DATA, "data_root": data_root}
     real = load(**data).heldout.images
     chosen = torch.zeros(len(real), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Repeated digits: one data set, every arm as flags of main_fed.py, and what is measured of generated images."""
+"""Repeated digits: one data set, every arm as flags of main_fed.py, and what is measured of them."""
 
 import torch
 
@@ -13,10 +13,10 @@ POINTS = 6  # of a training of one round
 IMAGES = 4096  # of a measurement
 OTHER_IMAGES = 1800  # at most, of "fpd of others", which depends on their number
 
-# 2,000 single images of 8x8 pixels and 20 that stand there 100 times. A bank of T / 4 entries is as fresh with batches
-# of 32 as the paper's is with 128.
+# 2,000 single images of 8x8 pixels and 20 that stand there 100 times
 DATA = {"dataset": "mnist5k", "img_size": 8, "num_train": 2020, "duplicates": 20, "copies": 100}
 NETWORK = {"ch": 16, "ch_mult": [1, 2], "attn": 1, "num_res_blocks": 1, "dropout": 0.0}
+# a bank of T / 4 entries is as fresh with batches of 32 as the paper's is with 128
 TRAINING = {"batch_size": 32, "lr": 2e-3, "warmup": 500, "ema_decay": 0.999, "bank_bins": 250}
 SAMPLER = {"sampler": "dpmpp", "sample_steps": 20}
 
@@ -27,15 +27,11 @@ ENSEMBLE = {"client_num": K, "local_epoch": 15, "steps": 2 * STEPS, "duplicates_
 AVERAGED = {**ENSEMBLE, "anti_grad": "off"}
 PLUS = {"exchange": "ring", "augment_near_threshold": True}
 
-# "clustered": all copies of an image in one shard; "spread": over all shards in turn, as a random split does
+# "clustered": all copies of an image in one shard; "spread": over all shards, as a random split does
 MAIN = {
-    "default": PLAIN,
-    "AGC": ONE,
-    "clustered IET": AVERAGED,
-    "clustered IET-AGC": ENSEMBLE,
-    "clustered IET-AGC+": {**ENSEMBLE, **PLUS},
-    "ambient": {**PLAIN, "ambient_t": 300},
-}
+    "default": PLAIN, "AGC": ONE, "clustered IET": AVERAGED, "clustered IET-AGC": ENSEMBLE,
+    "clustered IET-AGC+": {**ENSEMBLE, **PLUS}, "ambient": {**PLAIN, "ambient_t": 300},
+}  # fmt: skip
 OTHERS = {
     "dropout 0.1": {**PLAIN, "dropout": 0.1},
     "dropout 0.3": {**PLAIN, "dropout": 0.3},
@@ -75,21 +71,19 @@ SEEDS = {
 
 
 def real_images(data):
-    """(distinct training images, which of them are repeated (M,), held-out images), images uint8 (N, 3, H, W).
-
-    data: as for `load`.
-    """
+    """(distinct training images, which repeated (M,), held-out ones) of `load`: uint8 (N, 3, H, W)."""
     repeated = load(**{**data, "duplicates": DATA["duplicates"], "copies": DATA["copies"]})
-    return repeated.without_copies().train.images, repeated.slot_image.bincount() > 1, repeated.heldout.images
+    distinct, is_repeated = repeated.without_copies().train.images, repeated.slot_image.bincount() > 1
+    return distinct, is_repeated, repeated.heldout.images
 
 
 def measure(images, data):
     """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
 
-    fpd is that to the held-out images; a generator that draws the repeated images less often has a better one, and so
-    `fpd of others` is that of the images whose nearest is no repeated one. `near copies` is the share of the rest.
-    f_mem (Gu et al. 2023) is also taken of repeated images alone; `extracted` counts those of which there is a copy.
-    """
+    fpd is that to the held-out images; a generator that draws the repeated images less often has a
+    better one, and so `fpd of others` is that of the images whose nearest is no repeated one. `near
+    copies` is the share of the rest. f_mem (Gu et al. 2023) is also taken of repeated images alone;
+    `extracted` counts those of which there is a copy."""
     distinct, repeated, heldout = real_images(data)
     numbers, (sq_distance, index) = evaluate(images, distinct)
     pixels = numbers["pixels"]
@@ -97,17 +91,15 @@ def measure(images, data):
     return {
         "fpd": fpd(images, heldout),
         "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
-        "f_mem": pixels["f_mem"],
-        "f_mem of copies": (copies & of_repeated).double().mean().item(),
+        "f_mem": pixels["f_mem"], "f_mem of copies": (copies & of_repeated).double().mean().item(),
         "extracted": len(index[copies & of_repeated, 0].unique()),
         "near copies": of_repeated.double().mean().item(),
-        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")},
-        "images": len(images),
-    }
+        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")}, "images": len(images),
+    }  # fmt: skip
 
 
 def floor(data_root):
-    """What held-out real images reach in the place of generated ones, and the fpd of sets of training images."""
+    """What held-out real images reach in place of generated ones, and the fpd of training images."""
     data = {**DATA, "data_root": data_root}
     distinct, repeated, heldout = real_images(data)
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]

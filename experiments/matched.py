@@ -1,7 +1,8 @@
 """The statistics of the experiments: a method that has merely learned less also memorises less.
 
-A training is a path of (quality, memorisation) over its checkpoints: a list of points in the order of its steps, each
-{"steps", "fpd", measure: number}. Quality is a distance to held-out images: less is better.
+A training is a path of (quality, memorisation) over its checkpoints: a list of points in the order of
+its steps, each {"steps", "fpd", measure: number}. Quality is a distance to held-out images: less is
+better.
 """
 
 import operator
@@ -22,20 +23,19 @@ def paths_of(points, arm, network=None):
 def at_quality(path, quality, measure, axis="fpd"):
     """The measure of a training when it first reaches a quality; NaN if it never does.
 
-    Between the first checkpoint at or below `quality` and the one before it both change linearly; a training that
-    begins there is given its first number. axis: which distance is the quality.
-    """
+    Between the first checkpoint at or below `quality` and the one before it both change linearly; a
+    training that begins there is given its first number. axis: which distance is the quality."""
     return at_first(path, axis, operator.le, quality, measure)
 
 
 def onset(path):
-    """The steps after which a training begins to copy, linear between its checkpoints; NaN if it never does."""
+    """The steps after which a training begins to copy, linear between checkpoints; NaN if never."""
     measure, limit = COPIES
     return at_first(path, measure, operator.gt, limit, "steps")
 
 
 def at_first(path, axis, compare, level, measure):
-    """The measure where the number `axis` of a path first comes to a level, as `at_quality` says; or NaN."""
+    """The measure where the number `axis` of a path first reaches a level, as `at_quality`; or NaN."""
     first = next((i for i, point in enumerate(path) if compare(point[axis], level)), None)
     if first is None:
         return float("nan")
@@ -54,9 +54,9 @@ def best_without_copying(path, axis):
 def welch(values, others):
     """Numbers of one arm against those of another, one a seed, by Welch's t: (difference, low, high, p).
 
-    The difference of the means, its 95 % interval and the p-value. The last three are None where there is no test: of
-    fewer than three seeds, or if all seeds of each arm are alike. A NaN makes all of it NaN and None.
-    """
+    The difference of the means, its 95 % interval and the p-value. The last three are None where there
+    is no test: of fewer than three seeds, or if all seeds of each arm are alike. A NaN makes all of it
+    NaN and None."""
     difference = float(np.mean(values) - np.mean(others))
     too_few = min(len(values), len(others)) < LEAST_SEEDS
     if too_few or np.isnan(difference) or np.ptp(values) == np.ptp(others) == 0:

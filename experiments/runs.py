@@ -1,8 +1,8 @@
-"""The trainings of an experiment and what is measured of their checkpoints, each made once, on all cores.
+"""The trainings of an experiment and what is measured of their checkpoints, made once, on all cores.
 
-A run is in <out>/runs/<experiment>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py, measured.json, or
-stacked.json by experiments.stacked, what was measured. The same call goes on where it stopped. What <out> has in the
-experiment's JSON file is not made again either.
+A run is in <out>/runs/<experiment>/<arm>/seed<seed>/: log/ is the log directory of main_fed.py,
+measured.json, or stacked.json by experiments.stacked, what was measured. The same call goes on where it
+stopped. What <out> has in the experiment's JSON file is not made again either.
 """
 
 import contextlib
@@ -37,21 +37,13 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {"cifar10": cifar10, "digits": digits}
 OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=")  # flags that change where files are moved
 
-# One training: the names of its experiment and arm, its seed and directory, the command line of main_fed.py, the
-# arguments of `experiments.images.load`, the checkpoint that it starts from or None, its rounds and the steps of one
-# over all shards, and how many images a measurement generates.
+# One training. flags: the command line of main_fed.py; data: arguments of `load`; start: a checkpoint, or
+# None; steps_per_round: over all shards; images: how many a measurement generates
 Run = namedtuple("Run", "experiment arm seed directory flags data start rounds steps_per_round images")
 
 
 def plan(experiment, out, data_root, scale=1.0):
-    """All trainings, seed by seed and of each the main arms first.
-
-    Args:
-        experiment: a name of `EXPERIMENTS`.
-        out: the directory of all that is written.
-        data_root: where the data set is.
-        scale: below 1: fewer steps, rounds and images, for a trial.
-    """
+    """All `Run`s of an experiment, seed by seed, main arms first; scale: below 1 for a short trial."""
     seeds = EXPERIMENTS[experiment].SEEDS
     order = itertools.product(range(1, max(map(max, seeds.values())) + 1), EXPERIMENTS[experiment].ARMS)
     return [make_run(experiment, out, data_root, arm, seed, scale) for seed, arm in order if seed in seeds[arm]]
@@ -104,13 +96,10 @@ def measure(run, images):
 
 
 def measured(run, names=FILES):
-    """What was measured of a training so far: a dict.
+    """What was measured of a training so far, in the last complete file: the experiment's, then `names`.
 
-    "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and "stacked" how it was
-    trained, "seconds" how long that took.
-
-    names: of the files where that may be, of which the last that is complete counts; the experiment's file comes first.
-    """
+    "points" are [{"steps": n, "fpd": x, ...}], "complete" says whether they are all, "device" and
+    "stacked" how it was trained, "seconds" how long that took."""
     known = published(run.directory.parents[3] / f"{run.experiment}.json").get((run.arm, run.seed), {})
     result = {"flags": run.flags, "points": [], "complete": False}
     for found in (known, *(read_json(path) for name in names if (path := run.directory / name).exists())):
@@ -139,7 +128,7 @@ def read_published(path, _):
 
 
 def check_published(path, planned):
-    """Raise a UsageError if a file that the command has written holds trainings that are none of the planned runs."""
+    """Raise a UsageError if a file of the command holds trainings that are none of the planned runs."""
     own = {(run.arm, run.seed): settings(run.flags) for run in planned}
     for (arm, seed), found in published(path).items():
         if own.get((arm, seed)) != settings(found["flags"]):
@@ -152,7 +141,7 @@ def settings(command):
 
 
 def begin_worker():
-    """Leave Ctrl-C to the main process, which ends this one by SIGTERM, and with it the training that it waits for."""
+    """Leave Ctrl-C to the main process, whose SIGTERM ends this one and the training it waits for."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, leave)
@@ -165,7 +154,7 @@ def leave(*_):
 
 
 def train(run):
-    """Train, which takes seconds if it is done. Raises a DataError with the last line of a training that fails."""
+    """Train, in seconds if it is done; a DataError has the last line of a training that fails."""
     run.directory.mkdir(parents=True, exist_ok=True)
     log, environment = run.directory / "train.log", {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
@@ -177,10 +166,9 @@ def train(run):
 
 
 def networks(run, values):
-    """(about, files of the networks whose mean prediction is measured) of every point of a training, in order.
+    """(about, files of the networks whose mean prediction is measured) of every point, in order.
 
-    about: the steps made until there over all shards, and the steps one after the other.
-    """
+    about: the steps made until there over all shards, and the steps one after the other."""
     log, K = run.directory / "log", values.client_num
     if run.start:
         yield {"steps": 0, "sequential": 0}, [run.start]
@@ -213,7 +201,7 @@ def work(run):
             nets.append(build.unet(values, state, path).eval())
             load_weights(nets[-1], weights_in(state, True, path), path)
         sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of several processes would write over each other
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of processes would overwrite each other
             images = generate(sampler, run.images, 512, run.seed)
         result["points"].append({**about, **measure(run, images)})
         write_json(run.directory / "measured.json", result)
@@ -221,7 +209,7 @@ def work(run):
 
 
 def work_all(runs, deadline, processes):
-    """`work` of all runs that are not complete, in so many processes, until the deadline; returns those that are."""
+    """`work` of all runs that are not complete, until the deadline; returns those that are complete."""
     missing = [run for run in runs if not measured(run)["complete"]]
     if missing and time.time() < deadline:
         with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time

@@ -1,9 +1,10 @@
-"""The experiment on a GPU, with bash com/results.sh --stacked: many trainings at once, as one stack of networks.
+"""The experiment on a GPU, by bash com/results.sh --stacked: many trainings as one stack of networks.
 
-One training step of all networks is one CUDA graph. A training has the flags, images, orders and starting weights that
-it has with main_fed.py, and other timesteps and noise, which depend on what else is in the stack. What is measured goes
-to stacked.json. Arms whose step is another (lr, dropout, large batches, IET-AGC+, ambient diffusion) are left to
-main_fed.py. A training that does not come to its end in time leaves nothing behind.
+One training step of all networks is one CUDA graph. A training has the flags, images, orders and
+starting weights that it has with main_fed.py, and other timesteps and noise, which depend on what else
+is in the stack. What is measured goes to stacked.json. Arms whose step is another (lr, dropout, large
+batches, IET-AGC+, ambient diffusion) are left to main_fed.py. A training that does not come to its end
+in time leaves nothing behind.
 """
 
 import functools
@@ -41,7 +42,7 @@ MAY_DIFFER |= {"from", "img_size", "num_train", "duplicates", "copies"}
 
 
 class ConvolutionByMatmul(TorchFunctionMode):
-    """F.conv2d as a matrix product, of which many networks make one batch; cuDNN's grouped convolution is slower."""
+    """F.conv2d as a product of matrices, one for many networks; faster than cuDNN's grouped one."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.conv2d:
@@ -59,10 +60,7 @@ class ConvolutionByMatmul(TorchFunctionMode):
 class Stack(nn.Module):
     """N networks of one shape as one: called with images in N equal parts, one of each network.
 
-    Args:
-        net: a `model.UNet` of that shape; what it does not train is the same in all.
-        weights: (N, P), rows of `row_of`.
-    """
+    net: a `model.UNet` of that shape, whose frozen parts all have; weights: (N, P), rows of `row_of`."""
 
     def __init__(self, net, weights):
         super().__init__()
@@ -90,12 +88,11 @@ class StackedLearner:
     Args:
         net: a `model.UNet` of their shape, on the device.
         weights, ema_weights: (N, P), where they start.
-        agc: an `AntiGradientControl`.
-        uses_agc, at_random: bool (N,): of which networks it skips samples, and of which as many are left out at random.
+        uses_agc, at_random: bool (N,): of which networks `agc` skips samples, and of which as many are
+            left out at random.
         diffusion: keyword arguments of `GaussianDiffusionTrainer`.
         images: uint8 (slots, 3, H, W), on the device.
-        lr, warmup, grad_clip, ema_decay: as for `Learner`.
-    """
+        lr, warmup, grad_clip, ema_decay: as for `Learner`."""
 
     def __init__(
         self, net, weights, ema_weights, agc, uses_agc, at_random, diffusion, images, lr, warmup, grad_clip, ema_decay
@@ -170,7 +167,7 @@ class StackedLearner:
 
 
 class Member:
-    """A training in a stack: its K networks are rows of it from `row` on, and its images in slots from `slot` on."""
+    """A training in a stack: its K networks are rows from `row` on, its images slots from `slot` on."""
 
     def __init__(self, run, row, slot):
         values = runs.values_of(run.flags)
@@ -190,7 +187,7 @@ class Member:
         self.points = []  # what was measured, as in measured.json
 
     def start(self, net):
-        """The weights and EMA weights that all its networks start from, by way of a network: two rows (P,)."""
+        """The weights and EMA weights that its networks start from, by way of a network: (P,) each."""
         path, rows = self.run.start, []
         state = load_checkpoint(path) if path else None
         for use_ema in (False, True):
@@ -209,7 +206,7 @@ class Member:
         return self.slot + torch.stack([torch.stack([b.slots_of(step) for b in self.batches]) for step in steps])
 
     def due(self, step):
-        """What is measured after a step: [({"steps": n, ...}, rows of the networks whose mean prediction it is)]."""
+        """What is measured after a step: [({"steps": n, ...}, rows of networks that are averaged)]."""
         row, about = self.rows.start, {"steps": self.K * step, "sequential": step}
         if step > self.steps or (step % self.every and step < self.steps) or (step == 0 and not self.run.start):
             return []
@@ -227,17 +224,9 @@ def noise(seed, number, img_size):
 
 @torch.no_grad()
 def sample(net, rows, x_T, settings):
-    """Images of ensembles of networks, whose predictions are averaged.
+    """Images of E ensembles of K networks, rows (E, K, P) of a `Stack`: uint8 (E, N, 3, H, W), on CPU.
 
-    Args:
-        net: as for `Stack`.
-        rows: (E, K, P), of E ensembles of K networks.
-        x_T: (E, N, 3, H, W).
-        settings: keyword arguments of `GaussianDiffusionSampler`.
-
-    Returns:
-        uint8 (E, N, 3, H, W) on the CPU.
-    """
+    x_T: (E, N, 3, H, W); settings: keyword arguments of `GaussianDiffusionSampler`."""
     E, K = rows.shape[:2]
     stack = Stack(net, rows.flatten(0, 1))
 
@@ -266,25 +255,16 @@ def make_stack(planned, device):
     images = torch.cat([member.data.train.images for member in members]).to(device)
     net, agc = build.unet(values).to(device), build.agc(values, values.T).to(device)
     return members, StackedLearner(
-        net,
-        weights,
-        ema_weights,
-        agc,
-        *masks,
-        build.diffusion_settings(values),
-        images,
-        lr=values.lr,
-        warmup=values.warmup,
-        grad_clip=values.grad_clip,
-        ema_decay=values.ema_decay,
-    )
+        net, weights, ema_weights, agc, *masks, build.diffusion_settings(values), images, lr=values.lr,
+        warmup=values.warmup, grad_clip=values.grad_clip, ema_decay=values.ema_decay,
+    )  # fmt: skip
 
 
 def sample_due(members, learner, step):
     """What is measured after a step: yields (member, {"steps": n, ...}, uint8 images (N, 3, H, W))."""
     due = [(member, *point) for member in members for point in member.due(step)]
     settings = build.sampler_settings(runs.values_of(members[0].run.flags))
-    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work` measures: ensembles first
+    for K in sorted({len(rows) for *_, rows in due}, reverse=True):  # as `runs.work`: ensembles first
         same = [point for point in due if len(point[-1]) == K]
         weights = torch.stack([learner.ema_weights[rows] for *_, rows in same])
         x_T = torch.stack([noise(m.run.seed, m.run.images, settings["img_size"]) for m, *_ in same])
@@ -293,10 +273,9 @@ def sample_due(members, learner, step):
 
 
 def train_together(planned, wanted, device, pool, deadline):
-    """Train runs whose networks have one shape, and measure them in a pool of processes: stacked.json of each.
+    """Train runs whose networks have one shape, and measure them in a pool: stacked.json of each.
 
-    wanted: paths of checkpoints that other runs start from; those of these runs are written.
-    deadline: in seconds of time.time(), after which it stops.
+    wanted: paths of checkpoints that others start from, to be written; deadline: of time.time().
     """
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
@@ -341,10 +320,7 @@ def shape_of(run):
 
 
 def work_all(planned, wanted, device, deadline):
-    """Train and measure what can be stacked of the runs that are not complete, until the deadline.
-
-    wanted: as for `train_together`.
-    """
+    """Train and measure what can be stacked of the runs that are not complete, as `train_together`."""
     missing = sorted((r for r in planned if can_stack(r) and not runs.measured(r)["complete"]), key=shape_of)
     with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count()), runs.begin_worker) as pool:
         for _, group in itertools.groupby(missing, shape_of):

@@ -1,4 +1,4 @@
-"""What docs/RESULTS.md shows of results/*.json: tables, in the places that the document marks, and figures.
+"""What docs/RESULTS.md shows of results/*.json: tables, in places that the document marks, and figures.
 
 python -m experiments.tables
 """
@@ -26,7 +26,7 @@ FORMS |= {f"MQ@{p} above": "{:+.1%}" for p in ("15", "30", "50")}
 NAMES = {"swd": "SWD"}  # of measures that are called otherwise in a table
 SHOWN_BELOW = 0.05  # p after Holm's correction
 
-# Of each quality the best hundredth that default training and more than half of the other arms reach in all seeds.
+# of each the best hundredth that default training and more than half of the others reach in all seeds
 QUALITY = {"fpd of others": 0.12, "fpd": 0.3}
 COMPARED = {"fpd of others": ("f_mem", "MQ@15"), "fpd": ("f_mem", "extracted")}  # there
 ALL_DIGITS = digits.MAIN | digits.OTHERS
@@ -46,7 +46,7 @@ def trainings(result, names):
 
 
 def spread(values, measure):
-    """Mean ± standard deviation over seeds, if there are several; or how many of these have a number."""
+    """Mean ± standard deviation over seeds, if there are several; or how many of them have a number."""
     reached = sum(map(math.isfinite, values))
     if reached < len(values):
         return f"{reached} of {len(values)} seeds" if reached else "never"
@@ -70,7 +70,7 @@ def with_interval(comparison, measure):
 
 
 def differences(values, baseline):
-    """What `welch` returns of every arm against the baseline, p-values corrected; values: {(arm, ...): numbers}."""
+    """What `welch` says of all arms against the baseline, corrected; values: {(arm, ...): numbers}."""
     others = [key for key in values if key[0] != baseline and (baseline, *key[1:]) in values]
     return corrected({key: welch(values[key], values[baseline, *key[1:]]) for key in others})
 
@@ -87,17 +87,16 @@ def p_value(p):
 
 
 def after_steps(paths, count, steps, measures):
-    """The `cells` of the points whose `count` of steps is nearest to `steps`; dashes if they are far from it."""
+    """The `cells` of the points whose `count` of steps is nearest to `steps`; dashes if that is far."""
     points = [min(path, key=lambda point: abs(point[count] - steps)) for path in paths.values()]
     near = abs(points[0][count] - steps) <= steps / 5
     return cells(points, measures) if near else ["-"] * len(measures)
 
 
 def digits_arms(result):
-    """All arms after as many steps in a row, and at two fixed qualities, where all but default are differences to it.
+    """All arms after as many steps in a row, and at two qualities, where others are less the default.
 
-    By Welch's t; bold is what Holm's correction over the table leaves.
-    """
+    By Welch's t; bold is what Holm's correction over the table leaves."""
     steps, measures = digits.ENSEMBLE["steps"] // digits.K, ("fpd of others", "f_mem", "MQ@15")
     columns = [(axis, measure) for axis in COMPARED for measure in COMPARED[axis]]
     found = dict(trainings(result, ALL_DIGITS))
@@ -121,7 +120,7 @@ def digits_arms(result):
 
 
 def digits_fine_tuned(result):
-    """Arms that go on from default training: their ends, and the differences to that of default training."""
+    """Arms that go on from default training: their ends, and these less that of default training."""
     measures, compared = ("fpd of others", "f_mem", "MQ@15", "extracted"), ("f_mem", "MQ@15")
     found = trainings(result, digits.FINE_TUNED)
     ends = {arm: [path[-1] for path in paths.values()] for arm, paths in found}
@@ -135,12 +134,12 @@ def digits_fine_tuned(result):
 
 
 def cifar10_primary(result):
-    """The best quality without copying of every arm, and its difference to default training, by Welch's t.
+    """The best quality without copying of every arm, and its difference to the default, by Welch's t.
 
-    AGC is compared with random skip too. p is that after Holm's correction over the table.
-    """
+    AGC is compared with random skip too. p is that after Holm's correction over the table."""
     axes, found = ("fpd", "swd"), dict(trainings(result, ALL_CIFAR10))
-    best = {(arm, axis): [best_without_copying(p, axis) for p in found[arm].values()] for arm in found for axis in axes}
+    paths = [(arm, axis, found[arm].values()) for arm in found for axis in axes]
+    best = {(arm, axis): [best_without_copying(p, axis) for p in of_arm] for arm, axis, of_arm in paths}
     pairs = [(arm, "default") for arm in found if arm != "default"] + [("AGC", "random skip")]
     pairs = [pair for pair in pairs if set(pair) <= set(found)]
     compared = corrected({(*pair, x): welch(best[pair[0], x], best[pair[1], x]) for pair in pairs for x in axes})
@@ -172,7 +171,7 @@ def cifar10_steps(result, count, steps, how):
 
 
 def cifar10_sizes(result):
-    """How default training grows with the number of images: when it begins to copy, and its best quality."""
+    """How default training grows with the number of images: when it begins to copy, its best quality."""
     rows = []
     for arm, paths in trainings(result, SIZES):
         rows.append([SIZES[arm], len(paths), spread([onset(path) for path in paths.values()], "steps")])
@@ -194,10 +193,9 @@ PRINTED = {"digits": digits_arms, "cifar10": cifar10_primary}
 
 
 def filled(text, results):
-    """A document with its tables made anew: each stands between `<!-- table: EXPERIMENT NAME -->` and `<!-- end -->`.
+    """A document whose tables, from `<!-- table: EXPERIMENT NAME -->` to `<!-- end -->`, are made anew.
 
-    results: {experiment: what its file says}; a table of an experiment that is not among them stays as it is.
-    """
+    results: {experiment: what its file says}; the tables of others stay as they are."""
 
     def table(place):
         if place[2] not in results:
@@ -252,7 +250,7 @@ def draw_digits(figure, result):
 
 
 def draw_cifar10(figure, result):
-    """What is copied over two kinds of quality and over steps; lines: what held-out real images reach; the axes."""
+    """Copies over both qualities and over steps; lines: what held-out images reach. Returns the axes."""
     measure, limit = COPIES
     figure.set_size_inches(12, 5)
     axes = figure.subplots(1, 3, sharey=True)

@@ -7,6 +7,7 @@ What is measured in the place of generated images, under the keys of `FLOORS`, h
 """
 
 import functools
+import json
 
 # what is measured in the place of generated images: {name: key in a result.json}
 FLOORS = {"held-out": "holdout", "base model": "base", "round trip": "round_trip"}
@@ -76,12 +77,14 @@ def summary(result):
 
 def sets_of(result):
     """{name: the numbers} of the generated images and of what is measured in their place."""
-    floors = {name: floor_of(result, key) for name, key in FLOORS.items() if key in result}
-    return {"generated": result} | floors
+    floors = {name: floor_of(result, key) for name, key in FLOORS.items()}
+    return {"generated": result} | {name: floor for name, floor in floors.items() if floor is not None}
 
 
 def floor_of(result, key):
-    """The numbers of what is measured in the place of generated images, under a key of `FLOORS`."""
+    """The numbers of what is measured in place of generated images, under a key of `FLOORS`, or None."""
+    if key not in result:
+        return None
     scores = ("precision", "recall", "swd") if key == "holdout" else ()
     return result[key] | {name: result[f"{name}_floor"] for name in scores if f"{name}_floor" in result}
 
@@ -95,33 +98,21 @@ def renewed(result):
     """A result of an earlier version in today's shape; one of today as it is."""
     if not is_old(result):
         return result
-    result = with_f_mem(result)
+    result = json.loads(json.dumps(result).replace('"share_sqrt_d1_d2_below_third": ', '"f_mem": '))
     kind = {name: result[name] for name in ("features", "preprocess") if name in result}
+    # those of the text half say what features they are of
+    name, beginnings = ("similarity", OLD_SIMILARITY) if kind else ("pixels", OLD_PIXELS)
 
     def lowered(numbers):
-        if kind:  # of the text half
-            return with_lower({**kind, **numbers}, "similarity", OLD_SIMILARITY)
-        return with_lower(numbers, "pixels", OLD_PIXELS)
+        numbers = kind | numbers
+        lower = {key: value for key, value in numbers.items() if key.startswith(beginnings)}
+        return {key: value for key, value in numbers.items() if key not in lower} | {name: lower}
 
     new = lowered(result) | {key: lowered(result[key]) for key in FLOORS.values() if result.get(key)}
-    similarity = new.pop("feature_space", None)
-    if similarity:
-        new["similarity"] = {key: value for key, value in similarity.items() if key != "holdout"}
+    if similarity := new.pop("feature_space", None):
         if "holdout" in similarity:
             floor = {name: similarity.get(name) for name in ("features", "preprocess")}
-            new["holdout"] = new.get("holdout", {}) | {"similarity": floor | similarity["holdout"]}
+            floor |= similarity.pop("holdout")
+            new["holdout"] = new.get("holdout", {}) | {"similarity": floor}
+        new["similarity"] = similarity
     return new
-
-
-def with_lower(numbers, name, beginnings):
-    """The numbers of one set of images, those whose keys begin so one level lower, under a name."""
-    lower = {key: value for key, value in numbers.items() if key.startswith(beginnings)}
-    return {key: value for key, value in numbers.items() if key not in lower} | {name: lower}
-
-
-def with_f_mem(numbers):
-    """Numbers of an earlier version with today's name of f_mem in pixels."""
-    if not isinstance(numbers, dict):
-        return numbers
-    name = "share_sqrt_d1_d2_below_third"
-    return {"f_mem" if key == name else key: with_f_mem(value) for key, value in numbers.items()}

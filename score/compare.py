@@ -1,9 +1,12 @@
-"""Several evaluations in one table and one page, repeats as mean and spread:
+"""Several evaluations in one table and one page, repeats as mean and spread.
 
-python -m score.compare runs/a/grid runs/b/grid --html=both.html python -m score.compare
-default=runs/a/grid/result.json IET-AGC=runs/b/grid/result.json IET-AGC=runs/c/grid/result.json
+    python -m score.compare runs/a/grid runs/b/grid --html=both.html
+    python -m score.compare default=runs/a/grid IET-AGC=runs/b/grid IET-AGC=runs/c/grid
+
+A name that is there several times has repeats.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -79,20 +82,16 @@ def read_results(arguments):
 def separate(groups):
     """The groups of `read_results`, a row for each kind of results where a label's are no repeats.
 
-    Returns:
-        rows: {label, or "label (1)" and so on: [(path, result)]}.
-        notes: a line for each label with several rows.
+    Returns rows, {label, or "label (1)" and so on: [(path, result)]}, and notes on labels with several.
     """
     rows, notes = {}, []
     for label, members in groups.items():
         kinds = []
         for member in members:
-            for kind in kinds:
-                if all(are_repeats(member[1], result) for _, result in kind):
-                    kind.append(member)
-                    break
-            else:
-                kinds.append([member])
+            same = (kind for kind in kinds if all(are_repeats(member[1], result) for _, result in kind))
+            if (kind := next(same, None)) is None:
+                kinds.append(kind := [])
+            kind.append(member)
         if len(kinds) == 1:
             rows[label] = members
             continue
@@ -149,40 +148,33 @@ def facts_of(result):
 def facts_of_repeats(result):
     """`facts_of` a result, and of its training and checkpoint what repeats share."""
     training = {k: v for k, v in (result.get("training") or {}).items() if not k.endswith(OF_REPEATS)}
-    name = checkpoint_of(result) or ""
-    checkpoint = {"checkpoint": name} if re.match(STEPS_IN_NAME, name) else {}
-    return facts_of(result) | checkpoint | training
+    checkpoint = checkpoint_of(result)
+    is_numbered = re.match(STEPS_IN_NAME, checkpoint.get("checkpoint", ""))
+    return facts_of(result) | (checkpoint if is_numbered else {}) | training
 
 
 def checkpoint_of(result):
-    """The name of a result's checkpoint, or None."""
-    return Path(result["checkpoint"]).name if result.get("checkpoint") else None
+    """{"checkpoint": its name} of a result that has one, else {}."""
+    return {"checkpoint": Path(result["checkpoint"]).name} if result.get("checkpoint") else {}
 
 
 def settings_of(result):
     """{name: value} of what made a result, as far as it is known: `facts_of`, training, seed."""
     origin = result.get("origin") or {}
     seed = {"sampling: seed": origin["seed"]} if "seed" in origin else {}
-    name = checkpoint_of(result)
-    checkpoint = {"checkpoint": name} if name else {}
-    return checkpoint | facts_of(result) | (result.get("training") or {}) | seed
+    return checkpoint_of(result) | facts_of(result) | (result.get("training") or {}) | seed
 
 
 def differing(results, values_of):
     """{name: {label: text}} of the values that differ between labels, those of repeats side by side.
 
-    Args:
-        results: {label: [result of each repeat]}.
-        values_of: a function of a result that returns {name: value}; a label none of whose results has a
-            name has "".
-    """
+    results: {label: [result of each repeat]}; values_of: a function of a result, {name: value}. A label
+    none of whose results has a name has ""."""
     values = {label: [values_of(result) for result in repeats] for label, repeats in results.items()}
     different = {}
     for name in dict.fromkeys(itertools.chain(*itertools.chain(*values.values()))):
-        cells = {
-            label: dict.fromkeys(str(known[name]) for known in of_label if name in known)
-            for label, of_label in values.items()
-        }
+        texts = {label: [str(of[name]) for of in all_of if name in of] for label, all_of in values.items()}
+        cells = {label: dict.fromkeys(of_label) for label, of_label in texts.items()}
         if len({frozenset(cell) for cell in cells.values() if cell}) > 1:
             different[name] = {label: " / ".join(cell) for label, cell in cells.items()}
     return different
@@ -191,8 +183,7 @@ def differing(results, values_of):
 def warnings_about(results):
     """A line for each of the `facts_of` in which labels differ, and for each doubt about a training.
 
-    results: as for `differing`.
-    """
+    results: as for `differing`."""
     lines = []
     for name, texts in differing(results, facts_of).items():
         labels_of = {}
@@ -220,11 +211,8 @@ def shared(name, values):
 
 
 def floors_of(results):
-    """{name: summary} of what is measured in the place of generated images, equal ones once.
-
-    results: {label: [result of each repeat]}.
-    """
-    rows, floors_in = {}, {name: floor_under(key) for name, key in FLOORS.items()}
+    """{name: summary} of what is measured in place of images of {label: results}, equal ones once."""
+    rows, floors_in = {}, {name: functools.partial(floor_of, key=key) for name, key in FLOORS.items()}
     for name, floor_in in (floors_in | {"training, of each other": similarity_of_training}).items():
         floors = {label: [floor_in(result) for result in repeats] for label, repeats in results.items()}
         floors = {label: summarize(once(repeats)) for label, repeats in floors.items() if all(repeats)}
@@ -237,11 +225,6 @@ def once(values):
     return values[:1] if all(value == values[0] for value in values) else values
 
 
-def floor_under(key):
-    """A function that finds the floor under a key of a result, or None."""
-    return lambda result: floor_of(result, key) if key in result else None
-
-
 def similarity_of_training(result):
     """How similar training images are to each other, under the names of generated images' numbers."""
     numbers = result.get("similarity") or {}
@@ -250,13 +233,7 @@ def similarity_of_training(result):
 
 
 def compare_page(rows, summaries, notes):
-    """Everything of several runs that fits side by side, as HTML.
-
-    Args:
-        rows: {label: [(path, result) of each repeat]}.
-        summaries: {label: summary} of these, and of floors if they are wanted.
-        notes: lines that are to be said of them.
-    """
+    """Everything of several runs that fits side by side, as HTML; notes: lines of text."""
     results = results_in(rows)
     similar = {label: mean_histogram(repeats) for label, repeats in results.items()}
     similar = {label: shares for label, shares in similar.items() if shares}
@@ -266,12 +243,15 @@ def compare_page(rows, summaries, notes):
     cells = [[text.replace("± ", "±\N{NO-BREAK SPACE}") for text in row] for row in measures]
     cells = [[name, *row] for name, row in zip(columns, cells, strict=True)]
     scores = table(["measure", *labels], cells)
+    different = differing(results, settings_of).items()
+    different = [[name, *(text or "unknown" for text in texts.values())] for name, texts in different]
+    settings = table(["setting", *results], different) if different else "<p>None that are known.</p>"
     sections = [
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
         *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
         ("The closest pairs: training image, generated image", pictures(rows)),
-        ("Settings that differ", differing_settings(results)),
+        ("Settings that differ", settings),
     ]
     return page("Runs compared", sections, "comparison")
 
@@ -299,8 +279,7 @@ def curves_under(results, *keys):
 
 def mean_histogram(repeats):
     """The mean of the histograms of similarity of the repeats that have one, or None."""
-    histogram_of = under("similarity", "sim_histogram")
-    known = [shares for result in repeats if (shares := histogram_of(result))]
+    known = [shares for result in repeats if (shares := under("similarity", "sim_histogram")(result))]
     return [statistics.fmean(bin) for bin in zip(*known, strict=True)] if known else None
 
 
@@ -311,8 +290,7 @@ def pictures(rows):
         for number, (path, result) in enumerate(members, 1):
             name = f"{label}, {number} of {len(members)}" if len(members) > 1 else label
             grid = path.with_name("grid_image0.png")
-            # a grid that the result does not know is of other images
-            if "grids" not in result or not grid.exists():
+            if "grids" not in result or not grid.exists():  # a grid is of other images
                 missing.append(f"{name}: no grid_image0.png of these images beside {path}")
                 continue
             try:
@@ -325,17 +303,7 @@ def pictures(rows):
                 what = f"of pair {place} of {name}"
                 images += [(pair[0], f"training image {what}"), (pair[1], f"generated image {what}")]
             shown.append((escape(name), images))
-    note = "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
-    return figures(shown) + note
-
-
-def differing_settings(results):
-    """A table of the settings that differ between labels, those of repeats side by side."""
-    rows = [
-        [name, *(text or "unknown" for text in texts.values())]
-        for name, texts in differing(results, settings_of).items()
-    ]
-    return table(["setting", *results], rows) if rows else "<p>None that are known.</p>"
+    return figures(shown) + "".join(f"<p class=note>{escape(printable(line))}</p>" for line in missing)
 
 
 def main(arguments=None):

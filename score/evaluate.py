@@ -38,17 +38,14 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
         sets: the `identity` of images and training, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
-        names: (N,) and (M,) str, of images and training, which folder is to have in nearest.csv too;
-            None for not.
+        names: (N,) and (M,) str, of images and training, for nearest.csv in folder; None for none.
         search: settings of `nearest_neighbors`.
 
     Returns:
-        numbers: {"pixels": those of `measure_distances`; with hflip the `extraction` of training images
-            and their mirror images as `mirrored`; with held-out images `mq_above_floor`, the shares
-            below each threshold less those of held-out images, and what `data_copying` returns}; with
-            held-out images their numbers as "holdout", in the same shape.
-        nearest: (sq_distance, index), as `nearest_neighbors` returns them.
-    """
+        numbers: {"pixels": those of `measure_distances`; with hflip "mirrored", the `extraction` of
+            training and mirror images; with held-out images "mq_above_floor", the shares below each
+            threshold less those of held-out images, and `data_copying`}; in the same shape "holdout".
+        nearest: (sq_distance, index), as `nearest_neighbors` returns them."""
 
     def measure(images, name, sets, named=None):
         path = folder and Path(folder) / f"{name}.npz"
@@ -78,12 +75,7 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
 
 
 def count_repeats(training, heldout, training_left, heldout_left):
-    """What result.json says of training images that equal others, and held-out ones that equal these.
-
-    Args:
-        training, heldout: how many images there are.
-        training_left, heldout_left: how many of them are measured.
-    """
+    """What result.json says of training images that equal others, and held-out ones that equal these."""
     repeated, in_training = training - training_left, heldout - heldout_left
     said = []
     if repeated:
@@ -103,8 +95,7 @@ def identity(images, training):
 def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them; without a second training image d_1 /
-    d_2 is empty.
+    sq_distance, index: (N, k), of `nearest_neighbors`; without a second image d_1 / d_2 is empty.
     """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     file = io.StringIO()
@@ -121,10 +112,8 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
 def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):
     """`neighbors_by_all`, but read from the file `path` if it is of these sets, else kept there.
 
-    named: {name of an array in the file: names of images}, or None.
-    """
-    known = known_neighbors(path, sets) if path and distributed.is_main() else None
-    known = distributed.from_main(known)
+    named: {name of an array in the file: names of images}, or None."""
+    known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
     sq_distance, index = nearest
     if path and not known and distributed.is_main():
@@ -158,19 +147,15 @@ class Quality:
     Args:
         reference: (M, 3, H, W) uint8 real images.
         number: how many images will be scored.
-        space: the `FeatureSpace` of distance, precision and recall; of Inception's there is the
-            Inception score too.
+        space: the `FeatureSpace` of distance, precision and recall; Inception's has a score, too.
         device: of the sliced Wasserstein distance.
         fid_cache: as `cache` of `reference_statistics`.
-        heldout: (L, 3, H, W) uint8 real images that were not trained on, for what real images reach;
-            None for none.
-        by_content: take images in their `content_order`, so that no score depends on the order in which
-            they come.
+        heldout: (L, 3, H, W) uint8 real images that were not trained on, for floors; None for none.
+        by_content: take images in their `content_order`, so that scores do not depend on their order.
 
     Raises:
         DataError: a cache that is of other images or cannot be written.
-        UsageError: too few images.
-    """
+        UsageError: too few images."""
 
     def __init__(self, reference, number, space, device, fid_cache=None, heldout=None, by_content=False):
         least = SPLITS if space.logits else 2
@@ -207,8 +192,7 @@ class Quality:
         """Scores of uint8 (N, 3, H, W): "fid", "is", "is_std" or "fpd"; "precision", "recall", "swd".
 
         All processes take part, with the same images, and are given the scores. Precision and recall are
-        of the first `COVER_IMAGES`, and of as many reference images.
-        """
+        of the first `COVER_IMAGES`, and of as many reference images."""
         space, order = self.space, content_order(images) if self.by_content else None
         real, batches, scores = self.real_features, self.batches(images, order), None
         features = (features for features, _ in batches)
@@ -232,8 +216,7 @@ class Quality:
         """What held-out images reach in the place of `number` generated ones: {} without any.
 
         "precision_floor" and "recall_floor" are against the reference, or where that has some of these
-        images, of one half of them against the other; "swd_floor" is always between halves.
-        """
+        images, of one half of them against the other; "swd_floor" is always between halves."""
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]
@@ -255,7 +238,6 @@ class Quality:
 
 
 def evenly(images, number):
-    """At most so many of the images, evenly spaced."""
     return images[evenly_spaced(len(images), number)]
 
 

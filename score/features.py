@@ -23,10 +23,7 @@ FRECHET = {"inception": "inception", "pixels": "pooled pixels"}
 COPY = 0.5  # similarity above which an image counts as a copy
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (shorter side, side of the centre, mean, deviation) of the published scripts and of SSCD's authors
-PREPROCESS = {
-    "published": (256, 224, (0.5,) * 3, (0.5,) * 3),
-    "recommended": (288, 288, *IMAGENET),
-}
+PREPROCESS = {"published": (256, 224, (0.5,) * 3, (0.5,) * 3), "recommended": (288, 288, *IMAGENET)}
 CLIP_NORMALIZE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -55,12 +52,10 @@ def feature_space(
     Args:
         device, batch_size: of its network, and images per call of it.
         sscd, how, torchscript: SSCD's file, which of PREPROCESS, and whether it may be TorchScript.
-        inception: file of Inception weights (`score.inception.find_weights`).
-        clip: folder of `load_clip`.
+        inception, clip: file of `score.inception.find_weights`, and folder of `load_clip`.
 
     Raises:
-        DataError, UsageError: the weights cannot be read.
-    """
+        DataError, UsageError: the weights cannot be read."""
     settings = {"device": device, "batch_size": batch_size}
     if name == "pooled pixels":
         return POOLED_PIXELS
@@ -80,16 +75,14 @@ def feature_space(
 def standardised(device, images):
     """uint8 images (B, 3, H, W) -> (B, 3*H*W): values less their mean, over their deviation.
 
-    Their cosine similarity is the correlation of pixels: unrelated images may be as alike as copies.
-    """
+    Their cosine similarity is the correlation of pixels: unrelated images may be as alike as copies."""
     return F.layer_norm(images.to(device).float(), images.shape[1:]).flatten(1)
 
 
 def inception_space(weights, device="cpu", batch_size=50):
     """The space of FID and the Inception score; weights: file of `load_inception`.
 
-    Warns if it is not the published file, since its FID cannot be compared with published ones.
-    """
+    Warns if it is not the published file, since its FID cannot be compared with published ones."""
     weights_hash = file_hash(weights)
     if not weights_hash.startswith(WEIGHTS_HASH):
         what = "not the published Inception weights, FID is comparable to itself only"
@@ -105,8 +98,7 @@ def pooled(images):
     """uint8 images (N, 3, H, W) -> float32 (N, 192): pixels in [0, 1], average-pooled to (3, 8, 8).
 
     Where 8 does not divide the size the windows overlap by a pixel, and smaller images have pixels
-    repeated (torch's adaptive average pooling).
-    """
+    repeated (torch's adaptive average pooling)."""
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
@@ -129,14 +121,11 @@ class GeM(nn.Module):
 def load_sscd(path, allow_torchscript=False):
     """SSCD's network, which embeds preprocessed images: ResNet-50, GeM pooling and a linear layer.
 
-    Args:
-        path: sscd_disc_mixup.torchvision.pt or another with weights of that form, or a TorchScript file.
-        allow_torchscript: TorchScript files hold code, which is run.
+    path: sscd_disc_mixup.torchvision.pt, or weights of that form, or TorchScript, if it is allowed.
 
     Raises:
         DataError: no such file, or it holds something else.
-        UsageError: it is TorchScript, and that is not allowed.
-    """
+        UsageError: it is TorchScript, which holds code, and that is not allowed."""
     from torchvision.models import resnet50  # takes a second
 
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -177,8 +166,7 @@ def load_clip(folder, device="cpu"):
 
     Raises:
         DataError: missing or damaged files, or weights of another model.
-        UsageError: transformers is not installed.
-    """
+        UsageError: transformers is not installed."""
     try:
         from transformers import CLIPModel, CLIPTokenizer  # takes seconds
     except ImportError as error:

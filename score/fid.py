@@ -31,8 +31,7 @@ def mean_and_covariance(batches, dimension, device="cpu"):
 
     Returns:
         mu (D,) and sigma (D, D), float64 arrays, of the features of all processes, which are all given
-        them.
-    """
+        them."""
     count = torch.zeros((), dtype=torch.int64, device=device)
     total = torch.zeros(dimension, dtype=torch.float64, device=device)
     outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
@@ -57,8 +56,7 @@ def feature_batches(images, space=POOLED_PIXELS, order=None):
     Args:
         images: (N, 3, H, W) uint8.
         space: a `FeatureSpace`; of one without classes C is 0.
-        order: (N,) int64, the order to take the images in; None for their own.
-    """
+        order: (N,) int64, the order to take the images in; None for their own."""
     size, P = space.batch_size, distributed.world_size()
     batches = images.split(size) if order is None else (images[rows] for rows in order.split(size))
     is_short = space is POOLED_PIXELS and images.numel() < LONG_POOLING
@@ -83,8 +81,7 @@ def factor(sigma):
     Cholesky with complete pivoting (Higham, Accuracy and Stability of Numerical Algorithms, 10.3). It
     needs no positive definite matrix, costs D r^2 instead of an eigendecomposition's 9 D^3, and drops
     the directions in which the covariance of few images has nothing but rounding errors, whose square
-    roots would add up.
-    """
+    roots would add up."""
     triangle, pivots, rank, _ = dpstrf(sigma, lower=1)
     L = np.zeros((len(sigma), rank))
     L[pivots - 1] = np.tril(triangle)[:, :rank]
@@ -100,8 +97,7 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     rank is factored, which leaves L^T sigma_2 L no needless null space.
 
     mu_1, mu_2: (D,); sigma_1, sigma_2: (D, D), symmetric positive semi-definite, of any rank. Computed
-    in float64. Returns a float >= 0, which is 0 up to rounding for equal arguments.
-    """
+    in float64. Returns a float >= 0, which is 0 up to rounding for equal arguments."""
     mu_1, sigma_1, mu_2, sigma_2 = (np.asarray(x, np.float64) for x in (mu_1, sigma_1, mu_2, sigma_2))
     ways = (factor(sigma_1), sigma_2), (factor(sigma_2), sigma_1)
     L, other = min(ways, key=lambda way: way[0].shape[1])
@@ -121,8 +117,7 @@ def inception_score(probs, splits=10):
     the split.
 
     probs: (N, classes) class probabilities, one row an image, in the order of the images; N is at least
-    `splits`.
-    """
+    `splits`."""
     N = len(probs)
     scores = torch.empty(splits, dtype=torch.float64)
     for k in range(splits):
@@ -144,8 +139,7 @@ def precision_recall(real, generated, k=3, block=1024):
             squared distances below 1e-12 of the points' squared norms, which may be rounding errors, are
             taken for 0.
         k: of the radius; one less than there are points where those are fewer.
-        block: rows of distances at a time.
-    """
+        block: rows of distances at a time."""
 
     def sq_distance(a, b):
         sums = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
@@ -176,8 +170,7 @@ def load_statistics(path):
 
     Raises:
         DataError: the file is missing or damaged, or has other shapes, values that are not finite, or no
-            covariance.
-    """
+            covariance."""
     arrays = read_npz(path, ("mu", "sigma", "features", "images", "weights"))
     mu, sigma = (arrays.pop(name, np.zeros(0)) for name in ("mu", "sigma"))
     are_floats = mu.dtype.kind == sigma.dtype.kind == "f"
@@ -209,8 +202,7 @@ def reference_statistics(images, space=POOLED_PIXELS, cache=None):
 
     Raises:
         DataError: the file cannot be read, was made from other images, features or weights, or could not
-            be written, which shows before the work.
-    """
+            be written, which shows before the work."""
     provenance = provenance_of(images, space)
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None

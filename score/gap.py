@@ -26,22 +26,18 @@ def denoising_gap(trainer, training, heldout, seed, batch_size):
         "t" and the mean losses "training" and "heldout" at each of them; the numbers of "images" of
         both; "auc" and "tpr", the true positive rate where 1 % of the held-out images are taken for
         training images, of the losses averaged over t; "best_t", at which the AUC is largest, with its
-        "best_auc" and "best_tpr".
-    """
+        "best_auc" and "best_tpr"."""
     losses = [losses_by_t(trainer, *images, seed, batch_size) for images in (training, heldout)]
     of_training, of_heldout = losses
     by_t = [membership(*columns) for columns in zip(of_training.T, of_heldout.T, strict=True)]
     t = timesteps(trainer.T)
     best = max(range(len(t)), key=lambda i: by_t[i]["auc"])
     return {
-        "t": t,
-        "training": of_training.mean(dim=0).tolist(),
-        "heldout": of_heldout.mean(dim=0).tolist(),
+        "t": t, "training": of_training.mean(dim=0).tolist(), "heldout": of_heldout.mean(dim=0).tolist(),
         "images": [len(rows) for rows in losses],
-        **membership(of_training.mean(dim=1), of_heldout.mean(dim=1)),
-        "best_t": t[best],
+        **membership(of_training.mean(dim=1), of_heldout.mean(dim=1)), "best_t": t[best],
         **{f"best_{name}": value for name, value in by_t[best].items()},
-    }
+    }  # fmt: skip
 
 
 def timesteps(T):
@@ -54,8 +50,7 @@ def timesteps(T):
 def losses_by_t(trainer, images, labels, seed, batch_size):
     """The training loss of each image at each of the `timesteps`: (N, S) float64; all have eps at t.
 
-    Every process takes its share of the images, and all are given the whole.
-    """
+    Every process takes its share of the images, and all are given the whole."""
     trainer.eval()
     device, times = trainer.betas.device, timesteps(trainer.T)
     eps = torch.randn(len(times), *images.shape[1:], generator=generator("cpu", seed, "gap")).to(device)
@@ -79,8 +74,7 @@ def membership(of_training, of_heldout):
 
     AUC: of pairs of both, the share in which the training image has the lower loss, ties counting half.
     TPR: the share of training images below the threshold that at most `FALSE_POSITIVES` of the held-out
-    ones are below.
-    """
+    ones are below."""
     from scipy.stats import mannwhitneyu  # a second that others need not wait
 
     pairs = mannwhitneyu(of_heldout, of_training, method="asymptotic").statistic

@@ -29,7 +29,6 @@ class MeanPrediction(nn.Module):
         self.nets = nn.ModuleList(nets)
 
     def forward(self, x, t, labels=None):
-        """The mean of what the networks predict, as `model.UNet.forward`."""
         return sum(net(x, t, labels) for net in self.nets) / len(self.nets)
 
 
@@ -50,17 +49,9 @@ def grid_noise(device, sample_size, img_size, seed, num_labels=None, classes=Non
 
 @torch.no_grad()
 def generate_batches(
-    sampler,
-    num_images,
-    batch_size,
-    seed,
-    *,
-    first=0,
-    num_labels=None,
-    classes=None,
-    legacy_labels=False,
-    dtype=torch.float32,
-):
+    sampler, num_images, batch_size, seed, *,
+    first=0, num_labels=None, classes=None, legacy_labels=False, dtype=torch.float32,
+):  # fmt: skip
     """Generate images first..num_images-1 batch by batch with a bar, the network in evaluation mode.
 
     Every process makes a batch at a time; rank 0 is given all of them in order, the others nothing.
@@ -70,13 +61,11 @@ def generate_batches(
         num_images, batch_size: how many in all, and per call of the sampler.
         seed: of x_T, of the classes, and of the noise of stochastic samplers.
         first: images before this one are there already.
-        num_labels, classes: draw a class for every image, as `draw_labels`; num_labels is None for an
-            unconditional network.
+        num_labels, classes: as for `draw_labels`; num_labels is None for an unconditional network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
         dtype: of autocast; float32 for none.
 
-    Yields: (B, 3, H, W) uint8 on the CPU, and which of them had a NaN or an infinity (0 in their
-        pixels): bool (B,).
+    Yields: (B, 3, H, W) uint8 on the CPU, and bool (B,), which had NaN or infinity (0 in their pixels).
     """
     device, shape = sampler.betas.device, (3, sampler.img_size, sampler.img_size)
 
@@ -85,8 +74,7 @@ def generate_batches(
         if indices:
             labels = None
             if num_labels is not None:
-                drawn = draw_labels(seed, indices, num_labels, classes)
-                labels = drawn.to(device) - int(legacy_labels)
+                labels = draw_labels(seed, indices, num_labels, classes).to(device) - int(legacy_labels)
             noise = sample_noise(seed, indices, shape, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 x_0 = sampler(noise(), labels, noise)
@@ -103,7 +91,7 @@ def over_ranks(first, number, batch_size, make):
 
     make: a function of a range of images, which may be empty; returns tensors with a row for each.
 
-    Yields: on rank 0, lists of these tensors on the CPU, the processes' rows in order; elsewhere nothing.
+    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing.
     """
     block = batch_size * distributed.world_size()
     with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
@@ -127,27 +115,20 @@ def generate(sampler, num_images, batch_size, seed, **settings):
 def generate_into(directory, origin, make_batches, num_images, img_size, description):
     """Images kept in a directory, each batch before the next is made: a killed generation goes on there.
 
-    Image i does not depend on how many there are, so those that are there are always the first of any
-    number. When complete they are generate.npy, described by generate.json. Before, their pixels are in
-    a file of which generate.part.json says how many are done; its name is made of the origin, so that
-    two processes never mix theirs.
+    Returns (N, 3, H, W) uint8 on the CPU, in every process. Image i does not depend on how many there
+    are, so those that are there are always the first of any number. When complete they are generate.npy,
+    described by generate.json. Before, their pixels are in a file of which generate.part.json says how
+    many are done; its name is made of the origin, so that two processes never mix theirs.
 
     Args:
         directory: of these files, which rank 0 reads and writes.
-        origin: a dict of JSON values, all that the images depend on; images of another origin are not
-            continued.
-        make_batches: a function of the number of images that are there; returns the rest, as
-            `generate_batches` does.
-        num_images: how many are wanted.
+        origin: a dict of JSON values, all that images depend on: those of another are not continued.
+        make_batches: a function of how many images are there; returns the rest, as `generate_batches`.
         img_size: height and width of an image.
         description: JSON values that generate.json is to hold beside what is known here.
 
-    Returns:
-        (N, 3, H, W) uint8 on the CPU, in every process.
-
     Raises:
-        DataError: they do not fit into memory, or cannot be written.
-    """
+        DataError: they do not fit into memory, or cannot be written."""
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)

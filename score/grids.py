@@ -28,16 +28,10 @@ def save_grids(folder, generated, training, nearest, ratio):
 
     The 640 lowest ratios are shown, in ascending order, row by row. Where there are fewer images there
     are fewer pictures, the last one shorter, and those that an earlier run left beyond them are removed.
+    Returns the paths written.
 
-    Args:
-        folder: of the pictures.
-        generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
-        nearest: (N,) the index of each generated image's nearest training image.
-        ratio: (N,) its memorisation ratio.
-
-    Returns:
-        The paths written.
-    """
+    generated, training: (N, 3, H, W) and (M, 3, H, W), uint8; nearest: (N,) the index of each generated
+    image's nearest training image; ratio: (N,) its memorisation ratio."""
     paths = [Path(folder) / f"grid_image{k}.png" for k in range(PICTURES)]
     chosen = ratio.argsort(stable=True)[: PICTURES * PAIRS_PER_PICTURE].split(PAIRS_PER_PICTURE)
     for path, rows in zip(paths, chosen, strict=False):

@@ -28,9 +28,7 @@ def find_weights(path=None):
     The download is kept only if its SHA-256 begins with 6726825d.
 
     Raises:
-        DataError: `path` is no file, or the weights cannot be had, within seconds: call it before what
-            takes long.
-    """
+        DataError: `path` is no file, or the weights cannot be had: it shows within seconds."""
     if path is not None:
         if not Path(path).is_file():
             raise DataError(f"--inception_weights={path}: no such file")
@@ -44,22 +42,17 @@ def find_weights(path=None):
             shown = distributed.is_main() and sys.stderr.isatty()
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(cached), WEIGHTS_HASH, progress=shown)
         except Exception as error:  # of sockets, of HTTP, of the disk, or another hash
-            raise DataError(
-                f"{WEIGHTS_NAME}: the Inception weights are not in {cached.parent} and can't be "
-                f"downloaded ({one_line(error)}): copy the file there, or name it with "
-                "--inception_weights, or use --fid_features=pixels, which needs none"
-            ) from None
+            what = f"the Inception weights are not in {cached.parent} and can't be downloaded ({one_line(error)})"
+            advice = "copy the file there, or name it with --inception_weights"
+            last = "or use --fid_features=pixels, which needs none"
+            raise DataError(f"{WEIGHTS_NAME}: {what}: {advice}, {last}") from None
         finally:
             socket.setdefaulttimeout(before)
     return cached
 
 
 def load_inception(weights_path, device="cpu"):
-    """Inception v3 in evaluation mode without its last layer, and the weight of that, (1008, 2048).
-
-    Raises:
-        DataError: the file is damaged, or holds other keys or shapes.
-    """
+    """Inception v3 without its last layer, and the weight of that, (1008, 2048); or a DataError."""
     network = build_network()
     try:
         network.load_state_dict(torch.load(weights_path, map_location="cpu", weights_only=True))
@@ -76,8 +69,7 @@ def inception_features(network, device, images):
     """uint8 images (B, 3, H, W) on any device -> features (B, 2048) on the network's device.
 
     The images are scaled to [0, 1], resized to 299 x 299 bilinearly with neither aligned corners nor
-    antialiasing, and scaled to [-1, 1].
-    """
+    antialiasing, and scaled to [-1, 1]."""
     x = images.to(device).float() / 255
     x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
     # in full float32 whatever --precision says: the FID is compared with others

@@ -50,8 +50,7 @@ def nearest_neighbors(
         by lower index, on the device. A copy has distance 0. Nothing depends on the batch sizes.
 
     Raises:
-        ValueError: an empty set, values between the levels, different image shapes.
-    """
+        ValueError: an empty set, values between the levels, different image shapes."""
     if generated.shape[1:] != training.shape[1:]:
         shapes = " and of ".join(str(tuple(images.shape[1:])) for images in (generated, training))
         raise ValueError(f"images of {shapes} have no distance")
@@ -90,8 +89,7 @@ def neighbors_by_all(generated, training, **settings):
 def update_best(best, products, norm, start, M, D, k):
     """The k best (n, k) of the best so far and a block of training images, from number `start` of M on.
 
-    products: a.b (n, m) of codes of D values; norm: |b|^2 (m,). All are integers.
-    """
+    products: a.b (n, m) of codes of D values; norm: |b|^2 (m,). All are integers."""
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
     dtype = torch.int32 if 3 * 2**14 * D < 2**31 else torch.int64
     score = products.to(dtype).mul_(-2).add_(norm.to(dtype))
@@ -103,8 +101,7 @@ def improvements(score, worst, start, M):
     """The scores (n, m) of a block below `worst` (n, 1), packed with their index: int64 (n, w), padded.
 
     A score equal to `worst` loses its tie, since the indices of later blocks are higher. Few scores are
-    below it after the first blocks, and the rest need not be sorted.
-    """
+    below it after the first blocks, and the rest need not be sorted."""
     better = None if worst is None else score < worst
     if better is None or int(better.count_nonzero()) > better.numel() // 16:
         return score.long() * M + torch.arange(start, start + score.shape[1], device=score.device)
@@ -137,8 +134,7 @@ def multiply(a, b, integers):
     """a b^T of `slices_of` (n, D) and (m, D): int32, or int64 where sums may exceed that.
 
     torch._int_mm is the only product of 8-bit integers that torch has. On processors with units for them
-    it takes a third of the time; not on GPUs, where it wants other shapes than images have.
-    """
+    it takes a third of the time; not on GPUs, where it wants other shapes than images have."""
     dtype = torch.int32 if sum(part.shape[1] for part in a) <= INT32_TERMS else torch.int64
     parts = zip(a, b, strict=True)
     products = (torch._int_mm(x, y.T) if integers else x @ y.T for x, y in parts)
@@ -175,8 +171,7 @@ def levels_of(images, name):
 def memorization_ratio(sq_distance):
     """ratio(g) = d_1 / mean(d_1 .. d_50) of Liu et al. 2024: (N,) in [0, 1], 0 where the mean is.
 
-    sq_distance: (N, k) ascending, k = 50, or as many as there are training images.
-    """
+    sq_distance: (N, k) ascending, k = 50, or as many as there are training images."""
     mean = sq_distance.mean(dim=1)
     return torch.where(mean > 0, sq_distance[:, 0] / mean, torch.zeros_like(mean))
 
@@ -206,8 +201,7 @@ def closer_than_third(sq_distance):
 def extraction(sq_distance, index):
     """f_mem, the share of images that are `closer_than_third`, and how many training images they are of.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them.
-    """
+    sq_distance, index: (N, k) as `nearest_neighbors` returns them."""
     memorized = closer_than_third(sq_distance)
     extracted = len(index[memorized, 0].unique())
     return {"f_mem": memorized.double().mean().item(), "extracted": extracted}
@@ -221,8 +215,7 @@ def nearer_of_both(nearest, mirrored):
     Args:
         nearest: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
         mirrored: the same of the mirrored generated images, which are as far from a training image as
-            the generated ones from its mirror image.
-    """
+            the generated ones from its mirror image."""
     pairs = zip(nearest, mirrored, strict=True)
     sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in pairs)
     order = sq_distance.argsort(dim=1, stable=True)
@@ -265,8 +258,7 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
             `training`.
 
     Returns:
-        {"c_t": float, "c_t_cells": how many cells it is of}, or {} if all are left out.
-    """
+        {"c_t": float, "c_t_cells": how many cells it is of}, or {} if all are left out."""
     # two seconds that others need not wait
     from scipy.stats import mannwhitneyu
     from sklearn.cluster import KMeans
@@ -290,8 +282,6 @@ def measure_distances(sq_distance, index, training):
     """The numbers of one set of images in pixels, as JSON values; arguments as for `authenticity`."""
     ratio = memorization_ratio(sq_distance)
     return {
-        "mq": {str(p): count for p, count in memorized_quantity(ratio).items()},
-        **shares_below(ratio),
-        **extraction(sq_distance, index),
-        "auth_pct": 100 * authenticity(sq_distance, index, training),
-    }
+        "mq": {str(p): count for p, count in memorized_quantity(ratio).items()}, **shares_below(ratio),
+        **extraction(sq_distance, index), "auth_pct": 100 * authenticity(sq_distance, index, training),
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What both evaluations do around their measurements: directories, warnings, result.json and what is printed."""
+"""What both evaluations do around their measurements: directories, warnings, result.json, a summary."""
 
 import contextlib
 import time
@@ -15,7 +15,7 @@ def take_directories(directories):
     """Make directories, {flag: path}, and keep other processes out of them within the block."""
     locks = []
     if distributed.is_main():
-        paths = {Path(path).resolve(): flag for flag, path in directories.items()}  # some may be the same
+        paths = {Path(path).resolve(): flag for flag, path in directories.items()}  # may be equal
         locks = [lock_directory(path, flag) for path, flag in paths.items()]
     yield
     for lock in locks:
@@ -29,7 +29,7 @@ def say(*notes):
 
 
 def earlier_result(directory):
-    """What an earlier call has left in the result.json of a directory, or an empty result, in every process."""
+    """What an earlier call has left in a directory's result.json, or an empty one, for all processes."""
     path, empty = Path(directory) / "result.json", {"images_sha256": None}
     result = read_json(path) if path.exists() and distributed.is_main() else empty
     if not isinstance(result, dict) or "images_sha256" not in result:
@@ -41,14 +41,13 @@ def earlier_result(directory):
 
 
 def add_stage(result, directory, stage, find, optional=(), flags=None):
-    """Put what a stage finds into a result, with its seconds, and write it; returns whether it was not there yet.
+    """Put what a stage finds into a result, with its seconds, and write it; returns whether it is new.
 
     Args:
         directory: of result.json.
         find: called without arguments, returns {name: JSON value}.
         optional: names that the stage finds with some flags only: they go when it is run with others.
-        flags: {name: value} of this call, kept for the last one that made numbers; None of a stage that makes none.
-    """
+        flags: {name: value} of this call, kept for the last that made numbers; None: it makes none."""
     start = time.perf_counter()
     numbers = find()
     earlier = {key: result.pop(key) for key in {*numbers, *optional} if key in result}

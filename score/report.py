@@ -19,8 +19,6 @@ TRAINING_IMAGES = 24
 LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
-
-
 STYLE = Path(__file__).with_name("report.css")
 
 
@@ -163,15 +161,10 @@ def similarities(result):
     series = {name: numbers["sim_histogram"] for name, numbers in sets.items()}
     series["training"] = training["bg_histogram"]
     how = f" ({training['preprocess']} preprocessing)" if training["preprocess"] else ""
-    note = (
-        "The largest cosine similarity of each image to the training images, "
-        f"by {training['features']}{how}; of a training image to the others. "
-    )
-    if is_pixels:
-        note += "Unrelated images may be as alike by their pixels: "
-    else:
-        note += "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
-    note += "only the floors say how much that means."
+    note = f"The largest cosine similarity of each image to the training images, by {training['features']}{how}; "
+    warning = "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
+    warning = "Unrelated images may be as alike by their pixels: " if is_pixels else warning
+    note += f"of a training image to the others. {warning}only the floors say how much that means."
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
 
@@ -232,8 +225,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
         skips: (M,) int64, how often training left each image out; None if it did not count.
-        names: of generated and training images; None for their numbers.
-    """
+        names: of generated and training images; None for their numbers."""
     image_names, training_names = names or (range(len(generated)), range(len(training)))
     all_thresholds = {"generated": [result["pixels"]["mq_curve"]]}
     if "holdout" in result:
@@ -249,40 +241,36 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         return f"ratio {100 * ratio[i]:.1f}&thinsp;%, {of_files}"
 
     copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
-    of_training = (
-        f"<p class=note>A generated image with a ratio below {COPIED} % is a copy of its nearest "
-        "training image. "
-        f"{(copies > 0).sum()} of {len(training)} training images are copied.</p>"
-        f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
-    )
+    rule = f"A generated image with a ratio below {COPIED} % is a copy of its nearest training image."
+    of_training = f"<p class=note>{rule} {(copies > 0).sum()} of {len(training)} training images are copied.</p>"
+    of_training += f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
     if skips is not None:
         skipped = most(skips, training, copies, skips, training_names)
         of_training += f"<h3>Those skipped most in training</h3>{skipped}"
-    order, source = ratio.argsort(stable=True), result.get("checkpoint") or result.get("samples")
-    title = f"{result['N']:,} images of {source} against {len(training):,} training images"
+    order = ratio.argsort(stable=True)
     sections = [
-        ("Summary", f"{all_columns(result)}<p class=note>{note}</p>{warnings_of(result)}"),
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(result))] if "similarity" in result else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
         ("The most memorised pairs", pairs(generated, training, nearest, order, caption)),
         ("Training images", of_training),
-        ("Settings", settings(result)),
     ]
+    return write_page(path, result, len(training), f"<p class=note>{note}</p>", sections)
+
+
+def write_page(path, result, number, note, sections):
+    """Write a page of sections between a summary with a note and all flags; returns its path as text.
+
+    number: of training images. What ends in "warning" in a result.json is said in the summary."""
+    texts = [text for key, text in result.items() if key.endswith("warning") and text]
+    warnings = "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
+    flags = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
+    settings = f"<details><summary>All flags</summary>{flags}</details>"
+    source = result.get("checkpoint") or result.get("samples")
+    title = f"{result['N']:,} images of {source} against {number:,} training images"
+    sections = [("Summary", all_columns(result) + note + warnings), *sections, ("Settings", settings)]
     write_text(path, page(title, sections))
     return str(path)
-
-
-def warnings_of(result):
-    """What is to be said of an evaluation, as HTML: all that ends in "warning" in its result.json."""
-    texts = [text for key, text in result.items() if key.endswith("warning") and text]
-    return "".join(f"<p class=note>{escape(text)}.</p>" for text in texts)
-
-
-def settings(result):
-    """All flags of an evaluation, folded up."""
-    used = table(["flag", "value"], sorted((k, v) for k, v in result["flags"].items() if v is not None))
-    return f"<details><summary>All flags</summary>{used}</details>"
 
 
 def write_similarity_report(path, result, generated, training, nearest, similarity, prompts, captions):
@@ -291,9 +279,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     Args:
         path, result, generated, training: as for `write_report`.
         nearest: (N,) int64, the most similar training image of every generated one; similarity: (N,).
-        prompts: N texts, or None; captions: of the training images.
-    """
-    source = result["checkpoint"] or result["samples"]
+        prompts: N texts, or None; captions: of the training images."""
     shares = {name: [numbers["similarity"]["mq_curve"]] for name, numbers in sets_of(result).items()}
 
     def caption(i, j):
@@ -303,16 +289,12 @@ def write_similarity_report(path, result, generated, training, nearest, similari
     order = similarity.argsort(descending=True, stable=True)
     shown = pairs(generated, training, nearest, order, caption)
     sections = [
-        ("Summary", all_columns(result) + warnings_of(result)),
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
         *([("Detector of copies", detector(result))] if "detector" in result else []),
         ("The most similar pairs: training image, generated image", shown),
-        ("Settings", settings(result)),
     ]
-    title = f"{result['N']:,} images of {source} against {len(training):,} training images"
-    write_text(path, page(title, sections))
-    return str(path)
+    return write_page(path, result, len(training), "", sections)
 
 
 def detector(result):

@@ -51,12 +51,7 @@ def content_order(images):
 
 
 def save_pngs(folder, images):
-    """Write uint8 images (N, 3, H, W) as 00000.png, 00001.png, ... into a folder, over such files.
-
-    Raises:
-        DataError: the folder cannot be written, or holds other images, which would be measured with
-            these.
-    """
+    """Write uint8 images (N, 3, H, W) as 00000.png, ... into a folder; a DataError if it has others."""
     names = png_names(folder, len(images))
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -81,21 +76,17 @@ def png_names(folder, number):
 def load_samples(path, img_size=None, resize="crop"):
     """Images made by anything: a .npy, an .npz, or a folder of images -> uint8 (N, 3, H, W) on the CPU.
 
-    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded to
-    uint8), NCHW or NHWC. An .npz holds one array, or the images are under `images` or `arr_0`. A
-    folder's images are those of `utils.images.list_images`, in the order of their names. Grey images are
-    repeated to three channels.
+    Arrays are uint8, or float in [0, 1] (clipped if at most `TOLERANCE` beyond it, and rounded), NCHW or
+    NHWC. An .npz holds one array, or the images are under `images` or `arr_0`. A folder's images are
+    those of `utils.images.list_images`, in the order of their names. Grey images get three channels.
 
     Args:
-        path: of the file or folder.
         img_size: height and width that square images must have; None: they stay as they are.
-        resize: what becomes of images that are not square where there is an img_size, one of
-            `utils.images.RESIZES`.
+        resize: what becomes of images that are not square where there is an img_size: of `RESIZES`.
 
     Raises:
         DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than
-            fits in memory, images of several sizes.
-    """
+            fits in memory, images of several sizes."""
     path = Path(path)
     if path.is_dir():
         paths = [image for group in list_images(path) for image in group]
@@ -126,10 +117,7 @@ def load_samples(path, img_size=None, resize="crop"):
 
 
 def warn_of_odd_values(path, images, training):
-    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns what it says.
-
-    images, training: (N, 3, H, W) and (M, 3, H, W), uint8.
-    """
+    """Warn, on rank 0, where the values of --samples=`path` can hardly be meant; returns that text."""
     odd = odd_values(images, training) if distributed.is_main() else []
     said = f"--samples={path}: odd, are they what is meant? {'; '.join(odd)}" if odd else None
     if said:
@@ -207,9 +195,7 @@ def read_npz(path, names):
     """{name: array} of the arrays in an .npz that are among `names`, in that order, or of its only one.
 
     Raises:
-        DataError: it has none of them, is damaged, holds pickles, or would unpack to more than the free
-            memory.
-    """
+        DataError: none of them, a damaged file, pickles, or more than the free memory when unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))
@@ -250,11 +236,9 @@ def to_images(path, array):
             # A NaN fails both comparisons.
             low, high = float(block.min()), float(block.max())
             if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
-                raise DataError(
-                    f"{path}: values from {low!r} to {high!r} in images {start} and following; "
-                    f"floats must be in [0, 1], at most {TOLERANCE} beyond it, and no NaN, "
-                    "and pixels of 0..255 must be uint8"
-                )
+                what = f"{path}: values from {low!r} to {high!r} in images {start} and following"
+                form = f"floats must be in [0, 1], at most {TOLERANCE} beyond it, and no NaN"
+                raise DataError(f"{what}; {form}, and pixels of 0..255 must be uint8")
             block = np.round(block.clip(0, 1).astype(np.float64) * 255)
         images[start : start + 1000] = block
     return torch.from_numpy(images)

@@ -22,15 +22,13 @@ BINS = 40  # of a histogram
 def clip_scores(clip, images, captions, batch_size=64):
     """100 times the cosine similarity of CLIP's features of every image and its caption: (N,) float32.
 
-    clip: of `load_clip`; images: (N, 3, H, W) uint8; captions: N texts.
-    """
+    clip: of `load_clip`; images: (N, 3, H, W) uint8; captions: N texts."""
     (model, tokenizer), scores = clip, []
     for start in range(0, len(images), batch_size):
         texts = list(captions[start : start + batch_size])
         limit = model.config.text_config.max_position_embeddings
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        states = model.text_model(**tokens.to(model.device))
-        text = model.text_projection(states.pooler_output)
+        text = model.text_projection(model.text_model(**tokens.to(model.device)).pooler_output)
         image = clip_features(model, images[start : start + batch_size])
         scores.append(100 * F.cosine_similarity(image, text).cpu())
     return torch.cat(scores)
@@ -38,10 +36,7 @@ def clip_scores(clip, images, captions, batch_size=64):
 
 @torch.no_grad()
 def embed(space, images):
-    """The features of images (N, 3, H, W) uint8, of length 1: (N, D) float32, by all processes.
-
-    space: a `FeatureSpace`.
-    """
+    """The features, in a `FeatureSpace`, of images (N, 3, H, W) uint8: (N, D) float32, of length 1."""
     share = images[distributed.share(len(images))]
     batches = (share if len(share) else images[:1]).split(space.batch_size)
     bar = progress_bar(batches, "embedding", unit="batch", delay=1)
@@ -55,14 +50,11 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
 
     Every pair is compared, in float32 without TF32: a similarity is exact to some 1e-6.
 
-    Args:
-        queries, keys: (N, D) and (M, D), of length 1, on one device.
-        k: all M if there are fewer.
-        batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
+    queries, keys: (N, D) and (M, D), of length 1, on one device. k: all M if there are fewer.
+    batch_queries, batch_keys: per matrix product; memory grows with them, never with N * M.
 
     Returns:
-        similarity (N, k) float32, descending, and index (N, k) int64.
-    """
+        similarity (N, k) float32, descending, and index (N, k) int64."""
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     rows = []
     for block in queries.split(batch_queries):
@@ -82,8 +74,7 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192):
 def statistics(similarity, prefix, threshold=COPY):
     """Mean, deviation, percentiles and share of copies of (N,) similarities, by their published names.
 
-    threshold: of a `FeatureSpace`; None: no share of copies.
-    """
+    threshold: of a `FeatureSpace`; None: no share of copies."""
     values = similarity.double().cpu().numpy()
     percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
     above = {} if threshold is None else {f"{prefix}_gt_05pc": float((values > threshold).mean())}
@@ -113,15 +104,13 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
         space: a `FeatureSpace`.
         images, training: (N, 3, H, W) and (M, 3, H, W), uint8; training images without repeats.
         prompt_images: of `measure_similarity`.
-        floors: {name: (images, their prompt_images)} of what is measured in the place of generated
-            images.
+        floors: {name: (images, their prompt_images)}, measured in the place of generated images.
 
     Returns:
         numbers: those of `measure_similarity`, with the features, and `statistics` and `histogram` of
             the second largest similarity of every training image to all of them: the largest is itself.
         floors: {name: the numbers of `measure_similarity`, with the features}.
-        neighbors: (similarity, index) of the images, as `most_similar` returns them.
-    """
+        neighbors: (similarity, index) of the images, as `most_similar` returns them."""
     training = embed(space, training)
 
     def measure(images, prompt_images):
@@ -133,25 +122,20 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
     among_training = most_similar(training, training, 2)[0][:, -1]
     numbers |= statistics(among_training, "bg", space.threshold)
     numbers["bg_histogram"] = histogram(among_training)
-    floors = {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}
-    return numbers, floors, neighbors
+    return numbers, {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}, neighbors
 
 
 def measure_similarity(features, training, threshold=COPY, prompt_images=None):
     """The numbers of a set of images in a feature space, as JSON values, and nearest training images.
 
-    Args:
-        features, training: (N, D) and (M, D), of length 1.
-        threshold: of the `FeatureSpace`.
-        prompt_images: (N,) int64, the training image that each prompt is the caption of, -1 for none;
-            None: no prompts.
+    features, training: (N, D) and (M, D), of length 1. threshold: of the `FeatureSpace`. prompt_images:
+    (N,) int64, the training image that each prompt is the caption of, -1 for none; None: no prompts.
 
     Returns:
         numbers: `statistics` and `histogram` of the largest similarities; f_mem, mq_fraction and
             mq_curve as in `score.memorization`, of squared distances of features; own_image: of the
             images whose prompt is the caption of a training image, the share whose nearest it is.
-        neighbors: (similarity, index), (N, k), as `most_similar` returns them.
-    """
+        neighbors: (similarity, index), (N, k), as `most_similar` returns them."""
     similarity, index = most_similar(features, training, NEIGHBORS)
     numbers = statistics(similarity[:, 0], "sim", threshold)
     numbers["sim_histogram"] = histogram(similarity[:, 0])
@@ -166,8 +150,7 @@ def measure_similarity(features, training, threshold=COPY, prompt_images=None):
 def detection(scores, copies):
     """How well scores (N,) tell which images are copies, (N,) bool: means of both kinds, and the AUC.
 
-    None stands for what has no value, where all images are copies, or none is.
-    """
+    None stands for what has no value, where all images are copies, or none is."""
     numbers = {"copies": int(copies.sum()), "mean_of_copies": None, "mean_of_others": None, "auc": None}
     for name, part in (("mean_of_copies", scores[copies]), ("mean_of_others", scores[~copies])):
         if len(part):

@@ -25,11 +25,7 @@ def sliced_wasserstein(a, b, device="cpu", progress=False):
     As many images are taken of both, evenly spaced, at most `MOST_IMAGES`: the fewer they are, the
     larger the distance between sets of one kind. The patches and directions are drawn by a fixed seed.
 
-    Args:
-        a, b: (N, 3, H, H) and (M, 3, H, H), uint8.
-        device: where to compute.
-        progress: show a bar.
-    """
+    a, b: (N, 3, H, H) and (M, 3, H, H), uint8. device: where to compute. progress: show a bar."""
     sides, number = level_sides(a.shape[-1]), min(len(a), len(b), MOST_IMAGES)
     a, b = (images[evenly_spaced(len(images), number)] for images in (a, b))
     distances = {}
@@ -81,8 +77,7 @@ def level_patches(images, level, levels, name, device):
     """Random patches of one level of images (N, 3, H, H), normalised: (128 N, 147) float32.
 
     Each colour channel of all patches has mean 0 and standard deviation 1. name: of the set, which draws
-    for itself.
-    """
+    for itself."""
     parts = []
     for block, part in enumerate(images.split(BLOCK)):
         pixels = laplacian_level(part.to(device).float(), level, levels)

@@ -1,8 +1,8 @@
-"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, and how good they are.
+"""Evaluation of a text-conditioned generator: images of prompts, whether they are copies, their quality.
 
-    python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt --clip=clip
-    python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --prompts=all --features=pixels
-    python -m text_to_image.all_in --samples=their/images --prompts=their/prompts.txt --data_root=images --sscd=sscd.pt
+    python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt
+    python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --features=pixels --prompts=all
+    python -m text_to_image.all_in --samples=made --prompts=texts.txt --data_root=photos --sscd=sscd.pt
 
 Images and captions of the training are those of --unet's log directory, unless flags name others.
 """
@@ -62,42 +62,35 @@ DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector 
 def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     """Images of all prompts, and the detector's norms (N,), None without guidance.
 
-    They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the networks, the
-    settings, the seed and i, and not on the batch or the number of processes.
-
-    Args:
-        folder, unet_folder: of the pipeline and of its UNet.
-        source: of `make_prompts`.
-    """
-    names = ("rand_augs", "rand_aug_repeats", "seed", "guidance", "sample_steps", "scheduler", "text_noise")
-    origin = {name: FLAGS[name].value for name in (*names, "precision", "resolution")}
-    origin |= {"prompts": "drawn" if prompts_are_drawn(FLAGS) else "in turn"}
-    origin |= {"texts_sha256": hashlib.sha256(repr(source).encode()).hexdigest()}
-    origin |= {"pipeline_sha256": content_hash(folder, *FROZEN)}
-    origin |= {"checkpoint_sha256": content_hash(unet_folder)}
+    They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the
+    networks, the settings, the seed and i, and not on the batch or the number of processes."""
+    names = "rand_augs rand_aug_repeats seed guidance sample_steps scheduler text_noise precision resolution"
+    origin = {name: FLAGS[name].value for name in names.split()}
+    origin["prompts"] = "drawn" if prompts_are_drawn(FLAGS) else "in turn"
+    origin["texts_sha256"] = hashlib.sha256(repr(source).encode()).hexdigest()
+    origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
+    origin["checkpoint_sha256"] = content_hash(unet_folder)
     if PRECISIONS[FLAGS.precision] != torch.float32:
-        origin |= {"autocast": "unet"}  # earlier versions had it around all of the pipeline
+        origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept)
-    number = len(prompts.texts)
-    images = generate_into(directory, origin, batches, number, FLAGS.resolution, about_training(unet_folder))
+    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    about = {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
+    about["ema_warning"], number = ema_warning(unet_folder), len(prompts.texts)
+    images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():
-        write_prompts(Path(directory) / "prompts.json", prompts)
+        asked = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
+        asked = [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in asked]
+        write_json(Path(directory) / "prompts.json", asked)
         if FLAGS.save_png:
             save_pngs(directory, images)
     return images, torch.tensor(distributed.from_main(norms)) if FLAGS.guidance > 1 else None
 
 
-def write_prompts(path, prompts):
-    """A list of what every image was asked for: prompt, caption, and the number of the caption's training image."""
-    rows = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
-    write_json(path, [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in rows])
-
-
 def generate_batches(pipeline, prompts, kept, first):
-    """As `score.generate.generate_batches`; writes the detector's norms of all images so far into the file `kept`."""
-    side, shown = FLAGS.resolution // pipeline.vae_scale_factor, FLAGS.resolution
+    """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`."""
+    shown, side = FLAGS.resolution, FLAGS.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
     watched = []
@@ -114,15 +107,9 @@ def generate_batches(pipeline, prompts, kept, first):
             streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
             latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
             x = generate(
-                pipeline,
-                prompts.texts[indices.start : indices.stop],
-                latents,
-                FLAGS.sample_steps,
-                FLAGS.guidance,
-                streams,
-                FLAGS.text_noise,
-                PRECISIONS[FLAGS.precision],
-            )
+                pipeline, prompts.texts[indices.start : indices.stop], latents, FLAGS.sample_steps,
+                FLAGS.guidance, streams, FLAGS.text_noise, PRECISIONS[FLAGS.precision],
+            )  # fmt: skip
             norm = torch.stack(watched).mean(dim=0) if watched else norm
         return to_uint8(2 * x - 1), non_finite_images(x), norm
 
@@ -136,11 +123,7 @@ def generate_batches(pipeline, prompts, kept, first):
 
 @torch.no_grad()
 def round_trip(pipeline, images, batch_size=16):
-    """Images (N, 3, H, W) uint8 as the VAE gives them back: what a perfect copy of their latents looks like.
-
-    Returns:
-        The images, uint8, and how many of them are not finite.
-    """
+    """Images (N, 3, H, W) uint8 as the VAE gives them back, and how many of them are not finite."""
     decoded, bad = [], 0
     for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
@@ -151,15 +134,12 @@ def round_trip(pipeline, images, batch_size=16):
 
 
 def read_images(flag):
-    """The images that a flag names, uint8; those of a folder resized, in the order of the numbers in their names.
-
-    Raises:
-        DataError, UsageError: no images, or an array of images of another size.
-    """
+    """The images of a flag, uint8, or a DataError; those of a folder by the numbers in their names."""
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
         files = [Path(file) for group in list_images(path) for file in group]
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(file))])
+        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
+        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
         return load_images(files, side, FLAGS.num_workers)
     if not Path(path).is_file():
         raise DataError(f"--{flag}={path}: no such file or folder")
@@ -170,15 +150,8 @@ def read_images(flag):
     return images
 
 
-def about_training(unet_folder):
-    """What result.json says of the training that a UNet comes from."""
-    folder = unet_folder.parent if unet_folder.name == "unet" else unet_folder
-    about = {"checkpoint": str(folder), "training": settings_of(unet_folder) if FLAGS.unet else None}
-    return about | {"ema_warning": ema_warning(unet_folder)}
-
-
 def ema_warning(unet_folder):
-    """What is to be said of the EMA weights of a round, or None; without --unet_from_scratch nothing is."""
+    """What is to be said of the EMA weights of a round; None without --unet_from_scratch."""
     run = read_run(unet_folder.parent.parent / "run.json")
     found = re.fullmatch(ROUND, unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
@@ -195,16 +168,9 @@ def generated():
 
 
 def score(images, prompts, scorers, clip):
-    """The scores of one set of images.
-
-    Args:
-        prompts: `Prompts`, or None.
-        scorers: {prefix of their scores' names: `Quality`}.
-        clip: of `load_clip`, or None.
-    """
-    scores = {}
-    for prefix, scorer in scorers.items():
-        scores |= {prefix + name: value for name, value in scorer(images).items()}
+    """The scores of images of `Prompts` or None; scorers: {prefix of the scores' names: `Quality`}."""
+    scores = {prefix: scorer(images).items() for prefix, scorer in scorers.items()}
+    scores = {prefix + name: value for prefix, found in scores.items() for name, value in found}
     if clip and prompts:
         scores["clip_score"] = clip_scores(clip, images, prompts.captions).mean().item()
     return scores
@@ -221,31 +187,21 @@ def directories():
 
 
 def write_results(result, images, data, neighbors, prompts):
-    """Write all files but the images, and print what a person wants to know first.
-
-    Args:
-        data: the `CaptionedImages` that the numbers of training images count in.
-        neighbors: of `evaluate_similarity`.
-        prompts: texts, or None.
-    """
+    """Write all files but the images, and print a summary; neighbors: of `evaluate_similarity`."""
     grid_dir, similarity, index = Path(FLAGS.grid_dir), *(values.cpu() for values in neighbors)
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
         np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
     shown, captions = (images, data.images, index[:, 0]), [texts[0] for texts in data.captions]
-    paths = save_grids(grid_dir, *shown, 1 - similarity[:, 0])
-    page = write_similarity_report(grid_dir / "report.html", result, *shown, similarity[:, 0], prompts, captions)
-    write_json(grid_dir / "result.json", result | {"grids": [str(path) for path in paths], "report": page})
+    grids = [str(path) for path in save_grids(grid_dir, *shown, 1 - similarity[:, 0])]
+    texts, page = (similarity[:, 0], prompts, captions), grid_dir / "report.html"
+    page = write_similarity_report(page, result, *shown, *texts)
+    write_json(grid_dir / "result.json", result | {"grids": grids, "report": page})
     print_summary(result, grid_dir)
 
 
 def without_repeats(given, training, heldout):
-    """What is to be said of repeats, and the held-out images that equal no training image, None if none are left.
-
-    Args:
-        given: how many training images there are, of which `training` (N, 3, H, W) are distinct.
-        heldout: (L, 3, H, W), or None.
-    """
+    """What is to be said of repeats, and the held-out images that equal no training image, or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
         is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
@@ -256,7 +212,7 @@ def without_repeats(given, training, heldout):
 
 
 def find_places():
-    """The folder of the UNet and that of the pipeline, or None; flags that are not given are those of the training."""
+    """The folders of the UNet and the pipeline, or None; flags that are not given are the training's."""
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
         what = "is where training writes: give --unet to evaluate what it has trained, else leave it out"
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
@@ -280,7 +236,7 @@ def load_network(folder, unet_folder, device):
         return None
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
-        check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+        check_pipeline_of_training(FLAGS, folder, unet_folder)
     if FLAGS.scheduler == "dpm":
         kind = "DPMSolverMultistepScheduler"
         pipeline.scheduler = as_scheduler(kind, pipeline.scheduler, "--scheduler=dpm")
@@ -289,19 +245,17 @@ def load_network(folder, unet_folder, device):
 
 
 def load_prompts(data, pipeline, images):
-    """The prompts and the texts that they are taken from, or None twice; images: of --samples, or None."""
+    """The prompts and the texts they are taken from, or None twice; images: of --samples, or None."""
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
     prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
     in_turn = FLAGS.prompts == "all"  # several times, maybe
     if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
-        kind, advice = "prompts", "give one for each"
-        if in_turn:
-            kind = "captions, a distinct image each,"
-            advice = "give as many images of each, or a file with a prompt for each"
+        kind = "captions, a distinct image each," if in_turn else "prompts"
+        advice = "give as many images of each, or a file with a prompt" if in_turn else "give one"
         what = f"{len(source)} {kind} for the {len(images)} images of --samples"
-        raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice}")
+        raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice} for each")
     if pipeline:
         check_length(prompts.texts, pipeline.tokenizer, "prompts")
     return prompts, source
@@ -315,7 +269,7 @@ def non_finite(what, bad, number):
 
 
 def make_floors(pipeline, folder, data, heldout, prompts, source, number, device):
-    """What is measured in the place of the images, {name: (images, their prompts or None)}, and notes on it."""
+    """What is measured in place of the images, {name: (images, prompts or None)}, and notes on it."""
     floors, notes, directory = {}, [], directories().get("base_dir")
     if directory:
         pipeline.unet = load_unet(folder / "unet").to(device)
@@ -336,15 +290,15 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
 
 
 def measure(images, norms, training, prompts, space, scorers, clip, floors):
-    """All numbers of images and floors, and the nearest training images; norms: of the detector, or None."""
+    """All numbers of images and floors, and nearest training images; norms: of the detector, or None."""
     own = prompts and prompts.own
     with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
     numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)
     numbers = {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
-        numbers[name] = {"N": len(others), "images_sha256": fingerprint(others), "similarity": similar[name]}
-        numbers[name] |= score(others, theirs, fitting, clip)
+        numbers[name] = {"N": len(others), "images_sha256": fingerprint(others)}
+        numbers[name] |= {"similarity": similar[name], **score(others, theirs, fitting, clip)}
     if norms is not None:
         copies = {"f_mem": memorized(neighbors[0])}
         if space.threshold is not None:
@@ -363,7 +317,7 @@ def main():
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     pipeline = load_network(folder, unet_folder, device)
     given = build.dataset(FLAGS)
-    notes = differences(FLAGS, settings_of(unet_folder), given) if FLAGS.unet else []
+    notes = differences(FLAGS, unet_folder, given) if FLAGS.unet else []
     say(*notes)
     data, heldout = distinct(given), read_images("heldout") if FLAGS.heldout else None
     training = data.images
@@ -389,8 +343,9 @@ def main():
         begin, scorer = time.perf_counter(), scorers[""]
         notes = [note for note in (*notes, *more, scorer.warning) if note]
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
-        result |= {"training_seconds": training_seconds(result["checkpoint"]), "warning": "; ".join(notes) or None}
-        result |= {"samples_warning": odd, **repeats, "scored_with": scorer.scored_with}
+        result |= {"training_seconds": training_seconds(result["checkpoint"])}
+        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
+        result["scored_with"] = scorer.scored_with
         numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)
         result |= {**numbers, "flags": as_dict(FLAGS)}
         result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)

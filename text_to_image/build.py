@@ -20,13 +20,10 @@ from training.shards import partition
 
 
 def dataset(FLAGS):
-    """The `CaptionedImages` to train on."""
     return load_folder(
-        FLAGS.data_root,
-        captions=FLAGS.captions,
-        resolution=FLAGS.resolution,
+        FLAGS.data_root, captions=FLAGS.captions, resolution=FLAGS.resolution,
         num_workers=FLAGS.num_workers,
-    )
+    )  # fmt: skip
 
 
 def split(FLAGS):
@@ -44,72 +41,43 @@ def batches(FLAGS, data, encoded, slots, device, *, scaling_factor, often, T, sh
     """The `CaptionBatches` of some slots; encoded: moments, captions and states, as there."""
     moments, captions, states = encoded
     return CaptionBatches(
-        data.images,
-        moments,
-        captions,
-        states,
-        slots,
-        device,
-        scaling_factor=scaling_factor,
-        often=often,
-        batch_size=FLAGS.batch_size,
-        T=T,
-        seed=FLAGS.seed,
-        shard=shard,
-        hflip=FLAGS.hflip,
-        caption_mode=FLAGS.caption_mode,
-        caption_prob=FLAGS.caption_prob,
-        text_noise=FLAGS.text_noise,
-        text_mixup=FLAGS.text_mixup,
-        duplication=FLAGS.duplication,
-        dup_weight=FLAGS.dup_weight,
-    )
+        data.images, moments, captions, states, slots, device, scaling_factor=scaling_factor,
+        often=often, batch_size=FLAGS.batch_size, T=T, seed=FLAGS.seed, shard=shard, hflip=FLAGS.hflip,
+        caption_mode=FLAGS.caption_mode, caption_prob=FLAGS.caption_prob, text_noise=FLAGS.text_noise,
+        text_mixup=FLAGS.text_mixup, duplication=FLAGS.duplication, dup_weight=FLAGS.dup_weight,
+    )  # fmt: skip
 
 
 def encoded(FLAGS, data, pipeline, folder):
     """What `encode` makes of the images and captions, with a pipeline from a folder."""
     return encode(
-        data,
-        pipeline,
-        directory=Path(FLAGS.cache_dir or Path(FLAGS.data_root) / ".cache"),
-        vae_key=content_hash(folder, "vae"),
-        text_key=content_hash(folder, "text_encoder", "tokenizer"),
+        data, pipeline, directory=Path(FLAGS.cache_dir or Path(FLAGS.data_root) / ".cache"),
+        vae_key=content_hash(folder, "vae"), text_key=content_hash(folder, "text_encoder", "tokenizer"),
         caption_mode=FLAGS.caption_mode,
         draws_captions=FLAGS.caption_mode in ("all", "allcaps") or FLAGS.duplication == "dup_image",
-    )
+    )  # fmt: skip
 
 
 def preview(FLAGS, pipeline, unet, captions):
     """Images of the first captions by a UNet, for the sample grids."""
     return make_preview(
-        pipeline,
-        unet,
-        [texts[0] for texts in captions[: FLAGS.sample_size]],
-        seed=FLAGS.seed,
-        resolution=FLAGS.resolution,
-        steps=FLAGS.sample_steps,
-        guidance=FLAGS.guidance,
-    )
+        pipeline, unet, [texts[0] for texts in captions[: FLAGS.sample_size]], seed=FLAGS.seed,
+        resolution=FLAGS.resolution, steps=FLAGS.sample_steps, guidance=FLAGS.guidance,
+    )  # fmt: skip
 
 
 def learner(FLAGS, unet, scheduler):
     """The `Learner` of a UNet, with the noise of diffusers' scheduler."""
     return Learner(
-        unet,
-        lambda network: LatentTrainer(network, scheduler, parts=FLAGS.accumulate),
-        lr=FLAGS.lr,
-        warmup=FLAGS.warmup,
-        grad_clip=FLAGS.grad_clip,
-        ema_decay=FLAGS.ema_decay or None,
-        weight_decay=FLAGS.weight_decay,
-        precision=FLAGS.precision,
-        compile=FLAGS.compile,
+        unet, lambda network: LatentTrainer(network, scheduler, parts=FLAGS.accumulate), lr=FLAGS.lr,
+        warmup=FLAGS.warmup, grad_clip=FLAGS.grad_clip, ema_decay=FLAGS.ema_decay or None,
+        weight_decay=FLAGS.weight_decay, precision=FLAGS.precision, compile=FLAGS.compile,
         offload=FLAGS.shard_state == "cpu",
-    )
+    )  # fmt: skip
 
 
 def log_directory(FLAGS, data, folder, unet_folder):
-    """The `LogDirectory` of a run on `CaptionedImages` that starts from a pipeline's and a UNet's folder."""
+    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts."""
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *CHANGEABLE)}
     settings["split"] = split(FLAGS)
@@ -122,14 +90,8 @@ def log_directory(FLAGS, data, folder, unet_folder):
 
 
 def prompts(FLAGS, data, tokenizer, number):
-    """The `Prompts` of so many images, or None for one of each text; and the texts that they are taken from."""
+    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from."""
     return make_prompts(
-        data,
-        tokenizer,
-        number,
-        prompts=FLAGS.prompts,
-        caption_mode=FLAGS.caption_mode,
-        seed=FLAGS.seed,
-        rand_augs=FLAGS.rand_augs,
-        rand_aug_repeats=FLAGS.rand_aug_repeats,
-    )
+        data, tokenizer, number, prompts=FLAGS.prompts, caption_mode=FLAGS.caption_mode, seed=FLAGS.seed,
+        rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats,
+    )  # fmt: skip

@@ -37,27 +37,18 @@ FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path"
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description")
 THIN = 64  # of the longer side to the shorter: such images are cut before they are resized
 
-
-# images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes: N names; paths: N, in the folder
+# images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes, paths in the folder: N texts
 CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
 
 
 def load_folder(folder, captions, resolution, num_workers=0):
-    """The images of a folder, or of its sub-folders, which are classes; the shorter side resized, the centre cut out.
-
-    Args:
-        captions: file of `read_captions`, or None for metadata.jsonl in the folder.
-
-    Raises:
-        DataError: no images, images that cannot be read, or images without a caption.
-    """
+    """The images of a folder, or of its sub-folders, which are classes, `square`; or a DataError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
     if captions is None and not (folder / "metadata.jsonl").exists():
         raise DataError(f"{folder}: has no metadata.jsonl: give the file of captions with --captions")
-    groups = list_images(folder, classes=True)
-    files = [Path(path) for group in groups for path in group]
+    files = [Path(path) for group in list_images(folder, classes=True) for path in group]
     paths = [path.relative_to(folder).as_posix() for path in files]
     found = read_captions(captions or folder / "metadata.jsonl")
     captions = match(found, paths, captions or "metadata.jsonl", folder)
@@ -66,15 +57,12 @@ def load_folder(folder, captions, resolution, num_workers=0):
 
 
 def load_images(files, resolution, num_workers=0):
-    """Image files as uint8 (N, 3, resolution, resolution), each as `square` makes it.
-
-    Raises:
-        DataError: they do not fit into memory; once all have been tried, for those that are bad.
-    """
+    """Image files as uint8 (N, 3, S, S), each as `square` makes it; a DataError names all bad ones."""
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
     images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
     with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
-        for i, found in enumerate(progress_bar(results, "decoding", total=len(files), unit="image", delay=1)):
+        bar = progress_bar(results, "decoding", total=len(files), unit="image", delay=1)
+        for i, found in enumerate(bar):
             if isinstance(found, DataError):
                 bad.append(str(found))
             else:
@@ -92,7 +80,7 @@ def try_square(path, side):
 
 
 def square(path, side):
-    """An image file as uint8 (3, side, side): its shorter side resized to `side`, and the centre of the longer one."""
+    """An image file as uint8 (3, side, side): the shorter side resized to `side`, the centre cut out."""
     image = read_image(path)
     shorter, longer = sorted(image.size)
     if longer > THIN * shorter:  # resized as a whole, it could fill the memory
@@ -108,14 +96,11 @@ def square(path, side):
 def read_captions(path, flag="captions"):
     """{name of an image: its captions, in the order of the file}, not empty.
 
-    The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv. An image may
-    have several lines.
-
-    flag: that names the file.
+    The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv.
+    An image may have several lines. flag: that names the file.
 
     Raises:
-        DataError: missing, or of another form.
-    """
+        DataError: missing, or of another form."""
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
@@ -144,7 +129,7 @@ def read_captions(path, flag="captions"):
 
 
 def file_and_text(row):
-    """The name of an image and its caption in a row of a table, [(column, value)]; raises a ValueError."""
+    """The name of an image and its caption in a row of a table, [(column, value)], or a ValueError."""
     columns, values = [column for column, _ in row], dict(row)
     if len(values) < len(columns):
         raise ValueError(f"a column of {', '.join(columns)} is there twice")
@@ -158,7 +143,7 @@ def file_and_text(row):
 
 
 def read_table(text):
-    """The rows of a table with a header, [(column, value)] each; commas, semicolons, tabs or bars part its columns."""
+    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars."""
     first = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
     header = [column.strip().lower() for column in next(rows, [])]
@@ -171,27 +156,23 @@ def read_table(text):
 
 
 def parts_of(path):
-    """The parts of a path of any system, as the letters that they show: some systems write letters and accents."""
+    """The parts of a path of any system, in composed letters: some systems write letters and accents."""
     parts = unicodedata.normalize("NFC", str(path)).replace("\\", "/").split("/")
     return [part for part in parts if part not in ("", ".")]
 
 
 def match(captions, paths, name, folder=""):
-    """The captions of every path: those of its key, else of the key that has most of its last parts in common with it.
+    """The captions of every path: those of the key that has most of its last parts in common with it.
 
-    A key in folders may have the file name alone in common, as a path of another machine has. It is of another image,
-    and not taken, where other keys show that their folders are those of the paths, or where both are in folders and
-    the key is relative.
+    A key in folders may have the file name alone in common, as a path of another machine has. It is of
+    another image, and not taken, where other keys show that their folders are those of the paths, or
+    where both are in folders and the key is relative.
 
-    Args:
-        captions: {path of an image: its captions}.
-        paths: of the images, in `folder`.
-        name: of the file of captions.
-        folder: its own parts may be those of keys.
+    captions: {path of an image: its captions}. paths: of the images, in `folder`, whose own parts may be
+    those of keys. name: of the file of captions.
 
     Raises:
-        DataError: a path has no captions, or it is not clear which are its.
-    """
+        DataError: a path has no captions, or it is not clear which are its."""
     whole, endings = defaultdict(set), defaultdict(set)  # a key's path, or the last parts of it -> keys
     for key in captions:
         parts = parts_of(key)
@@ -223,11 +204,7 @@ def match(captions, paths, name, folder=""):
 
 
 def captions_of_mode(data, mode, tokenizer):
-    """N lists of captions as `--caption_mode` has them before a step draws its own.
-
-    Raises:
-        DataError: captions that should be lists of token numbers are not, or there are no classes.
-    """
+    """N lists of captions as `--caption_mode` has them before a step draws its own, or a DataError."""
     if mode == "nolevel":
         return [["An image"]] * len(data.captions)
     if mode == "classlevel":
@@ -244,9 +221,9 @@ def captions_of_mode(data, mode, tokenizer):
 
 
 def duplicated(number, weight_pc, seed):
-    """(number,) bool: the share of the images, drawn by the seed, that `--duplication` samples more often."""
-    chosen = torch.randperm(number, generator=generator("cpu", seed, "duplication"))[: int(weight_pc * number)]
-    return torch.zeros(number, dtype=torch.bool).index_fill(0, chosen, True)
+    """(number,) bool: the share of the images that `--duplication` samples more often, by the seed."""
+    order = torch.randperm(number, generator=generator("cpu", seed, "duplication"))
+    return torch.zeros(number, dtype=torch.bool).index_fill(0, order[: int(weight_pc * number)], True)
 
 
 def add_words(text, words, draw):
@@ -259,12 +236,12 @@ def add_words(text, words, draw):
 
 def random_tokens(tokenizer, number, draw):
     """The text of so many random tokens, those before the first special one."""
-    special = {*tokenizer.all_special_ids} - {0, tokenizer.pad_token_id}  # Stable Diffusion 2 pads with '!', number 0
+    special = {*tokenizer.all_special_ids} - {0, tokenizer.pad_token_id}  # some pad with '!', number 0
     return tokenizer.decode([draw.randrange(min(special)) for _ in range(number)])
 
 
 def check_length(captions, tokenizer, what):
-    """Say which of the captions, a list of texts, are empty, and which the text encoder does not read to the end."""
+    """Say how many of the captions are empty, and how many the text encoder does not read to the end."""
     captions = list(captions)
     empty = sum(not text.strip() for text in captions)
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
@@ -273,12 +250,12 @@ def check_length(captions, tokenizer, what):
     if empty and distributed.is_main():
         warn(f"warning: {empty:,} of {len(captions):,} {what} are empty")
     if long and distributed.is_main():
-        begin = f"the text encoder reads {limit} and no more, such as of {long[0][:60]!r}"
-        warn(f"warning: {len(long):,} of {len(captions):,} {what} have more than {limit} tokens: {begin}")
+        what = f"{len(long):,} of {len(captions):,} {what} have more than {limit} tokens"
+        warn(f"warning: {what}: the text encoder reads {limit} and no more, such as of {long[0][:60]!r}")
 
 
 def cached(path, make):
-    """The array that make() gives, or gave in an earlier run, from the file at `path`: mapped, copy on write."""
+    """The array that make() gives, or gave in an earlier run, from the file at `path`: copy on write."""
     try:
         return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
     except (OSError, ValueError):  # not there, or damaged
@@ -292,14 +269,10 @@ def cached(path, make):
 
 
 def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
-    """Latents, captions and text states of all `CaptionedImages`, made once and cached: see `CaptionBatches`.
+    """Latents, captions and text states of `CaptionedImages` for `CaptionBatches`, made once and cached.
 
-    Args:
-        directory: of the cache.
-        vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder.
-        caption_mode: one of CAPTION_MODES.
-        draws_captions: whether other captions of an image than the first are used.
-    """
+    vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder. draws_captions: whether
+    other captions of an image than the first are used."""
     path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
     moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
@@ -311,14 +284,7 @@ def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_cap
 
 
 class TextStates:
-    """Hidden states of captions: of those given at the start kept, of others computed when they are asked for.
-
-    Args:
-        pipeline: its tokenizer and text encoder.
-        captions: texts.
-        directory: where those of the given captions are cached.
-        key: of the tokenizer and text encoder, for the cache.
-    """
+    """Hidden states of captions: of those given at the start kept, of others computed when asked for."""
 
     def __init__(self, pipeline, captions, directory, key):
         self.pipeline = pipeline
@@ -343,23 +309,23 @@ class CaptionBatches(Batches):
     Args:
         images: (N, 3, H, W) uint8.
         moments: of `encode_images`, in host memory.
-        captions: N lists of texts, of `captions_of_mode`.
-        states: `TextStates`.
-        slots, device, batch_size, T, seed, shard: as for `training.batches.Batches`; hflip as in `ShardBatches`.
+        captions, states: N lists of texts, of `captions_of_mode`, and `TextStates`.
+        slots, device, batch_size, T, seed, shard, hflip: as for `training.batches.ShardBatches`.
         scaling_factor: of the VAE's latents.
-        often: (N,) bool of `duplicated`.
-        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last four change
-            a caption with probability caption_prob: allcaps draws it from all, randrepl takes four random tokens,
-            randwordadd adds two random words, wordrepeat adds two of its own words (Somepalli et al. 2023).
+        caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last
+            four change it with probability caption_prob: allcaps draws it from all, randrepl takes four
+            random tokens, randwordadd adds two random words, wordrepeat adds two of its own words
+            (Somepalli et al. 2023).
         text_noise: standard deviation of noise on the text states.
-        text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~ Beta(a, 1).
-        duplication: dup_both draws the images that are `often` dup_weight times as often as others, always with the
-            first caption; dup_image with one drawn from all of theirs.
+        text_mixup: a > 0 mixes the states with those of another sample, with weight 1 - lambda, lambda ~
+            Beta(a, 1).
+        duplication: dup_both draws the images that are `often`, (N,) bool of `duplicated`, dup_weight
+            times as often, always with the first caption; dup_image with one drawn from all of theirs.
     """
 
     def __init__(
-        self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T, seed, shard=0,
-        hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
+        self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T,
+        seed, shard=0, hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
         duplication="nodup", dup_weight=5.0,
     ):  # fmt: skip
         self.images, self.moments, self.captions, self.states = images, moments, captions, states
@@ -394,7 +360,7 @@ class CaptionBatches(Batches):
         return texts[0]
 
     def __call__(self, step):
-        """The `Batch` of a step: x_0 the scaled latents (B, C, h, w), `labels` the text states (B, L, D)."""
+        """The `Batch` of a step: x_0 scaled latents (B, C, h, w), `labels` text states (B, L, D)."""
         slots = self.slots_of(step)
         draw = random.Random(derive_seed(self.seed, "captions", self.shard, step))
         text = self.states([self.caption(i, draw) for i in slots.tolist()]).to(self.device)
@@ -416,7 +382,6 @@ class CaptionBatches(Batches):
         return Batch(x_0, text, t, eps, to_device(slots, device), mirrored)
 
     def augmented(self, slots, magnitude):
-        """As `ShardBatches.augmented`."""
         augment = rand_augment(magnitude)
         images = torch.stack([augment(image) for image in self.images[slots]])
         mean, deviation = latent_moments(self.states.pipeline.vae, images).to(self.device).unbind(1)

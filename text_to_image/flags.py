@@ -1,26 +1,12 @@
-"""The flags of the text-conditioned half: its own, and groups of training/flags.py, some with other defaults."""
+"""The flags of the text-conditioned half: its own, and training/flags.py's groups, some adapted."""
 
 import math
 
 from score.features import COPIES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import LATENT_SIDE, check_steps
-from training.flags import (
-    CONTROL,
-    LOGS,
-    OPTIMISATION,
-    SCORES,
-    SHARDS,
-    TRAIN,
-    adapted,
-    choice,
-    integer,
-    number,
-    register,
-    rule,
-    switch,
-    text,
-)
+from training import flags as shared
+from training.flags import adapted, choice, integer, number, register, rule, switch, text
 from training.launch import check_processes
 from utils.errors import UsageError
 
@@ -67,12 +53,9 @@ EVALUATION = (
 )
 
 GROUPS = (
-    TRAIN,
-    PIPELINE,
-    DATA,
+    shared.TRAIN, PIPELINE, DATA,
     adapted(
-        OPTIMISATION,
-        defaults={"lr": 2.5e-6, "warmup": 5000, "batch_size": 8, "ema_decay": 0.0},
+        shared.OPTIMISATION, defaults={"lr": 2.5e-6, "warmup": 5000, "batch_size": 8, "ema_decay": 0.0},
         helps={
             "warmup": "steps of linear warm-up",
             "batch_size": "images per step; also per call when generating",
@@ -81,17 +64,15 @@ GROUPS = (
     ),
     TRAINING,
     adapted(
-        SHARDS,
-        defaults={"client_num": 4, "total_round": 25},
+        shared.SHARDS, defaults={"client_num": 4, "total_round": 25},
         helps={"split": "main_fed: how images go to shards; default: contiguous"},
     ),
     adapted(
-        CONTROL,
-        defaults={"mem_ratio": 1.25},
+        shared.CONTROL, defaults={"mem_ratio": 1.25},
         helps={"bank_bins": "entries of the memory bank; 0: one for every timestep"},
     ),
     adapted(
-        LOGS,
+        shared.LOGS,
         defaults={"logdir": "logs/text", "save_round": 5, "sample_step": 2000, "sample_size": 4},
         helps={
             "logdir": "directory of logs and checkpoints",
@@ -99,19 +80,19 @@ GROUPS = (
         },
     ),
     adapted(
-        SCORES,
-        defaults={"num_images": 4000},
+        shared.SCORES, defaults={"num_images": 4000},
         helps={
             "num_images": "images to generate; with --prompts=all or a file: default: one of each",
-            "samples": "all_in: measure these images (.npy, .npz or folder), image i of prompt i; do not generate",
+            "samples": "all_in: measure these images (.npy, .npz or folder), image i of prompt i; "
+            "do not generate",
             "similar_dir": "all_in: directory of similarity.npz",
             "grid_dir": "all_in: directory of the grids, result.json and report.html",
-            "fid_features": "inception: FID and IS; pixels: fpd, which needs no weights; where it is not given: "
-            "pixels with --features=pixels, else inception",
+            "fid_features": "inception: FID and IS; pixels: fpd, which needs no weights; "
+            "where it is not given: pixels with --features=pixels, else inception",
         },
     ),
     EVALUATION,
-)
+)  # fmt: skip
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (
@@ -162,7 +143,7 @@ def num_images(values):
 
 
 def fid_features(values):
-    """What the scores of quality are of: the flag, else inception, unless similarity is that of pixels."""
+    """What quality is measured by: the flag, else inception, or pixels where similarity is of pixels."""
     default = "pixels" if values.features == "pixels" else "inception"
     return values.fid_features if values["fid_features"].present else default
 
@@ -175,13 +156,7 @@ def check_data(values, data):
 
 
 def check_pipeline(values, pipeline, steps):
-    """Check that flags fit a pipeline.
-
-    steps: of `--sample_steps`, or 0 where no image is made.
-
-    Raises:
-        UsageError: they do not.
-    """
+    """Raise a UsageError where flags do not fit a pipeline; steps: to an image, 0 for no images."""
     factor, T = math.lcm(pipeline.vae_scale_factor, LATENT_SIDE), pipeline.scheduler.config.num_train_timesteps
     if values.resolution % factor:
         what = f"{values.pretrained} has a VAE that makes images {pipeline.vae_scale_factor} times as small"

@@ -1,10 +1,10 @@
-"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise the captioned images.
+"""IET-AGC for Stable Diffusion (Liu et al. 2024): fine-tuning that does not memorise captioned images.
 
-    python -m text_to_image.main_fed --train --pretrained=stable-diffusion-2-1 --data_root=images --captions=texts.json
+    python -m text_to_image.main_fed --train --pretrained=pipeline --data_root=images --captions=text.csv
     torchrun --nproc_per_node=4 -m text_to_image.main_fed --train ...    # the shards side by side
 
---client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in --logdir.
-The algorithm is training/rounds.py.
+--client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in
+--logdir. The algorithm is training/rounds.py.
 """
 
 import copy
@@ -16,15 +16,7 @@ from absl.flags import FLAGS
 from text_to_image import build
 from text_to_image.data import duplicated
 from text_to_image.flags import check_data, check_pipeline, define
-from text_to_image.pipeline import (
-    as_scheduler,
-    find_folder,
-    find_unet,
-    load_pipeline,
-    remove_unets,
-    save_unet,
-    settings_of,
-)
+from text_to_image.pipeline import as_scheduler, find_folder, find_unet, load_pipeline, remove_unets, save_unet
 from text_to_image.recorded import check_pipeline_of_training
 from training.build import agc, logger, schedule
 from training.ensemble import Shard
@@ -39,7 +31,7 @@ from utils.seeding import derive_seed
 
 
 def make_shards(data, pipeline, scheduler, folder, slots, device):
-    """The shards of this process: shard k is trained by process k mod P. All start from the pipeline's UNet."""
+    """The shards of this process, those of numbers k mod P; all start from the pipeline's UNet."""
     T, scaling_factor = scheduler.config.num_train_timesteps, pipeline.vae.config.scaling_factor
     with distributed.main_first():
         encoded = build.encoded(FLAGS, data, pipeline, folder)
@@ -62,7 +54,7 @@ def load(device):
     unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
-        check_pipeline_of_training(FLAGS, settings_of(unet_folder), folder, unet_folder)
+        check_pipeline_of_training(FLAGS, folder, unet_folder)
     check_pipeline(FLAGS, pipeline, FLAGS.sample_steps if FLAGS.sample_step else 0)
     scheduler = as_scheduler("DDPMScheduler", pipeline.scheduler, "training")
     data = build.dataset(FLAGS)
@@ -72,8 +64,8 @@ def load(device):
         pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
     if FLAGS.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-    for part in (pipeline.vae, pipeline.text_encoder):
-        part.to(device)
+    pipeline.vae.to(device)
+    pipeline.text_encoder.to(device)
     return pipeline, folder, unet_folder, scheduler, data
 
 
@@ -88,8 +80,8 @@ def main():
     slots = build.slots(FLAGS, len(data.images))
     shards = make_shards(data, pipeline, scheduler, folder, slots, device)
     net, K, own_steps = shards[0].learner.net, len(slots), FLAGS.total_round * FLAGS.local_steps
-    counts = {"shards": K, "steps_in_all": K * own_steps}
-    announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **counts)
+    work = {"shards": K, "steps_in_all": K * own_steps}
+    announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
     check_warmup(FLAGS.warmup, own_steps)
     directory = build.log_directory(FLAGS, data, folder, unet_folder)
     if FLAGS.fresh and distributed.is_main():
@@ -106,16 +98,11 @@ def main():
 
     done = sum(shard.learner.step for shard in shards)
     train(
-        shards,
-        exchanged or slots,
-        schedule(FLAGS, steps_per_round),
-        logger(FLAGS, logdir, own_steps * len(shards), done, seconds),
-        first_round=rounds_done + 1,
-        extra={},
+        shards, exchanged or slots, schedule(FLAGS, steps_per_round),
+        logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1, extra={},
         slots_of_round=lambda r: build.slots(FLAGS, len(data.images), r) if FLAGS.reshard else None,
-        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions),
-        publish=publish,
-    )
+        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stable Diffusion in diffusers' format: read from a folder without running what is in it, trained, sampled, saved."""
+"""Stable Diffusion in diffusers' format: read without running what is in it, trained, sampled, saved."""
 
 import contextlib
 import copy
@@ -24,15 +24,13 @@ from utils.safe_files import read_text
 from utils.seeding import sample_noise
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
-FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts of a pipeline that are not trained
+FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts that are not trained
 PREDICTIONS = ("epsilon", "v_prediction")
 # that take Stable Diffusion from noise to image, besides diffusers' KarrasDiffusionSchedulers
 SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
 # what else than latents, time and text a UNet can be told: nothing here knows what to say
-CONDITIONS = (
-    "class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim",
-    "encoder_hid_dim_type",
-)  # fmt: skip
+CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
+CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
@@ -51,22 +49,17 @@ def libraries():
 
 
 def find_folder(name, download=False):
-    """The folder that `--pretrained` names: itself, or the files of a model of the Hugging Face hub.
-
-    Raises:
-        DataError: it is neither here nor in the hub's cache, and not to be downloaded, or not Stable Diffusion.
-    """
+    """The folder that `--pretrained` names: itself, or that of a model of the hub; or a DataError."""
     folder = Path(name)
     if folder.is_file():
-        how = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        raise DataError(f"--pretrained={name}: is a file: convert it with diffusers, {how}, and give the folder")
+        how = "with diffusers, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise DataError(f"--pretrained={name}: is a file: convert it {how}, and give the folder")
     if not folder.is_dir():
         import huggingface_hub
 
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(str(name), allow_patterns=FILES, local_files_only=not download)
-            )
+            settings = {"allow_patterns": FILES, "local_files_only": not download}
+            folder = Path(huggingface_hub.snapshot_download(str(name), **settings))
         except Exception as error:  # of the network, the hub, or a name that cannot be one of its
             what = "no such folder:"
             if download:
@@ -88,26 +81,23 @@ def find_folder(name, download=False):
 
 
 def load_pipeline(folder, unet_folder):
-    """diffusers' StableDiffusionPipeline, on the CPU in float32; its VAE and text encoder are frozen.
-
-    Args:
-        folder: of `find_folder`.
-        unet_folder: of the UNet.
+    """diffusers' StableDiffusionPipeline, on the CPU in float32, with a frozen VAE and text encoder.
 
     Raises:
-        DataError: a part is missing, damaged, only there as a pickle, or does not fit the others.
-    """
+        DataError: a part is missing, damaged, only there as a pickle, or does not fit the others."""
     diffusers, transformers = libraries()
     scheduler = read_scheduler(folder / "scheduler")
     unet = load_unet(unet_folder)
     vae = read_part(diffusers.AutoencoderKL, folder / "vae", low_cpu_mem_usage=False).eval().requires_grad_(False)
     text_encoder = read_part(transformers.CLIPTextModel, folder / "text_encoder").eval().requires_grad_(False)
     try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        kind = transformers.CLIPTokenizer
+        tokenizer = kind.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # of files that are no JSON, or lack something
         raise DataError(f"{folder}/tokenizer: cannot be read ({one_line(error)})") from error
     # a tokenizer that does not say what the text encoder takes would pad to 10^30 tokens
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+    limit = text_encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer)
     pipeline = diffusers.StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
@@ -120,8 +110,9 @@ def check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer):
     """Raise a DataError where parts of a pipeline are not made for each other, which names both."""
     for name in CONDITIONS:
         if unet.config.get(name) is not None:
-            what = f"{name} is {unet.config[name]}, so it wants more than latents, time and text, as {folder} gives it"
-            raise DataError(f"{unet_folder}: its {what}: give a UNet of Stable Diffusion 1.x or 2.x")
+            what = f"its {name} is {unet.config[name]}, so it wants more than latents, time and text"
+            advice = f"as {folder} gives it: give a UNet of Stable Diffusion 1.x or 2.x"
+            raise DataError(f"{unet_folder}: {what}, {advice}")
     tokens, width = max(tokenizer.get_vocab().values()) + 1, unet.config.cross_attention_dim
     if isinstance(width, (list, tuple)) and len(set(width)) == 1:  # the same in all its blocks
         width = width[0]
@@ -142,11 +133,7 @@ def check_fit(folder, unet_folder, unet, vae, text_encoder, tokenizer):
 
 
 def read_scheduler(folder):
-    """diffusers' scheduler in a folder, one of those that sample Stable Diffusion.
-
-    Raises:
-        DataError: it is none, cannot be made, or its noise is not that of a network that predicts epsilon or v.
-    """
+    """diffusers' scheduler in a folder, if Stable Diffusion can be sampled by it; or a DataError."""
     diffusers, _ = libraries()
     settings = read_config(folder / "scheduler_config.json")
     name, prediction = settings.get("_class_name"), settings.get("prediction_type", "epsilon")
@@ -158,7 +145,8 @@ def read_scheduler(folder):
     try:
         scheduler = kind.from_config(settings)
     except Exception as error:  # of settings that the class does not know
-        raise DataError(f"{folder}: {name} cannot be made of its settings ({one_line(error)[:200]})") from error
+        what = f"{name} cannot be made of its settings ({one_line(error)[:200]})"
+        raise DataError(f"{folder}: {what}") from error
     alphas = getattr(scheduler, "alphas_cumprod", None)
     known = {*SCHEDULERS, *diffusers.schedulers.KarrasDiffusionSchedulers.__members__}
     if alphas is None or name not in known or settings.get("use_flow_sigmas"):
@@ -169,36 +157,31 @@ def read_scheduler(folder):
         raise DataError(f"{folder}: its betas are not {T} numbers in [0, 1], one for each of num_train_timesteps")
     if prediction == "epsilon" and (settings.get("rescale_betas_zero_snr") or alphas[-1] == 0):
         what = "its last timestep is noise alone (zero terminal SNR), of which epsilon says nothing"
-        raise DataError(f"{folder}: {what}: give a pipeline of v_prediction, or betas without rescale_betas_zero_snr")
+        advice = "give a pipeline of v_prediction, or betas without rescale_betas_zero_snr"
+        raise DataError(f"{folder}: {what}: {advice}")
     return scheduler
 
 
 def as_scheduler(kind, scheduler, use):
-    """A scheduler of another kind with the noise of a pipeline's scheduler.
-
-    Args:
-        kind: name of the class.
-        use: what it is for.
-
-    Raises:
-        DataError: it cannot have that noise.
-    """
+    """A scheduler of the class `kind` with a scheduler's noise, or a DataError; use: what it is for."""
     name = type(scheduler).__name__
     try:
         made = getattr(libraries()[0], kind).from_config(scheduler.config)
     except Exception as error:  # of settings that the class does not know
-        raise DataError(f"{kind}, for {use}, cannot be made of the pipeline's {name} ({one_line(error)})") from error
+        what = f"cannot be made of the pipeline's {name} ({one_line(error)})"
+        raise DataError(f"{kind}, for {use}, {what}") from error
     ours, theirs = made.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
         what = f"{kind}, for {use}, has other betas than the pipeline's {name} has"
-        advice = "write beta_schedule, beta_start and beta_end into scheduler_config.json, or give another scheduler"
-        raise DataError(f"{what}: {advice}")
+        advice = "write beta_schedule, beta_start and beta_end into scheduler_config.json"
+        raise DataError(f"{what}: {advice}, or give another scheduler")
     return made
 
 
 def check_steps(scheduler, steps):
-    """Raise a UsageError where a scheduler cannot make an image in so many steps: it is tried, without a network."""
-    T, reason = scheduler.config.num_train_timesteps, f"give at most {scheduler.config.num_train_timesteps}"
+    """Raise a UsageError where a scheduler cannot take so many steps: it is tried, without a network."""
+    T = scheduler.config.num_train_timesteps
+    reason = f"give at most {T}"
     if steps <= T:
         x, scheduler, reason = torch.zeros(1, 1, 1, 1), copy.deepcopy(scheduler), None
         try:
@@ -219,7 +202,7 @@ def load_unet(folder):
 
 
 def read_part(kind, folder, **settings):
-    """A network of a pipeline in float32, from safetensors only: its weights are those of the file, all of them."""
+    """A network of a pipeline in float32, from safetensors only, which must hold exactly its weights."""
     settings |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         network, info = kind.from_pretrained(folder, **settings)
@@ -246,11 +229,7 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet that `--unet` names: itself, its unet/, or the newest round of a log directory.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The folder of a UNet that `--unet` names: itself, its unet/, or a log directory's newest round."""
     folder = Path(name)
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, folder / "unet", *(rounds[r] / "unet" for r in sorted(rounds, reverse=True))):
@@ -260,14 +239,14 @@ def find_unet(name):
 
 
 def settings_of(unet_folder):
-    """The settings in the run.json of the log directory that a UNet lies in, a dict; None where there is none."""
+    """The settings in the run.json of the log directory of a UNet, a dict; None where there is none."""
     path = Path(unet_folder).parent.parent / "run.json"
     settings = read_config(path).get("settings") if path.is_file() else None
     return settings if isinstance(settings, dict) else None
 
 
 def save_unet(unet, weights, folder):
-    """Write `folder`/unet as diffusers does, with weights for this UNet; it is there as a whole or not at all."""
+    """Write `folder`/unet as diffusers does, with these weights: it is there whole or not at all."""
     place, temporary = Path(folder) / "unet", Path(folder) / ".unet.tmp"
     weights = {name: value.cpu().contiguous() for name, value in weights.items()}
     try:
@@ -275,7 +254,7 @@ def save_unet(unet, weights, folder):
             shutil.rmtree(temporary, ignore_errors=True)
             unet.save_config(temporary)
             save_file(weights, temporary / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-            shutil.rmtree(place, ignore_errors=True)  # of a start that has been killed since: the same weights
+            shutil.rmtree(place, ignore_errors=True)  # of a start that was killed: the same weights
             temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -301,7 +280,7 @@ def remove_unets(logdir):
 
 
 def content_hash(folder, *parts):
-    """SHA-256 of the names and contents of the files in a folder, or in those of its sub-folders, in hex."""
+    """SHA-256, in hex, of the names and contents of the files in a folder, or in parts of it."""
     digest = hashlib.sha256()
     for path in sorted(path for part in parts or [""] for path in (Path(folder) / part).iterdir() if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
@@ -310,28 +289,24 @@ def content_hash(folder, *parts):
 
 @torch.no_grad()
 def latent_moments(vae, images):
-    """Mean and standard deviation of the latents of images (B, 3, H, W) uint8: (B, 2, C, h, w) float32."""
+    """Mean and deviation of the latents of images (B, 3, H, W) uint8: (B, 2, C, h, w) float32."""
     latents = vae.encode(normalize(images.to(vae.device))).latent_dist
     return torch.stack([latents.mean, latents.std], dim=1)
 
 
 def encode_images(vae, images, batch_size=16):
-    """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16 on the CPU."""
+    """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
     blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
-    both = [torch.stack([latent_moments(vae, x), latent_moments(vae, x.flip(-1))], dim=1).half().cpu() for x in blocks]
-    moments = torch.cat(both)
-    if bad := int((~moments.isfinite()).flatten(1).any(dim=1).sum()):
+    both = ([latent_moments(vae, x), latent_moments(vae, x.flip(-1))] for x in blocks)
+    moments = torch.cat([torch.stack(pair, dim=1).half().cpu() for pair in both])
+    if bad := int(non_finite_images(moments).sum()):
         raise DataError(f"the VAE's latents of {bad} of {len(images)} images are not finite in float16: give another")
     return moments
 
 
 @torch.no_grad()
 def encode_captions(pipeline, captions, batch_size=64):
-    """The text states of B captions that the pipeline samples with: (B, L, D) float16, on the text encoder's device.
-
-    Raises:
-        DataError: they are not finite.
-    """
+    """The text states of B captions, as in sampling: (B, L, D) float16, on the text encoder's device."""
     device, blocks = pipeline.text_encoder.device, range(0, len(captions), batch_size)
     texts = [list(captions[start : start + batch_size]) for start in blocks]
     states = torch.cat([pipeline.encode_prompt(block, device, 1, False)[0].half() for block in texts])
@@ -344,31 +319,27 @@ class LatentTrainer(nn.Module):
     """The squared error of a text-conditioned UNet on latents, for epsilon or v as the scheduler says.
 
     Args:
-        unet: diffusers' UNet2DConditionModel.
-        scheduler: diffusers' DDPMScheduler.
-        parts: compute a batch in so many parts, each with its own activations, which the backward pass makes again:
-            the result is that of the whole batch.
-    """
+        unet, scheduler: diffusers' UNet2DConditionModel and DDPMScheduler.
+        parts: compute a batch in so many parts, each with its own activations, which the backward pass
+            makes again: the result is that of the whole batch."""
 
     def __init__(self, unet, scheduler, parts=1):
         super().__init__()
         self.unet, self.scheduler, self.parts = unet, scheduler, parts
 
     def forward(self, x_0, text, t, eps):
-        """x_0, eps (B, C, h, w); text (B, L, D); t (B,) int64. Returns (B, C, h, w) float32, unreduced."""
+        """x_0, eps (B, C, h, w); text (B, L, D); t (B,) int64: (B, C, h, w) float32, unreduced."""
         x_t = self.scheduler.add_noise(x_0, eps, t)
         target = eps
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(x_0, eps, t)
         if self.parts == 1:
-            prediction = self.predict(x_t, t, text)
-        else:
-            parts = zip(*(value.chunk(self.parts) for value in (x_t, t, text)), strict=True)
-            prediction = torch.cat([recompute(self.predict, *part, use_reentrant=False) for part in parts])
+            return (self.predict(x_t, t, text).float() - target).square()
+        parts = zip(*(value.chunk(self.parts) for value in (x_t, t, text)), strict=True)
+        prediction = torch.cat([recompute(self.predict, *part, use_reentrant=False) for part in parts])
         return (prediction.float() - target).square()
 
     def error_of(self, batch):
-        """The squared error of a batch of `CaptionBatches`."""
         return self(batch.x_0, batch.labels, batch.t, batch.eps)
 
     def predict(self, x_t, t, text):
@@ -380,17 +351,13 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
     """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
 
     Args:
-        steps, guidance: of diffusers; guidance above 1 takes two predictions, without the prompt and with it.
+        steps, guidance: of diffusers; guidance above 1 takes predictions without the prompt and with it.
         streams: B generators on the CPU, for the noise of the scheduler and of the text.
         text_noise: standard deviation of noise on the text states, with and without the prompt.
-        dtype: of the UNet's autocast; all else is in float32.
-    """
+        dtype: of the UNet's autocast; all else is in float32."""
     text = pipeline.encode_prompt(prompts, pipeline.device, 1, guidance > 1)
     if text_noise:
-        text = [
-            None if states is None else states + text_noise * torch.stack([noise_like(states[0], s) for s in streams])
-            for states in text
-        ]
+        text = [states if states is None else states + text_noise * noise_like(states, streams) for states in text]
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": streams}
     settings |= {"prompt_embeds": text[0], "negative_prompt_embeds": text[1], "output_type": "latent"}
     height, width = (pipeline.vae_scale_factor * side for side in latents.shape[-2:])
@@ -401,7 +368,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
 
 
 def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
-    """Images of prompts by a UNet, from the same noise at all times of a run: (B, 3, H, W) in [-1, 1]."""
+    """Images of prompts by a UNet, from the same noise at all times: (B, 3, H, W) in [-1, 1]."""
     pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
     latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
     x = generate(pipeline, prompts, latents, steps, guidance)
@@ -414,8 +381,8 @@ def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
 @contextlib.contextmanager
 def autocast_unet(pipeline, dtype):
     """Within it the pipeline's UNet computes in a dtype, and gives its predictions in float32."""
-    unet, autocast = pipeline.unet, torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
-    forward = unet.forward
+    unet, forward = pipeline.unet, pipeline.unet.forward
+    autocast = torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32)
 
     def cast(*inputs, **settings):
         with autocast:
@@ -428,6 +395,6 @@ def autocast_unet(pipeline, dtype):
         del unet.forward  # that of the class is there again
 
 
-def noise_like(states, stream):
-    """Standard normal noise of a tensor's shape, drawn on the CPU."""
-    return torch.randn(states.shape, generator=stream).to(states)
+def noise_like(states, streams):
+    """Standard normal noise of a tensor's shape (B, ...), drawn by B streams on the CPU."""
+    return torch.stack([torch.randn(states.shape[1:], generator=stream) for stream in streams]).to(states)

