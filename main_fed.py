@@ -64,6 +64,7 @@ def main():
 
     images = data.train.images.to(build.data_device(FLAGS, device))
     slots = build.slots(FLAGS, data)
+    build.check_sizes(FLAGS, lambda r: build.slots(FLAGS, data, r))
     shards = make_shards(data, images, slots, device)
     net, warmup = shards[0].learner.net, shards[0].learner.warmup
 

@@ -193,6 +193,10 @@ def test_iet_agc_plus_exchanges_after_odd_rounds_and_averages_after_even_ones(tm
 def test_impossible_arms_are_refused_in_a_line(tmp_path):
     for flags, what in (
         (["--exchange=ring", "--client_num=1"], "--exchange=ring needs several shards"),
+        (
+            ["--reshard", "--num_train=47", "--duplicates=1", "--copies=3", "--client_num=2", "--batch_size=5"],
+            "--reshard: shards would change their sizes",
+        ),
         (["--exchange=ring", "--reshard"], "--exchange=ring needs several shards"),
         (["--reshard", "--split=stratified"], "--reshard makes random shards"),
         (["--augment_near_threshold", "--anti_grad=off"], "--augment_near_threshold needs --anti_grad=skip"),

@@ -12,8 +12,9 @@ from dataset import load_dataset
 from score.features import pooled
 from score.fid import precision_recall
 from score.samples import content_order
-from tests.commands import eval_flags, run
+from tests.commands import eval_flags, run, values_of
 from training.logdir import read_run
+from training.recorded import default_resize
 
 SIZE = 8
 NETWORK = ["--ch=8", "--ch_mult=1", "--attn=0", "--num_res_blocks=1", f"--img_size={SIZE}"]
@@ -183,6 +184,10 @@ def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):
     path.write_text(json.dumps(record))
     run("main.py", "--train", *flags, "--total_steps=6", cwd=tmp_path)
     assert json.loads(path.read_text())["settings"]["resize"] == "squeeze"
+    for words, resize in ((["--nofresh"], "squeeze"), (["--fresh"], "crop")):
+        values = values_of("main.py", *words)
+        default_resize(values, path.parent)
+        assert values.resize == resize, "a new start has nothing of the run that it replaces"
     said = run("main.py", "--train", *flags, "--resize=crop", "--total_steps=8", cwd=tmp_path, code=2).stderr
     assert "--resize=crop" in said
     old = {"script": "main", "dataset": "cifar10", "hflip": False}

@@ -83,7 +83,7 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     assert first == f"{expected}, 8 images per batch" and "99.7%" in of_ema
     assert re.fullmatch(r"10 more steps will take about 00:\d\d, sample grids aside", rest)
     assert re.fullmatch(r"a: 30 steps done in 00:\d\d", last)
-    command = [sys.executable, "-c", "from utils.distributed import bar; list(bar(range(30)))"]
+    command = [sys.executable, "-c", "from utils.bar import progress_bar; list(progress_bar(range(30)))"]
     assert check(command, ROOT, 0, {"TQDM_DISABLE": "1"}).stderr == ""
     assert check(command, ROOT, 0, {"TQDM_MININTERVAL": "0"}).stderr.count("\n") >= 30
 
@@ -105,7 +105,7 @@ def test_a_bar_is_redrawn_on_a_terminal_only(stream, redrawn, monkeypatch):
 
 def test_all_bars_come_from_one_function():
     files = [path for path in ROOT.glob("**/*.py") if ".venv" not in path.parts and path.parent.name != "tests"]
-    assert [path.name for path in files if re.search(r"\btqdm\(|import tqdm", path.read_text())] == ["distributed.py"]
+    assert [path.name for path in files if re.search(r"\btqdm\(|import tqdm", path.read_text())] == ["bar.py"]
 
 
 ODD = os.fsdecode(b"\xff=\n'\" <b>|-~#")

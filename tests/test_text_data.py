@@ -311,7 +311,7 @@ def test_duplication_within_shards(captioned, moments, states, duplication):
     chosen = often.nonzero().flatten()
     index = torch.cat([chosen[:2], (~often).nonzero().flatten()[:6]])  # a shard with 2 of them and 6 others
     batches = make(captioned, moments, states, index, duplication=duplication, dup_weight=5)
-    counts = torch.bincount(torch.cat([batches.epoch_order(epoch) for epoch in range(500)]), minlength=NUMBER)
+    counts = torch.bincount(torch.cat([batches.slots_of(step) for step in range(1000)]), minlength=NUMBER)
     assert counts.sum() == 500 * 8 and counts[index].sum() == counts.sum()
     share = counts[chosen].sum() / counts.sum()
     assert share.item() == pytest.approx(0.25 if duplication == "nodup" else 10 / 16, abs=0.03)

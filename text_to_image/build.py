@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from text_to_image.data import CaptionBatches, encode, load_folder
-from text_to_image.flags import CHANGEABLE, FIXED
+from text_to_image.flags import FIXED, ON_REQUEST
 from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import make_prompts
@@ -79,7 +79,7 @@ def learner(FLAGS, unet, scheduler):
 def log_directory(FLAGS, data, folder, unet_folder):
     """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts."""
     settings = {"script": "text_to_image.main_fed"}
-    settings |= {name: FLAGS[name].value for name in (*FIXED, *CHANGEABLE)}
+    settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
     content = content_of(data)
     content["pipeline (sha256)"] = content_hash(folder, *FROZEN)

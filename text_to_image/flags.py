@@ -99,7 +99,7 @@ FIXED = (
     "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_steps", "batch_size",
     "seed", "bank_bins", "resolution", "unet_from_scratch", "duplication", "weight_pc", "dup_weight",
 )  # fmt: skip
-CHANGEABLE = (
+ON_REQUEST = (
     "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar", "lr", "grad_clip",
     "warmup", "weight_decay", "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise",
     "text_mixup",

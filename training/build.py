@@ -14,7 +14,7 @@ from score.generate import grid_noise
 from score.inception import find_weights
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches
-from training.flags import CHANGEABLE, FIXED, ONCE, as_flagfile, norm_groups
+from training.flags import FIXED, ON_REQUEST, ONCE, as_flagfile, norm_groups
 from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
 from training.logger import Logger
@@ -76,6 +76,17 @@ def slots(FLAGS, data, r=1):
         data.train.labels, FLAGS.client_num, split(FLAGS), FLAGS.seed, slot_image=data.slot_image,
         duplicates_in=FLAGS.duplicates_in, r=r - 1 if FLAGS.reshard else 0,
     )  # fmt: skip
+
+
+def check_sizes(FLAGS, slots_of_round):
+    """Raise a UsageError if `--reshard` would change how many slots a shard has, on which its steps and weight depend.
+
+    slots_of_round: a function of r, from 1; the sizes come again every K rounds.
+    """
+    last = min(FLAGS.total_round, FLAGS.client_num) if FLAGS.reshard else 1
+    if len({tuple(map(len, slots_of_round(r))) for r in range(1, last + 1)}) > 1:
+        what = "shards would change their sizes, since the repeated images go round"
+        raise UsageError(f"--reshard: {what}: make --duplicates a multiple of --client_num, or leave one out")
 
 
 def batches(FLAGS, data, images, slots, device, shard=0, part=slice(None)):
@@ -228,7 +239,7 @@ def quality(FLAGS, space, reference, number, device, heldout=None, fid_cache=Non
 
 def log_directory(FLAGS, logdir, script, data, groups):
     """The `LogDirectory` of a run; script: main or main_fed; groups: of the UNet's GroupNorms."""
-    names, images = (*FIXED[script], *CHANGEABLE[script]), fingerprint(data.train.images)
+    names, images = (*FIXED[script], *ON_REQUEST[script]), fingerprint(data.train.images)
     settings = {"script": script} | {name: FLAGS[name].value for name in names}
     settings |= {"norm_groups": groups, "training images (sha256)": images}
     if script == "main_fed" or FLAGS.use_labels:

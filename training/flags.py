@@ -353,18 +353,19 @@ NETWORK_FLAGS = (
 # what else of a training its evaluation is to know
 DATA_FLAGS = "dataset num_train subset_seed duplicates copies hflip resize".split()
 PATH_FLAGS = ("data_root", "heldout")
-# what a run's result depends on; FIXED: what it has saved depends on it too: no --allow_change allows it
+# what a result depends on: a run goes on with the same, or, ON_REQUEST, with what --allow_change allows; what has
+# been saved depends on FIXED too
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
 FIXED["main_fed"] = FIXED["main"] + (
     "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed "
     "dataset num_train subset_seed duplicates copies duplicates_in bank_bins check_dir"
 ).split()  # fmt: skip
-CHANGEABLE = {}
-CHANGEABLE["main"] = (
+ON_REQUEST = {}
+ON_REQUEST["main"] = (
     "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies "
     "hflip resize ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
 ).split()  # fmt: skip
-CHANGEABLE["main_fed"] = CHANGEABLE["main"] + (
+ON_REQUEST["main_fed"] = ON_REQUEST["main"] + (
     "anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar"
 ).split()  # fmt: skip
 ONCE = ("fresh", "overwrite", "allow_change")  # of one command only, not of the run

@@ -81,9 +81,9 @@ def training_warning(settings, data, paths):
 
 
 def default_resize(values, logdir=None):
-    """Where --resize is not given, what the run in a log directory was started with, or else crop."""
+    """Where --resize is not given, what the run in a log directory that goes on was started with, or else crop."""
     if values.resize is None:
         run = None
         with contextlib.suppress(DataError):  # damaged, which the log directory says
-            run = read_run(Path(logdir) / "run.json") if logdir else None
+            run = read_run(Path(logdir) / "run.json") if logdir and not values.fresh else None
         values["resize"].value = run["settings"].get("resize", "crop") if run else "crop"
