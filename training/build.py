@@ -79,10 +79,12 @@ def slots(FLAGS, data, r=1):
 
 
 def check_sizes(FLAGS, slots_of_round):
-    """Raise a UsageError if `--reshard` would change how many slots a shard has, on which its steps and weight depend.
+    """Check that `--reshard` leaves every shard as many slots, on which its steps and its weight depend.
 
     slots_of_round: a function of r, from 1; the sizes come again every K rounds.
-    """
+
+    Raises:
+        UsageError: it does not."""
     last = min(FLAGS.total_round, FLAGS.client_num) if FLAGS.reshard else 1
     if len({tuple(map(len, slots_of_round(r))) for r in range(1, last + 1)}) > 1:
         what = "shards would change their sizes, since the repeated images go round"
