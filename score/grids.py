@@ -55,7 +55,7 @@ def save_comparison(path, grids):
     """Write one picture of the first rows of {label: path of a grid_image0.png}, enlarged."""
     rows = {}
     for label, grid in grids.items():
-        text = f"{label}: nearest training image and generated image side by side, most memorised first"
+        text = f"{label}: pairs of training image and generated image"
         image = read_image(grid)
         first = image.crop((0, 0, image.width, min(SHOWN, image.height)))
         size = ENLARGED * first.width, ENLARGED * first.height
