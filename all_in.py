@@ -173,7 +173,7 @@ def generate_images(net, paths, settings, young, data, device):
     """
     origin = weights_of(paths) | build.sampler_settings(FLAGS)
     origin |= {"precision": FLAGS.precision, "seed": FLAGS.seed}
-    origin |= {"num_labels": build.labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
+    origin |= {"num_labels": build.num_labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     if classes := build.classes(FLAGS, data):
         origin["classes"] = classes
     network = torch.compile(net) if FLAGS.compile else net

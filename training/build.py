@@ -112,12 +112,12 @@ def unet(FLAGS, checkpoint=None, path=None):
     """The `UNet` of the flags, with the groups that `norm_groups` finds."""
     return UNet(
         T=FLAGS.T, ch=FLAGS.ch, ch_mult=FLAGS.ch_mult, attn=FLAGS.attn,
-        num_res_blocks=FLAGS.num_res_blocks, dropout=FLAGS.dropout, num_labels=labels(FLAGS),
+        num_res_blocks=FLAGS.num_res_blocks, dropout=FLAGS.dropout, num_labels=num_labels(FLAGS),
         groups=norm_groups(FLAGS, checkpoint, path),
     )  # fmt: skip
 
 
-def labels(FLAGS):
+def num_labels(FLAGS):
     """Number of classes of a conditional network, else None."""
     return FLAGS.num_labels if FLAGS.use_labels else None
 
@@ -158,7 +158,7 @@ def generation(FLAGS, data):
     """Keyword arguments of `generate` and `generate_batches`, the sampler aside."""
     return {
         "num_images": FLAGS.num_images, "batch_size": FLAGS.batch_size, "seed": FLAGS.seed,
-        "num_labels": labels(FLAGS), "classes": classes(FLAGS, data),
+        "num_labels": num_labels(FLAGS), "classes": classes(FLAGS, data),
         "legacy_labels": FLAGS.legacy_labels, "dtype": PRECISIONS[FLAGS.precision],
     }  # fmt: skip
 
@@ -167,7 +167,7 @@ def sample_grid(FLAGS, data, device):
     """x_T and classes of the sample grids of a training: `grid_noise`."""
     return grid_noise(
         device, sample_size=FLAGS.sample_size, img_size=FLAGS.img_size, seed=FLAGS.seed,
-        num_labels=labels(FLAGS), classes=classes(FLAGS, data),
+        num_labels=num_labels(FLAGS), classes=classes(FLAGS, data),
     )  # fmt: skip
 
 

@@ -229,7 +229,7 @@ SHARDS = (
     choice("exchange", "off", ("off", "ring"), "main_fed: ring: MSR of IET-AGC+, shards pass on images"),
     number("exchange_share", 0.25, "main_fed: share of a shard's images that it passes on", 0.0, 1.0),
     integer("exchange_every", 2, "main_fed: every so many rounds an exchange takes the place of an average", 2),
-    integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards", 1),
+    integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards, or an exchange", 1),
     choice("shard_state", "device", DEVICES, "main_fed: where the state of shards that wait is kept"),
 )
 

@@ -76,13 +76,13 @@ class LogDirectory:
         self.path, self.settings, self.flagfile, self.subset = Path(path), settings, flagfile, subset
         if distributed.is_main():
             self.lock = lock_directory(self.path, "logdir")
-            self.take(fixed, fresh, overwrite, allow_change)
+            self.check_contents(fixed, fresh, overwrite, allow_change)
         holder, lock = distributed.from_main(str(os.getpid())), self.path / ".lock"
         if not distributed.is_main() and (not lock.exists() or lock.read_text() != holder):
             where = f"on {socket.gethostname()} not the directory that rank 0 has opened"
             raise DataError(f"--logdir={path}: {where}: choose one that all machines share")
 
-    def take(self, fixed, fresh, overwrite, allow_change):
+    def check_contents(self, fixed, fresh, overwrite, allow_change):
         """Raise an error if what is there is of others or another run; remove it if that was asked."""
         files, before, self.changes = [*own_files(self.path, OWN_FILES)], self.settings, []
         if files:
