@@ -1,7 +1,7 @@
 """Feature spaces: what images are compared in, by Frechet distances and in the search for copies alike.
 
-To add one, write a function that returns a `FeatureSpace`, call it in `feature_space`, and name it in COPIES, FRECHET or
-both; `training.build` passes on the flag of its weights.
+To add one, write a function that returns a `FeatureSpace`, call it in `feature_space`, and name it in COPIES,
+FRECHET or both; `training.build` passes on the flag of its weights.
 """
 
 import warnings
