@@ -1,7 +1,7 @@
 """The speed of everything against an honest baseline, as one table.
 
 python -m benchmarks [--only step,evaluation,scaling] [--json FILE]
-python -m benchmarks --only gpu [--json FILE]
+python -m benchmarks --only gpu,gpu_search,gpu_memory,gpu_compiled [--json FILE]
 """
 
 import os
@@ -13,7 +13,8 @@ from utils.errors import DataError, UsageError
 from utils.files import write_json
 from utils.machine import machine
 
-PARTS = {"step": "baselines", "evaluation": "baselines", "scaling": "scaling", "gpu": "gpu"}
+PARTS = {"step": "baselines", "evaluation": "baselines", "scaling": "scaling"}
+PARTS |= dict.fromkeys(("gpu", "gpu_search", "gpu_memory", "gpu_compiled"), "gpu")
 
 
 def main(arguments=None):
@@ -30,6 +31,8 @@ def main(arguments=None):
     try:
         for part in progress_bar(parts, desc="benchmarks"):
             rows += pkgutil.resolve_name(f"benchmarks.{PARTS[part]}:{part}")(options.scale)
+            if options.json:  # what is measured stays if a later part is cut off
+                write_json(options.json, {"machine": machine(), "rows": rows})
     except ModuleNotFoundError as error:
         raise DataError(f"{error.name} is not installed: pip install -r requirements-dev.txt") from error
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
@@ -38,8 +41,6 @@ def main(arguments=None):
         numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("ours", "baseline", "ratio")]
         verdict = row["target"] and ("met" if row["ok"] else "**missed**")
         print(f"| {row['what']} | {' | '.join(numbers)} | {row['target']} | {verdict} |")
-    if options.json:
-        write_json(options.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a GPU does in a second: the CIFAR-10 step, also compiled, diffusers' network, sampling, search.
 
-`python -m benchmarks --only gpu --scale 0.01` tries the program itself on a CPU, with small networks.
+Each part takes at most some minutes. `python -m benchmarks --only gpu --scale 0.01` tries the program itself on a CPU,
+with small networks.
 """
 
 from functools import partial
@@ -22,44 +23,69 @@ SIZE, SUB_MODELS = 32, 10
 STEPS, EVALUATIONS, GENERATED = 10 * 100 * 10 * (5000 // 128), 6, 65_536
 
 
-def gpu(scale):
-    """Rows without targets; with a scale below 1 a trial. DataError: no GPU and no trial."""
-    trial = scale < 1
-    if not (torch.cuda.is_available() or trial):
+def setting(scale):
+    """The device, the network's shape, images in a batch, and repeats; with a scale below 1 those of a trial."""
+    if scale < 1:
+        return pick_device(None), {**CIFAR10, "ch": 32, "groups": 8}, 2, 1
+    if not torch.cuda.is_available():
         raise DataError("no GPU on this machine: nothing was measured (--scale=0.01 tries the program on the CPU)")
-    device = pick_device(None)
-    architecture, batch, repeats, steps = CIFAR10, 128, 10, 50
-    if trial:
-        architecture, batch, repeats, steps = {**CIFAR10, "ch": 32, "groups": 8}, 2, 1, 3
+    return pick_device(None), CIFAR10, 128, 10
+
+
+def gpu(scale):
+    """Rows of the step and of sampling, beside diffusers' network."""
+    device, architecture, batch, repeats = setting(scale)
+    steps, rows = 50 if scale >= 1 else 3, []
     net, theirs = make_net(architecture, device), diffusers_net(architecture["ch"]).to(device)
     x, t = torch.randn(batch, 3, SIZE, SIZE, device=device), torch.randint(T, (batch,), device=device)
     sampler = GaussianDiffusionSampler(net, 1e-4, 0.02, T, SIZE, steps=steps).to(device)
-    generated, training = noise_to_search(scale, GENERATED, 50_000, device)
-    blocks = {"batch_generated": 1024, "batch_training": 8192}  # as all_in.py
-    search = partial(nearest_neighbors, generated, training, **blocks)
-    search_seconds = alternate({"search": search}, 1)["search"]
-    rows = [row(f"search of {len(generated):,} x {len(training):,} x 3,072 (s)", search_seconds)]
-
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision in ("bf16", "fp32"):
         pick_device(device.type, precision)
-        make = partial(make_step, architecture, SIZE, batch, device, precision=precision)
+        dtype = PRECISIONS[precision]
         works = {
-            "step": make()[1], "compiled": make(compile=not trial)[1],
-            "ours": partial(forward_backward, net, x, t, PRECISIONS[precision]),
-            "theirs": partial(forward_backward, theirs, x, t, PRECISIONS[precision]),
-        }  # fmt: skip
+            "step": make_step(architecture, SIZE, batch, device, precision=precision)[1],
+            "ours": partial(forward_backward, net, x, t, dtype),
+            "theirs": partial(forward_backward, theirs, x, t, dtype),
+        }
         rate = {name: batch / seconds for name, seconds in alternate(works, repeats, warmup=3).items()}
-        sample = partial(generate, sampler, 4 * batch, 4 * batch, seed=0, dtype=PRECISIONS[precision])
+        sample = partial(generate, sampler, 4 * batch, 4 * batch, seed=0, dtype=dtype)
         samples = 4 * batch / alternate({"sampling": sample}, 1)["sampling"]
-        hours = (STEPS * 128 / rate["step"] + EVALUATIONS * (GENERATED / samples + search_seconds)) / 3600
+        hours = (STEPS * 128 / rate["step"] + EVALUATIONS * GENERATED / samples) / 3600
         rows += [
             row(f"step, {precision} (images/s)", rate["step"]),
-            row(f"step, {precision}: compiled / not (images/s)", rate["compiled"], rate["step"]),
             row(f"forward + backward, {precision}: ours / diffusers (images/s)", rate["ours"], rate["theirs"]),
             row(f"sampling with {steps} steps, {precision} (images/s)", samples),
-            row(f"com/com_c10_v.sh from these rates, without FID, {precision} (h)", hours),
+            row(f"com/com_c10_v.sh from these rates, without search and FID, {precision} (h)", hours),
         ]
+    return rows
 
+
+def gpu_search(scale):
+    """A row of the search as all_in.py runs it."""
+    device = setting(scale)[0]
+    generated, training = noise_to_search(scale, GENERATED, 50_000, device)
+    search = partial(nearest_neighbors, generated, training, batch_generated=1024, batch_training=8192)
+    seconds = alternate({"search": search}, 1)["search"]
+    return [row(f"search of {len(generated):,} x {len(training):,} x 3,072 (s)", seconds)]
+
+
+def gpu_compiled(scale):
+    """Rows of the step through torch.compile, against the step without."""
+    device, architecture, batch, repeats = setting(scale)
+    rows = []
+    for precision in ("bf16", "tf32", "fp32"):
+        pick_device(device.type, precision)
+        make = partial(make_step, architecture, SIZE, batch, device, precision=precision)
+        works = {"compiled": make(compile=scale >= 1)[1], "step": make()[1]}
+        rates = [batch / seconds for seconds in alternate(works, repeats, warmup=3).values()]
+        rows.append(row(f"step, {precision}: compiled / not (images/s)", *rates))
+    return rows
+
+
+def gpu_memory(scale):
+    """Rows of the memory of sub-models, on the device and in host memory."""
+    device, architecture, batch, _ = setting(scale)
+    rows = []
     for place in ("device", "cpu"):
         memory = memory_of_sub_models(architecture, batch, device, offload=place == "cpu")
         rows.append(row(f"peak memory of {SUB_MODELS} sub-models, --shard_state={place} (GiB)", memory))
