@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from training.flags import define
 from training.launch import run
 from utils import distributed
 
@@ -16,4 +17,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, define)
