@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=11, help="how long to go on")
     parser.add_argument("--seed", type=int, default=8, help="of the faults and their instants")
     options = parser.parse_args()
-    chance, limit = random.Random(options.seed), time.monotonic() + 60 * options.minutes
+    chance = random.Random(options.seed)
     bad = ("full disks without a clear line", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *(f"runs of {script}" for script in SCRIPTS), *bad], 0)
     with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, progress_bar(unit="run") as bar:
@@ -200,6 +200,7 @@ def main():
         for script in SCRIPTS:
             start(script, inputs / script, inputs).wait()
             expected[script] = final_state(script, inputs / script)
+        limit = time.monotonic() + 60 * options.minutes
         while time.monotonic() < limit:
             script = chance.choice(list(SCRIPTS))
             counts[f"runs of {script}"] += 1
