@@ -262,12 +262,17 @@ def find_gap(net, paths, data, device):
     return {"gap": {"checkpoint": names_of(paths), **gap}}
 
 
-def memorise(images, real, space, names, device):
+def sets_of(result):
+    """The `identity` of the images and training images that a result is of, which takes long to hash."""
+    return {name: result[name] for name in ("images_sha256", "training_sha256")}
+
+
+def memorise(images, real, space, names, sets, device):
     """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
     training, heldout = real.data.train.images, real.heldout
     numbers, _ = evaluate(
         images, training.to(build.data_device(FLAGS, device)), heldout, folder=FLAGS.similar_dir,
-        sets=identity(images, training), hflip=real.data.hflip, names=names,
+        sets=sets, hflip=real.data.hflip, names=names,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
     if space:
@@ -282,7 +287,7 @@ def show(stages, result, images, real, names):
     """The grid and the report stage."""
     training = real.data.train.images
     path = Path(FLAGS.similar_dir) / "memorization.npz"
-    known = known_neighbors(path, identity(images, training))
+    known = known_neighbors(path, sets_of(result))
     if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])
@@ -342,8 +347,7 @@ def main():
         result = earlier_result(FLAGS.grid_dir)
         if "score" in stages:
             number = FLAGS.num_images if images is None else len(images)
-            of = real.reference, number, device, real.heldout
-            quality = build.quality(FLAGS, distances, *of, fid_cache=FLAGS.fid_cache)
+            quality = build.quality(FLAGS, distances, real.reference, number, device, real.heldout, FLAGS.fid_cache)
         announce(device, net, len(real.data.train.images), FLAGS.batch_size, asked_for=FLAGS.device)
 
         if "generate" in stages:
@@ -359,7 +363,7 @@ def main():
             of_scores["fid_reference"] = FLAGS.fid_reference
             is_new |= add("score", lambda: {**quality(images), **of_scores})
         if "memorise" in stages:
-            is_new |= add("memorise", lambda: memorise(images, real, copies, names, device))
+            is_new |= add("memorise", lambda: memorise(images, real, copies, names, sets_of(result), device))
         if "gap" in stages:
             add("gap", lambda: find_gap(net, paths, real.data, device))
         if distributed.is_main():

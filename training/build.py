@@ -85,7 +85,7 @@ def check_sizes(FLAGS, slots_of_round):
 
     Raises:
         UsageError: it does not."""
-    last = min(FLAGS.total_round, FLAGS.client_num) if FLAGS.reshard else 1
+    last = min(FLAGS.total_round, FLAGS.client_num) if FLAGS.reshard else 0
     if len({tuple(map(len, slots_of_round(r))) for r in range(1, last + 1)}) > 1:
         what = "shards would change their sizes, since the repeated images go round"
         raise UsageError(f"--reshard: {what}: make --duplicates a multiple of --client_num, or leave one out")
