@@ -303,9 +303,8 @@ def show(stages, result, images, real, names):
 
 def names_of_images(images, training):
     """What images and training images are called, by name or number: str (N,) and (M,)."""
-    numbers = np.arange(max(len(images), len(training.images))).astype(str)
-    names = sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers[: len(images)]
-    return names, numbers[: len(training.images)] if training.names is None else training.names
+    numbers = np.arange(len(images)).astype(str)
+    return sample_names(FLAGS.samples, len(images)) if FLAGS.samples else numbers, training.names
 
 
 def skip_counts(path, slot_group):

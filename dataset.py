@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
 from utils.images import equal_images, firsts, in_threads, list_images, read_images, resized
+from utils.name_lists import read_groups, read_kept
 from utils.safe_files import read_archive, read_file, unpickle_dict
 
 DATASETS = ("digits", "mnist5k", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
@@ -33,8 +34,9 @@ CACHE_NAME = r"[0-9a-f]{32}\.npy"
 AFHQ_PARTS = ("train", "val", "test")
 CACHE_FORMAT = 2  # changes whenever the same files would be decoded to other pixels
 
-# uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1, or -1 for no class; the files' names or None
-ImageSet = namedtuple("ImageSet", "images labels names", defaults=[None])
+# uint8 (N, 3, H, W); int64 (N,) in 0 .. num_classes - 1, or -1 for no class; str (N,), the names of files
+# or numbers in the data set
+ImageSet = namedtuple("ImageSet", "images labels names")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Dataset:
     hflip: bool  # whether training flips images at random
     subset: torch.Tensor  # int64 (N,), ascending: where each slot's image is in the whole training set
     class_names: list | None = None
+    groups: torch.Tensor | None = None  # int64 (N,), of --groups: the group of each slot's image
 
     @property
     def slot_image(self):
@@ -56,25 +59,26 @@ class Dataset:
     def without_copies(self):
         """The same with every training image once, in the order of `slot_image`."""
         first = self.subset.diff(prepend=torch.tensor([-1])) > 0
-        if first.all():
-            return self
-        return replace(self, train=select(self.train, first), subset=self.subset[first])
+        return self if first.all() else self.only(first)
+
+    def only(self, rows):
+        """The same with some of the slots: bool (N,)."""
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, train=select(self.train, rows), subset=self.subset[rows], groups=groups)
 
     def distinct(self):
         """What is measured: equal training images once, no held-out image that equals one of them."""
         N, parts = len(self.train.images), [self.train] + ([self.heldout] if self.heldout else [])
         group = equal_images(torch.cat([part.images for part in parts]))
         of_train, of_heldout = group[:N], group[N:]
-        is_first = firsts(of_train)
         heldout = select(self.heldout, of_heldout > of_train.max()) if self.heldout else None
-        train, subset = select(self.train, is_first), self.subset[is_first]
         heldout = heldout if heldout and len(heldout.images) else None
-        return replace(self, train=train, subset=subset, heldout=heldout)
+        return replace(self.only(firsts(of_train)), heldout=heldout)
 
 
 def load_dataset(
         name, data_root, img_size=32, num_train=0, subset_seed=0, duplicates=0, copies=1,
-        hflip=None, num_workers=0, download=False, resize="crop", heldout=None,
+        hflip=None, num_workers=0, download=False, resize="crop", heldout=None, keep_list=None, groups=None,
     ):  # fmt: skip
     """Read one of `DATASETS` into memory: a `Dataset`.
 
@@ -90,6 +94,8 @@ def load_dataset(
         download: fetch CIFAR if it is not there.
         resize: what images that are not square become, of `RESIZES`: their central square, or squeezed.
         heldout: a folder of images that are held out, in the place of all others; None for none.
+        keep_list: a file of names: train on these only; the others are not held out either. None: on all.
+        groups: a groups.csv, groups of training images that are alike; None for no groups.
 
     Raises:
         UsageError: two arguments contradict each other, or one the data set.
@@ -137,16 +143,30 @@ def load_dataset(
         repeated = stratified_subset(train.labels[subset].numpy(), duplicates, subset_seed + 1)
         times = torch.ones_like(subset).index_fill(0, torch.from_numpy(repeated), copies)
         subset = subset.repeat_interleave(times)
+    all_names = train.names
     if len(subset) != total or duplicates:
         train = select(train, subset)
+    if duplicates:
+        train = train._replace(names=numbered(train.names))
     flips = is_cifar if hflip is None else hflip
-    return Dataset(train, join(others) if others else None, num_classes, flips, subset, class_names)
+    data = Dataset(train, join(others) if others else None, num_classes, flips, subset, class_names)
+    if groups is not None:
+        data = replace(data, groups=read_groups(groups, train.names, all_names))
+    return data if keep_list is None else data.only(torch.from_numpy(read_kept(keep_list, train.names, all_names)))
+
+
+def numbered(names):
+    """The names of slots, those of a repeated image's others as "name copy 2" and so on: str (N,)."""
+    times, found = Counter(), []
+    for name in names:
+        times[name] += 1
+        found.append(name if times[name] == 1 else f"{name} copy {times[name]}")
+    return np.array(found)
 
 
 def select(part, rows):
     """The images of a set in some rows: indices or bool, tensors or arrays."""
-    names = None if part.names is None else part.names[np.asarray(rows)]
-    return ImageSet(part.images[rows], part.labels[rows], names)
+    return ImageSet(part.images[rows], part.labels[rows], part.names[np.asarray(rows)])
 
 
 def image_folders(name, data_root):
@@ -157,10 +177,9 @@ def image_folders(name, data_root):
 
 
 def join(parts):
-    """One image set after the other; the names are lost where one has none."""
+    """One image set after the other."""
     images, labels, names = zip(*parts, strict=True)
-    names = None if any(of_part is None for of_part in names) else np.concatenate(names)
-    return ImageSet(torch.cat(images), torch.cat(labels), names)
+    return ImageSet(torch.cat(images), torch.cat(labels), np.concatenate(names))
 
 
 def stratified_subset(labels, size, seed):
@@ -193,7 +212,7 @@ def read_packaged(name, img_size):
     rows = np.loadtxt(path, delimiter=",", dtype=np.float32).astype(np.int64)  # the values, the class
     levels = np.rint(rows[:, :-1].reshape(-1, 1, side, side) * 255 / top).astype(np.uint8)
     images = resized(torch.from_numpy(levels).expand(-1, 3, -1, -1), img_size)
-    return ImageSet(images, torch.from_numpy(rows[:, -1]))
+    return ImageSet(images, torch.from_numpy(rows[:, -1]), np.arange(len(rows)).astype(str))
 
 
 def read_cifar(num_classes, data_root, download):
@@ -228,7 +247,9 @@ def read_cifar(num_classes, data_root, download):
             what = f"N numbers of 0 .. {num_classes - 1} in `{label_key}` and (N, 3072) bytes in `data`"
             raise DataError(f"{path}: does not hold {what}: fetch it again")
         images, names = torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), content.get("filenames")
-        names = np.array(names) if isinstance(names, list) and len(names) == len(labels) else None
+        if not isinstance(names, list) or len(names) != len(labels):
+            names = [f"{path.name} {number}" for number in range(len(labels))]
+        names = np.array(names)
         parts.append(ImageSet(images, torch.tensor(labels, dtype=torch.int64), names))
     return join(parts[:-1]), parts[-1]
 

@@ -1,8 +1,6 @@
 """All numbers of one set of images, as all_in.py writes them and the experiments publish them."""
 
-import csv
 import functools
-import io
 import itertools
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
-from utils.files import atomic_write, write_text
+from utils.files import atomic_write
 from utils.images import fingerprint
+from utils.name_lists import write_table
 
 SPLITS = 10  # of the Inception score
 FID_IMAGES = DIMENSION  # with fewer the covariance has no full rank
@@ -98,15 +97,13 @@ def write_nearest(path, sq_distance, index, image_names, training_names):
     sq_distance, index: (N, k), of `nearest_neighbors`; without a second image d_1 / d_2 is empty.
     """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
-    file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(["image", "nearest training image", "ratio", "d_1 / d_2"])
+    rows = []
     for i in ratio.argsort(stable=True).tolist():
         second = d[i, 1].item() if d.shape[1] > 1 else 0.0
         quotient = f"{d[i, 0].item() / second:.6f}" if second else ""
         nearest = training_names[index[i, 0].item()]
-        table.writerow([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
-    write_text(path, file.getvalue())
+        rows.append([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
+    write_table(path, ["image", "nearest training image", "ratio", "d_1 / d_2"], rows)
 
 
 def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):

@@ -21,6 +21,7 @@ from training.logger import Logger
 from training.rounds import Schedule
 from training.shards import DEFAULT_SPLIT, partition
 from utils.errors import UsageError
+from utils.files import file_hash
 from utils.images import fingerprint
 
 # ---- data
@@ -32,7 +33,7 @@ def dataset(FLAGS):
         FLAGS.dataset, FLAGS.data_root, img_size=FLAGS.img_size, num_train=FLAGS.num_train,
         subset_seed=FLAGS.subset_seed, duplicates=FLAGS.duplicates, copies=FLAGS.copies,
         hflip=FLAGS.hflip, num_workers=FLAGS.num_workers, download=FLAGS.download, resize=FLAGS.resize,
-        heldout=FLAGS.heldout,
+        heldout=FLAGS.heldout, keep_list=FLAGS.keep_list, groups=FLAGS.groups,
     )  # fmt: skip
     if FLAGS.use_labels and FLAGS.num_labels < data.num_classes:
         what = f"{FLAGS.dataset} has {data.num_classes} classes, give them"
@@ -103,6 +104,12 @@ def batches(FLAGS, data, images, slots, device, shard=0, part=slice(None)):
 def data_device(FLAGS, device):
     """Where the training images are kept, `device` being where they are trained on."""
     return "cpu" if FLAGS.data_device == "cpu" else device
+
+
+def hashes_of_lists(FLAGS):
+    """What a run is known by of the files that name training images, or None where none is given."""
+    paths = {name: FLAGS[name].value for name in ("keep_list", "groups")}
+    return {f"{name} (sha256)": file_hash(path) if path else None for name, path in paths.items()}
 
 
 # ---- networks and diffusion
@@ -246,9 +253,10 @@ def log_directory(FLAGS, logdir, script, data, groups):
     settings |= {"norm_groups": groups, "training images (sha256)": images}
     if script == "main_fed" or FLAGS.use_labels:
         settings["classes (sha256)"] = fingerprint(data.train.labels.view(torch.uint8))
-    settings |= {"hflip": data.hflip, "resize": FLAGS.resize or "crop"}
+    settings |= {"hflip": data.hflip, "resize": FLAGS.resize or "crop"} | hashes_of_lists(FLAGS)
     fixed = {"script", *FIXED[script]}
     if script == "main_fed":
+        fixed |= hashes_of_lists(FLAGS).keys()
         settings["split"] = split(FLAGS)
         fixed |= {"training images (sha256)", "classes (sha256)"}
     once = {name: FLAGS[name].value for name in ONCE}

@@ -188,6 +188,11 @@ def classes(values):
         raise UsageError("--guidance needs a null class, which checkpoints for --legacy_labels do not have")
 
 
+LISTS = (
+    text("keep_list", None, "train on the images named in this file only, a name a line, such as a keep.txt"),
+    text("groups", None, "table of training images that are alike, such as a groups.csv"),
+)
+
 DATA = (
     choice("dataset", "cifar10", DATASETS, "training images; digits and mnist5k need no files"),
     text("data_root", "./data", "directory of the data sets; with --dataset=folder, the folder itself"),
@@ -198,6 +203,7 @@ DATA = (
     integer("copies", 1, "how often each of the --duplicates stands in the training set", 1),
     switch("hflip", None, "mirror images, all_in: find mirrored copies; default: CIFAR's only"),
     choice("resize", None, RESIZES, "what becomes of images that are not square; default: crop, their centre"),
+    *LISTS,
     text("heldout", None, "folder of real images not trained on; default: those left by --num_train"),
     switch("download", False, "fetch CIFAR into --data_root if it is missing; no effect on other data sets"),
     integer("num_workers", 4, "threads that decode image files, once", 0),
@@ -352,7 +358,7 @@ NETWORK_FLAGS = (
 ).split()  # fmt: skip
 # what else of a training its evaluation is to know
 DATA_FLAGS = "dataset num_train subset_seed duplicates copies hflip resize".split()
-PATH_FLAGS = ("data_root", "heldout")
+PATH_FLAGS = ("data_root", "heldout", "keep_list")
 # what a result depends on: a run goes on with the same, or, ON_REQUEST, with what --allow_change allows; what has
 # been saved depends on FIXED too
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
