@@ -20,11 +20,14 @@ def printable(name):
 
 def write_names(path, names):
     """Write a name a line; raises a DataError for one with a line break in it."""
-    names = list(map(str, names))
-    if broken := [name for name in names if len(name.splitlines()) > 1 or name.endswith(("\n", "\r"))]:
-        what = f"{broken[0]!r} has a line break in its name: rename the file"
-        raise DataError(f"{path}: {what}")
+    check_line_breaks(path, names)
     write_text(path, "".join(f"{name}\n" for name in names))
+
+
+def check_line_breaks(path, names):
+    """Raise a DataError if a name could not be a line of `path`."""
+    if broken := next((name for name in names if set("\r\n") & set(name)), None):
+        raise DataError(f"{path}: {broken!r} has a line break in its name: rename the file")
 
 
 def read_kept(path, names, others=()):
