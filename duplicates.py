@@ -133,13 +133,16 @@ def earlier_search(path, digests, made_by):
 
 
 def say_time(compared, n, done):
-    """Print how long the search will take, by a small part of it."""
-    queries, keys = compared.keys[:512], compared.keys[:4096]
-    start = time.perf_counter()
-    compared.nearest(queries, keys, NEIGHBORS)
-    seconds = (time.perf_counter() - start) / (len(queries) * len(keys)) * 2 * (n**2 - done**2)
+    """Print how many images there are and, measured on a small part, how long their search will take."""
     known = f", {done:,} of them since an earlier search" if done else ""
-    print(f"searching {n:,} distinct images{known}: some {max(1, round(seconds / 60))} min", flush=True)
+    queries, half, time_needed = compared.keys[:512], 4096, ""
+    if n >= 2 * half and n > done:
+        worst = compared.nearest(queries, compared.keys[:half], NEIGHBORS)[0][:, -1]
+        start = time.perf_counter()
+        compared.nearest(queries, compared.keys[half : 2 * half], NEIGHBORS, worst)
+        seconds = (time.perf_counter() - start) / (len(queries) * half) * 2 * (n**2 - done**2)
+        time_needed = f", some {seconds / 60:.1f} min"
+    print(f"searching {n:,} distinct images{known}{time_needed}", flush=True)
 
 
 def groups_of(rows, equal, areas):

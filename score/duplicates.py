@@ -19,7 +19,7 @@ from utils.images import resized
 NEIGHBORS = 50
 SIDE = 32  # images are compared at this size, in pixels
 LEVELS = 32  # of an 8-bit code to a standard deviation
-UNIT = 255**2 / (LEVELS**2 * 3 * (SIDE // 2) ** 2)  # of `nearest_neighbors`' distances of codes
+UNIT = 255**2 / (LEVELS**2 * 3 * (SIDE // 2) ** 2)  # of distances of codes: images have length 1
 MIRROR = 1.5  # a mirrored pair counts as so much farther: it had a second chance to be near by accident
 LEAST = 0.25  # of the median scale: where 50 neighbours are copies too, their mean is no scale
 CANDIDATE = 0.9, 0.5  # farther than these shares of the mean and of the median scale no pair is scored
@@ -73,15 +73,18 @@ class Pixels:
 
     images: (N, 3, H, W) uint8."""
 
+    unit = UNIT
+
     def __init__(self, images):
         self.images, self.shift = standard_images(images), max(2, SIDE // images.shape[-1])
         self.keys = torch.cat([codes_of(part) for part in self.images.split(BLOCK)])
         self.queries = self.keys, self.keys.flip(-1)
 
-    def nearest(self, queries, keys, k):
-        """Squared distances (n, k) of codes, of images of length 1, and whose they are."""
-        sq_distance, index = nearest_neighbors(queries, keys, k)
-        return UNIT * sq_distance, index
+    def nearest(self, queries, keys, k, below=None):
+        """The k nearest keys nearer than `below`, (n,) or None: sq_distance and index, (n, k), of codes.
+
+        Their distances are integers / 255^2, and UNIT times that between images of length 1."""
+        return nearest_neighbors(queries, keys, k, below=below)
 
     def score(self, first, second, is_mirrored):
         """Squared distances (P,) of pairs of images, by their numbers."""
@@ -95,11 +98,13 @@ class Pixels:
 class Features:
     """What images are compared by in a `score.features.FeatureSpace`; images: (N, 3, H, W) uint8."""
 
+    unit = 1.0
+
     def __init__(self, images, space):
         self.keys = embed(space, images)
         self.queries = self.keys, embed(space, images.flip(-1))
 
-    def nearest(self, queries, keys, k):
+    def nearest(self, queries, keys, k, below=None):
         similarity, index = most_similar(queries, keys, k)
         return squared_distance(similarity), index
 
@@ -143,18 +148,19 @@ def search(compared, is_key, found=None, save=None, block=BLOCK):
             before, new = numbers[:start], numbers[start:end]
             for way, queries in enumerate(compared.queries):
 
-                def look(rows, keys, queries=queries):
-                    """The `Lists` of the images `rows` among the images `keys`, numbers both."""
-                    lists = nothing(len(rows))
-                    if len(rows) and len(keys):
-                        sq_distance, place = compared.nearest(queries[rows], compared.keys[keys], NEIGHBORS + 1)
-                        index = keys[place]
-                        sq_distance = sq_distance.masked_fill(index == rows[:, None], torch.inf)
-                        lists = nearer(lists, Lists(sq_distance, index))
-                    return lists
+                def look(rows, keys, lists, queries=queries):
+                    """The `Lists` of the images `rows`, with the nearer ones of the images `keys`."""
+                    if not len(rows) or not len(keys):
+                        return lists
+                    worst = lists.sq_distance[:, -1]
+                    below = worst if worst.isfinite().all() else None
+                    sq_distance, place = compared.nearest(queries[rows], compared.keys[keys], NEIGHBORS + 1, below)
+                    index = keys[place].masked_fill(place < 0, -1)
+                    is_itself = index == rows[:, None]
+                    return nearer(lists, Lists(sq_distance.masked_fill(is_itself, torch.inf), index))
 
-                old = nearer(found[way], look(before, new[is_key[new]])) if start else found[way]
-                own = look(new, numbers[:end][is_key[:end]])
+                old = look(before, new[is_key[new]], found[way])
+                own = look(new, numbers[:end][is_key[:end]], nothing(len(new)))
                 found[way] = Lists(*(torch.cat(columns) for columns in zip(old, own, strict=True)))
             bar.update(end**2 - start**2)
             if save:
@@ -192,7 +198,7 @@ def scored_pairs(compared, found, is_key):
         address = (first * N + second).unique()
         first, second = address // N, address % N
         sq_distance = compared.score(first, second, is_mirrored)
-        both = torch.minimum(scale[first], scale[second]).where(is_key[first], scale[first])
+        both = compared.unit * torch.minimum(scale[first], scale[second]).where(is_key[first], scale[first])
         addresses.append(address)
         factor = MIRROR if is_mirrored else 1.0
         scores.append((factor * sq_distance / both).masked_fill(sq_distance == 0, 0.0))

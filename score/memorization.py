@@ -30,8 +30,9 @@ INT32_TERMS = 2**16
 
 @torch.no_grad()
 def nearest_neighbors(
-    generated, training, k=50, batch_generated=2048, batch_training=4096, device=None, progress=False
-):
+    generated, training, k=50, batch_generated=2048, batch_training=4096, device=None, progress=False,
+    below=None,
+):  # fmt: skip
     """The k nearest training images of every generated image, by squared L2 distance in [0, 1].
 
     Args:
@@ -44,10 +45,12 @@ def nearest_neighbors(
         device: where to compute; default: that of `training`. Images that are elsewhere come block by
             block.
         progress: show a bar.
+        below: (N,) float64, only training images nearer than that are wanted; None: all are. It is faster.
 
     Returns:
         sq_distance (N, k) float64, ascending, integers / 255^2, and index (N, k) int64, equal distances
-        by lower index, on the device. A copy has distance 0. Nothing depends on the batch sizes.
+        by lower index, on the device. A copy has distance 0. Nothing depends on the batch sizes. Where
+        fewer are nearer than `below`, infinity and -1.
 
     Raises:
         ValueError: an empty set, values between the levels, different image shapes."""
@@ -62,6 +65,11 @@ def nearest_neighbors(
     batches = generated.split(batch_generated)
     # per image, ascending: squared distance less |a|^2, times the number of training images, plus index
     best = [torch.empty(len(batch), 0, dtype=torch.int64, device=device) for batch in batches]
+    norm_generated = squared_norms(generated, device)
+    if below is not None:
+        below = (below.to(device) * LEVELS**2).round().long()
+        packed = (below - norm_generated) * len(training) + len(training) - 1
+        best = list(packed[:, None].expand(-1, k).split(batch_generated))
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     settings = {"desc": "nearest neighbours", "unit": "image", "disable": not progress}
     with progress_bar(total=len(training), **settings) as bar:
@@ -74,8 +82,11 @@ def nearest_neighbors(
             bar.update(len(block))
     torch.backends.cuda.matmul.allow_tf32 = allowed
     best = torch.cat(best)
-    norm = squared_norms(generated, device)
-    return (norm[:, None] + best // len(training)).double() / LEVELS**2, best % len(training)
+    sq_distance, index = norm_generated[:, None] + best // len(training), best % len(training)
+    if below is None:
+        return sq_distance.double() / LEVELS**2, index
+    is_wanted = sq_distance < below[:, None]
+    return (sq_distance.double() / LEVELS**2).where(is_wanted, torch.inf), index.where(is_wanted, -1)
 
 
 def neighbors_by_all(generated, training, **settings):
@@ -93,7 +104,8 @@ def update_best(best, products, norm, start, M, D, k):
     # |b|^2 - 2 a.b stays below 3 * 2^14 * D
     dtype = torch.int32 if 3 * 2**14 * D < 2**31 else torch.int64
     score = products.to(dtype).mul_(-2).add_(norm.to(dtype))
-    packed = improvements(score, (best[:, -1:] // M).to(dtype) if start else None, start, M)
+    worst = (best[:, -1:] // M).to(dtype) if best.shape[1] else None
+    packed = improvements(score, worst, start, M)
     return torch.cat([best, packed], dim=1).topk(k, dim=1, largest=False).values
 
 

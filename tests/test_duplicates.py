@@ -1,0 +1,254 @@
+"""The finder of copies: its search, scores and groups against brute force, its files, and odd folders."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import cdist
+
+from score.duplicates import (
+    MIRROR,
+    NEIGHBORS,
+    UNIT,
+    Features,
+    Pixels,
+    aligned_distance,
+    greedy_groups,
+    scored_pairs,
+    search,
+)  # fmt: skip
+from score.features import feature_space
+from tests.commands import run
+from tests.test_own_images import write_images
+
+SIDE = 32
+
+
+def scenes(n, seed=0, side=SIDE):
+    """Smooth pictures (n, side, side, 3), uint8, no two alike."""
+    noise = np.random.default_rng(seed).standard_normal((n, side, side, 3))
+    smooth = gaussian_filter(noise, (0, 3, 3, 0), mode="wrap")
+    return (128 + 50 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
+
+
+def alterations(image, seed=0):
+    """{kind: an altered copy of a picture}."""
+    noise = 3 * np.random.default_rng(seed).standard_normal(image.shape)
+    return {
+        "noise": (image + noise).clip(0, 255).astype(np.uint8),
+        "brighter": (1.1 * image + 10).clip(0, 255).astype(np.uint8),
+        "mirrored": image[:, ::-1].copy(),
+        "shifted": np.roll(image, (2, -2), (0, 1)),
+        "mirrored and shifted": np.roll(image[:, ::-1], (-2, 2), (0, 1)),
+    }
+
+
+def as_tensor(pixels):
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def with_copies(n=150):
+    """Pictures, of which the first five stand there in five altered forms, too, and where those are."""
+    images = scenes(n)
+    altered = [copy for i in range(5) for copy in alterations(images[i], i).values()]
+    return np.concatenate([images, altered]), {(i, n + 5 * i + j) for i in range(5) for j in range(5)}
+
+
+def brute_force_lists(compared, is_key, is_mirrored):
+    """Distances (N, 50) of codes to other training images, by scipy."""
+    keys = compared.keys.flatten(1).double().numpy()
+    queries = compared.queries[is_mirrored].flatten(1).double().numpy()
+    d = cdist(queries, keys, "sqeuclidean") / 255**2
+    np.fill_diagonal(d, np.inf)
+    d[:, ~is_key] = np.inf
+    return np.sort(d, axis=1)[:, :NEIGHBORS]
+
+
+@pytest.mark.parametrize("block", [40, 1000])
+def test_the_search_is_exact(block):
+    images, _ = with_copies()
+    is_key = torch.arange(len(images)) % 4 != 3
+    compared = Pixels(as_tensor(images))
+    for is_mirrored, lists in enumerate(search(compared, is_key, block=block)):
+        expected = brute_force_lists(compared, is_key.numpy(), is_mirrored)
+        assert np.allclose(lists.sq_distance.numpy(), expected, rtol=0, atol=1e-9)
+        rows = np.arange(len(images))[:, None]
+        is_itself = (lists.index.numpy() == rows) & np.isfinite(lists.sq_distance.numpy())
+        assert not is_itself.any() and is_key[lists.index].all()
+
+
+def numpy_distance(a, b, shift=2):
+    """The least squared distance of moved crops, loop by loop."""
+
+    def crop(image, top, left):
+        cut = image[top : top + SIDE - 2 * shift, left : left + SIDE - 2 * shift].astype(float)
+        cut = cut.reshape(cut.shape[0] // 2, 2, cut.shape[1] // 2, 2, 3).mean(axis=(1, 3))
+        cut = cut - cut.mean()
+        return cut / np.linalg.norm(cut)
+
+    places, least = (0, shift, 2 * shift), 4.0
+    for top, left in itertools.product(places, places):
+        least = min(least, ((crop(a, shift, shift) - crop(b, top, left)) ** 2).sum())
+        least = min(least, ((crop(a, top, left) - crop(b, shift, shift)) ** 2).sum())
+    return least
+
+
+def test_scores_and_pairs_against_brute_force():
+    images, copies = with_copies()
+    is_key = torch.ones(len(images), dtype=torch.bool)
+    compared = Pixels(as_tensor(images))
+    found = search(compared, is_key)
+    pairs, score = scored_pairs(compared, found, is_key)
+    assert score.equal(score.sort().values) and (pairs[:, 0] < pairs[:, 1]).all()
+    assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs)
+    near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
+    assert copies <= near
+    of_one = [{i, *(150 + 5 * i + j for j in range(5))} for i in range(5)]
+    assert all(any({a, b} <= members for members in of_one) for a, b in near)
+
+    scale = UNIT * brute_force_lists(compared, is_key.numpy(), False).mean(axis=1)
+    scale = np.maximum(scale, np.sort(scale)[(len(scale) - 1) // 2] / 4)
+    for (a, b), s in zip(pairs[:40].tolist(), score[:40].tolist(), strict=True):
+        plain = numpy_distance(images[a], images[b])
+        mirrored = MIRROR * numpy_distance(images[a][:, ::-1], images[b])
+        assert s == pytest.approx(min(plain, mirrored) / min(scale[a], scale[b]), abs=1e-5)
+
+
+def test_most_of_more_copies_than_neighbours_are_found():
+    image = scenes(1)[0]
+    rng = np.random.default_rng(1)
+    noisy = (image + 3 * rng.standard_normal((120, *image.shape))).clip(0, 255).astype(np.uint8)
+    images = as_tensor(np.concatenate([scenes(300, seed=5), noisy]))
+    is_key = torch.ones(420, dtype=torch.bool)
+    compared = Pixels(images)
+    pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
+    nearest = greedy_groups(pairs[score < 0.3], score[score < 0.3], range(420))
+    assert set(nearest) <= set(range(300, 420)) and len(nearest) >= 110
+
+
+def test_a_flat_image_is_like_no_other():
+    flat = torch.stack([torch.full((3, SIDE, SIDE), level, dtype=torch.uint8) for level in (0, 255)])
+    assert aligned_distance(flat[:1], flat[1:], 2).tolist() == [2.0]
+
+
+def test_features_find_what_pixels_find():
+    images, copies = with_copies()
+    is_key = torch.ones(len(images), dtype=torch.bool)
+    compared = Features(as_tensor(images), feature_space("pixels", "cpu"))
+    pairs, score = scored_pairs(compared, search(compared, is_key, block=64), is_key)
+    near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
+    plain = {(i, j) for i, j in copies if (j - 150) % 5 in (0, 1, 2)}  # not those that are shifted
+    assert plain <= near
+
+
+def test_groups_do_not_chain():
+    pairs, score = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.tensor([0.1, 0.2, 0.25], dtype=torch.float64)
+    assert greedy_groups(pairs, score, range(4)) == {1: (0, 0.1), 3: (2, 0.25)}
+    rng = np.random.default_rng(0)
+    edges = np.unique(np.sort(rng.integers(0, 60, (150, 2)), axis=1), axis=0)
+    edges = torch.from_numpy(edges[edges[:, 0] != edges[:, 1]])
+    weights, order = torch.from_numpy(rng.random(len(edges))), rng.permutation(60).tolist()
+    nearest = greedy_groups(edges, weights, order)
+    weight = {frozenset(edge): w for edge, w in zip(edges.tolist(), weights.tolist(), strict=True)}
+    kept = set(range(60)) - set(nearest)
+    assert not any({a, b} <= kept for a, b in edges.tolist())
+    for image, (to, s) in nearest.items():
+        assert to in kept and s == min(w for edge, w in weight.items() if image in edge and edge - {image} <= kept)
+
+
+# ---- the script
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def find(tmp_path, out, *flags, code=0):
+    command = ["--dataset=folder", "--data_root=images", f"--duplicates_dir={out}", *flags]
+    return run("duplicates.py", *command, cwd=tmp_path, code=code)
+
+
+def test_a_folder_is_searched(tmp_path):
+    """Exact, altered and larger copies, odd names, labels that differ, leaks; what is trained on then."""
+    images = scenes(40)
+    names = [f'{"cat" if i % 2 else "dog"}/{i:02d}, "x".png' for i in range(40)]
+    write_images(tmp_path / "images", images, names)
+    Image.fromarray(images[3]).save(tmp_path / "images/dog/again.png")
+    Image.fromarray(images[6]).resize((96, 96), Image.Resampling.BICUBIC).save(tmp_path / "images/dog/large.png")
+    write_images(tmp_path / "images/dog", [alterations(images[8])["mirrored"]], ["mirrored.png"])
+    leak = alterations(images[9])["noise"]
+    write_images(tmp_path / "others", np.concatenate([scenes(5, seed=9), images[10:11], leak[None]]))
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))}
+
+    said = find(tmp_path, "out", "--heldout=others").stdout
+    assert "keep.txt keeps 40 of 43 training images" in said and "2 of 7 held-out images" in said
+    pairs = rows_of(tmp_path / "out/pairs.csv")
+    assert list(pairs[0]) == ["score", "kind", "part", "image", "other"]
+    sure = {(row["kind"], row["part"], row["image"], row["other"]) for row in pairs if row["kind"] != "similar"}
+    assert sure == {
+        ("exact", "train", names[3], "dog/again.png"), ("near", "train", names[6], "dog/large.png"),
+        ("near", "train", names[8], "dog/mirrored.png"),
+        ("exact", "heldout", "005.png", names[10]), ("near", "heldout", "006.png", names[9]),
+    }  # fmt: skip
+    assert [float(row["score"]) for row in pairs] == sorted(float(row["score"]) for row in pairs)
+    groups = rows_of(tmp_path / "out/groups.csv")
+    kept = {row["image"] for row in groups if row["kept"] == "yes"}
+    assert kept == {names[3], "dog/large.png", names[8]} and len(groups) == 6
+    keep = (tmp_path / "out/keep.txt").read_text().splitlines()
+    dropped = {row["image"] for row in groups if row["kept"] == "no"}
+    assert len(keep) == 40 and not dropped & set(keep) and dropped == {"dog/again.png", names[6], "dog/mirrored.png"}
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["groups"], result["conflicts"], result["leaked"], result["not_kept"]) == (3, 1, 2, 3)
+    page = (tmp_path / "out/duplicates.html").read_text()
+    assert "Different labels." in page and "held out" not in dropped
+    after = {path: path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))}
+    assert after == before, "a training image was changed"
+
+    network = ["--ch=8", "--ch_mult=1", "--attn=0", "--num_res_blocks=1", "--img_size=8", "--batch_size=8"]
+    lists = ["--keep_list=out/keep.txt", "--dataset=folder", "--data_root=images"]
+    trained = run(
+        "main.py", "--train", *lists, *network, "--total_steps=2", "--warmup=1", "--sample_step=0", cwd=tmp_path
+    )
+    assert "40 images" in trained.stdout
+
+
+def test_a_search_goes_on_and_takes_in_more_images(tmp_path):
+    """All files are those of a whole run, whether images were there before or not."""
+    images, _ = with_copies(60)
+    order = np.random.default_rng(0).permutation(len(images))
+    write_images(tmp_path / "images", images[:50], [f"{i:03d}.png" for i in order[:50]])
+    find(tmp_path, "out")
+    write_images(tmp_path / "images", images[50:], [f"{i:03d}.png" for i in order[50:]])
+    said = find(tmp_path, "out").stdout
+    assert "50 of them since an earlier search" in said
+    find(tmp_path, "whole")
+    for name in ("pairs.csv", "groups.csv", "keep.txt"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    (tmp_path / "images/000.png").unlink()
+    assert "all are searched again" in find(tmp_path, "out").stderr
+    (tmp_path / "out/search.npz").write_bytes(b"no archive")
+    assert "searching again" in find(tmp_path, "out").stderr
+
+
+def test_odd_folders(tmp_path):
+    write_images(tmp_path / "images", scenes(1))
+    find(tmp_path, "one")
+    assert rows_of(tmp_path / "one/pairs.csv") == []
+    assert (tmp_path / "one/keep.txt").read_text() == "000.png\n"
+    write_images(tmp_path / "images", np.repeat(scenes(1), 60, axis=0))
+    find(tmp_path, "equal")
+    assert {row["kind"] for row in rows_of(tmp_path / "equal/pairs.csv")} == {"exact"}
+    assert (tmp_path / "equal/keep.txt").read_text() == "000.png\n"
+    for flags, said in ((["--near=0.6"], "below --near=0.6"), (["--near=2"], "near"), (["--features=sscd"], "--sscd")):
+        error = find(tmp_path, "out", *flags, code=2).stderr
+        assert said in error and len(error.strip().splitlines()) == 1
+    write_images(tmp_path / "images", scenes(1), ["line\nbreak.png"])
+    assert "line break" in find(tmp_path, "out", code=1).stderr
+    (tmp_path / "images/line\nbreak.png").write_bytes(b"no image")
+    assert "cannot be read as an image" in find(tmp_path, "out", code=1).stderr
