@@ -35,8 +35,8 @@ def test_an_epoch_shows_every_image_once_but_the_last_incomplete_batch():
 
 
 def test_balanced_groups_are_drawn_as_often_as_single_images():
-    """A share of each group over many epochs, of which each leaves some groups out; members take turns at random."""
-    groups = torch.tensor([7] * 12 + [3] * 4 + list(range(100, 134)))[torch.randperm(50)]  # 36 groups, shuffled
+    """Every epoch leaves some groups out, large ones no more rarely; members take turns at random."""
+    groups = torch.tensor([7] * 12 + [3] * 4 + list(range(100, 134)))[torch.randperm(50)]  # 36 groups
     index, epochs = torch.arange(50)[groups != 105], 400
     batches = make(index, groups=groups, batch_size=8)
     assert batches.steps_per_epoch == 4

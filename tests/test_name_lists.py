@@ -68,22 +68,25 @@ def test_every_slot_has_a_name_of_its_own():
 
 
 def test_default_training_draws_groups_as_one_and_continues_exactly(tmp_path):
-    """All in one group but 8 digits, altered copies among them, which a continued run and an evaluation know."""
-    data = load_dataset("digits", "", img_size=8, num_train=30, duplicates=3, copies=4, alter_copies=True)
+    """All in one group but 8 altered copies, which a continued run and an evaluation know."""
+    copies = {"duplicates": 3, "copies": 4, "alter_copies": True}
+    data = load_dataset("digits", "", img_size=8, num_train=30, **copies)
     table = [[0, name] for name in data.train.names[:-8]]
     write_table(tmp_path / "groups.csv", ("group", "image"), table)
-    flags = ["--train", "--dataset=digits", "--img_size=8", "--num_train=30", "--duplicates=3", "--copies=4"]
-    flags += ["--alter_copies", "--groups=groups.csv", "--balance_groups", *NETWORK[:-1], *TRAINING]
+    flags = ["--train", "--dataset=digits", "--img_size=8", "--num_train=30", *NETWORK[:-1], *TRAINING]
+    flags += ["--duplicates=3", "--copies=4", "--alter_copies"]
+    flags += ["--groups=groups.csv", "--balance_groups"]
     said = run("main.py", *flags, "--logdir=whole", cwd=tmp_path).stdout
-    assert "an epoch is 1 step" in said
+    assert "39 images, 1 steps per epoch" in said
     run("main.py", *flags, "--total_steps=3", "--logdir=halves", cwd=tmp_path)
     assert "3 of 4 steps done" in run("main.py", *flags, "--logdir=halves", cwd=tmp_path).stdout
-    whole, halves = (load_checkpoint(tmp_path / f"{name}/ckpt4.pt") for name in ("whole", "halves"))
-    assert all(torch.equal(whole["net_model"][name], value) for name, value in halves["net_model"].items())
+    paths = (tmp_path / f"{name}/ckpt4.pt" for name in ("whole", "halves"))
+    whole, halves = (load_checkpoint(path)["net_model"] for path in paths)
+    assert all(torch.equal(whole[name], value) for name, value in halves.items())
     line = run("main.py", *flags, "--nobalance_groups", "--logdir=whole", cwd=tmp_path, code=2).stderr
     assert "--balance_groups=False: the run in whole was started with True (--allow_change" in line
     line = run("main.py", *flags, "--batch_size=10", "--logdir=no", cwd=tmp_path, code=2).stderr
-    assert "--batch_size=10 is larger than the 9 groups of shard 0" in line and len(line.splitlines()) == 1
+    assert len(line.splitlines()) == 1 and "--batch_size=10 is larger than the 9 groups of" in line
     measuring = ["--num_images=12", "--fid_features=pixels", "--sample_steps=2", "--device=cpu"]
     run("all_in.py", "--unet_dir=whole", *measuring, cwd=tmp_path)
     assert json.loads((tmp_path / "results/grid/result.json").read_text())["training_set_size"] == 39

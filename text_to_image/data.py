@@ -45,9 +45,12 @@ CaptionedImages = namedtuple("CaptionedImages", FIELDS, defaults=(None, None))
 
 
 def load_folder(folder, captions, resolution, num_workers=0, keep_list=None, groups=None):
-    """The images of a folder, or of its sub-folders, which are classes, `square`; or a DataError.
+    """The images of a folder, or of its sub-folders, which are classes, `square`.
 
     keep_list: a file of the paths to take; groups: a table of groups of them; None for neither.
+
+    Raises:
+        DataError: files are missing or not what they should be.
     """
     folder = Path(folder)
     if not folder.is_dir():
