@@ -19,9 +19,10 @@ from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
-from utils.images import equal_images, firsts, in_threads, list_images, read_images, resized
+from utils.images import altered, equal_images, firsts, in_threads, list_images, read_images, resized
 from utils.name_lists import read_groups, read_kept
 from utils.safe_files import read_archive, read_file, unpickle_dict
+from utils.seeding import generator
 
 DATASETS = ("digits", "mnist5k", "cifar10", "cifar100", "cifar10_rand", "afhq", "folder")
 # name: (package, its file, side of the images, their largest value)
@@ -47,7 +48,8 @@ class Dataset:
     heldout: ImageSet | None
     num_classes: int
     hflip: bool  # whether training flips images at random
-    subset: torch.Tensor  # int64 (N,), ascending: where each slot's image is in the whole training set
+    # int64 (N,), ascending: where each slot's image is in the whole training set; altered copies follow
+    subset: torch.Tensor
     class_names: list | None = None
     groups: torch.Tensor | None = None  # int64 (N,), of --groups: the group of each slot's image
 
@@ -79,6 +81,7 @@ class Dataset:
 def load_dataset(
         name, data_root, img_size=32, num_train=0, subset_seed=0, duplicates=0, copies=1,
         hflip=None, num_workers=0, download=False, resize="crop", heldout=None, keep_list=None, groups=None,
+        alter_copies=False,
     ):  # fmt: skip
     """Read one of `DATASETS` into memory: a `Dataset`.
 
@@ -96,6 +99,7 @@ def load_dataset(
         heldout: a folder of images that are held out, in the place of all others; None for none.
         keep_list: a file of names: train on these only; the others are not held out either. None: on all.
         groups: a groups.csv, groups of training images that are alike; None for no groups.
+        alter_copies: the copies are `altered`, all of them, and each is an image of its own.
 
     Raises:
         UsageError: two arguments contradict each other, or one the data set.
@@ -107,6 +111,8 @@ def load_dataset(
         raise UsageError(f"--dataset={name}: unknown, choose one of {', '.join(DATASETS)}")
     if (duplicates > 0) != (copies > 1):
         raise UsageError(f"--duplicates={duplicates} --copies={copies}: give both, how many images and how often each")
+    if alter_copies and not duplicates:
+        raise UsageError("--alter_copies needs --duplicates and --copies: give both, or leave it out")
     if is_cifar and img_size > CIFAR_SIZE:
         raise UsageError(f"--img_size={img_size}: {name} has images of 32x32 pixels, give at most --img_size=32")
 
@@ -141,9 +147,13 @@ def load_dataset(
         raise UsageError(f"--duplicates={duplicates}: there are {len(subset)} training images, give at most that many")
     if duplicates:
         repeated = stratified_subset(train.labels[subset].numpy(), duplicates, subset_seed + 1)
-        times = torch.ones_like(subset).index_fill(0, torch.from_numpy(repeated), copies)
-        subset = subset.repeat_interleave(times)
+        times = torch.ones_like(subset)
+        times[repeated] = 0 if alter_copies else copies
+        originals, subset = subset[repeated], subset.repeat_interleave(times)
     all_names = train.names
+    if alter_copies:
+        train = join([train, altered_copies(train, originals, copies, subset_seed)])
+        subset = torch.cat([subset, torch.arange(total, len(train.labels))])
     if len(subset) != total or duplicates:
         train = select(train, subset)
     if duplicates:
@@ -162,6 +172,15 @@ def numbered(names):
         times[name] += 1
         found.append(name if times[name] == 1 else f"{name} copy {times[name]}")
     return np.array(found)
+
+
+def altered_copies(part, rows, copies, seed):
+    """So many copies of each image in some rows of a set, int64 (D,), `altered` each in its own way."""
+    images = []
+    for row in rows.tolist():
+        streams = [generator("cpu", seed, "alter", row, copy) for copy in range(copies)]
+        images += [altered(part.images[row], stream) for stream in streams]
+    return select(part, rows.repeat_interleave(copies))._replace(images=torch.stack(images))
 
 
 def select(part, rows):

@@ -64,11 +64,11 @@ def main():
 
     images = data.train.images.to(build.data_device(FLAGS, device))
     slots = build.slots(FLAGS, data)
-    build.check_sizes(FLAGS, lambda r: build.slots(FLAGS, data, r))
+    build.check_sizes(FLAGS, lambda r: build.sizes(FLAGS, data, build.slots(FLAGS, data, r)))
     shards = make_shards(data, images, slots, device)
     net, warmup = shards[0].learner.net, shards[0].learner.warmup
 
-    R, B, sizes = FLAGS.total_round, FLAGS.batch_size, map(len, slots)
+    R, B, sizes = FLAGS.total_round, FLAGS.batch_size, build.sizes(FLAGS, data, slots)
     steps_per_round = [FLAGS.local_epoch * (size // B) for size in sizes]
     steps = {"steps_per_epoch": sum(steps_per_round) // FLAGS.local_epoch}
     steps |= {"steps_in_all": R * sum(steps_per_round)}
@@ -82,9 +82,9 @@ def main():
     done = sum(shard.learner.step for shard in shards)
     x_T, labels = build.sample_grid(FLAGS, data, device)  # the same at all times of the run
     train(
-        shards, exchanged or slots, build.schedule(FLAGS, steps_per_round),
+        shards, exchanged or slots, build.schedule(FLAGS, sizes, steps_per_round),
         build.logger(FLAGS, logdir, total, done, seconds), first_round=rounds_done + 1,
-        extra={"norm_groups": net.groups},
+        extra={"norm_groups": net.groups, "steps_per_round": steps_per_round},
         slots_of_round=lambda r: build.slots(FLAGS, data, r) if FLAGS.reshard else None,
         preview=lambda net: build.sampler(FLAGS, net)(x_T, labels),
         publish=lambda state, is_due: save_average(logdir, state, is_due, FLAGS.keep),

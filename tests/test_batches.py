@@ -34,6 +34,26 @@ def test_an_epoch_shows_every_image_once_but_the_last_incomplete_batch():
     assert first != second
 
 
+def test_balanced_groups_are_drawn_as_often_as_single_images():
+    """Every epoch leaves some groups out, large ones no more rarely; members take turns at random."""
+    groups = torch.tensor([7] * 12 + [3] * 4 + list(range(100, 134)))[torch.randperm(50)]  # 36 groups
+    index, epochs = torch.arange(50)[groups != 105], 400
+    batches = make(index, groups=groups, batch_size=8)
+    assert batches.steps_per_epoch == 4
+    drawn = torch.stack([batches.slots_of(step) for step in range(4 * epochs)]).reshape(epochs, 32)
+    assert all(len(groups[epoch].unique()) == 32 for epoch in drawn)
+    times = drawn.flatten().bincount(minlength=50)
+    of_group = {group: times[groups == group] for group in groups.unique().tolist()}
+    assert of_group.pop(105).sum() == 0
+    mean = epochs * 32 / 35
+    for group, members in of_group.items():
+        assert abs(members.sum() - mean) < 5 * (mean * 3 / 35) ** 0.5, group
+        assert members.min() > members.sum() / len(members) / 3
+    assert torch.equal(make(index, groups=groups, batch_size=8)(37).slots, drawn.reshape(-1, 8)[37])
+    with pytest.raises(UsageError, match="--batch_size=36 is larger than the 35 groups of shard 0"):
+        make(index, groups=groups, batch_size=36)
+
+
 def test_a_step_does_not_depend_on_the_steps_before():
     straight, jumping = make(hflip=True, label_dropout=0.3), make(hflip=True, label_dropout=0.3)
     expected = [straight(step) for step in range(20)]

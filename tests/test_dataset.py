@@ -74,6 +74,47 @@ def test_duplicates_stand_in_the_training_set_several_times():
             load_dataset("digits", "nowhere", 8, num_train=100, **wrong)
 
 
+def closest_alteration(image, copy):
+    """(deviation of the rest, brightness, shift) of the shift that explains a copy best, of all nine."""
+    found, (side, _) = [], image.shape[1:]
+    for down in (-1, 0, 1):
+        for right in (-1, 0, 1):
+            rows, columns = (np.clip(np.arange(side) + by, 0, side - 1) for by in (down, right))
+            moved = image.numpy().astype(float)[:, rows][:, :, columns]
+            clear = (copy.numpy() > 0) & (copy.numpy() < 255)
+            brightness = (moved * copy.numpy())[clear].sum() / (moved**2)[clear].sum()
+            found.append(((copy.numpy() - brightness * moved)[clear].std(), brightness, down, right))
+    return min(found)
+
+
+def test_altered_copies_are_images_of_their_own():
+    settings = {"name": "digits", "data_root": "nowhere", "img_size": 16, "num_train": 100}
+    settings |= {"duplicates": 7, "copies": 5}
+    whole, exact = load_dataset("digits", "nowhere", 16), load_dataset(**settings)
+    data = load_dataset(**settings, alter_copies=True)
+    assert len(data.subset) == len(exact.subset) and (data.subset.diff() > 0).all()
+    assert data.subset[93:].tolist() == list(range(1797, 1797 + 35))
+    assert data.slot_image.tolist() == list(range(128)) and data.without_copies() is data
+    assert sorted(data.train.names) == sorted(exact.train.names)
+    assert torch.equal(data.heldout.images, exact.heldout.images)
+    assert torch.equal(data.train.images[:93], whole.train.images[data.subset[:93]])
+    alterations = []
+    for image, label, name in zip(*(part[93:] for part in data.train), strict=True):
+        number = int(name.partition(" copy ")[0])
+        assert label == whole.train.labels[number]
+        alterations.append(closest_alteration(whole.train.images[number], image))
+    rest, brightness, down, right = np.array(alterations).T
+    assert abs(rest.mean() - 3) < 0.3 and rest.max() < 4
+    assert brightness.min() > 0.88 and brightness.max() < 1.12 and np.ptp(brightness) > 0.1
+    assert set(down) == set(right) == {-1, 0, 1}
+    assert len(data.train.images.flatten(1).unique(dim=0)) == 128
+    more = load_dataset(**{**settings, "copies": 6}, alter_copies=True)
+    again = dict(zip(more.train.names, more.train.images, strict=True))
+    assert all(map(torch.equal, data.train.images, (again[name] for name in data.train.names)))
+    with pytest.raises(UsageError, match="--alter_copies needs --duplicates"):
+        load_dataset("digits", "nowhere", 8, alter_copies=True)
+
+
 def test_digits_are_scikit_learns_values():
     digits = sklearn.datasets.load_digits()
     loaded = load_dataset("digits", "nowhere", img_size=8)

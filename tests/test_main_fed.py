@@ -11,7 +11,9 @@ from dataset import load_dataset
 from tests.commands import read_jsonl, run, run_with
 from tests.faults import differences
 from tests.networks import TINY_FLAGS, tiny_unet
+from training.logdir import ema_start
 from training.shards import exchange, partition
+from utils.name_lists import write_table
 
 SETTINGS = [*TINY_FLAGS, "--client_num=3", "--local_epoch=2", "--total_round=2", "--log_step=4"]
 
@@ -135,18 +137,47 @@ def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
     assert torch.allclose(state["global_ema_model"]["head.weight"], ema_start["head.weight"], atol=1e-4)
 
 
+def write_groups(path, sizes):
+    """Groups of so many of the 48 digits, one after the other."""
+    names, rows = iter(load_dataset("digits", "", 8, 48).train.names), []
+    for group, size in enumerate(sizes):
+        rows += [[group, next(names)] for _ in range(size)]
+    write_table(path, ("group", "image"), rows)
+
+
+def test_balanced_groups_weigh_as_one_in_the_average(tmp_path):
+    write_groups(tmp_path / "groups.csv", sizes=(20,))
+    flags = ["--groups=groups.csv", "--balance_groups", "--client_num=2", "--batch_size=4", "--lr=1e-2"]
+    run("main_fed.py", "--train", *SETTINGS, *flags, "--total_round=1", "--logdir=log", cwd=tmp_path)
+    shards = [load(tmp_path / f"log/state/shard{k}_step6.pt")["net_model"] for k in range(2)]
+    state = load(tmp_path / "log/global_ckpt_round1.pt")
+    for name, value in state["global_model"].items():
+        parts = [shard[name].double().numpy() for shard in shards]
+        mean = np.average(parts, axis=0, weights=[15, 14])  # groups
+        np.testing.assert_allclose(value.numpy(), mean, rtol=1e-6, atol=1e-8)
+    assert ema_start(tmp_path / "log/global_ckpt_round1.pt") == pytest.approx(0.9999**6)
+    run_json = json.loads((tmp_path / "log/run.json").read_text())["settings"]
+    assert (run_json["balance_groups"], run_json["split"]) == (True, "together")
+    flags[1] = "--split=together"
+    said = run("main_fed.py", "--train", *SETTINGS, *flags, "--logdir=log", cwd=tmp_path, code=2).stderr
+    assert "balance_groups=False: the run in log was started with True (what it has saved" in said
+
+
 ARMS = {
     "IET-AGC+": ["--exchange=ring", "--augment_near_threshold", "--bar=4", "--mem_ratio=0.9", "--bank_bins=2"],
     "reshuffled copies, ambient": [
         "--reshard", "--ambient_t=8", "--num_train=36", "--duplicates=3", "--copies=5", "--duplicates_in=cluster",
     ],
     "local SGD": ["--split=all", "--total_round=3", "--local_epoch=1"],
+    "whole groups": ["--groups=groups.csv", "--split=together", "--reshard", "--batch_size=4"],
+    "groups drawn as one": ["--groups=groups.csv", "--balance_groups", "--reshard", "--batch_size=4"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_continues_exactly(arm, tmp_path):
     """From the middle of a round after an exchange, or a new partition, and with another number of processes."""
+    write_groups(tmp_path / "groups.csv", sizes=(12, 5, 2))
     flags = [*SETTINGS, "--total_round=4", *ARMS[arm], "--save_step=2", "--keep=50", "--logdir=log"]
     run("main_fed.py", "--train", *flags, cwd=tmp_path)
     log = tmp_path / "log"
@@ -191,6 +222,8 @@ def test_iet_agc_plus_exchanges_after_odd_rounds_and_averages_after_even_ones(tm
 
 
 def test_impossible_arms_are_refused_in_a_line(tmp_path):
+    write_groups(tmp_path / "groups.csv", sizes=(40,))
+    groups = "--groups=groups.csv"
     for flags, what in (
         (["--exchange=ring", "--client_num=1"], "--exchange=ring needs several shards"),
         (
@@ -200,6 +233,13 @@ def test_impossible_arms_are_refused_in_a_line(tmp_path):
         (["--exchange=ring", "--reshard"], "--exchange=ring needs several shards"),
         (["--reshard", "--split=stratified"], "--reshard makes random shards"),
         (["--augment_near_threshold", "--anti_grad=off"], "--augment_near_threshold needs --anti_grad=skip"),
+        (["--split=together"], "--split=together needs --groups"),
+        (["--balance_groups"], "--balance_groups needs --groups"),
+        (["--balance_groups", groups, "--split=all"], "--balance_groups: --split=all may part a group"),
+        (["--split=together", groups, "--exchange=ring"], "--exchange=ring parts groups"),
+        (["--split=together", groups, "--duplicates_in=cluster"], "--duplicates_in=cluster: --groups"),
+        (["--split=together", groups], "--batch_size=8 is larger than the 4 images of shard 1"),
+        (["--alter_copies"], "--alter_copies needs --duplicates and --copies"),
         (["--bank_bins=21"], "--bank_bins=21: too large for --T=20"),
         (["--ambient_t=20"], "--ambient_t=20: too large for --T=20"),
     ):

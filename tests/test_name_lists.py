@@ -1,6 +1,7 @@
 """Lists of images by name: what --keep_list and --groups make of a data set, and what they refuse."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from dataset import load_dataset
 from tests.commands import run
 from tests.test_own_images import NETWORK, TRAINING, noise, write_images
 from training.logdir import read_run
+from training.weights import load_checkpoint
 from utils.errors import DataError
-from utils.files import file_hash
+from utils.files import file_hash, write_json
 from utils.name_lists import read_groups, read_kept, write_names, write_table
 
 NAMES = ["a.png", 'b, "c".png', " d.png ", "caf\u00e9.png", "\udcff.png", "line\nbreak.png"]
@@ -63,6 +65,37 @@ def test_every_slot_has_a_name_of_its_own():
     assert len(set(names)) == len(names) == 54
     numbers = np.array([int(name.split(" ")[0]) for name in names])
     assert np.array_equal(numbers, data.subset.numpy())
+
+
+def test_default_training_draws_groups_as_one_and_continues_exactly(tmp_path):
+    """All in one group but 8 altered copies, which a continued run and an evaluation know."""
+    copies = {"duplicates": 3, "copies": 4, "alter_copies": True}
+    data = load_dataset("digits", "", img_size=8, num_train=30, **copies)
+    table = [[0, name] for name in data.train.names[:-8]]
+    write_table(tmp_path / "groups.csv", ("group", "image"), table)
+    flags = ["--train", "--dataset=digits", "--img_size=8", "--num_train=30", *NETWORK[:-1], *TRAINING]
+    flags += ["--duplicates=3", "--copies=4", "--alter_copies"]
+    flags += ["--groups=groups.csv", "--balance_groups"]
+    said = run("main.py", *flags, "--logdir=whole", cwd=tmp_path).stdout
+    assert "39 images, 1 steps per epoch" in said
+    run("main.py", *flags, "--total_steps=3", "--logdir=halves", cwd=tmp_path)
+    assert "3 of 4 steps done" in run("main.py", *flags, "--logdir=halves", cwd=tmp_path).stdout
+    paths = (tmp_path / f"{name}/ckpt4.pt" for name in ("whole", "halves"))
+    whole, halves = (load_checkpoint(path)["net_model"] for path in paths)
+    assert all(torch.equal(whole[name], value) for name, value in halves.items())
+    line = run("main.py", *flags, "--nobalance_groups", "--logdir=whole", cwd=tmp_path, code=2).stderr
+    assert "--balance_groups=False: the run in whole was started with True (--allow_change" in line
+    line = run("main.py", *flags, "--batch_size=10", "--logdir=no", cwd=tmp_path, code=2).stderr
+    assert len(line.splitlines()) == 1 and "--batch_size=10 is larger than the 9 groups of" in line
+    measuring = ["--num_images=12", "--fid_features=pixels", "--sample_steps=2", "--device=cpu"]
+    run("all_in.py", "--unet_dir=whole", *measuring, cwd=tmp_path)
+    assert json.loads((tmp_path / "results/grid/result.json").read_text())["training_set_size"] == 39
+
+
+def test_a_run_of_an_earlier_version_altered_no_copies(tmp_path):
+    write_json(tmp_path / "run.json", {"settings": {"script": "main", "lr": 1}})
+    settings = read_run(tmp_path / "run.json")["settings"]
+    assert (settings["alter_copies"], settings["balance_groups"], settings["lr"]) == (False, False, 1)
 
 
 def test_a_run_remembers_its_lists(tmp_path):

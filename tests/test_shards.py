@@ -98,3 +98,61 @@ def test_exchange_against_loops():
             expected[(k + 1) % 4].add(slot)
     found = exchange(shards, counts, 0.25)
     assert [shard.tolist() for shard in found] == [sorted(shard) for shard in expected]
+
+
+# sizes of groups, number of single images, shards
+GROUPS = [
+    ([], 20, 3),
+    ([4, 4, 4, 2], 10, 4),
+    ([50] * 20, 2000, 3),
+    ([9, 2], 3, 2),
+    ([5, 5, 4], 0, 2),
+    ([3, 2, 2], 0, 4),
+]
+
+
+def grouped(sizes, singles):
+    """Groups of these sizes and of one, mixed, and classes that do not heed them."""
+    random = np.random.default_rng(1)
+    of = random.permutation(np.repeat(np.arange(len(sizes) + singles), [*sizes, *[1] * singles]))
+    return torch.from_numpy(of), torch.from_numpy(random.integers(0, 3, len(of)))
+
+
+@pytest.mark.parametrize(("sizes", "singles", "K"), GROUPS)
+def test_groups_stay_together_and_sizes_are_even(sizes, singles, K):
+    groups, labels = grouped(sizes, singles)
+    expected = [0] * K
+    for size in sorted(sizes, reverse=True) + [1] * singles:
+        expected[expected.index(min(expected))] += size
+    rounds = [partition(labels, K, "together", 0, groups=groups, r=r) for r in range(6)]
+    for shards in rounds:
+        assert sorted(torch.cat(shards).tolist()) == list(range(len(groups)))
+        assert all(shard.tolist() == sorted(shard.tolist()) for shard in shards)
+        assert [len(shard) for shard in shards] == sorted(expected, reverse=True)
+        sets = [set(groups[shard].tolist()) for shard in shards]
+        assert sum(map(len, sets)) == len(sets[0].union(*sets))
+    assert all(map(torch.equal, rounds[0], partition(labels, K, "together", 9, groups=groups)))
+    assert all(map(torch.equal, rounds[3], partition(labels, K, "together", 0, groups=groups, r=3)))
+    if sizes and singles > 100:
+        place = torch.tensor(
+            [[next(k for k in range(K) if slot in shards[k]) for slot in range(50)] for shards in rounds]
+        )
+        assert (place.min(0).values < place.max(0).values).float().mean() > 0.9
+
+
+def test_single_images_are_stratified_around_the_groups():
+    groups, labels = grouped([50, 30, 7], 300)
+    single = groups.bincount()[groups] == 1
+    for shard in partition(labels, 4, "together", 0, groups=groups):
+        own = shard[single[shard]]
+        for label in range(3):
+            share = int((labels[single] == label).sum()) * len(own) / 300
+            assert abs(int((labels[own] == label).sum()) - share) <= 2
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_balanced_shards_have_as_many_groups(r):
+    groups, labels = grouped([40, 9, 9, 2], 25)
+    shards = partition(labels, 3, "together", 0, groups=groups, r=r, balance=True)
+    assert [len(groups[shard].unique()) for shard in shards] == [10, 10, 9]
+    assert sorted(torch.cat(shards).tolist()) == list(range(len(groups)))

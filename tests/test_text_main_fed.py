@@ -15,6 +15,8 @@ from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images
 from text_to_image.data import CaptionBatches, TextStates, load_folder
 from text_to_image.pipeline import encode_images, libraries
 from training.shards import partition
+from utils.files import file_hash
+from utils.name_lists import write_names, write_table
 
 MODULE = "text_to_image.main_fed"
 FLAGS = [
@@ -205,6 +207,40 @@ def test_everything_else_at_once(directory):
     ]
 
 
+def test_lists_of_names_and_groups(directory):
+    """13 images are kept, of which five are drawn as one: 9 groups, 5 in a shard and 4 in the other."""
+    write_names(directory / "keep.txt", [f"{i:02}.png" for i in range(16) if i not in (2, 7, 15)])
+    table = [["a", f"{i:02}.png"] for i in (0, 2, 3, 4, 12, 14)]
+    write_table(directory / "groups.csv", ("group", "image"), table)
+    flags = ["--keep_list=keep.txt", "--groups=groups.csv", "--split=together", "--balance_groups"]
+    flags += ["--client_num=2", "--reshard", "--local_steps=3"]
+    flags += ["--mem_ratio=0.5", "--arr_ema_decay=0", "--bank_bins=1"]  # many are skipped, and counted
+    run_module(MODULE, *FLAGS, *flags, "--total_round=2", "--logdir=whole", cwd=directory)
+    run_module(MODULE, *FLAGS, *flags, "--total_round=1", "--logdir=halves", cwd=directory)
+    settings = json.loads((directory / "halves/run.json").read_text())["settings"]
+    assert settings["groups (sha256)"] == file_hash(directory / "groups.csv")
+    subset = np.load(directory / "halves/subset.npy")
+    assert subset.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14]
+    paths = [directory / f"halves/state/shard{k}_step3.pt" for k in range(2)]
+    shards = [torch.load(path, weights_only=True) for path in paths]
+    seen = [set(shard["skip_counts"].nonzero().flatten().tolist()) for shard in shards]
+    assert all(seen) and not seen[0] & seen[1]
+    group = {0, 2, 3, 10, 12}
+    assert min(len(group & slots) for slots in seen) == 0
+    assert all(len(slots - group) <= 5 for slots in seen)
+    for name, value in weights(directory / "halves/checkpoint_round1").items():
+        parts = [shard["net_model"][name].double().numpy() for shard in shards]
+        mean = np.average(parts, axis=0, weights=[5, 4])
+        np.testing.assert_allclose(value.numpy(), mean, rtol=1e-5, atol=1e-7)
+    run_module(MODULE, *FLAGS, *flags, "--total_round=2", "--logdir=halves", cwd=directory)
+    ours, theirs = (weights(directory / f"{log}/checkpoint_round2") for log in ("halves", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    evaluation = ["--features=pixels", "--num_images=2", "--sample_steps=2", "--device=cpu"]
+    evaluation += [f"--{name}_dir=kept/{name}" for name in ("generate", "similar", "grid")]
+    said = run_module("text_to_image.all_in", "--unet=whole", *evaluation, cwd=directory).stderr
+    assert "of the training" not in said
+
+
 def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
     flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--logdir=fresh"]
     run_module(MODULE, *flags, "--total_round=2", "--save_round=1", cwd=directory)
@@ -219,6 +255,15 @@ def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
         (["--local_epoch=3"], 2, "Unknown command line flag 'local_epoch'"),
         (["--client_num=17"], 2, "--client_num=17: more shards than the 16 images"),
         (["--client_num=5"], 2, "--batch_size=4 is larger than the 3 images of shard 1"),
+        (["--split=together"], 2, "--split=together needs --groups"),
+        (["--balance_groups"], 2, "--balance_groups needs --groups"),
+        (
+            ["--balance_groups", "--groups=x", "--duplication=dup_both"],
+            2,
+            "--balance_groups and --duplication=dup_both",
+        ),
+        (["--split=together", "--groups=x", "--exchange=ring"], 2, "--exchange=ring parts groups"),
+        (["--keep_list=nothing.txt"], 1, "--keep_list=nothing.txt: cannot be read"),
         (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
         (["--pretrained=images"], 1, "--pretrained=images: no model_index.json in it"),
         (["--lr=1e-4", "--logdir=straight", *THREE], 2, "--lr=0.0001: the run in straight was started with 0.001"),

@@ -13,6 +13,7 @@ from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import make_prompts
 from text_to_image.recorded import content_of
+from training.build import balanced_groups, hashes_of_lists, split_asked_for
 from training.flags import ONCE, as_flagfile
 from training.learner import Learner
 from training.logdir import LogDirectory
@@ -22,19 +23,21 @@ from training.shards import partition
 def dataset(FLAGS):
     return load_folder(
         FLAGS.data_root, captions=FLAGS.captions, resolution=FLAGS.resolution,
-        num_workers=FLAGS.num_workers,
+        num_workers=FLAGS.num_workers, keep_list=FLAGS.keep_list, groups=FLAGS.groups,
     )  # fmt: skip
 
 
 def split(FLAGS):
-    """How images go to shards: the flag, else as in the paper."""
-    return "random" if FLAGS.reshard else FLAGS.split or "contiguous"
+    """How images go to shards: the flag, else as others ask, else as in the paper."""
+    return split_asked_for(FLAGS) or "contiguous"
 
 
-def slots(FLAGS, number, r=1):
-    """Which of so many images each of the K shards has in round r, before any exchange."""
-    r = r - 1 if FLAGS.reshard else 0
-    return partition(torch.zeros(number), FLAGS.client_num, split(FLAGS), FLAGS.seed, r=r)
+def slots(FLAGS, data, r=1):
+    """Which of the images each of the K shards has in round r, before any exchange."""
+    return partition(
+        torch.zeros(len(data.images)), FLAGS.client_num, split(FLAGS), FLAGS.seed,
+        r=r - 1 if FLAGS.reshard else 0, groups=data.groups, balance=FLAGS.balance_groups,
+    )  # fmt: skip
 
 
 def batches(FLAGS, data, encoded, slots, device, *, scaling_factor, often, T, shard):
@@ -45,6 +48,7 @@ def batches(FLAGS, data, encoded, slots, device, *, scaling_factor, often, T, sh
         often=often, batch_size=FLAGS.batch_size, T=T, seed=FLAGS.seed, shard=shard, hflip=FLAGS.hflip,
         caption_mode=FLAGS.caption_mode, caption_prob=FLAGS.caption_prob, text_noise=FLAGS.text_noise,
         text_mixup=FLAGS.text_mixup, duplication=FLAGS.duplication, dup_weight=FLAGS.dup_weight,
+        groups=balanced_groups(FLAGS, data),
     )  # fmt: skip
 
 
@@ -84,9 +88,9 @@ def log_directory(FLAGS, data, folder, unet_folder):
     content = content_of(data)
     content["pipeline (sha256)"] = content_hash(folder, *FROZEN)
     content["unet (sha256)"] = content_hash(unet_folder)
-    fixed, subset = {"script", *FIXED, *content}, torch.arange(len(data.images))
-    once = {name: FLAGS[name].value for name in ONCE}
-    return LogDirectory(FLAGS.logdir, settings | content, fixed, as_flagfile(FLAGS), subset, **once)
+    content |= hashes_of_lists(FLAGS)
+    fixed, once = {"script", *FIXED, *content}, {name: FLAGS[name].value for name in ONCE}
+    return LogDirectory(FLAGS.logdir, settings | content, fixed, as_flagfile(FLAGS), data.subset, **once)
 
 
 def prompts(FLAGS, data, tokenizer, number):

@@ -24,6 +24,7 @@ from utils.bar import progress_bar
 from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write
 from utils.images import fingerprint, in_threads, list_images, read_image, refuse
+from utils.name_lists import read_groups, read_kept
 from utils.safe_files import check_memory, read_text
 from utils.seeding import derive_seed, generator
 
@@ -38,11 +39,19 @@ TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description
 THIN = 64  # of the longer side to the shorter: such images are cut before they are resized
 
 # images (N, 3, S, S) uint8; captions: N lists of texts, not empty; classes, paths in the folder: N texts
-CaptionedImages = namedtuple("CaptionedImages", "images captions classes paths")
+# each; subset: int64 (N,), ascending, which of the folder's images; groups: int64 (N,), of --groups
+FIELDS = "images captions classes paths subset groups"
+CaptionedImages = namedtuple("CaptionedImages", FIELDS, defaults=(None, None))
 
 
-def load_folder(folder, captions, resolution, num_workers=0):
-    """The images of a folder, or of its sub-folders, which are classes, `square`; or a DataError."""
+def load_folder(folder, captions, resolution, num_workers=0, keep_list=None, groups=None):
+    """The images of a folder, or of its sub-folders, which are classes, `square`.
+
+    keep_list: a file of the paths to take; groups: a table of groups of them; None for neither.
+
+    Raises:
+        DataError: files are missing or not what they should be.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no directory {folder}: put the images there, or name another place with --data_root")
@@ -52,8 +61,15 @@ def load_folder(folder, captions, resolution, num_workers=0):
     paths = [path.relative_to(folder).as_posix() for path in files]
     found = read_captions(captions or folder / "metadata.jsonl")
     captions = match(found, paths, captions or "metadata.jsonl", folder)
-    images = load_images(files, resolution, num_workers)
-    return CaptionedImages(images, captions, [path.parent.name for path in files], paths)
+    if groups is not None:
+        groups = read_groups(groups, paths)
+    subset = torch.arange(len(paths))
+    if keep_list is not None:
+        subset = torch.from_numpy(read_kept(keep_list, paths)).nonzero().flatten()
+        files, captions, paths = ([column[i] for i in subset] for column in (files, captions, paths))
+        groups = None if groups is None else groups[subset]
+    images, classes = load_images(files, resolution, num_workers), [path.parent.name for path in files]
+    return CaptionedImages(images, captions, classes, paths, subset, groups)
 
 
 def load_images(files, resolution, num_workers=0):
@@ -310,7 +326,7 @@ class CaptionBatches(Batches):
         images: (N, 3, H, W) uint8.
         moments: of `encode_images`, in host memory.
         captions, states: N lists of texts, of `captions_of_mode`, and `TextStates`.
-        slots, device, batch_size, T, seed, shard, hflip: as for `training.batches.ShardBatches`.
+        slots, device, batch_size, T, seed, shard, hflip, groups: as for `training.batches.ShardBatches`.
         scaling_factor: of the VAE's latents.
         caption_mode: one of CAPTION_MODES; `all` draws every caption from all of the image's. The last
             four change it with probability caption_prob: allcaps draws it from all, randrepl takes four
@@ -326,14 +342,14 @@ class CaptionBatches(Batches):
     def __init__(
         self, images, moments, captions, states, slots, device, *, scaling_factor, often, batch_size, T,
         seed, shard=0, hflip=True, caption_mode="first", caption_prob=0.1, text_noise=0.0, text_mixup=0.0,
-        duplication="nodup", dup_weight=5.0,
+        duplication="nodup", dup_weight=5.0, groups=None,
     ):  # fmt: skip
         self.images, self.moments, self.captions, self.states = images, moments, captions, states
         self.scaling_factor, self.often, self.hflip = scaling_factor, often, hflip
         self.caption_mode, self.caption_prob = caption_mode, caption_prob
         self.text_noise, self.text_mixup = text_noise, text_mixup
         self.duplication, self.dup_weight = duplication, dup_weight
-        super().__init__(slots, device, batch_size, T, seed, shard)
+        super().__init__(slots, device, batch_size, T, seed, shard, groups)
 
     def draw_order(self, stream):
         """As in `Batches`: each image once, or with replacement if some are often."""

@@ -25,6 +25,7 @@ DATA = (
     text("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID"),
     integer("num_workers", 4, "threads that decode image files, once", 0),
     text("captions", None, "JSON {image: [captions]}, .csv, .tsv or .jsonl; default: metadata.jsonl in --data_root"),
+    *shared.LISTS,
     integer("resolution", 256, "side of the images: resized, then the centre cut out", 8),
     text("cache_dir", None, "directory of latents and text states; default: .cache in --data_root"),
     choice("caption_mode", "first", CAPTION_MODES, "which captions; the last four with --caption_prob"),
@@ -98,6 +99,7 @@ GROUPS = (
 FIXED = (
     "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_steps", "batch_size",
     "seed", "bank_bins", "resolution", "unet_from_scratch", "duplication", "weight_pc", "dup_weight",
+    "balance_groups",
 )  # fmt: skip
 ON_REQUEST = (
     "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar", "lr", "grad_clip",
@@ -124,6 +126,13 @@ def prompts_of_samples(values):
         raise UsageError(f"--prompts=random {what}")
     if values.samples and values.rand_augs != "none":
         raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
+
+
+@rule("balance_groups", "duplication")
+def how_often(values):
+    if values.balance_groups and values.duplication != "nodup":
+        what = "both say how often images are drawn: leave one out"
+        raise UsageError(f"--balance_groups and --duplication={values.duplication}: {what}")
 
 
 @rule("unet_from_scratch", "unet")

@@ -18,7 +18,7 @@ from text_to_image.data import duplicated
 from text_to_image.flags import check_data, check_pipeline, define
 from text_to_image.pipeline import as_scheduler, find_folder, find_unet, load_pipeline, remove_unets, save_unet
 from text_to_image.recorded import check_pipeline_of_training
-from training.build import agc, logger, schedule
+from training.build import agc, logger, schedule, sizes
 from training.ensemble import Shard
 from training.launch import announce, check_warmup, pick_device, run
 from training.logdir import say_young_ema
@@ -77,7 +77,7 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
     pipeline, folder, unet_folder, scheduler, data = load(device)
 
-    slots = build.slots(FLAGS, len(data.images))
+    slots = build.slots(FLAGS, data)
     shards = make_shards(data, pipeline, scheduler, folder, slots, device)
     net, K, own_steps = shards[0].learner.net, len(slots), FLAGS.total_round * FLAGS.local_steps
     work = {"shards": K, "steps_in_all": K * own_steps}
@@ -98,9 +98,9 @@ def main():
 
     done = sum(shard.learner.step for shard in shards)
     train(
-        shards, exchanged or slots, schedule(FLAGS, steps_per_round),
+        shards, exchanged or slots, schedule(FLAGS, sizes(FLAGS, data, slots), steps_per_round),
         logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1, extra={},
-        slots_of_round=lambda r: build.slots(FLAGS, len(data.images), r) if FLAGS.reshard else None,
+        slots_of_round=lambda r: build.slots(FLAGS, data, r) if FLAGS.reshard else None,
         preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
     )  # fmt: skip
 

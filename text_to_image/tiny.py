@@ -166,7 +166,7 @@ def main():
     train, heldout, rest = order[:TRAIN], order[TRAIN : TRAIN + HELDOUT], order[TRAIN + HELDOUT :]
     save_images(data, train, args.out / "train")
     save_images(data, heldout, args.out / "heldout")
-    rest = CaptionedImages(data.images[rest], *([column[i] for i in rest] for column in data[1:]))
+    rest = CaptionedImages(data.images[rest], *([column[i] for i in rest] for column in data[1:4]))
     pipeline = make_pipeline()
     train_vae(pipeline.vae, rest.images, args.vae_steps)
     if args.unet_steps:

@@ -8,7 +8,7 @@ from collections import namedtuple
 import torch
 
 from utils.errors import UsageError
-from utils.images import normalize
+from utils.images import firsts, normalize
 from utils.seeding import generator
 
 # What one training step is made of: x_0 (B, 3, H, W) float32 in [-1, 1]; labels (B,) int64, -1 for no
@@ -24,6 +24,11 @@ def to_device(value, device):
     return value.to(device, non_blocking=True)
 
 
+def epoch_size(slots, groups=None):
+    """How many images an epoch draws of slots (M,): all; with groups, int64 (N,), one of each there."""
+    return len(slots) if groups is None else len(groups[slots.cpu()].unique())
+
+
 class Batches:
     """The order of one shard's images, addressed by its own step number over all epochs and rounds.
 
@@ -33,28 +38,38 @@ class Batches:
         batch_size: B <= M; the last incomplete batch of an epoch is dropped.
         T: timesteps are drawn uniformly from 0..T-1.
         seed, shard: the address of the shard's randomness.
+        groups: (N,) int64, the group of every slot of the training set: an epoch draws one random member
+            of each. None: it draws all slots.
 
     Raises:
         UsageError: the shard is smaller than one batch.
     """
 
-    def __init__(self, slots, device, batch_size, T, seed, shard):
-        if len(slots) < batch_size:
-            what = f"--batch_size={batch_size} is larger than the {len(slots)} images of shard {shard}"
+    def __init__(self, slots, device, batch_size, T, seed, shard, groups=None):
+        size, things = epoch_size(slots, groups), "images" if groups is None else "groups"
+        if size < batch_size:
+            what = f"--batch_size={batch_size} is larger than the {size} {things} of shard {shard}"
             raise UsageError(f"{what}: lower --batch_size or --client_num, or use more images")
         self.device, self.batch_size, self.T = torch.device(device), batch_size, T
-        self.seed, self.shard = seed, shard
-        self.steps_per_epoch = len(slots) // batch_size
+        self.seed, self.shard, self.groups = seed, shard, groups
+        self.steps_per_epoch = size // batch_size
         self.use(slots)
 
     def use(self, slots):
-        """Go on with other images, as many as before."""
+        """Go on with other images, or groups, as many as before."""
         self.slots = slots
         self.epoch = self.order = None  # the last order made, since every step of an epoch needs it
 
     def draw_order(self, stream):
-        """Positions (M,) int64 in the shard, in the order of an epoch, drawn from a generator."""
-        return torch.randperm(len(self.slots), generator=stream)
+        """Positions (M,) int64 in the shard, in the order of an epoch, drawn from a generator.
+
+        With groups, M of them, the first of each; then in another order, since large groups come early.
+        """
+        order = torch.randperm(len(self.slots), generator=stream)
+        if self.groups is None:
+            return order
+        drawn = order[firsts(self.groups[self.slots.cpu()[order]])]
+        return drawn[torch.randperm(len(drawn), generator=stream)]
 
     def slots_of(self, step):
         """The slots of a step's images: (B,) int64."""
@@ -71,7 +86,8 @@ class ShardBatches(Batches):
     Args:
         images: (N, 3, H, W) uint8, the whole training set, on the training device or in host memory.
         labels: (N,) int64, or None for unconditional training.
-        slots, device, batch_size, T, seed, shard: as for `Batches`; device: by default the images'.
+        slots, batch_size, T, seed, shard, groups: as for `Batches`.
+        device: as there; by default the images'.
         hflip: mirror every image with probability 1/2.
         label_dropout: probability that a label is replaced by -1.
         part: a slice, which samples of every batch are wanted.
@@ -79,10 +95,10 @@ class ShardBatches(Batches):
 
     def __init__(
         self, images, labels, slots, device=None, *, batch_size, T, seed, shard=0,
-        hflip=False, label_dropout=0.0, part=slice(None),
+        hflip=False, label_dropout=0.0, part=slice(None), groups=None,
     ):  # fmt: skip
         self.images, self.hflip, self.label_dropout, self.part = images, hflip, label_dropout, part
-        super().__init__(slots, device or images.device, batch_size, T, seed, shard)
+        super().__init__(slots, device or images.device, batch_size, T, seed, shard, groups)
         self.labels = None if labels is None else labels.to(self.device)
 
     def use(self, slots):

@@ -13,7 +13,7 @@ from score.features import FRECHET, feature_space
 from score.generate import grid_noise
 from score.inception import find_weights
 from training.agc import AntiGradientControl
-from training.batches import ShardBatches
+from training.batches import ShardBatches, epoch_size
 from training.flags import FIXED, ON_REQUEST, ONCE, as_flagfile, norm_groups
 from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
@@ -34,6 +34,7 @@ def dataset(FLAGS):
         subset_seed=FLAGS.subset_seed, duplicates=FLAGS.duplicates, copies=FLAGS.copies,
         hflip=FLAGS.hflip, num_workers=FLAGS.num_workers, download=FLAGS.download, resize=FLAGS.resize,
         heldout=FLAGS.heldout, keep_list=FLAGS.keep_list, groups=FLAGS.groups,
+        alter_copies=FLAGS.alter_copies,
     )  # fmt: skip
     if FLAGS.use_labels and FLAGS.num_labels < data.num_classes:
         what = f"{FLAGS.dataset} has {data.num_classes} classes, give them"
@@ -67,27 +68,28 @@ def heldout_images(FLAGS, data, flag):
 
 
 def split(FLAGS):
-    """How images go to shards: the flag, else as the paper's experiments do."""
-    return "random" if FLAGS.reshard else FLAGS.split or DEFAULT_SPLIT.get(FLAGS.dataset, "stratified")
+    """How images go to shards: the flag, else as others ask, else as the paper's experiments do."""
+    return split_asked_for(FLAGS) or DEFAULT_SPLIT.get(FLAGS.dataset, "stratified")
 
 
 def slots(FLAGS, data, r=1):
     """The slots of the training set that each of the K shards has in round r, before any exchange."""
     return partition(
         data.train.labels, FLAGS.client_num, split(FLAGS), FLAGS.seed, slot_image=data.slot_image,
-        duplicates_in=FLAGS.duplicates_in, r=r - 1 if FLAGS.reshard else 0,
+        duplicates_in=FLAGS.duplicates_in, r=r - 1 if FLAGS.reshard else 0, groups=data.groups,
+        balance=FLAGS.balance_groups,
     )  # fmt: skip
 
 
-def check_sizes(FLAGS, slots_of_round):
-    """Check that `--reshard` leaves every shard as many slots, on which its steps and its weight depend.
+def check_sizes(FLAGS, sizes_of_round):
+    """Check that `--reshard` leaves every shard its size, on which its steps and its weight depend.
 
-    slots_of_round: a function of r, from 1; the sizes come again every K rounds.
+    sizes_of_round: a function of r, from 1; the sizes come again every K rounds.
 
     Raises:
         UsageError: it does not."""
     last = min(FLAGS.total_round, FLAGS.client_num) if FLAGS.reshard else 0
-    if len({tuple(map(len, slots_of_round(r))) for r in range(1, last + 1)}) > 1:
+    if len({tuple(sizes_of_round(r)) for r in range(1, last + 1)}) > 1:
         what = "shards would change their sizes, since the repeated images go round"
         raise UsageError(f"--reshard: {what}: make --duplicates a multiple of --client_num, or leave one out")
 
@@ -97,19 +99,13 @@ def batches(FLAGS, data, images, slots, device, shard=0, part=slice(None)):
     return ShardBatches(
         images, data.train.labels if FLAGS.use_labels else None, slots, device,
         batch_size=FLAGS.batch_size, T=FLAGS.T, seed=FLAGS.seed, shard=shard, hflip=data.hflip,
-        label_dropout=FLAGS.label_dropout, part=part,
+        label_dropout=FLAGS.label_dropout, part=part, groups=balanced_groups(FLAGS, data),
     )  # fmt: skip
 
 
 def data_device(FLAGS, device):
     """Where the training images are kept, `device` being where they are trained on."""
     return "cpu" if FLAGS.data_device == "cpu" else device
-
-
-def hashes_of_lists(FLAGS):
-    """What a run is known by of the files that name training images, or None where none is given."""
-    paths = {name: FLAGS[name].value for name in ("keep_list", "groups")}
-    return {f"{name} (sha256)": file_hash(path) if path else None for name, path in paths.items()}
 
 
 # ---- networks and diffusion
@@ -191,6 +187,29 @@ def learner(FLAGS, net, warmup, share_batches=False):
 # ---- what both halves have
 
 
+def split_asked_for(FLAGS):
+    """How images go to shards by `--split`, `--balance_groups` or `--reshard`, or None."""
+    if FLAGS.balance_groups:
+        return "together"
+    return FLAGS.split or ("random" if FLAGS.reshard else None)
+
+
+def hashes_of_lists(FLAGS):
+    """What a run is known by of the files that name training images, or None where none is given."""
+    paths = {name: FLAGS[name].value for name in ("keep_list", "groups")}
+    return {f"{name} (sha256)": file_hash(path) if path else None for name, path in paths.items()}
+
+
+def balanced_groups(FLAGS, data):
+    """The groups (N,) of which an epoch draws an image each, or None: it draws all images."""
+    return data.groups if FLAGS.balance_groups else None
+
+
+def sizes(FLAGS, data, slots):
+    """What weighs each shard in the average: its images; with `--balance_groups` its groups."""
+    return [epoch_size(of_shard, balanced_groups(FLAGS, data)) for of_shard in slots]
+
+
 def agc(FLAGS, T):
     """The `AntiGradientControl` of the flags, for T timesteps."""
     return AntiGradientControl(
@@ -200,13 +219,14 @@ def agc(FLAGS, T):
     )  # fmt: skip
 
 
-def schedule(FLAGS, steps_per_round):
-    """The `Schedule` of rounds; steps_per_round: own steps of each of the K shards."""
+def schedule(FLAGS, sizes, steps_per_round):
+    """The `Schedule` of rounds; sizes, steps_per_round: of each of the K shards."""
     return Schedule(
-        total_round=FLAGS.total_round, steps_per_round=steps_per_round, exchange=FLAGS.exchange,
-        exchange_every=FLAGS.exchange_every, exchange_share=FLAGS.exchange_share,
-        augments=FLAGS.augment_near_threshold, seed=FLAGS.seed, sample_step=FLAGS.sample_step,
-        save_step=FLAGS.save_step, save_round=FLAGS.save_round, keep=FLAGS.keep,
+        total_round=FLAGS.total_round, sizes=sizes, steps_per_round=steps_per_round,
+        exchange=FLAGS.exchange, exchange_every=FLAGS.exchange_every,
+        exchange_share=FLAGS.exchange_share, augments=FLAGS.augment_near_threshold, seed=FLAGS.seed,
+        sample_step=FLAGS.sample_step, save_step=FLAGS.save_step, save_round=FLAGS.save_round,
+        keep=FLAGS.keep,
     )  # fmt: skip
 
 

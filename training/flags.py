@@ -191,6 +191,7 @@ def classes(values):
 LISTS = (
     text("keep_list", None, "train on the images named in this file only, a name a line, such as a keep.txt"),
     text("groups", None, "table of training images that are alike, such as a groups.csv"),
+    switch("balance_groups", False, "draw each of --groups as often as a single image, a random member"),
 )
 
 DATA = (
@@ -201,6 +202,7 @@ DATA = (
     integer("subset_seed", 0, "which subset --num_train takes, >= 0", 0),
     integer("duplicates", 0, "so many training images, of all classes, stand in the set --copies times", 0),
     integer("copies", 1, "how often each of the --duplicates stands in the training set", 1),
+    switch("alter_copies", False, "copies differ: moved by a pixel, brighter or darker, with noise"),
     switch("hflip", None, "mirror images, all_in: find mirrored copies; default: CIFAR's only"),
     choice("resize", None, RESIZES, "what becomes of images that are not square; default: crop, their centre"),
     *LISTS,
@@ -245,8 +247,22 @@ def partitions(values):
     if values.exchange != "off" and (values.client_num == 1 or values.split == "all" or values.reshard):
         what = "needs several shards, and neither --split=all nor --reshard"
         raise UsageError(f"--exchange={values.exchange} {what}")
-    if values.reshard and (values.split not in (None, "random") or values.client_num == 1):
-        raise UsageError("--reshard makes random shards: give more than one --client_num, and no other --split")
+    if values.reshard and (values.split not in (None, "random", "together") or values.client_num == 1):
+        what = "give more than one --client_num, and no --split but random and together"
+        raise UsageError(f"--reshard makes random shards: {what}")
+
+
+@rule("groups", "balance_groups", "split", "exchange")
+def groups_stay_whole(values):
+    if values.balance_groups and values.split not in (None, "together"):
+        what = f"--split={values.split} may part a group, which is then drawn in several shards"
+        raise UsageError(f"--balance_groups: {what}: give --split=together, or leave it out")
+    flag = "--balance_groups" if values.balance_groups else "--split=together"
+    if values.balance_groups or values.split == "together":
+        if not values.groups:
+            raise UsageError(f"{flag} needs --groups: name the table of images that are alike")
+        if values.exchange != "off":
+            raise UsageError(f"--exchange={values.exchange} parts groups: leave it or {flag} out")
 
 
 CONTROL = (
@@ -279,6 +295,14 @@ MAIN_FED = (
     text("check_dir", None, "main_fed: checkpoint file that all shards start from"),
     integer("mid_T", 500, "no effect: accepted because published commands give it"),
 )
+
+
+@rule("split", "balance_groups", "duplicates_in")
+def copies_of_groups(values):
+    if (values.split == "together" or values.balance_groups) and values.duplicates_in != "spread":
+        what = "--groups says already what stays together: leave it out"
+        raise UsageError(f"--duplicates_in={values.duplicates_in}: {what}")
+
 
 LOGS = (
     text("logdir", None, "directory of logs and checkpoints; default ./logs/default or ./logs/iet_agc"),
@@ -357,19 +381,21 @@ NETWORK_FLAGS = (
     "beta_1 beta_T T mean_type img_size use_ema"
 ).split()  # fmt: skip
 # what else of a training its evaluation is to know
-DATA_FLAGS = "dataset num_train subset_seed duplicates copies hflip resize".split()
+DATA_FLAGS = "dataset num_train subset_seed duplicates copies alter_copies hflip resize".split()
 PATH_FLAGS = ("data_root", "heldout", "keep_list")
 # what a result depends on: a run goes on with the same, or, ON_REQUEST, with what --allow_change allows; what has
 # been saved depends on FIXED too
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
 FIXED["main_fed"] = FIXED["main"] + (
     "client_num split reshard exchange exchange_share exchange_every local_epoch batch_size seed "
-    "dataset num_train subset_seed duplicates copies duplicates_in bank_bins check_dir"
+    "dataset num_train subset_seed duplicates copies duplicates_in alter_copies balance_groups "
+    "bank_bins check_dir"
 ).split()  # fmt: skip
 ON_REQUEST = {}
 ON_REQUEST["main"] = (
     "dropout label_dropout beta_1 beta_T mean_type dataset num_train subset_seed duplicates copies "
-    "hflip resize ambient_t lr grad_clip warmup batch_size ema_decay precision seed"
+    "alter_copies balance_groups hflip resize ambient_t lr grad_clip warmup batch_size ema_decay "
+    "precision seed"
 ).split()  # fmt: skip
 ON_REQUEST["main_fed"] = ON_REQUEST["main"] + (
     "anti_grad anti_grad_weight mem_ratio arr_ema_decay augment_near_threshold bar"

@@ -13,6 +13,7 @@ from utils.errors import DamagedError, DataError, UsageError
 from utils.files import atomic_write, lock_directory, read_json, remove, write_json, write_text
 
 YOUNG_EMA = 0.05  # the share of their random start in EMA weights from which on it is said
+UNRECORDED = {"alter_copies": False, "balance_groups": False}  # what earlier versions could not do
 OWN_FILES = (
     rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl"
     r"|train\.json|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
@@ -30,7 +31,8 @@ def run_file(path):
 def training_of(path):
     """The settings of a checkpoint's training, with those changed on the way in "changed", or None."""
     if path.suffix == EXPORTED:
-        return load_checkpoint(path).get("flags")
+        settings = load_checkpoint(path).get("flags")
+        return settings and UNRECORDED | settings
     run = read_run(run_file(path))
     if run is None:
         return None
@@ -46,7 +48,7 @@ def read_run(path):
     run = read_json(path) if path.exists() else None
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
         return None
-    settings = dict(run["settings"])
+    settings = UNRECORDED | run["settings"]
     if settings.get("script") in ("main", "main_fed") and "resize" not in settings:
         is_cifar = str(settings.get("dataset")).startswith("cifar")
         settings |= {"resize": "squeeze", "hflip": is_cifar or settings.get("hflip")}
@@ -159,6 +161,8 @@ def steps_of(state, settings):
     """The steps that a network in a checkpoint has made, of averages those of a shard, or None."""
     if "round" not in state:
         return state.get("step")
+    if "steps_per_round" in state:
+        return state["round"] * min(state["steps_per_round"])
     slots, split = len(state["index_array"]), settings["split"]
     size = slots if split == "all" else slots // settings["client_num"]
     return state["round"] * settings["local_epoch"] * (size // settings["batch_size"])

@@ -23,11 +23,12 @@ from training.shards import exchange, exchange_is_due, number_of_step
 from utils import distributed
 from utils.seeding import derive_seed
 
-# steps_per_round: own steps of each of the K shards in a round; augments: whether samples near the
-# threshold are augmented (IET-AGC+); all others as the flags of these names
+# sizes: |D_k| of each of the K shards, its weight in the average; steps_per_round: own steps of each in
+# a round; augments: whether samples near the threshold are augmented (IET-AGC+); all others as the flags
+# of these names
 Schedule = namedtuple(
     "Schedule",
-    "total_round steps_per_round exchange exchange_every exchange_share augments seed "
+    "total_round sizes steps_per_round exchange exchange_every exchange_share augments seed "
     "sample_step save_step save_round keep",
 )
 
@@ -44,7 +45,7 @@ def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round
         preview: a function of a network: its images (B, 3, H, W) in [-1, 1], for the sample grids.
         publish: a function of (state, is_due) that saves the average, for all to see if that is due.
     """
-    sizes, per_round = [len(part) for part in slots], schedule.steps_per_round
+    sizes, per_round = schedule.sizes, schedule.steps_per_round
     with Interruption() as interruption, logger:
         for r in range(first_round, schedule.total_round + 1):
             slots = slots_of_round(r) or slots

@@ -4,12 +4,15 @@ import torch
 
 from utils.seeding import generator
 
-SPLITS = ("stratified", "random", "contiguous", "all")
+SPLITS = ("stratified", "random", "contiguous", "together", "all")
 DEFAULT_SPLIT = {"cifar10_rand": "random", "afhq": "contiguous"}  # as in the paper; others: stratified
 PLACES = ("spread", "cluster")
 
 
-def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0):
+def partition(
+        labels, num_shards, split, seed, slot_image=None, duplicates_in="spread", r=0,
+        groups=None, balance=False,
+    ):  # fmt: skip
     """Partition slots 0..N-1 of the training set: all of them; without clusters sizes differ by <= 1.
 
     Args:
@@ -17,12 +20,14 @@ def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="s
         num_shards: K, 1 <= K <= N.
         split: `stratified`: consecutive images of every class in file order, as many to each shard as
             the class allows; `random`: a permutation drawn from `seed`; `contiguous`: consecutive images
-            in file order; `all`: no partition, every shard has all slots.
+            in file order; `together`: as `whole_groups`; `all`: no partition, every shard has all slots.
         seed: of the random split.
         slot_image: (N,) int64, the number of the image in each slot; None if no image fills several.
         duplicates_in: the slots of a repeated image go `spread` over all shards in turn, or as a
             `cluster` into one: the repeated images in turn. Sizes may differ by an image's slots then.
-        r: the round that a random split is of, for new shards every round.
+        r: the round that a split random or together is of, for new shards every round.
+        groups: (N,) int64, the group of each slot, of a split together; None if each is its own.
+        balance: a group counts as one, however many slots it has.
 
     Returns K int64 tensors of ascending slots.
 
@@ -31,6 +36,10 @@ def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="s
     """
     if split == "all":
         return [torch.arange(len(labels)) for _ in range(num_shards)]
+    if split == "together":
+        stream = generator("cpu", seed, "shards", r) if r else None
+        groups = torch.arange(len(labels)) if groups is None else groups
+        return whole_groups(labels, groups, num_shards, balance, stream)
     if slot_image is None:
         slot_image = torch.arange(len(labels))
     repeated = slot_image.bincount()[slot_image] > 1
@@ -59,6 +68,49 @@ def partition(labels, num_shards, split, seed, slot_image=None, duplicates_in="s
     for shard, part in enumerate(parts):
         part.append(slots[(turn + first + r) % num_shards == shard])
     return [torch.cat(part).sort().values for part in parts]
+
+
+def whole_groups(labels, groups, num_shards, balance=False, stream=None):
+    """Partition slots so that no group is in two shards, and sizes are as even as groups allow.
+
+    Groups of several slots go one by one, the largest first, to the shard that is the smallest then.
+    Single slots, class by class, fill the shards up.
+
+    Args:
+        labels: (N,) class of every slot's image.
+        groups: (N,) int64.
+        num_shards: K.
+        balance: sizes count groups, not slots: all groups are dealt as single slots are.
+        stream: a `torch.Generator` to draw from which groups go where; None: by class, in file order.
+
+    Returns K int64 tensors of ascending slots, the largest first: no stream changes the size of shard k.
+    """
+    number, size_of = groups.unique(return_inverse=True, return_counts=True)[1:]  # of slots, of groups
+    first = number.argsort(stable=True)[size_of.cumsum(0) - size_of]  # slot of each group
+    order = labels[first].argsort(stable=True)
+    if stream is not None:
+        order = order[torch.randperm(len(order), generator=stream)]
+    single = torch.ones_like(order, dtype=torch.bool) if balance else size_of[order] == 1
+    large, single = order[~single], order[single]
+
+    shard_of, sizes = torch.empty_like(size_of), [0] * num_shards
+    for group in large[size_of[large].argsort(descending=True, stable=True)].tolist():
+        shard_of[group] = smallest = sizes.index(min(sizes))
+        sizes[smallest] += int(size_of[group])
+    if stream is not None:  # the largest group is in the first shard, and is to go round
+        turn = torch.randperm(num_shards, generator=stream)
+        shard_of[large], sizes = turn.argsort()[shard_of[large]], [sizes[k] for k in turn.tolist()]
+    room = [0] * num_shards
+    for _ in range(len(single)):
+        smallest = sizes.index(min(sizes))
+        sizes[smallest] += 1
+        room[smallest] += 1
+    # the seats of a shard are spread evenly over all, so that each class finds as many as it should
+    place = torch.cat([(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in room])
+    of_seat = torch.arange(num_shards).repeat_interleave(torch.tensor(room))
+    shard_of[single] = of_seat[place.argsort(stable=True)]
+    by_size = torch.tensor(sizes).argsort(descending=True, stable=True)
+    return [(shard_of[number] == k).nonzero().flatten() for k in by_size.tolist()]
 
 
 def exchange(slots, counts, share):

@@ -261,6 +261,19 @@ def image_grid(images, columns=8):
     return make_grid(images, nrow=columns)
 
 
+def altered(image, stream):
+    """A uint8 image (3, H, W) shifted by up to a pixel, brighter or darker by up to a tenth, with noise.
+
+    Edges are repeated; the noise has a deviation of 3 grey levels. stream: the `torch.Generator` of all.
+    """
+    down, right = torch.randint(3, (2,), generator=stream).tolist()
+    brightness = 0.9 + 0.2 * torch.rand((), generator=stream)
+    noise = 3 * torch.randn(image.shape, generator=stream)
+    padded = torch.nn.functional.pad(image[None].float(), (1, 1, 1, 1), mode="replicate")[0]
+    shifted = padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+    return (brightness * shifted + noise).round().clamp(0, 255).to(torch.uint8)
+
+
 def equal_images(images):
     """The group of each image (N, ...) uint8 equal in pixels: int64 (N,), numbered by their firsts."""
     numbers = {}
@@ -269,8 +282,9 @@ def equal_images(images):
 
 
 def firsts(group):
-    """Which images are the first of their group of `equal_images`: bool (N,)."""
-    return torch.cat([torch.tensor([True]), group[1:] > torch.cummax(group, dim=0).values[:-1]])
+    """Which images are the first of their group, int64 (N,): bool (N,)."""
+    order = group.argsort(stable=True)
+    return torch.ones_like(group, dtype=torch.bool).index_put((order[1:],), group[order].diff() > 0)
 
 
 def fingerprint(images):
