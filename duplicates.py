@@ -72,7 +72,7 @@ def near_pairs(images, distinct, N, space, path):
     images: (N + L, 3, H, W) uint8, N training images and those held out; distinct: numbers of those to
     compare; space: a `FeatureSpace`, or None for pixels; path: of what an earlier search has found."""
     digests = [digest(images[i], i < N) for i in distinct]
-    made_by = f"{made_by_features()}, version 1"
+    made_by = f"{made_by_features()}, version 1, {images.shape[-1]} pixels"
     order, found = earlier_search(path, digests, made_by)
     distinct, digests = distinct[order], [digests[i] for i in order]
     compared = Features(images[distinct], space) if space else Pixels(images[distinct])
@@ -81,11 +81,7 @@ def near_pairs(images, distinct, N, space, path):
     say_time(compared, len(distinct), done)
 
     def save(found):
-        arrays = {
-            f"{name}_{way}": array.numpy()
-            for way, lists in enumerate(found)
-            for name, array in zip(Lists._fields, lists, strict=True)
-        }
+        arrays = {name: np.stack(column) for name, column in zip(Lists._fields, zip(*found, strict=True), strict=True)}
         with atomic_write(path) as file:
             np.savez(file, made_by=made_by, digests=digests[: len(found[0].index)], **arrays)
 
@@ -117,9 +113,8 @@ def earlier_search(path, digests, made_by):
     order, where = list(range(len(digests))), {digest: i for i, digest in enumerate(digests)}
     if not path.exists():
         return order, None
-    names = [f"{name}_{way}" for way in (0, 1) for name in Lists._fields]
     try:
-        saved = read_npz(path, ["made_by", "digests", *names])
+        saved = read_npz(path, ["made_by", "digests", *Lists._fields])
     except DataError as error:
         say(f"{error}: searching again")
         return order, None
@@ -129,7 +124,8 @@ def earlier_search(path, digests, made_by):
         return order, None
     first = [where[digest] for digest in earlier]
     order = first + sorted(set(order) - set(first))
-    return order, [Lists(*(torch.from_numpy(saved[f"{name}_{way}"]) for name in Lists._fields)) for way in (0, 1)]
+    columns = (map(torch.from_numpy, saved[name]) for name in Lists._fields)
+    return order, [Lists(*lists) for lists in zip(*columns, strict=True)]
 
 
 def say_time(compared, n, done):

@@ -5,6 +5,7 @@ Liu et al. 2024; a copy has a small one. Without a network, distances are those 
 and divided by their norm: of images pooled to 16x16 to find candidates, of shifted crops to score these.
 """
 
+import itertools
 from collections import defaultdict, namedtuple
 
 import numpy as np
@@ -71,14 +72,19 @@ def crops_of(images, shift):
 class Pixels:
     """What images are compared by without a network.
 
-    images: (N, 3, H, W) uint8."""
+    images: (N, 3, H, W) uint8. Every image is searched for as it is and mirrored; one of less than 16
+    pixels, in which a pixel is more than codes let pass, also moved by a pixel in all eight directions."""
 
     unit = UNIT
 
     def __init__(self, images):
         self.images, self.shift = standard_images(images), max(2, SIDE // images.shape[-1])
         self.keys = torch.cat([codes_of(part) for part in self.images.split(BLOCK)])
-        self.queries = self.keys, self.keys.flip(-1)
+        self.queries = [(False, self.keys), (True, self.keys.flip(-1))]
+        moves = itertools.product((-self.shift, 0, self.shift), repeat=2) if self.shift > 2 else ()
+        for move in filter(any, moves):
+            moved = codes_of(moved_by(self.images, *move))
+            self.queries += [(False, moved), (True, moved.flip(-1))]
 
     def nearest(self, queries, keys, k, below=None):
         """The k nearest keys nearer than `below`, (n,) or None: sq_distance and index, (n, k), of codes.
@@ -95,6 +101,13 @@ class Pixels:
         return torch.cat(parts) if parts else torch.zeros(0)
 
 
+def moved_by(images, down, right):
+    """uint8 images (N, 3, H, W) moved by so many pixels, their edges repeated."""
+    height, width = images.shape[2:]
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    return images[:, :, rows][..., (torch.arange(width) - right).clamp(0, width - 1)]
+
+
 class Features:
     """What images are compared by in a `score.features.FeatureSpace`; images: (N, 3, H, W) uint8."""
 
@@ -102,14 +115,14 @@ class Features:
 
     def __init__(self, images, space):
         self.keys = embed(space, images)
-        self.queries = self.keys, embed(space, images.flip(-1))
+        self.queries = [(False, self.keys), (True, embed(space, images.flip(-1)))]
 
     def nearest(self, queries, keys, k, below=None):
         similarity, index = most_similar(queries, keys, k)
         return squared_distance(similarity), index
 
     def score(self, first, second, is_mirrored):
-        return squared_distance((self.queries[is_mirrored][first] * self.keys[second]).sum(dim=1))
+        return squared_distance((self.queries[is_mirrored][1][first] * self.keys[second]).sum(dim=1))
 
 
 def nearer(lists, others, k=NEIGHBORS):
@@ -126,7 +139,7 @@ def nothing(n):
 
 
 def search(compared, is_key, found=None, save=None, block=BLOCK):
-    """The 50 nearest training images of every image, itself left out, and of its mirror image.
+    """The 50 nearest training images of every image, itself left out, and of all its `queries`.
 
     Every pair is compared. Images come in blocks: a block is searched for among all before it and itself,
     and those before it look through the block. So a search can be gone on with, with more images too.
@@ -134,19 +147,19 @@ def search(compared, is_key, found=None, save=None, block=BLOCK):
     Args:
         compared: `Pixels` or `Features` of N images.
         is_key: (N,) bool, which are training images; the first is one.
-        found: the `Lists` of the first images and of their mirror images, of an earlier search.
+        found: the `Lists` of the first images for every query, of an earlier search.
         save: called with the lists after every block.
 
     Returns:
-        the `Lists` of all images, and of their mirror images."""
+        the `Lists` of all images for every query, those of the images as they are first."""
     N, numbers = len(is_key), torch.arange(len(is_key))
-    found = list(found or (nothing(0), nothing(0)))
+    found = list(found or (nothing(0) for _ in compared.queries))
     done = len(found[0].index)
     with progress_bar(total=N**2, initial=done**2, desc="searching", unit="pair", unit_scale=True) as bar:
         for start in range(done, N, block):
             end = min(start + block, N)
             before, new = numbers[:start], numbers[start:end]
-            for way, queries in enumerate(compared.queries):
+            for way, (_, queries) in enumerate(compared.queries):
 
                 def look(rows, keys, lists, queries=queries):
                     """The `Lists` of the images `rows`, with the nearer ones of the images `keys`."""
@@ -190,7 +203,7 @@ def scored_pairs(compared, found, is_key):
     N, (scale, mean, median) = len(is_key), scales(found[0], is_key)
     reach = torch.maximum(CANDIDATE[0] * mean, CANDIDATE[1] * median)
     addresses, scores = [], []
-    for is_mirrored, lists in enumerate(found):
+    for (is_mirrored, _), lists in zip(compared.queries, found, strict=True):
         row, column = (lists.sq_distance <= reach[:, None]).nonzero(as_tuple=True)
         other = lists.index[row, column]
         swap = is_key[row] & (other < row)

@@ -62,7 +62,7 @@ def with_copies(n=150):
 def brute_force_lists(compared, is_key, is_mirrored):
     """Distances (N, 50) of codes to other training images, by scipy."""
     keys = compared.keys.flatten(1).double().numpy()
-    queries = compared.queries[is_mirrored].flatten(1).double().numpy()
+    queries = compared.queries[is_mirrored][1].flatten(1).double().numpy()
     d = cdist(queries, keys, "sqeuclidean") / 255**2
     np.fill_diagonal(d, np.inf)
     d[:, ~is_key] = np.inf
@@ -129,6 +129,17 @@ def test_most_of_more_copies_than_neighbours_are_found():
     pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
     nearest = greedy_groups(pairs[score < 0.3], score[score < 0.3], range(420))
     assert set(nearest) <= set(range(300, 420)) and len(nearest) >= 110
+
+
+def test_tiny_copies_are_found_moved_by_a_pixel():
+    images = scenes(100, side=8)
+    moved = np.roll(images[:4], (1, -1), (1, 2))
+    images = as_tensor(np.concatenate([images, moved, moved[:, :, ::-1]]))
+    is_key = torch.ones(len(images), dtype=torch.bool)
+    compared = Pixels(images)
+    pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
+    near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
+    assert {(i, 100 + i) for i in range(4)} | {(i, 104 + i) for i in range(4)} <= near
 
 
 def test_a_flat_image_is_like_no_other():
