@@ -15,7 +15,14 @@ from absl.flags import FLAGS
 
 from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import SAMPLES_ORDER, count_repeats, evaluate, identity, known_neighbors
+from score.evaluate import (
+    SAMPLES_ORDER,
+    count_groups,
+    count_repeats,
+    evaluate,
+    identity,
+    known_neighbors,
+)
 from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
@@ -38,7 +45,7 @@ from utils.images import equal_images, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
-OPTIONAL = {"memorise": ("holdout", "similarity")}
+OPTIONAL = {"memorise": ("holdout", "similarity", "groups")}
 OPTIONAL["score"] = (
     "fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"
 )  # fmt: skip
@@ -263,24 +270,25 @@ def find_gap(net, paths, data, device):
 
 
 def sets_of(result):
-    """The `identity` of the images and training images that a result is of, which takes long to hash."""
-    return {name: result[name] for name in ("images_sha256", "training_sha256")}
+    """The `identity` of a result's images, which takes long to hash, and of the groups of the flags."""
+    of_groups = {"groups_sha256": file_hash(FLAGS.groups)} if FLAGS.groups else {}
+    return {name: result[name] for name in ("images_sha256", "training_sha256")} | of_groups
 
 
 def memorise(images, real, space, names, sets, device):
     """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
-    training, heldout = real.data.train.images, real.heldout
+    training, heldout, groups = real.data.train.images, real.heldout, real.data.groups
     numbers, _ = evaluate(
         images, training.to(build.data_device(FLAGS, device)), heldout, folder=FLAGS.similar_dir,
-        sets=sets, hflip=real.data.hflip, names=names,
+        sets=sets, hflip=real.data.hflip, names=names, groups=groups,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
-        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors)
+        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors, groups=groups)
         for name, floor in floors.items():
             numbers[name]["similarity"] = floor
-    return numbers
+    return numbers | count_groups(groups, FLAGS.groups)
 
 
 def show(stages, result, images, real, names):
@@ -288,6 +296,8 @@ def show(stages, result, images, real, names):
     training = real.data.train.images
     path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets_of(result))
+    if result.get("groups") != count_groups(real.data.groups, FLAGS.groups).get("groups"):
+        raise DataError(f"{path}: made with other --groups, or none: give those, or run the memorise stage")
     if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])
@@ -297,7 +307,7 @@ def show(stages, result, images, real, names):
     if "report" in stages:
         page = Path(FLAGS.grid_dir) / "report.html"
         skips = skip_counts(result["checkpoint"], real.slot_group)
-        report = partial(write_report, page, result, *shown, skips, names)
+        report = partial(write_report, page, result, *shown, skips, names, real.data.groups)
         add_stage(result, FLAGS.grid_dir, "report", lambda: {"report": report()})
 
 

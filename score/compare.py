@@ -128,6 +128,7 @@ def facts_of(result):
         "number of training images": result.get("training_set_size"),
         "image size": settings.get("resolution" if is_text else "img_size"),
         "number of images": result["N"] or None,
+        "groups of training images": under("groups", "sha256")(result) or ("none" if has_copies else None),
         "mirror images": "mirrored" in pixels if "extracted" in pixels else None,
         "held-out images": heldout.get("images_sha256") if heldout or not has_copies else "none",
         "number of held-out images": heldout.get("N"),

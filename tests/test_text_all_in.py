@@ -19,6 +19,8 @@ from tests.inception_weights import write_weights
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
 from text_to_image.pipeline import load_pipeline
+from utils.files import file_hash
+from utils.name_lists import GROUP_COLUMNS, write_table
 from utils.seeding import generator
 
 MODULE = "text_to_image.all_in"
@@ -182,6 +184,14 @@ def test_images_of_others(directory, tmp_path_factory):
     assert similarity["sim_mean"] == pytest.approx(1, abs=1e-5) and similarity["f_mem"] == 1
     assert similarity["own_image"] == 1  # of the 11 whose prompt is a caption
     assert "base" not in result and "detector" not in result and result["samples"] == str(folder)
+    rows = [[1, f"{i:02}.png", i == 3, 1, "exact" if i == 16 else "near"] for i in (0, 3, 16)]
+    write_table(directory / "groups.csv", GROUP_COLUMNS, rows)
+    run_module(MODULE, *flags, "--groups=groups.csv", cwd=directory)
+    again = json.loads((directory / "theirs/grid/result.json").read_text())
+    assert again["groups"] == {"sha256": file_hash(directory / "groups.csv"), "number": 1, "largest": 2}
+    index = np.load(directory / "theirs/similar/similarity.npz")["index"]
+    assert not (index[0] == 3).any() and not (index[3] == 0).any() and (index[1:3] >= 0).all()
+    assert again["similarity"]["sim_mean"] == similarity["sim_mean"]
     assert not (directory / "theirs/generate").exists()
 
 

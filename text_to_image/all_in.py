@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.evaluate import count_repeats, identity
+from score.evaluate import count_groups, count_repeats, identity
 from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into, over_ranks
@@ -54,6 +54,7 @@ from utils.bar import progress_bar
 from utils.errors import DataError, UsageError
 from utils.files import atomic_write, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
+from utils.name_lists import read_groups
 from utils.seeding import generator
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
@@ -289,11 +290,13 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
     return floors, notes
 
 
-def measure(images, norms, training, prompts, space, scorers, clip, floors):
-    """All numbers of images and floors, and nearest training images; norms: of the detector, or None."""
+def measure(images, norms, training, prompts, space, scorers, clip, floors, groups):
+    """All numbers of images and floors, and nearest training images.
+
+    norms: of the detector, or None; groups: of the training images, or None."""
     own = prompts and prompts.own
     with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
-    numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)
+    numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own, groups)
     numbers = {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
@@ -321,6 +324,7 @@ def main():
     say(*notes)
     data, heldout = distinct(given), read_images("heldout") if FLAGS.heldout else None
     training = data.images
+    groups = read_groups(FLAGS.groups, data.paths, given.paths) if FLAGS.groups else None
     repeats, heldout = without_repeats(len(given.images), training, heldout)
     images = read_images("samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
@@ -345,8 +349,8 @@ def main():
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
-        result["scored_with"] = scorer.scored_with
-        numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)
+        result |= {"scored_with": scorer.scored_with, **count_groups(groups, FLAGS.groups)}
+        numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors, groups)
         result |= {**numbers, "flags": as_dict(FLAGS)}
         result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
         if distributed.is_main():

@@ -50,6 +50,7 @@ EVALUATION = (
     integer("rand_aug_repeats", 4, "all_in: how many of them", 1),
     text("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir"),
     choice("features", None, COPIES, "all_in: what similarity is that of; default: sscd"),
+    text("groups", None, "all_in: table of training images that are alike, such as a groups.csv"),
 )
 
 GROUPS = (
