@@ -29,6 +29,7 @@ from score.generate import MeanPrediction, draw_labels, generate_batches, genera
 from score.grids import save_grids
 from score.memorization import memorization_ratio
 from score.record import add_stage, earlier_result, print_summary, say, take_directories
+from score.reject import held_back, ratio_margin
 from score.report import training_seconds, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import evaluate_similarity
@@ -41,7 +42,7 @@ from training.weights import find_checkpoint, load_checkpoint, load_weights, wei
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
-from utils.images import equal_images, keep_apart
+from utils.images import equal_images, fingerprint, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
@@ -183,11 +184,18 @@ def generate_images(net, paths, settings, young, data, device):
     origin |= {"num_labels": build.num_labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     if classes := build.classes(FLAGS, data):
         origin["classes"] = classes
+    margin = None
+    if FLAGS.reject_below is not None:
+        training = data.train.images.to(build.data_device(FLAGS, device))
+        below, search = FLAGS.reject_below, {"batch_training": FLAGS.batch_B, "device": device}
+        margin = partial(ratio_margin, training=training, groups=data.groups, below=below, **search)
+        origin |= {"reject_below": below, "training_sha256": fingerprint(training)}
+        origin["groups_sha256"] = file_hash(FLAGS.groups) if FLAGS.groups else "none"
     network = torch.compile(net) if FLAGS.compile else net
     sampler = GaussianDiffusionSampler(network, **build.sampler_settings(FLAGS)).to(device)
 
     def batches(first):
-        return generate_batches(sampler, **build.generation(FLAGS, data), first=first)
+        return generate_batches(sampler, **build.generation(FLAGS, data), first=first, margin=margin)
 
     about = {"checkpoint": names_of(paths), "training": settings}
     about |= {"flags": as_dict(FLAGS), "ema_warning": young}
@@ -232,7 +240,8 @@ def describe(images, paths, settings, young):
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-    return {name: record[name] for name in names} | weights | {"ema_warning": record.get("ema_warning")}
+    known = {name: record[name] for name in names} | weights | held_back(record)
+    return known | {"ema_warning": record.get("ema_warning")}
 
 
 def begin_result(result, stages, images, real, paths, settings, young):
@@ -248,6 +257,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
     used = result.get("flags", description.get("flags", {}))  # an earlier call's, until numbers are made
+    result.pop("held_back", None)
     seconds = result["seconds"] | description.get("seconds", {})
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
@@ -285,7 +295,8 @@ def memorise(images, real, space, names, sets, device):
     )  # fmt: skip
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
-        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors, groups=groups)
+        sets = {"floors": floors, "groups": groups}
+        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, **sets)
         for name, floor in floors.items():
             numbers[name]["similarity"] = floor
     return numbers | count_groups(groups, FLAGS.groups)
@@ -297,7 +308,8 @@ def show(stages, result, images, real, names):
     path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets_of(result))
     if result.get("groups") != count_groups(real.data.groups, FLAGS.groups).get("groups"):
-        raise DataError(f"{path}: made with other --groups, or none: give those, or run the memorise stage")
+        what = "made with other --groups, or none"
+        raise DataError(f"{path}: {what}: give those, or run the memorise stage")
     if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])

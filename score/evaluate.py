@@ -27,7 +27,10 @@ SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 IDENTITY = ("images_sha256", "training_sha256", "groups_sha256")  # what kept neighbours are of
 
 
-def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False, names=None, groups=None, **search):
+def evaluate(
+    images, training, heldout=None, folder=None, sets=None, hflip=False, names=None, groups=None,
+    **search,
+):  # fmt: skip
     """All numbers of a set of images in pixels, as JSON values, and their nearest training images.
 
     Args:

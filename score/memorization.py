@@ -32,8 +32,9 @@ LIST_ENTRIES = 2**26  # neighbours in memory at once, where groups are large
 
 @torch.no_grad()
 def nearest_neighbors(
-    generated, training, k=NEIGHBORS, batch_generated=2048, batch_training=4096, device=None, progress=False
-):
+    generated, training, k=NEIGHBORS, batch_generated=2048, batch_training=4096, device=None,
+    progress=False,
+):  # fmt: skip
     """The k nearest training images of every generated image, by squared L2 distance in [0, 1].
 
     Args:
@@ -107,7 +108,7 @@ def largest(groups):
 
 
 def group_of(index, groups):
-    """The groups of training images by their index, int64 of any shape; the index itself without groups."""
+    """The groups of training images by their index, int64 of any shape; the index without groups."""
     return index if groups is None else groups.to(index.device)[index]
 
 
@@ -248,12 +249,12 @@ def extraction(sq_distance, index, groups=None):
 
 
 def nearer_of_both(nearest, mirrored, groups=None):
-    """The two nearest training images of two groups, as near as they or their mirror images, (N, 2) of both.
+    """The two nearest training images of two groups, as near as they or their mirror images.
 
-    Where there is one group only, the nearest is both.
+    Returns sq_distance and index, (N, 2). Where there is one group only, the nearest is both.
 
     Args:
-        nearest: (sq_distance, index), as `neighbors_of_groups` returns them, k >= 2, of generated images.
+        nearest: (sq_distance, index) of generated images, as of `neighbors_of_groups` with k >= 2.
         mirrored: the same of the mirrored generated images, which are as far from a training image as
             the generated ones from its mirror image.
         groups: as there."""

@@ -249,7 +249,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         "nearest training images (Liu et al. 2024). The floor is the same figure for real images that "
         "were not trained on: what a generator that copies nothing may reach."
     )
-    note += note_of_groups(result)
+    note += note_of_groups(result) + note_of_held_back(result)
 
     def caption(i, j):
         of_files = f"training {escape(str(training_names[j]))}, generated {escape(str(image_names[i]))}"
@@ -284,6 +284,26 @@ def note_of_groups(result):
     sizes = f"{groups['number']:,} of several images, the largest of {groups['largest']:,}"
     how = "neighbours after the nearest, d2 .. d50, are of other groups than that"
     return f" Training images are in groups, {sizes}: {how}."
+
+
+def note_of_held_back(result):
+    """What making images again has done, or nothing."""
+    if not (numbers := result.get("held_back")):
+        return ""
+    is_text = "reject_above" in result["origin"]
+    limit = f"{result['origin']['reject_above' if is_text else 'reject_below']:g}"
+    rule, measure = f"a ratio below {limit} %", f"MQ@{limit}"
+    if is_text:
+        rule, measure = f"a similarity above {limit}", f"the share above {limit}"
+    seconds, without = (f"{numbers[f'seconds_per_image{end}']:.3g}" for end in ("", "_without"))
+    return (
+        f" Images with {rule} were held back and made again, {numbers['share']:.1%} of them: "
+        f"{numbers['made']:,} were made for {result['N']:,}. Of {numbers['after_tries']:,} all "
+        f"{numbers['tries']} tries were held back, and the best is here. So {measure} is met by "
+        "construction but for these, and says nothing; what that costs, and which copies are left, is said "
+        f"by f_mem in other features, FID or fpd, and recall. An image took {seconds} seconds, {without} "
+        "without holding back."
+    )
 
 
 def write_page(path, result, number, note, sections):
@@ -322,7 +342,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         *([("Detector of copies", detector(result))] if "detector" in result else []),
         ("The most similar pairs: training image, generated image", shown),
     ]
-    note = note_of_groups(result)
+    note = note_of_groups(result) + note_of_held_back(result)
     return write_page(path, result, len(training), note and f"<p class=note>{note}</p>", sections)
 
 

@@ -41,13 +41,18 @@ def clip_scores(clip, images, captions, batch_size=64):
     return torch.cat(scores)
 
 
+def unit_features(space, images):
+    """The features of a batch of images in a `FeatureSpace`, (B, D) float32, of length 1."""
+    return F.normalize(space.features(images).float())
+
+
 @torch.no_grad()
 def embed(space, images):
     """The features, in a `FeatureSpace`, of images (N, 3, H, W) uint8: (N, D) float32, of length 1."""
     share = images[distributed.share(len(images))]
     batches = (share if len(share) else images[:1]).split(space.batch_size)
     bar = progress_bar(batches, "embedding", unit="batch", delay=1)
-    rows = torch.cat([F.normalize(space.features(batch).float()) for batch in bar])
+    rows = torch.cat([unit_features(space, batch) for batch in bar])
     return distributed.join_rows(rows[: len(share)])
 
 
@@ -124,7 +129,8 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
 
     def measure(images, prompt_images):
         features = embed(space, images)
-        numbers, neighbors = measure_similarity(features, training, space.threshold, prompt_images, groups)
+        own = prompt_images, groups
+        numbers, neighbors = measure_similarity(features, training, space.threshold, *own)
         return {"features": space.name, "preprocess": space.preprocess, **numbers}, neighbors
 
     numbers, neighbors = measure(images, prompt_images)

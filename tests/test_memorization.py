@@ -260,7 +260,7 @@ def test_authenticity_against_brute_force():
 
 
 def of_other_groups(distance, groups):
-    """Row by row, each image's nearest and then those of other groups: lists of distances and of indices."""
+    """Row by row, each image's nearest and then those of other groups: distances and indices."""
     rows = []
     for row in distance:
         order = np.argsort(row, kind="stable")
@@ -275,12 +275,14 @@ def altered_repeats(random, groups, M, size=4):
     training = uint8_images(random, M, size)
     for group in set(groups.tolist()):
         members = np.flatnonzero(groups == group)
-        training[members] = training[members[0]] ^ random.integers(0, 4, training[members].shape, dtype=np.uint8)
-    copies = training[random.integers(0, M, 30)] ^ random.integers(0, 4, (30, 3, size, size), dtype=np.uint8)
+        training[members] = near(training[members[[0] * len(members)]], random, 4)
+    copies = near(training[random.integers(0, M, 30)], random, 4)
     return training, np.concatenate([copies, uint8_images(random, 20, size)])
 
 
-@pytest.mark.parametrize(("M", "sizes"), [(200, [40, 7, 7, 2]), (90, [60, 20]), (60, [60]), (55, []), (1, [])])
+@pytest.mark.parametrize(
+    ("M", "sizes"), [(200, [40, 7, 7, 2]), (90, [60, 20]), (60, [60]), (55, []), (1, [])]
+)  # fmt: skip
 def test_neighbours_of_other_groups_against_brute_force(M, sizes, monkeypatch):
     """Altered repeats, also where fewer than 50 images or none are of other groups."""
     monkeypatch.setattr(memorization, "LIST_ENTRIES", 1500)  # some images at a time
@@ -345,7 +347,8 @@ def test_all_in_one_group_has_no_second():
     training = as_images(uint8_images(random, 5))
     generated = torch.cat([training[:2], as_images(uint8_images(random, 4))])
     groups = torch.zeros(5, dtype=torch.int64)
-    found, mirrored = (neighbors_of_groups(x, training, groups, k=2) for x in (generated, generated.flip(-1)))
+    both_ways = (generated, generated.flip(-1))
+    found, mirrored = (neighbors_of_groups(x, training, groups, k=2) for x in both_ways)
     both = nearer_of_both(found, mirrored, groups)
     assert extraction(*found, groups) == extraction(*both, groups) == {"f_mem": 2 / 6, "extracted": 1}
     assert authenticity(*found, training, groups) == 0

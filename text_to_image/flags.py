@@ -50,6 +50,7 @@ EVALUATION = (
     integer("rand_aug_repeats", 4, "all_in: how many of them", 1),
     text("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir"),
     choice("features", None, COPIES, "all_in: what similarity is that of; default: sscd"),
+    number("reject_above", None, "all_in: make images again whose similarity is above this", -1.0, 1.0),
     text("groups", None, "all_in: table of training images that are alike, such as a groups.csv"),
 )
 
@@ -125,6 +126,12 @@ def prompts_of_samples(values):
         raise UsageError(f"--prompts=random {what}")
     if values.samples and values.rand_augs != "none":
         raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
+
+
+@rule("reject_above", "samples")
+def rejects_what_it_makes(values):
+    if values.samples and values.reject_above is not None:
+        raise UsageError("--reject_above makes images again, not those of --samples: leave it out")
 
 
 @rule("unet_from_scratch", "unet")
