@@ -295,8 +295,8 @@ def memorise(images, real, space, names, sets, device):
     )  # fmt: skip
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
-        sets = {"floors": floors, "groups": groups}
-        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, **sets)
+        found = evaluate_similarity(space, images, training, floors=floors, groups=groups)
+        numbers["similarity"], floors, _ = found
         for name, floor in floors.items():
             numbers[name]["similarity"] = floor
     return numbers | count_groups(groups, FLAGS.groups)

@@ -95,14 +95,14 @@ def neighbors_of_groups(generated, training, groups=None, k=NEIGHBORS, **setting
     groups: (M,) int64, the group of every training image; None: each is a group of its own.
 
     Returns `others_left_out` of (sq_distance, index). Memory grows with the largest group."""
-    searched = k + largest(groups) - 1
+    searched = k + largest_group(groups) - 1
     parts = generated.split(max(1, LIST_ENTRIES // searched))
     found = [nearest_neighbors(part, training, searched, **settings) for part in parts]
     left = [others_left_out(*nearest, groups, k) for nearest in found]
     return tuple(torch.cat(rows) for rows in zip(*left, strict=True))
 
 
-def largest(groups):
+def largest_group(groups):
     """The size of the largest group of (M,) int64; 1 of None, where each image is one of its own."""
     return 1 if groups is None else int(groups.bincount().max())
 

@@ -14,7 +14,7 @@ from score.memorization import (
     NEIGHBORS,
     closer_than_third,
     group_of,
-    largest,
+    largest_group,
     memorization_ratio,
     others_left_out,
     shares_below,
@@ -67,7 +67,7 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192, groups=N
     groups: of the keys, as for `score.memorization.neighbors_of_groups`.
 
     Returns `others_left_out` of similarity (N, k) float32, descending, and index (N, k) int64."""
-    searched = k + largest(groups) - 1
+    searched = k + largest_group(groups) - 1
     allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     rows = []
     for block in queries.split(batch_queries):
@@ -129,8 +129,8 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
 
     def measure(images, prompt_images):
         features = embed(space, images)
-        own = prompt_images, groups
-        numbers, neighbors = measure_similarity(features, training, space.threshold, *own)
+        found = measure_similarity(features, training, space.threshold, prompt_images, groups)
+        numbers, neighbors = found
         return {"features": space.name, "preprocess": space.preprocess, **numbers}, neighbors
 
     numbers, neighbors = measure(images, prompt_images)

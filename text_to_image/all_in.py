@@ -377,8 +377,8 @@ def main():
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
         result |= {"scored_with": scorer.scored_with, **count_groups(groups, FLAGS.groups)}
-        ways = space, scorers, clip, floors, groups
-        numbers, neighbors = measure(images, norms, training, prompts, *ways)
+        found = measure(images, norms, training, prompts, space, scorers, clip, floors, groups)
+        numbers, neighbors = found
         result |= {**numbers, "flags": as_dict(FLAGS)}
         result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
         if distributed.is_main():

@@ -322,7 +322,7 @@ CHECKPOINTS = (
     text("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in: several with commas"),
     switch("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones"),
     switch("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file"),
-    number("reject_below", None, "all_in: make images of a ratio below this percentage again", 0.0, 100.0),
+    number("reject_below", None, "all_in: make images with a ratio below so many % again", 0.0, 100.0),
     integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", 1),
     integer("batch_B", 8192, "all_in: training images per block of the neighbour search", 1),
     choice("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with"),
