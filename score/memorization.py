@@ -27,7 +27,7 @@ MIDDLE = 128
 # products of two codes, of at most 2^14 each, whose sums are exact
 FLOAT32_TERMS = 2**10
 INT32_TERMS = 2**16
-LIST_ENTRIES = 2**26  # neighbours in memory at once, where groups are large
+LIST_ENTRIES = 2**26  # neighbours that are listed at a time: large groups need many per image
 
 
 @torch.no_grad()
@@ -94,12 +94,12 @@ def neighbors_of_groups(generated, training, groups=None, k=NEIGHBORS, **setting
 
     groups: (M,) int64, the group of every training image; None: each is a group of its own.
 
-    Returns `others_left_out` of (sq_distance, index). Memory grows with the largest group."""
-    searched = k + largest_group(groups) - 1
-    parts = generated.split(max(1, LIST_ENTRIES // searched))
-    found = [nearest_neighbors(part, training, searched, **settings) for part in parts]
-    left = [others_left_out(*nearest, groups, k) for nearest in found]
-    return tuple(torch.cat(rows) for rows in zip(*left, strict=True))
+    Returns `others_left_out` of (sq_distance, index)."""
+    searched, found = k + largest_group(groups) - 1, []
+    for part in generated.split(max(1, LIST_ENTRIES // searched)):
+        nearest = nearest_neighbors(part, training, searched, **settings)
+        found.append(others_left_out(*nearest, groups, k))
+    return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
 
 
 def largest_group(groups):
