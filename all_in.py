@@ -15,13 +15,21 @@ from absl.flags import FLAGS
 
 from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
-from score.evaluate import SAMPLES_ORDER, count_repeats, evaluate, identity, known_neighbors
+from score.evaluate import (
+    SAMPLES_ORDER,
+    count_groups,
+    count_repeats,
+    evaluate,
+    identity,
+    known_neighbors,
+)
 from score.fid import CACHE
 from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
 from score.memorization import memorization_ratio
 from score.record import add_stage, earlier_result, print_summary, say, take_directories
+from score.reject import held_back, ratio_margin
 from score.report import training_seconds, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import evaluate_similarity
@@ -34,11 +42,11 @@ from training.weights import find_checkpoint, load_checkpoint, load_weights, wei
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
-from utils.images import equal_images, keep_apart
+from utils.images import equal_images, fingerprint, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
-OPTIONAL = {"memorise": ("holdout", "similarity")}
+OPTIONAL = {"memorise": ("holdout", "similarity", "groups")}
 OPTIONAL["score"] = (
     "fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"
 )  # fmt: skip
@@ -176,11 +184,18 @@ def generate_images(net, paths, settings, young, data, device):
     origin |= {"num_labels": build.num_labels(FLAGS), "legacy_labels": FLAGS.legacy_labels}
     if classes := build.classes(FLAGS, data):
         origin["classes"] = classes
+    margin = None
+    if FLAGS.reject_below is not None:
+        training = data.train.images.to(build.data_device(FLAGS, device))
+        below, search = FLAGS.reject_below, {"batch_training": FLAGS.batch_B, "device": device}
+        margin = partial(ratio_margin, training=training, groups=data.groups, below=below, **search)
+        origin |= {"reject_below": below, "training_sha256": fingerprint(training)}
+        origin["groups_sha256"] = file_hash(FLAGS.groups) if FLAGS.groups else "none"
     network = torch.compile(net) if FLAGS.compile else net
     sampler = GaussianDiffusionSampler(network, **build.sampler_settings(FLAGS)).to(device)
 
     def batches(first):
-        return generate_batches(sampler, **build.generation(FLAGS, data), first=first)
+        return generate_batches(sampler, **build.generation(FLAGS, data), first=first, margin=margin)
 
     about = {"checkpoint": names_of(paths), "training": settings}
     about |= {"flags": as_dict(FLAGS), "ema_warning": young}
@@ -225,7 +240,8 @@ def describe(images, paths, settings, young):
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "non_finite_images", "seconds", "flags", "origin")
     weights = {name: record["origin"][name] for name in ("weights", "checkpoint_sha256")}
-    return {name: record[name] for name in names} | weights | {"ema_warning": record.get("ema_warning")}
+    known = {name: record[name] for name in names} | weights | held_back(record)
+    return known | {"ema_warning": record.get("ema_warning")}
 
 
 def begin_result(result, stages, images, real, paths, settings, young):
@@ -241,6 +257,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
     used = result.get("flags", description.get("flags", {}))  # an earlier call's, until numbers are made
+    result.pop("held_back", None)
     seconds = result["seconds"] | description.get("seconds", {})
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
@@ -263,24 +280,26 @@ def find_gap(net, paths, data, device):
 
 
 def sets_of(result):
-    """The `identity` of the images and training images that a result is of, which takes long to hash."""
-    return {name: result[name] for name in ("images_sha256", "training_sha256")}
+    """The `identity` of a result's images, which takes long to hash, and of the groups of the flags."""
+    of_groups = {"groups_sha256": file_hash(FLAGS.groups)} if FLAGS.groups else {}
+    return {name: result[name] for name in ("images_sha256", "training_sha256")} | of_groups
 
 
 def memorise(images, real, space, names, sets, device):
     """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
-    training, heldout = real.data.train.images, real.heldout
+    training, heldout, groups = real.data.train.images, real.heldout, real.data.groups
     numbers, _ = evaluate(
         images, training.to(build.data_device(FLAGS, device)), heldout, folder=FLAGS.similar_dir,
-        sets=sets, hflip=real.data.hflip, names=names,
+        sets=sets, hflip=real.data.hflip, names=names, groups=groups,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
-        numbers["similarity"], floors, _ = evaluate_similarity(space, images, training, floors=floors)
+        found = evaluate_similarity(space, images, training, floors=floors, groups=groups)
+        numbers["similarity"], floors, _ = found
         for name, floor in floors.items():
             numbers[name]["similarity"] = floor
-    return numbers
+    return numbers | count_groups(groups, FLAGS.groups)
 
 
 def show(stages, result, images, real, names):
@@ -288,6 +307,9 @@ def show(stages, result, images, real, names):
     training = real.data.train.images
     path = Path(FLAGS.similar_dir) / "memorization.npz"
     known = known_neighbors(path, sets_of(result))
+    if result.get("groups") != count_groups(real.data.groups, FLAGS.groups).get("groups"):
+        what = "made with other --groups, or none"
+        raise DataError(f"{path}: {what}: give those, or run the memorise stage")
     if known is None or "pixels" not in result:
         raise DataError(f"{path}: no neighbours of these images: run the memorise stage first")
     shown = images, training, known[1][:, 0], memorization_ratio(known[0])
@@ -297,7 +319,7 @@ def show(stages, result, images, real, names):
     if "report" in stages:
         page = Path(FLAGS.grid_dir) / "report.html"
         skips = skip_counts(result["checkpoint"], real.slot_group)
-        report = partial(write_report, page, result, *shown, skips, names)
+        report = partial(write_report, page, result, *shown, skips, names, real.data.groups)
         add_stage(result, FLAGS.grid_dir, "report", lambda: {"report": report()})
 
 

@@ -63,6 +63,7 @@ COLUMNS = {
     "precision": (under("precision"), "{:.1%}"),
     "recall": (under("recall"), "{:.1%}"),
     "SWD": (under("swd"), "{:.1f}"),
+    "held back": (under("held_back", "share"), "{:.1%}"),
     "images": (under("N"), "{:.0f}"),
     "train s": (under("training_seconds"), "{:.0f}"),
     "eval s": (lambda result: sum(result.get("seconds", {}).values()) or None, "{:.0f}"),

@@ -22,7 +22,8 @@ from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
 
 # of `origin`: said elsewhere, or free
-NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution")
+NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution", "training_sha256")
+NO_SAMPLING += ("reject_below", "reject_above")
 OF_REPEATS = ("seed", "_dir", "(sha256)")  # ends of the names of settings that repeats differ in
 STEPS_IN_NAME = r"(global_)?(ckpt|checkpoint)\w*\d"  # called by steps or rounds, not by a user
 
@@ -122,12 +123,14 @@ def facts_of(result):
     settings, heldout, origin, pixels = (result.get(name) or {} for name in names)
     is_text = "similarity" in result and "pixels" not in result
     has_copies = is_text or "pixels" in result  # else the search was not run yet
+    groups = under("groups", "sha256")(result) or ("none" if has_copies else None)
     facts = {
         "evaluation": "text_to_image.all_in" if is_text else "all_in",
         "training images": result.get("training_sha256"),
         "number of training images": result.get("training_set_size"),
         "image size": settings.get("resolution" if is_text else "img_size"),
         "number of images": result["N"] or None,
+        "groups of training images": groups,
         "mirror images": "mirrored" in pixels if "extracted" in pixels else None,
         "held-out images": heldout.get("images_sha256") if heldout or not has_copies else "none",
         "number of held-out images": heldout.get("N"),
@@ -140,6 +143,7 @@ def facts_of(result):
             if name != "heldout"  # which the floor says
         },
         "weights": result.get("weights") or origin.get("weights"),
+        "held back": origin.get("reject_below", origin.get("reject_above", "none")) if origin else None,
         **{f"sampling: {name}": value for name, value in origin.items() if name not in NO_SAMPLING},
     }
     return {name: value for name, value in facts.items() if value is not None}

@@ -13,7 +13,7 @@ from score.samples import content_order, evenly_spaced, read_npz
 from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
-from utils.files import atomic_write
+from utils.files import atomic_write, file_hash
 from utils.images import fingerprint
 from utils.name_lists import write_table
 
@@ -24,9 +24,13 @@ SWD = "Karras et al. 2018"  # what scores that earlier versions have written lac
 LEAST_HELDOUT = 4  # for two halves of two
 COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
 SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
+IDENTITY = ("images_sha256", "training_sha256", "groups_sha256")  # what kept neighbours are of
 
 
-def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False, names=None, **search):
+def evaluate(
+    images, training, heldout=None, folder=None, sets=None, hflip=False, names=None, groups=None,
+    **search,
+):  # fmt: skip
     """All numbers of a set of images in pixels, as JSON values, and their nearest training images.
 
     Args:
@@ -35,26 +39,28 @@ def evaluate(images, training, heldout=None, folder=None, sets=None, hflip=False
         heldout: (L, 3, H, W) uint8, real images that were not trained on. What they reach in the place
             of generated ones is the floor; None for no floor.
         folder: where neighbours are kept, and looked for before they are searched; None for nowhere.
-        sets: the `identity` of images and training, which folder needs.
+        sets: the `identity` of images, training and groups, which folder needs.
         hflip: whether training flips images: then mirror images are searched for too.
         names: (N,) and (M,) str, of images and training, for nearest.csv in folder; None for none.
+        groups: (M,) int64: neighbours are those of `neighbors_of_groups`; None for no groups.
         search: settings of `nearest_neighbors`.
 
     Returns:
         numbers: {"pixels": those of `measure_distances`; with hflip "mirrored", the `extraction` of
             training and mirror images; with held-out images "mq_above_floor", the shares below each
             threshold less those of held-out images, and `data_copying`}; in the same shape "holdout".
-        nearest: (sq_distance, index), as `nearest_neighbors` returns them."""
+        nearest: (sq_distance, index), as `neighbors_of_groups` returns them."""
+    search |= {"groups": groups}
 
     def measure(images, name, sets, named=None):
         path = folder and Path(folder) / f"{name}.npz"
         nearest = neighbors(images, training, path, sets, named, **search)
-        numbers = memorization.measure_distances(*nearest, training)
+        numbers = memorization.measure_distances(*nearest, training, groups)
         if hflip:
             path = path and path.with_stem(f"{name}_mirrored")
             mirrored = neighbors(images.flip(-1), training, path, sets, k=2, **search)
-            nearer = memorization.nearer_of_both(nearest, mirrored)
-            numbers["mirrored"] = memorization.extraction(*nearer)
+            nearer = memorization.nearer_of_both(nearest, mirrored, groups)
+            numbers["mirrored"] = memorization.extraction(*nearer, groups)
         return numbers, nearest
 
     named = dict(zip(("image_names", "training_names"), names, strict=True)) if names else None
@@ -91,16 +97,25 @@ def identity(images, training):
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
 
 
+def count_groups(groups, path):
+    """What result.json says of groups (M,) of training images, or None, which a file has."""
+    if groups is None:
+        return {}
+    sizes = groups.bincount()
+    number = {"number": int((sizes > 1).sum()), "largest": int(sizes.max())}
+    return {"groups": {"sha256": file_hash(path), **number}}
+
+
 def write_nearest(path, sq_distance, index, image_names, training_names):
     """Write a table of the nearest training image of every image, the most alike first.
 
-    sq_distance, index: (N, k), of `nearest_neighbors`; without a second image d_1 / d_2 is empty.
+    sq_distance, index: (N, k), of `neighbors_of_groups`; without a second image d_1 / d_2 is empty.
     """
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
     rows = []
     for i in ratio.argsort(stable=True).tolist():
         second = d[i, 1].item() if d.shape[1] > 1 else 0.0
-        quotient = f"{d[i, 0].item() / second:.6f}" if second else ""
+        quotient = f"{d[i, 0].item() / second:.6f}" if second > 0 else ""
         nearest = training_names[index[i, 0].item()]
         rows.append([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
     write_table(path, ["image", "nearest training image", "ratio", "d_1 / d_2"], rows)
@@ -123,15 +138,15 @@ def neighbors(images, training, path=None, sets=None, named=None, device=None, *
 
 
 def known_neighbors(path, sets):
-    """(sq_distance, index) in a file if it is there and of these sets, of `identity`, else None."""
+    """(sq_distance, index) in a file if it is there and of these sets, of `IDENTITY`, else None."""
     if not Path(path).exists():
         return None
     try:
-        saved = read_npz(path, ("sq_distance", "index", *sets))
+        saved = read_npz(path, ("sq_distance", "index", *IDENTITY))
     except DataError as error:
         warn(f"warning: {error}: searching again")
         return None
-    is_theirs = all(str(saved.get(key)) == value for key, value in sets.items())
+    is_theirs = all(str(saved.get(key)) == str(sets.get(key)) for key in IDENTITY)
     return tuple(torch.from_numpy(saved[key]) for key in ("sq_distance", "index")) if is_theirs else None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from score.reject import add_to_record, hold_back
 from score.samples import non_finite_images
 from utils import distributed
 from utils.bar import progress_bar
@@ -16,7 +17,7 @@ from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write, file_hash, read_json, sync, write_json
 from utils.images import to_uint8
 from utils.safe_files import check_memory
-from utils.seeding import derive_seed, generator, sample_noise
+from utils.seeding import derive_seed, generator, sample_noise, seed_of_try
 
 FILE, RECORD, PART_RECORD = "generate.npy", "generate.json", "generate.part.json"
 
@@ -50,7 +51,7 @@ def grid_noise(device, sample_size, img_size, seed, num_labels=None, classes=Non
 @torch.no_grad()
 def generate_batches(
     sampler, num_images, batch_size, seed, *,
-    first=0, num_labels=None, classes=None, legacy_labels=False, dtype=torch.float32,
+    first=0, num_labels=None, classes=None, legacy_labels=False, dtype=torch.float32, margin=None,
 ):  # fmt: skip
     """Generate images first..num_images-1 batch by batch with a bar, the network in evaluation mode.
 
@@ -64,25 +65,28 @@ def generate_batches(
         num_labels, classes: as for `draw_labels`; num_labels is None for an unconditional network.
         legacy_labels: the network was trained with embedding row c, not c + 1, for class c.
         dtype: of autocast; float32 for none.
+        margin: of `hold_back`; None: no image is made again.
 
-    Yields: (B, 3, H, W) uint8 on the CPU, and bool (B,), which had NaN or infinity (0 in their pixels).
+    Yields: (B, 3, H, W) uint8 on the CPU, and bool (B,), which had NaN or infinity (0 in their pixels);
+    with a margin, tries and seconds of `hold_back` too.
     """
     device, shape = sampler.betas.device, (3, sampler.img_size, sampler.img_size)
 
-    def make(indices):
+    def make(indices, t=0):
         x_0 = torch.empty(0, *shape, device=device)
         if indices:
             labels = None
             if num_labels is not None:
                 labels = draw_labels(seed, indices, num_labels, classes).to(device) - int(legacy_labels)
-            noise = sample_noise(seed, indices, shape, device)
+            noise = sample_noise(seed_of_try(seed, t), indices, shape, device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 x_0 = sampler(noise(), labels, noise)
         return to_uint8(x_0), non_finite_images(x_0)
 
     was_training = sampler.model.training
     sampler.model.eval()
-    yield from over_ranks(first, num_images, batch_size, make)
+    made = hold_back(make, margin) if margin else make
+    yield from over_ranks(first, num_images, batch_size, made)
     sampler.model.train(was_training)
 
 
@@ -162,6 +166,8 @@ def earlier_images(directory, origin, images):
                 images.numpy()[:done] = pixels[:done]
                 bad = [i for i in record["non_finite"] if i < done]
                 known |= {"done": done, "non_finite": bad, "seconds": record["seconds"]}
+                if kept := record.get("held_back"):
+                    known["held_back"] = kept | {"tries": kept["tries"][:done]}
         except (OSError, ValueError) as error:
             warn(f"{path}: cannot be read ({one_line(error)}): its images are made again")
     return known
@@ -176,7 +182,7 @@ def write_images(directory, record, images, batches, description):
         part.touch()
         with part.open("r+b") as file:  # what is in it already is written over with the same
             file.write(images[: record["done"]].numpy())
-            for made, bad in batches:
+            for made, bad, *of_tries in batches:
                 done = record["done"]
                 images[done : done + len(made)] = made
                 file.write(made.numpy())
@@ -184,6 +190,8 @@ def write_images(directory, record, images, batches, description):
                 record["done"] += len(made)
                 record["non_finite"] += [done + i for i in bad.nonzero().flatten().tolist()]
                 record["seconds"] = {"generate": round(time.perf_counter() - begin, 3)}
+                if of_tries:
+                    add_to_record(record, *of_tries)
                 write_json(directory / PART_RECORD, record | {"file": part.name})
         with atomic_write(directory / FILE) as file:
             np.save(file, images.numpy())

@@ -18,6 +18,7 @@ from score.features import pooled
 from utils import distributed
 from utils.bar import progress_bar
 
+NEIGHBORS = 50  # of the mean in the ratio
 THRESHOLDS = (15, 20, 30, 40, 50, 60, 70, 80, 90)  # of MQ, in percent
 CELLS, CELL_IMAGES = 30, 20  # of C_T: at most so many cells, and images that a cell needs
 
@@ -26,12 +27,13 @@ MIDDLE = 128
 # products of two codes, of at most 2^14 each, whose sums are exact
 FLOAT32_TERMS = 2**10
 INT32_TERMS = 2**16
+LIST_ENTRIES = 2**26  # neighbours that are listed at a time: large groups need many per image
 
 
 @torch.no_grad()
 def nearest_neighbors(
-    generated, training, k=50, batch_generated=2048, batch_training=4096, device=None, progress=False,
-    below=None,
+    generated, training, k=NEIGHBORS, batch_generated=2048, batch_training=4096, device=None,
+    progress=False, below=None,
 ):  # fmt: skip
     """The k nearest training images of every generated image, by squared L2 distance in [0, 1].
 
@@ -89,12 +91,50 @@ def nearest_neighbors(
     return (sq_distance.double() / LEVELS**2).where(is_wanted, torch.inf), index.where(is_wanted, -1)
 
 
-def neighbors_by_all(generated, training, **settings):
-    """`nearest_neighbors`, each process searching for its part; all are given the whole."""
+def neighbors_by_all(generated, training, groups=None, **settings):
+    """`neighbors_of_groups`, each process searching for its part; all are given the whole."""
     part = generated[distributed.share(len(generated))]
     # a process without images searches for one, to know the shape of nothing
-    nearest = nearest_neighbors(part if len(part) else generated[:1], training, **settings)
+    nearest = neighbors_of_groups(part if len(part) else generated[:1], training, groups, **settings)
     return tuple(distributed.join_rows(rows[: len(part)]) for rows in nearest)
+
+
+def neighbors_of_groups(generated, training, groups=None, k=NEIGHBORS, **settings):
+    """`nearest_neighbors`, but d_2 .. d_k are of other groups than the nearest training image's.
+
+    groups: (M,) int64, the group of every training image; None: each is a group of its own.
+
+    Returns `others_left_out` of (sq_distance, index)."""
+    searched, found = k + largest_group(groups) - 1, []
+    for part in generated.split(max(1, LIST_ENTRIES // searched)):
+        nearest = nearest_neighbors(part, training, searched, **settings)
+        found.append(others_left_out(*nearest, groups, k))
+    return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
+
+
+def largest_group(groups):
+    """The size of the largest group of (M,) int64; 1 of None, where each image is one of its own."""
+    return 1 if groups is None else int(groups.bincount().max())
+
+
+def group_of(index, groups):
+    """The groups of training images by their index, int64 of any shape; the index without groups."""
+    return index if groups is None else groups.to(index.device)[index]
+
+
+def others_left_out(values, index, groups, k):
+    """The first k of each row, without others of the group of the first.
+
+    values, index: (N, m) distances or similarities and training images, the nearest first, m at least k
+    plus the size of the largest group less 1, or all images. groups: as for `neighbors_of_groups`.
+
+    Returns values and index (N, k); NaN and -1 where a row has fewer."""
+    group = group_of(index, groups)
+    left_out = group == group[:, :1]
+    left_out[:, 0] = False
+    order = left_out.int().argsort(dim=1, stable=True)[:, :k]
+    values, index, left_out = (rows.gather(1, order) for rows in (values, index, left_out))
+    return values.masked_fill(left_out, torch.nan), index.masked_fill(left_out, -1)
 
 
 def update_best(best, products, norm, start, M, D, k):
@@ -183,8 +223,8 @@ def levels_of(images, name):
 def memorization_ratio(sq_distance):
     """ratio(g) = d_1 / mean(d_1 .. d_50) of Liu et al. 2024: (N,) in [0, 1], 0 where the mean is.
 
-    sq_distance: (N, k) ascending, k = 50, or as many as there are training images."""
-    mean = sq_distance.mean(dim=1)
+    sq_distance: (N, k) ascending, k = 50, or as many as there are; NaN where a row has fewer."""
+    mean = sq_distance.nanmean(dim=1) if sq_distance.isnan().any() else sq_distance.mean(dim=1)
     return torch.where(mean > 0, sq_distance[:, 0] / mean, torch.zeros_like(mean))
 
 
@@ -204,55 +244,58 @@ def closer_than_third(sq_distance):
     """Which generated images have sqrt(d_1) / sqrt(d_2) < 1/3 (Gu et al. 2023): bool (N,).
 
     sq_distance: (N, k) ascending. An exact copy always counts, also where it copies a repeated training
-    image (d_1 = d_2 = 0) or where there is only one (k = 1, no d_2); without a d_2 nothing else counts.
+    image (d_1 = d_2 = 0) or where there is only one (k = 1 or NaN); without a d_2 nothing else counts.
     """
     copies = sq_distance[:, 0] == 0
     return copies if sq_distance.shape[1] == 1 else copies | (9 * sq_distance[:, 0] < sq_distance[:, 1])
 
 
-def extraction(sq_distance, index):
-    """f_mem, the share of images that are `closer_than_third`, and how many training images they are of.
+def extraction(sq_distance, index, groups=None):
+    """f_mem, the share of images that are `closer_than_third`, and how many groups they are of.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them."""
+    Arguments as `neighbors_of_groups` takes and returns them."""
     memorized = closer_than_third(sq_distance)
-    extracted = len(index[memorized, 0].unique())
+    extracted = len(group_of(index[memorized, 0], groups).unique())
     return {"f_mem": memorized.double().mean().item(), "extracted": extracted}
 
 
-def nearer_of_both(nearest, mirrored):
-    """The two nearest training images, as near as they or their mirror images, (N, 2) of both.
+def nearer_of_both(nearest, mirrored, groups=None):
+    """The two nearest training images of two groups, as near as they or their mirror images.
 
-    Where there is one training image only, it is both.
+    Returns sq_distance and index, (N, 2). Where there is one group only, the nearest is both.
 
     Args:
-        nearest: (sq_distance, index), as `nearest_neighbors` returns them, k >= 2, of generated images.
+        nearest: (sq_distance, index) of generated images, as of `neighbors_of_groups` with k >= 2.
         mirrored: the same of the mirrored generated images, which are as far from a training image as
-            the generated ones from its mirror image."""
+            the generated ones from its mirror image.
+        groups: as there."""
     pairs = zip(nearest, mirrored, strict=True)
     sq_distance, index = (torch.cat([a[:, :2], b[:, :2]], dim=1) for a, b in pairs)
     order = sq_distance.argsort(dim=1, stable=True)
     sq_distance, index = sq_distance.gather(1, order), index.gather(1, order)
-    # of these four, two are of each search, so another image than the first is among them
-    second = (index != index[:, :1]).int().argmax(dim=1, keepdim=True)
+    # of these four, two are of each search, so one of another group than the first is among them
+    group = group_of(index, groups)
+    second = (group != group[:, :1]).int().argmax(dim=1, keepdim=True)
     columns = torch.cat([torch.zeros_like(second), second], dim=1)
     return sq_distance.gather(1, columns), index.gather(1, columns)
 
 
-def authenticity(sq_distance, index, training):
+def authenticity(sq_distance, index, training, groups=None):
     """AuthPct of Alaa et al. 2022 ("How Faithful is your Synthetic Data?") in pixels, a share in [0, 1].
 
     A generated image is authentic if it is farther from its nearest training image than that one is from
-    its own nearest other training image; where there is only one, nothing is. All processes take part.
+    its own nearest of another group; where there is only one, nothing is. All processes take part.
 
-    sq_distance, index: (N, k) as `nearest_neighbors` returns them for `training`, which is (M, 3, H, W).
-    """
+    sq_distance, index, groups: as `neighbors_of_groups` returns and takes them for `training`, which is
+    (M, 3, H, W)."""
     if len(training) == 1:
         return 0.0
     nearest, of_generated = index[:, 0].unique(return_inverse=True)
     images = training[nearest.to(training.device)]
-    to_training, itself = neighbors_by_all(images, training, k=2, device=index.device)
+    to_training, itself = neighbors_by_all(images, training, groups, k=2, device=index.device)
     # a copy elsewhere comes first or second, with 0
-    to_other = torch.where(itself[:, 0] == nearest, to_training[:, 1], to_training[:, 0])
+    is_own = group_of(itself[:, 0], groups) == group_of(nearest, groups)
+    to_other = torch.where(is_own, to_training[:, 1], to_training[:, 0])
     return (sq_distance[:, 0] > to_other[of_generated]).double().mean().item()
 
 
@@ -290,10 +333,11 @@ def data_copying(images, training, heldout, sq_distance, sq_distance_heldout):
     return {"c_t": float(np.average(z, weights=weights)), "c_t_cells": len(z)} if z else {}
 
 
-def measure_distances(sq_distance, index, training):
+def measure_distances(sq_distance, index, training, groups=None):
     """The numbers of one set of images in pixels, as JSON values; arguments as for `authenticity`."""
     ratio = memorization_ratio(sq_distance)
     return {
         "mq": {str(p): count for p, count in memorized_quantity(ratio).items()}, **shares_below(ratio),
-        **extraction(sq_distance, index), "auth_pct": 100 * authenticity(sq_distance, index, training),
+        **extraction(sq_distance, index, groups),
+        "auth_pct": 100 * authenticity(sq_distance, index, training, groups),
     }  # fmt: skip

@@ -16,6 +16,7 @@ from utils.files import read_json, write_text
 
 PAIRS = 40
 TRAINING_IMAGES = 24
+GROUP_IMAGES = 6  # of a group, at most
 LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy below this ratio, in percent
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
@@ -192,15 +193,27 @@ def pairs(generated, training, nearest, order, say):
     return figures(shown)
 
 
-def most(counts, training, copies, skips, names):
-    """The training images of the largest counts (M,), as figures; copies, skips: (M,), skips or None."""
-    shown = []
-    for j in counts.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
-        if counts[j] > 0:
-            skipped = "" if skips is None else f", skipped {skips[j]}×"
-            caption = f"training {escape(str(names[j]))}: copied {copies[j]}×{skipped}"
-            shown.append((caption, [(training[j], f"training image {j}")]))
+def most(counts, training, copies, skips, names, groups):
+    """The groups of training images with the largest counts as figures, each image's own count before.
+
+    counts, copies, skips: (M,) int64, of training images; skips may be None; groups: (M,), theirs."""
+    shown, totals = [], of_groups(counts, groups)
+    for group in totals.argsort(descending=True, stable=True)[:TRAINING_IMAGES].tolist():
+        if totals[group] == 0:
+            break
+        members = (groups == group).nonzero().flatten()
+        members = members[counts[members].argsort(descending=True, stable=True)].tolist()
+        skipped = "" if skips is None else f", skipped {skips[members].sum()}×"
+        others = f" and {len(members) - 1} of its group" if len(members) > 1 else ""
+        name = f"training {escape(str(names[members[0]]))}{others}"
+        images = [(training[j], f"training image {j}") for j in members[:GROUP_IMAGES]]
+        shown.append((f"{name}: copied {copies[members].sum()}×{skipped}", images))
     return figures(shown)
+
+
+def of_groups(counts, groups):
+    """The sums of counts (M,) int64 over groups: (largest number of a group + 1,)."""
+    return torch.zeros(int(groups.max()) + 1, dtype=torch.int64).index_add(0, groups, counts)
 
 
 def thresholds(result):
@@ -216,7 +229,7 @@ def thresholds(result):
     return table(header, rows)
 
 
-def write_report(path, result, generated, training, nearest, ratio, skips=None, names=None):
+def write_report(path, result, generated, training, nearest, ratio, skips=None, names=None, groups=None):
     """Write the page of one evaluation; returns its path as text.
 
     Args:
@@ -225,7 +238,8 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         generated, training: (N, 3, H, W) and (M, 3, H, W), uint8.
         nearest: (N,) int64, the nearest training image of every generated one; ratio: (N,).
         skips: (M,) int64, how often training left each image out; None if it did not count.
-        names: of generated and training images; None for their numbers."""
+        names: of generated and training images; None for their numbers.
+        groups: (M,) int64, of training images, which neighbours were searched with; None for none."""
     image_names, training_names = names or (range(len(generated)), range(len(training)))
     all_thresholds = {"generated": [result["pixels"]["mq_curve"]]}
     if "holdout" in result:
@@ -235,6 +249,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         "nearest training images (Liu et al. 2024). The floor is the same figure for real images that "
         "were not trained on: what a generator that copies nothing may reach."
     )
+    note += note_of_groups(result) + note_of_held_back(result)
 
     def caption(i, j):
         of_files = f"training {escape(str(training_names[j]))}, generated {escape(str(image_names[i]))}"
@@ -242,10 +257,14 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
 
     copies = torch.bincount(nearest[100 * ratio < COPIED], minlength=len(training))
     rule = f"A generated image with a ratio below {COPIED} % is a copy of its nearest training image."
-    of_training = f"<p class=note>{rule} {(copies > 0).sum()} of {len(training)} training images are copied.</p>"
-    of_training += f"<h3>Those copied most</h3>{most(copies, training, copies, skips, training_names)}"
+    units = "training images" if groups is None else "groups"
+    groups = torch.arange(len(training)) if groups is None else groups
+    copied, number = (of_groups(copies, groups) > 0).sum(), len(groups.unique())
+    of_training = f"<p class=note>{rule} {copied} of {number} {units} are copied.</p>"
+    shown = training, copies, skips, training_names, groups
+    of_training += f"<h3>Those copied most</h3>{most(copies, *shown)}"
     if skips is not None:
-        skipped = most(skips, training, copies, skips, training_names)
+        skipped = most(skips, *shown)
         of_training += f"<h3>Those skipped most in training</h3>{skipped}"
     order = ratio.argsort(stable=True)
     sections = [
@@ -256,6 +275,35 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         ("Training images", of_training),
     ]
     return write_page(path, result, len(training), f"<p class=note>{note}</p>", sections)
+
+
+def note_of_groups(result):
+    """What the groups that neighbours were searched with mean, or nothing."""
+    if not (groups := result.get("groups")):
+        return ""
+    sizes = f"{groups['number']:,} of several images, the largest of {groups['largest']:,}"
+    how = "neighbours after the nearest, d2 .. d50, are of other groups than that"
+    return f" Training images are in groups, {sizes}: {how}."
+
+
+def note_of_held_back(result):
+    """What making images again has done, or nothing."""
+    if not (numbers := result.get("held_back")):
+        return ""
+    is_text = "reject_above" in result["origin"]
+    limit = f"{result['origin']['reject_above' if is_text else 'reject_below']:g}"
+    rule, measure = f"a ratio below {limit} %", f"MQ@{limit}"
+    if is_text:
+        rule, measure = f"a similarity above {limit}", f"the share above {limit}"
+    seconds, without = (f"{numbers[f'seconds_per_image{end}']:.3g}" for end in ("", "_without"))
+    return (
+        f" Images with {rule} were held back and made again, {numbers['share']:.1%} of them: "
+        f"{numbers['made']:,} were made for {result['N']:,}. Of {numbers['after_tries']:,} all "
+        f"{numbers['tries']} tries were held back, and the best is here. So {measure} is met by "
+        "construction but for these, and says nothing; what that costs, and which copies are left, is "
+        "said by f_mem in other features, FID or fpd, and recall. "
+        f"An image took {seconds} seconds, {without} without holding back."
+    )
 
 
 def write_page(path, result, number, note, sections):
@@ -294,7 +342,8 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         *([("Detector of copies", detector(result))] if "detector" in result else []),
         ("The most similar pairs: training image, generated image", shown),
     ]
-    return write_page(path, result, len(training), "", sections)
+    note = note_of_groups(result) + note_of_held_back(result)
+    return write_page(path, result, len(training), note and f"<p class=note>{note}</p>", sections)
 
 
 def detector(result):

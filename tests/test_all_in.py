@@ -26,7 +26,8 @@ from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import build
 from training.flags import check
 from utils.errors import DataError, UsageError
-from utils.files import lock_directory
+from utils.files import file_hash, lock_directory
+from utils.name_lists import GROUP_COLUMNS, write_table
 from utils.seeding import derive_seed, sample_noise
 
 PIXELS = [*TINY_FLAGS, "--fid_features=pixels", "--num_images=24"]
@@ -182,6 +183,56 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
     for key in ("pixels", "fpd", "N", "checkpoint_sha256", "images_sha256"):
         assert ours[key] == reference[key], key
     assert ours["seconds"].keys() == reference["seconds"].keys()
+
+
+def test_groups_of_training_images(tmp_path):
+    """Numbers with and without them, in one place: those of the other kind are not taken for them."""
+    training = load_dataset("digits", ".", 8, num_train=48).train
+    groups = np.array([0] * 4 + [1] * 2 + [*range(2, 6)] + [6] * 30 + [*range(7, 15)])
+    sizes = np.bincount(groups)
+    rows = [[group, name, 1, "", ""] for group, name in zip(groups, training.names, strict=True)]
+    write_table(tmp_path / "groups.csv", GROUP_COLUMNS, [row for row in rows if sizes[row[0]] > 1])
+    rows = [[i, name, 1, "", ""] for i, name in enumerate(training.names)]
+    write_table(tmp_path / "single.csv", GROUP_COLUMNS, rows)
+    np.save(tmp_path / "samples.npy", training.images[::2].numpy() ^ 1)
+    flags = [*PIXELS, f"--samples={tmp_path}/samples.npy", "--stages=memorise,report", "--hflip"]
+    flags += ["--memorise_features=pixels", *eval_flags(tmp_path)]
+
+    results, kept = {}, {}
+    for name in ("none", "groups", "none", "single", "groups"):
+        call(*flags, *([f"--groups={tmp_path}/{name}.csv"] if name != "none" else []))
+        results.setdefault(name, result_of(tmp_path))
+        for key in ("pixels", "similarity", "holdout", "groups"):
+            assert results[name].get(key) == result_of(tmp_path).get(key)
+        kept[name] = dict(np.load(tmp_path / "similar/memorization.npz"))
+    (tmp_path / "compared").mkdir()
+    for name, result in results.items():
+        (tmp_path / f"compared/{name}.json").write_text(json.dumps(result))
+
+    found, sha = results["groups"], file_hash(tmp_path / "groups.csv")
+    assert found["groups"] == {"sha256": sha, "number": 3, "largest": 30}
+    assert "groups" not in results["none"]
+    distances = brute_force(training.images[::2].numpy() ^ 1, training.images.numpy())
+    for row, d in zip(kept["groups"]["sq_distance"], distances, strict=True):
+        first = d.argmin()
+        expected = np.append(d[first], np.sort(d[groups != groups[first]]))
+        np.testing.assert_allclose(row[: len(expected)], expected, rtol=1e-6)
+        assert np.isnan(row[len(expected) :]).all()
+    assert found["pixels"]["f_mem"] == 1 and found["pixels"]["extracted"] == len(set(groups[::2]))
+    assert found["pixels"]["mirrored"]["extracted"] == len(set(groups[::2]))
+    page = (tmp_path / "grid/report.html").read_text()
+    assert f"training {training.names[10]} and 29 of its group: copied 15×" in page
+    assert "3 of several images, the largest of 30" in page and "of 15 groups are copied" in page
+    for key in ("pixels", "similarity", "holdout"):
+        assert results["single"][key] == results["none"][key] != found[key]
+    assert all((kept["single"][name] == kept["none"][name]).all() for name in ("index", "sq_distance"))
+    assert "groups_sha256" not in kept["none"]
+
+    with pytest.raises(DataError, match="npz: made with other --groups, or none: give those, or run"):
+        call(*flags, "--stages=report")
+    paths = [f"{name}={tmp_path}/compared/{name}.json" for name in ("none", "groups")]
+    said = run_module("score.compare", *paths, cwd=tmp_path).stderr
+    assert f"differ in groups of training images: none: none; groups: {sha[:8]}" in said
 
 
 def test_a_stage_without_the_one_before_says_so(tmp_path):

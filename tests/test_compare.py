@@ -107,6 +107,7 @@ def first_cells(table):
         ({"training_set_size": 29}, "number of training images: A: 30; B: 29"),
         ({"flags": {"img_size": 64}}, "image size: A: 32; B: 64"),
         ({"N": 41}, "number of images: A: 40; B: 41"),
+        ({"groups": {"sha256": OTHER}}, "groups of training images: A: none; B: 87654321…"),
         ({"pixels": {"mirrored": {"extracted": 4}}}, "mirror images: A: False; B: True"),
         ({"holdout": {"images_sha256": OTHER}}, "held-out images: A: 12345678…; B: 87654321…"),
         ({"holdout": {"N": 19}}, "number of held-out images: A: 20; B: 19"),

@@ -10,10 +10,12 @@ from score.memorization import (
     closer_than_third,
     data_copying,
     extraction,
+    measure_distances,
     memorization_ratio,
     memorized_quantity,
     nearer_of_both,
     nearest_neighbors,
+    neighbors_of_groups,
 )
 
 
@@ -255,3 +257,98 @@ def test_authenticity_against_brute_force():
     assert authenticity(sq_distance, nearest, as_images(training)) == pytest.approx(expected)
     assert 0 < expected < 1
     assert authenticity(sq_distance[:, :1], nearest[:, :1] * 0, as_images(training[:1])) == 0
+
+
+def of_other_groups(distance, groups):
+    """Row by row, each image's nearest and then those of other groups: distances and indices."""
+    rows = []
+    for row in distance:
+        order = np.argsort(row, kind="stable")
+        first = order[0]
+        kept = [first] + [j for j in order[1:] if groups[j] != groups[first]]
+        rows.append((row[kept[:50]], kept[:50]))
+    return zip(*rows, strict=True)
+
+
+def altered_repeats(random, groups, M, size=4):
+    """M training images, those of a group alike but not equal, and generated copies and others."""
+    training = uint8_images(random, M, size)
+    for group in set(groups.tolist()):
+        members = np.flatnonzero(groups == group)
+        training[members] = near(training[members[[0] * len(members)]], random, 4)
+    copies = near(training[random.integers(0, M, 30)], random, 4)
+    return training, np.concatenate([copies, uint8_images(random, 20, size)])
+
+
+@pytest.mark.parametrize(
+    ("M", "sizes"), [(200, [40, 7, 7, 2]), (90, [60, 20]), (60, [60]), (55, []), (1, [])]
+)  # fmt: skip
+def test_neighbours_of_other_groups_against_brute_force(M, sizes, monkeypatch):
+    """Altered repeats, also where fewer than 50 images or none are of other groups."""
+    monkeypatch.setattr(memorization, "LIST_ENTRIES", 1500)  # some images at a time
+    random = np.random.default_rng(M)
+    groups = np.arange(M)
+    for number, members in enumerate(np.split(random.permutation(M), np.cumsum(sizes))[: len(sizes)]):
+        groups[members] = M + number
+    groups = np.unique(groups, return_inverse=True)[1]
+    training, generated = altered_repeats(random, groups, M)
+    of_training, of_generated = as_images(training), as_images(generated)
+    a, b = (x.reshape(len(x), -1).astype("f8") for x in (generated, training))
+    expected, indices = of_other_groups(((a[:, None] - b) ** 2).sum(-1) / 255**2, groups)
+
+    found, index = neighbors_of_groups(of_generated, of_training, torch.from_numpy(groups))
+    for row, numbers, d, kept in zip(found, index, expected, indices, strict=True):
+        np.testing.assert_allclose(row[: len(d)], d, rtol=1e-12)
+        assert numbers[: len(d)].tolist() == kept
+        assert row[len(d) :].isnan().all() and (numbers[len(d) :] == -1).all()
+    numbers = measure_distances(found, index, of_training, torch.from_numpy(groups))
+    ratio = np.array([d[0] / d.mean() if d.any() else 0 for d in expected])
+    assert numbers["mq"] == {str(p): int((100 * ratio < p).sum()) for p in memorization.THRESHOLDS}
+    copied = np.array([d[0] == 0 or (len(d) > 1 and 9 * d[0] < d[1]) for d in expected])
+    assert numbers["f_mem"] == copied.mean()
+    nearest = np.array([kept[0] for kept in indices])
+    assert numbers["extracted"] == len(set(groups[nearest[copied]]))
+    between = ((b[:, None] - b) ** 2).sum(-1) / 255**2
+    between[groups[:, None] == groups] = np.inf
+    assert numbers["auth_pct"] == pytest.approx(
+        100 * np.mean([d[0] > between[j].min() for d, j in zip(expected, nearest, strict=True)])
+    )
+
+    alone = neighbors_of_groups(of_generated, of_training, torch.arange(M))
+    without = nearest_neighbors(of_generated, of_training)
+    assert all(torch.equal(x, y) for x, y in zip(alone, without, strict=True))
+    numbers_without = measure_distances(*without, of_training)
+    assert numbers_without == measure_distances(*alone, of_training, torch.arange(M))
+    if M == 200:
+        assert numbers_without["f_mem"] < 0.5 < numbers["f_mem"] == 0.6, "copies of repeats are seen"
+
+
+def test_mirror_images_of_groups_against_brute_force():
+    """A copy of the mirror image of one that stands there four times altered."""
+    random = np.random.default_rng(7)
+    groups = np.arange(80) // 4
+    training, generated = altered_repeats(random, groups, 80)
+    generated[::2] = generated[::2, :, :, ::-1]
+    a, b, c = (x.reshape(len(x), -1).astype("f8") for x in (generated, training, training[..., ::-1]))
+    distance = np.minimum(((a[:, None] - b) ** 2).sum(-1), ((a[:, None] - c) ** 2).sum(-1)) / 255**2
+    expected, indices = of_other_groups(distance, groups)
+    found, mirrored = (
+        neighbors_of_groups(as_images(x), as_images(training), torch.from_numpy(groups), k)
+        for x, k in ((generated, 50), (generated[..., ::-1], 2))
+    )
+    sq_distance, index = nearer_of_both(found, mirrored, torch.from_numpy(groups))
+    np.testing.assert_allclose(sq_distance, [d[:2] for d in expected])
+    assert index.tolist() == [kept[:2] for kept in indices]
+    assert extraction(sq_distance, index, torch.from_numpy(groups))["f_mem"] == 0.6
+
+
+def test_all_in_one_group_has_no_second():
+    random = np.random.default_rng(3)
+    training = as_images(uint8_images(random, 5))
+    generated = torch.cat([training[:2], as_images(uint8_images(random, 4))])
+    groups = torch.zeros(5, dtype=torch.int64)
+    both_ways = (generated, generated.flip(-1))
+    found, mirrored = (neighbors_of_groups(x, training, groups, k=2) for x in both_ways)
+    both = nearer_of_both(found, mirrored, groups)
+    assert extraction(*found, groups) == extraction(*both, groups) == {"f_mem": 2 / 6, "extracted": 1}
+    assert authenticity(*found, training, groups) == 0

@@ -61,6 +61,38 @@ def test_numbers_against_distances_of_features():
     np.testing.assert_allclose(numbers["sim_histogram"], counts / 30, atol=1e-6)
 
 
+def test_groups_against_distances_of_features():
+    """Of 60 keys 45 in groups of three that are alike; each query is near one of them."""
+    groups = torch.cat([torch.arange(15).repeat_interleave(3), torch.arange(15, 30)])
+    keys = F.normalize(features(30)[groups] + 0.01 * torch.randn(60, 6, generator=GENERATOR))
+    queries = F.normalize(keys + 0.01 * torch.randn(60, 6, generator=GENERATOR))
+    numbers, (found, _) = measure_similarity(queries, keys, groups=groups)
+    d = ((queries.double()[:, None] - keys.double()) ** 2).sum(-1)
+    rows = []
+    for row in d:
+        first = int(row.argmin())
+        rest = row[groups != groups[first]].sort().values
+        rows.append(torch.cat([row[first : first + 1], rest])[:50])
+    assert [row.isnan().sum() for row in found] == [50 - min(50, len(row)) for row in rows]
+    ratio = torch.stack([row[0] / row.mean() for row in rows])
+    assert numbers["mq_fraction"]["15"] == pytest.approx((ratio < 0.15).double().mean())
+    assert numbers["f_mem"] == np.mean([9 * row[0].item() < row[1].item() for row in rows]) > 0.8
+    assert measure_similarity(queries, keys)[0]["f_mem"] < 0.5
+    alone = measure_similarity(queries, keys, groups=torch.arange(60))[0]
+    assert alone == measure_similarity(queries, keys)[0]
+
+    space = feature_space("pixels", "cpu")
+    training = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR)
+    training[1::3] = training[::3] ^ 1
+    for groups in (torch.arange(12) // 3, torch.zeros(12, dtype=torch.int64)):
+        numbers = evaluate_similarity(space, training[:2], training, groups=groups)[0]
+        products = np.corrcoef(training.flatten(1).numpy())
+        products[groups[:, None] == groups] = -2
+        largest = products.max(axis=1)
+        largest[largest == -2] = 1  # of one group there is no other
+        assert numbers["bg_mean"] == pytest.approx(largest.mean(), abs=1e-6)
+
+
 def test_detection_counts_pairs_in_the_right_order():
     scores, copies = torch.rand(40, generator=GENERATOR), torch.rand(40, generator=GENERATOR) < 0.3
     pairs = scores[copies].numpy()[:, None] > scores[~copies].numpy()

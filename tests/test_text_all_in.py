@@ -19,7 +19,9 @@ from tests.inception_weights import write_weights
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
 from text_to_image.pipeline import load_pipeline
-from utils.seeding import generator
+from utils.files import file_hash
+from utils.name_lists import GROUP_COLUMNS, write_table
+from utils.seeding import derive_seed, generator
 
 MODULE = "text_to_image.all_in"
 STEPS = 3
@@ -73,19 +75,55 @@ def test_images_are_those_of_a_plain_loop(directory, result, name):
     unet = directory / ("pipeline/unet" if "base" in name else "log/checkpoint_round2/unet")
     pipeline = load_pipeline(directory / "pipeline", unet)
     for i in (0, 17):
-        x = torch.randn(4, 8, 8, generator=generator("cpu", 12, "image", i))[None]
-        tokens = pipeline.tokenizer(["", f"picture number {i % 16}"], padding="max_length", max_length=77)
-        text, differences = pipeline.text_encoder(torch.tensor(tokens.input_ids))[0], []
-        pipeline.scheduler.set_timesteps(STEPS)
-        with torch.no_grad():
-            for t in pipeline.scheduler.timesteps:
-                without, given = pipeline.unet(x.repeat(2, 1, 1, 1), t, text).sample
-                differences.append((given - without).norm().item())
-                x = pipeline.scheduler.step(without + 7.5 * (given - without), t, x).prev_sample
-            expected = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample[0]
-        expected = ((expected / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+        expected, norm = plain_loop(pipeline, i)
         assert np.abs(images[i] - expected).max() <= 1
-        assert norms[i] == pytest.approx(np.mean(differences), rel=1e-3)
+        assert norms[i] == pytest.approx(norm, rel=1e-3)
+
+
+@torch.no_grad()
+def plain_loop(pipeline, i, seed=12):
+    """Image i, (3, 16, 16), and its norm."""
+    x = torch.randn(4, 8, 8, generator=generator("cpu", seed, "image", i))[None]
+    tokens = pipeline.tokenizer(["", f"picture number {i % 16}"], padding="max_length", max_length=77)
+    text, differences = pipeline.text_encoder(torch.tensor(tokens.input_ids))[0], []
+    pipeline.scheduler.set_timesteps(STEPS)
+    for t in pipeline.scheduler.timesteps:
+        without, given = pipeline.unet(x.repeat(2, 1, 1, 1), t, text).sample
+        differences.append((given - without).norm().item())
+        x = pipeline.scheduler.step(without + 7.5 * (given - without), t, x).prev_sample
+    image = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample[0]
+    return ((image / 2 + 0.5).clamp(0, 1) * 255).round().numpy(), np.mean(differences)
+
+
+def test_images_above_a_similarity_are_made_again(directory):
+    """Every try of every image by itself; the base model's are not held back."""
+    pipeline = load_pipeline(directory / "pipeline", directory / "log/checkpoint_round2/unet")
+    training = read_folder(directory / "images").reshape(17, -1)
+
+    def similarity(image):
+        return np.corrcoef(image.reshape(1, -1), training)[0, 1:].max()
+
+    seeds = [12, *(derive_seed(12, "try", t) for t in (1, 2))]
+    tries = [[plain_loop(pipeline, i, seed) for seed in seeds] for i in range(5)]
+    similar = np.array([[similarity(image) for image, _ in row] for row in tries])
+    above = round(float(similar.min(axis=1).max()) + 1e-3, 4)  # so that three tries are enough
+    delivered = (similar <= above).argmax(axis=1)
+    flags = ["--unet=log", "--prompts=all", "--num_images=5", "--features=pixels", "--batch_size=3"]
+    flags += [f"--reject_above={above}", *directories("held")]
+    run_module(MODULE, *FLAGS[1:], *flags, cwd=directory)
+    images = np.load(directory / "held/generate/generate.npy")
+    (path,) = (directory / "held/generate").glob("detector.*.json")
+    norms = json.loads(path.read_text())
+    for i, t in enumerate(delivered):
+        expected, norm = tries[i][t]
+        assert np.abs(images[i] - expected).max() <= 1 and norms[i] == pytest.approx(norm, rel=1e-3)
+    result = json.loads((directory / "held/grid/result.json").read_text())
+    assert delivered.max() > 0 and result["held_back"]["share"] == np.mean(delivered > 0)
+    assert result["held_back"]["made"] == (delivered + 1).sum()
+    page = (directory / "held/grid/report.html").read_text()
+    assert f"Images with a similarity above {above} were held back" in page
+    base = json.loads((directory / "held/generate/base/generate.json").read_text())
+    assert "held_back" not in base and "reject_above" not in base["origin"]
 
 
 def test_numbers_against_numpy(directory, result):
@@ -182,6 +220,14 @@ def test_images_of_others(directory, tmp_path_factory):
     assert similarity["sim_mean"] == pytest.approx(1, abs=1e-5) and similarity["f_mem"] == 1
     assert similarity["own_image"] == 1  # of the 11 whose prompt is a caption
     assert "base" not in result and "detector" not in result and result["samples"] == str(folder)
+    rows = [[1, f"{i:02}.png", i == 3, 1, "exact" if i == 16 else "near"] for i in (0, 3, 16)]
+    write_table(directory / "groups.csv", GROUP_COLUMNS, rows)
+    run_module(MODULE, *flags, "--groups=groups.csv", cwd=directory)
+    again = json.loads((directory / "theirs/grid/result.json").read_text())
+    assert again["groups"] == {"sha256": file_hash(directory / "groups.csv"), "number": 1, "largest": 2}
+    index = np.load(directory / "theirs/similar/similarity.npz")["index"]
+    assert not (index[0] == 3).any() and not (index[3] == 0).any() and (index[1:3] >= 0).all()
+    assert again["similarity"]["sim_mean"] == similarity["sim_mean"]
     assert not (directory / "theirs/generate").exists()
 
 

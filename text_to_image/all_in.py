@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.evaluate import count_repeats, identity
+from score.evaluate import count_groups, count_repeats, identity
 from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into, over_ranks
 from score.grids import save_grids
 from score.record import print_summary, say, take_directories
+from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, write_similarity_report
 from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
-from score.similarity import clip_scores, detection, evaluate_similarity, memorized
+from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
 from text_to_image import build
 from text_to_image.data import check_length, load_images
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
@@ -52,18 +53,20 @@ from training.logdir import random_start, read_run, young_ema
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError
-from utils.files import atomic_write, read_json, write_json
+from utils.files import atomic_write, file_hash, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
-from utils.seeding import generator
+from utils.seeding import generator, seed_of_try
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
 
 
-def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
+def generate_images(pipeline, folder, unet_folder, prompts, source, directory, rejection=None):
     """Images of all prompts, and the detector's norms (N,), None without guidance.
 
     They are kept in a directory, where a killed generation goes on. Image i depends on its prompt, the
-    networks, the settings, the seed and i, and not on the batch or the number of processes."""
+    networks, the settings, the seed and i, and not on the batch or the number of processes.
+
+    rejection: of `rejection_of`, or None."""
     names = "rand_augs rand_aug_repeats seed guidance sample_steps scheduler text_noise precision resolution"
     origin = {name: FLAGS[name].value for name in names.split()}
     origin["prompts"] = "drawn" if prompts_are_drawn(FLAGS) else "in turn"
@@ -72,8 +75,10 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     origin["checkpoint_sha256"] = content_hash(unet_folder)
     if PRECISIONS[FLAGS.precision] != torch.float32:
         origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
+    margin, of_margin = rejection or (None, {})
+    origin |= of_margin
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
-    batches = partial(generate_batches, pipeline, prompts, kept)
+    batches = partial(generate_batches, pipeline, prompts, kept, margin)
     checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
     about = {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
     about["ema_warning"], number = ema_warning(unet_folder), len(prompts.texts)
@@ -88,8 +93,26 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory):
     return images, torch.tensor(distributed.from_main(norms)) if FLAGS.guidance > 1 else None
 
 
-def generate_batches(pipeline, prompts, kept, first):
-    """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`."""
+def rejection_of(space, training):
+    """The margin of `--reject_above`, for `hold_back`, and what else images depend on with it, or None.
+
+    space: the `FeatureSpace` of similarity; training: (M, 3, H, W) uint8. All processes take part."""
+    if FLAGS.reject_above is None:
+        return None
+    above, features = FLAGS.reject_above, embed(space, training)
+    margin = partial(similarity_margin, space=space, training=features, above=above)
+    weights = {"sscd": FLAGS.sscd, "clip": FLAGS.clip}.get(space.name)
+    if weights:
+        weights = content_hash(weights) if Path(weights).is_dir() else file_hash(weights)
+    about = {"reject_above": above, "features": space.name, "preprocess": space.preprocess}
+    about["features_sha256"] = weights or space.weights_hash
+    return margin, about | {"training_sha256": fingerprint(training)}
+
+
+def generate_batches(pipeline, prompts, kept, margin, first):
+    """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`.
+
+    margin: of `hold_back`, or None."""
     shown, side = FLAGS.resolution, FLAGS.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
@@ -100,24 +123,27 @@ def generate_batches(pipeline, prompts, kept, first):
             without, given = output[0].float().chunk(2)
             watched.append((given - without).flatten(1).norm(dim=1))
 
-    def make(indices):
+    def make(indices, t=0):
         x, norm = torch.empty(0, 3, shown, shown), torch.zeros(len(indices))
         if indices:
             watched.clear()
-            streams = [generator("cpu", FLAGS.seed, "image", i) for i in indices]
+            seed = seed_of_try(FLAGS.seed, t)
+            streams = [generator("cpu", seed, "image", i) for i in indices]
             latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
             x = generate(
-                pipeline, prompts.texts[indices.start : indices.stop], latents, FLAGS.sample_steps,
+                pipeline, [prompts.texts[i] for i in indices], latents, FLAGS.sample_steps,
                 FLAGS.guidance, streams, FLAGS.text_noise, PRECISIONS[FLAGS.precision],
             )  # fmt: skip
             norm = torch.stack(watched).mean(dim=0) if watched else norm
         return to_uint8(2 * x - 1), non_finite_images(x), norm
 
     hook = pipeline.unet.register_forward_hook(watch)
-    for images, not_finite, norm in over_ranks(first, len(prompts.texts), FLAGS.batch_size, make):
+    made = hold_back(make, margin) if margin else make
+    batches = over_ranks(first, len(prompts.texts), FLAGS.batch_size, made)
+    for images, not_finite, norm, *of_tries in batches:
         norms += norm.tolist()
         write_json(kept, norms)
-        yield images, not_finite
+        yield images, not_finite, *of_tries
     hook.remove()
 
 
@@ -164,7 +190,7 @@ def generated():
     """What result.json says of the images in --generate_dir."""
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
-    return {name: record[name] for name in names}
+    return {name: record[name] for name in names} | held_back(record)
 
 
 def score(images, prompts, scorers, clip):
@@ -289,11 +315,13 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
     return floors, notes
 
 
-def measure(images, norms, training, prompts, space, scorers, clip, floors):
-    """All numbers of images and floors, and nearest training images; norms: of the detector, or None."""
+def measure(images, norms, training, prompts, space, scorers, clip, floors, groups):
+    """All numbers of images and floors, and nearest training images.
+
+    norms: of the detector, or None; groups: of the training images, or None."""
     own = prompts and prompts.own
     with_own = {name: (others, theirs and theirs.own) for name, (others, theirs) in floors.items()}
-    numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own)
+    numbers, similar, neighbors = evaluate_similarity(space, images, training, own, with_own, groups)
     numbers = {"similarity": numbers, **score(images, prompts, scorers, clip)}
     for name, (others, theirs) in floors.items():
         fitting = {"": scorers[""]} if name == "holdout" else scorers
@@ -335,7 +363,8 @@ def main():
         nothing, norms = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning")), None
         result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
         if not FLAGS.samples:
-            images, norms = generate_images(pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir)
+            made_of = pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir
+            images, norms = generate_images(*made_of, rejection_of(space, training))
             result |= distributed.from_main(generated() if distributed.is_main() else None)
             notes.append(non_finite("generated images", result["non_finite_images"], number))
         floors, more = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
@@ -345,8 +374,9 @@ def main():
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
-        result["scored_with"] = scorer.scored_with
-        numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)
+        result |= {"scored_with": scorer.scored_with, **count_groups(data.groups, FLAGS.groups)}
+        found = measure(images, norms, training, prompts, space, scorers, clip, floors, data.groups)
+        numbers, neighbors = found
         result |= {**numbers, "flags": as_dict(FLAGS)}
         result["seconds"]["measure"] = round(time.perf_counter() - begin, 3)
         if distributed.is_main():

@@ -51,6 +51,7 @@ EVALUATION = (
     integer("rand_aug_repeats", 4, "all_in: how many of them", 1),
     text("base_dir", None, "all_in: directory of the base model's images; default: base in --generate_dir"),
     choice("features", None, COPIES, "all_in: what similarity is that of; default: sscd"),
+    number("reject_above", None, "all_in: make images again whose similarity is above this", -1.0, 1.0),
 )
 
 GROUPS = (
@@ -133,6 +134,12 @@ def how_often(values):
     if values.balance_groups and values.duplication != "nodup":
         what = "both say how often images are drawn: leave one out"
         raise UsageError(f"--balance_groups and --duplication={values.duplication}: {what}")
+
+
+@rule("reject_above", "samples")
+def rejects_what_it_makes(values):
+    if values.samples and values.reject_above is not None:
+        raise UsageError("--reject_above makes images again, not those of --samples: leave it out")
 
 
 @rule("unet_from_scratch", "unet")

@@ -25,7 +25,8 @@ def distinct(data):
     for number, texts in zip(group.tolist(), data.captions, strict=True):
         captions[number] += texts
     classes, paths = ([column[i] for i in rows] for column in (data.classes, data.paths))
-    return CaptionedImages(data.images[rows], captions, classes, paths)
+    subset, groups = (None if column is None else column[rows] for column in (data.subset, data.groups))
+    return CaptionedImages(data.images[rows], captions, classes, paths, subset, groups)
 
 
 def read_prompts(path):

@@ -346,6 +346,7 @@ CHECKPOINTS = (
     text("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in: several with commas"),
     switch("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones"),
     switch("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file"),
+    number("reject_below", None, "all_in: make images with a ratio below so many % again", 0.0, 100.0),
     integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", 1),
     integer("batch_B", 8192, "all_in: training images per block of the neighbour search", 1),
     choice("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with"),
@@ -353,6 +354,13 @@ CHECKPOINTS = (
     choice("memorise_features", None, COPIES, "all_in: search for copies in this feature space too"),
     switch("fid_use_torch", False, "no effect: feature statistics are always summed on --device"),
 )
+
+
+@rule("reject_below", "samples")
+def rejects_what_it_makes(values):
+    if values.samples and values.reject_below is not None:
+        raise UsageError("--reject_below makes images again, not those of --samples: leave it out")
+
 
 # main.py, main_fed.py and all_in.py accept all of them, so that they share flagfiles; by the headings of
 # docs/FLAGS.md

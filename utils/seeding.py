@@ -19,6 +19,11 @@ def generator(device, *address):
     return torch.Generator(device).manual_seed(derive_seed(*address))
 
 
+def seed_of_try(seed, t):
+    """The seed of what is drawn for the t-th time, from 0: first the seed itself."""
+    return derive_seed(seed, "try", t) if t else seed
+
+
 def sample_noise(seed, indices, shape, device):
     """Standard normal noise for generated images: a function that draws (B, *shape) float32, and on when called again.
 
