@@ -30,7 +30,7 @@ from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
 from training.logdir import ema_start, young_ema
 from training.recorded import default_resize, take, take_trainings, training_warning
-from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
+from training.weights import find_best, find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
@@ -111,7 +111,8 @@ def load_network(stages, device):
             take(FLAGS, record["training"], path, record["flags"])
         return None, [], None
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
-    paths = [find_checkpoint(name) for name in names]
+    found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
+    paths = [path for of_name in found for path in of_name]
     states = [load_checkpoint(path, device) for path in paths]
     settings, nets = take_trainings(FLAGS, paths), []
     for path, state in zip(paths, states, strict=True):

@@ -295,6 +295,20 @@ LOGS = (
 )
 
 
+WATCH = (
+    integer("watch_step", 0, "steps between two measurements of EMA weights: copies, distance to held-out images", 0),
+    integer("watch_images", 512, "images that a measurement generates, always from the same noise", 2),
+    switch("stop_when_copying", False, "end when two of them in a row have MQ@30 five points above its floor"),
+    switch("best", False, "all_in: the checkpoint that best.json in the log directory names"),
+)
+
+
+@rule("watch_step", "stop_when_copying")
+def something_is_watched(values):
+    if values.stop_when_copying and not values.watch_step:
+        raise UsageError("--stop_when_copying needs --watch_step: give the steps between two measurements")
+
+
 @rule("fresh", "overwrite")
 def overwrites(values):
     if values.overwrite and not values.fresh:
@@ -339,7 +353,7 @@ GROUPS = {
     "data": DATA,
     "training": (*OPTIMISATION, *MAIN),
     "what main_fed adds: iterative ensemble training and anti-gradient control": (*SHARDS, *CONTROL, *MAIN_FED),
-    "logs and checkpoints": LOGS,
+    "logs and checkpoints": (*LOGS, *WATCH),
     "evaluation": (*SCORES, *CHECKPOINTS),
 }
 
