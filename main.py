@@ -57,7 +57,7 @@ def train(data, quality, device, logdir):
 
     def look():
         if watch.is_due(learner.step):
-            watch(learner.step, [learner.ema], lambda: [to_save()] if writes else [], logger)
+            watch(learner.step, [learner.ema], [to_save()] if writes else [], logger)
 
     with Interruption() as interruption, logger:
         look()  # where a signal ended the last start just before it

@@ -79,6 +79,7 @@ GROUPS = (
             "sample_step": "steps between two grids of images of the first captions; 0: none",
         },
     ),
+    adapted(shared.WATCH, helps={"best": "all_in: the folder that best.json in --unet, a log directory, names"}),
     adapted(
         shared.SCORES, defaults={"num_images": 4000},
         helps={
@@ -124,6 +125,12 @@ def prompts_of_samples(values):
         raise UsageError(f"--prompts=random {what}")
     if values.samples and values.rand_augs != "none":
         raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
+
+
+@rule("best", "unet")
+def best_of_a_training(values):
+    if values.best and not values.unet:
+        raise UsageError("--best: name the log directory of the training with --unet")
 
 
 @rule("unet_from_scratch", "unet")

@@ -299,7 +299,7 @@ WATCH = (
     integer("watch_step", 0, "steps between two measurements of EMA weights: copies, distance to held-out images", 0),
     integer("watch_images", 512, "images that a measurement generates, always from the same noise", 2),
     switch("stop_when_copying", False, "end when two of them in a row have MQ@30 five points above its floor"),
-    switch("best", False, "all_in: the checkpoint that best.json in the log directory names"),
+    switch("best", False, "all_in: the checkpoint that best.json in --unet_dir, a log directory, names"),
 )
 
 

@@ -82,7 +82,7 @@ def train(
             if not exchanges and schedule.total_round > 1 and watch.is_due(step):
                 leave_if_stopped(interruption, logger.logdir)
                 with learner.on_device():
-                    watch(step, [learner.ema], lambda: [state] if distributed.is_main() else [], logger)
+                    watch(step, [learner.ema], [state] if distributed.is_main() else [], logger)
 
             logger.memorization(skip_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
@@ -124,8 +124,8 @@ def watch_ensemble(watch, step, shards, K, extra, logger, interruption):
     if steps_of(shards) == step and watch.is_due(step):
         leave_if_stopped(interruption, logger.logdir)
         networks = ema_networks({shard.number: shard.learner for shard in shards}, K)
-        named = [({"shard": shard.number, **extra}, shard) for shard in shards]
-        watch(step, networks, lambda: [shard.state_dict() | more for more, shard in named], logger)
+        states = [{**shard.state_dict(), **extra, "shard": shard.number} for shard in shards]
+        watch(step, networks, states, logger)
 
 
 def train_shard(shard, r, stops, schedule, logger, interruption, extra, preview):

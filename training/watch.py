@@ -1,5 +1,6 @@
 """Watching a training: whether it copies yet, and which of its checkpoints is the best so far."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -61,14 +62,14 @@ class Watch:
         return self.stops and len(last) == IN_A_ROW and all(at_least(m[ABOVE], COPIES_ABOVE) for m in last)
 
     def __call__(self, step, networks, states, logger):
-        """Measure after `step` steps; states: a function that returns what this process has to save."""
+        """Measure after `step` steps; states: the checkpoints to be kept by this process, if it is the best."""
         begin = time.perf_counter()
         found = {"step": step, **self.measure(networks)}
         self.measurements.append(found)
         if at_least(BEST_ABOVE, found[ABOVE]) and self.is_better(found):
-            names = distributed.gather([self.save(self.logdir, state) for state in states()])
-            self.best = found | {"checkpoint": ",".join(sum(names, []))} if distributed.is_main() else None
-            self.best = distributed.from_main(self.best)
+            kept = distributed.gather([self.save(self.logdir, state) for state in states])
+            names = itertools.chain(*kept) if distributed.is_main() else ()
+            self.best = distributed.from_main({**found, "checkpoint": ",".join(names)})
         logger.watched(found, time.perf_counter() - begin)
         if distributed.is_main():
             name = self.best and self.best["checkpoint"]
