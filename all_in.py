@@ -22,7 +22,7 @@ from score.generate import MeanPrediction, draw_labels, generate_batches, genera
 from score.grids import save_grids
 from score.memorization import memorization_ratio
 from score.record import add_stage, earlier_result, print_summary, say, take_directories
-from score.report import training_seconds, write_report
+from score.report import training_seconds, watched, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import evaluate_similarity
 from training import build
@@ -246,6 +246,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
     result["training_seconds"] = training_seconds(result["checkpoint"])
+    result["watched"] = watched(result["checkpoint"])
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)
     return result

@@ -1,4 +1,4 @@
-"""A few numbers of a set of images: what a training watches of itself, and experiments/cifar10.py publishes."""
+"""A few numbers of a set of images: what a training watches of itself, and experiments/cifar10.py shows."""
 
 from score.evaluate import evaluate, mean_of
 from score.fid import compute_statistics, frechet_distance
@@ -8,9 +8,9 @@ from utils import distributed
 
 
 def measure_against(training, heldout, reference=None, space=None, device="cpu"):
-    """A function that measures images, uint8 (N, 3, H, W), against these real ones, as the evaluations do.
+    """A function that measures images, uint8 (N, 3, H, W), against real ones, as the evaluations do.
 
-    What real images alone decide is computed here, once. All processes take part in both.
+    What the real images alone decide is computed here, once. All processes take part in both.
 
     Args:
         training: (M, 3, H, W) uint8, every image once.
@@ -20,9 +20,9 @@ def measure_against(training, heldout, reference=None, space=None, device="cpu")
         space: the `FeatureSpace` that copies are searched for in; None: pixels.
         device: where to compute.
 
-    Returns a function of images, whose result is a dict of JSON values: "fpd" and, from 16 pixels on, "swd";
-    "mq_above_floor", {p: the share below the threshold less that of heldout}; and "mq_fraction", "f_mem"
-    and all else in `evaluate`'s "pixels", or in what `measure_similarity` finds."""
+    Returns a function of images, whose result is a dict of JSON values: "fpd" and, from 16 pixels on,
+    "swd"; "mq_above_floor", {p: the share below the threshold less that of heldout}; "mq_fraction",
+    "f_mem" and all else in `evaluate`'s "pixels", or in what `measure_similarity` finds."""
     reference = heldout if reference is None else reference
     features = None if space is None else embed(space, training)
 

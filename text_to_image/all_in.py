@@ -23,7 +23,7 @@ from score.fid import CACHE
 from score.generate import generate_into, over_ranks
 from score.grids import save_grids
 from score.record import print_summary, say, take_directories
-from score.report import training_seconds, write_similarity_report
+from score.report import training_seconds, watched, write_similarity_report
 from score.samples import evenly_spaced, non_finite_images, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, evaluate_similarity, memorized
 from text_to_image import build
@@ -320,6 +320,7 @@ def main():
         notes = [note for note in (*notes, *more, scorer.warning) if note]
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
+        result |= {"watched": watched(result["checkpoint"])}
         result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
         result["scored_with"] = scorer.scored_with
         numbers, neighbors = measure(images, norms, training, prompts, space, scorers, clip, floors)

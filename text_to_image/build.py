@@ -26,7 +26,7 @@ from training.logdir import LogDirectory
 from training.shards import partition
 from utils import distributed
 from utils.errors import DataError, UsageError
-from utils.images import list_images, size_of, to_uint8
+from utils.images import fingerprint, list_images, size_of, to_uint8
 
 
 def dataset(FLAGS):
@@ -177,7 +177,8 @@ def watch(FLAGS, data, pipeline, device, save):
         remove_unets(logdir, "best_checkpoint_*", names)
 
     about = {name: FLAGS[name].value for name in "sample_steps guidance text_noise precision".split()}
-    about |= {"features": space.name, "prompts": hashlib.sha256(repr(asked).encode()).hexdigest()}
+    about |= {"features": space.name, "training images": fingerprint(once.images)}
+    about |= {"prompts": hashlib.sha256(repr(asked).encode()).hexdigest()}
     return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 
 

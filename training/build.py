@@ -204,6 +204,7 @@ def watch(FLAGS, data, device):
     reference, heldout = (heldout_images(FLAGS, part, "watch_step") for part in (once, distinct))
     settings = generation(FLAGS, data) | {"num_images": FLAGS.watch_images}
     about = sampler_settings(FLAGS) | {"precision": FLAGS.precision}
+    about["training images"] = fingerprint(distinct.train.images)
 
     def make_images(networks):
         net = networks[0] if len(networks) == 1 else MeanPrediction(networks)
