@@ -14,9 +14,10 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from score import report
 from score.columns import COLUMNS, FLOORS, floor_of, renewed, under
 from score.grids import closest_pairs, save_comparison
-from score.report import curves, figures, histograms, page, shortened, table, training_seconds, watch_section, watched
+from score.report import curves, figures, histograms, page, shortened, table, training_seconds
 from utils import startup
 from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
@@ -75,7 +76,7 @@ def read_results(arguments):
         result = renewed(result)
         if not result.get("training_seconds"):
             result["training_seconds"] = training_seconds(result.get("checkpoint"))
-        result["watched"] = result.get("watched") or watched(result.get("checkpoint"))
+        result["watched"] = result.get("watched") or report.watched(result.get("checkpoint"))
         groups.setdefault(printable(label), []).append((path, result))
     return groups
 
@@ -251,7 +252,7 @@ def compare_page(rows, summaries, notes):
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
         *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
-        *watch_section({label: [r["watched"] for r in repeats] for label, repeats in results.items()}),
+        *report.watch_section({name: [r["watched"] for r in found] for name, found in results.items()}),
         ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", settings),
     ]

@@ -1,4 +1,4 @@
-"""A few numbers of a set of images: what a training watches of itself, and experiments/cifar10.py shows."""
+"""A few numbers of a set of images: what a training watches, and experiments/cifar10.py publishes."""
 
 from score.evaluate import evaluate, mean_of
 from score.fid import compute_statistics, frechet_distance

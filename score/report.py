@@ -138,7 +138,8 @@ def curves(series):
 def watch_curves(series):
     """What trainings measured of themselves over their steps, as two charts.
 
-    series: {name: [measurements of each repeat]}, lists of {"step": n, "mq30_above_floor": share, ...}."""
+    series: {name: [measurements of each repeat]}, lists of {"step": n, "mq30_above_floor": share, ...}.
+    """
     from matplotlib.ticker import ScalarFormatter
 
     measurements = [found for repeats in series.values() for of_repeat in repeats for found in of_repeat]
@@ -168,14 +169,14 @@ def watch_curves(series):
         alt = f"{what} over the steps of training. {'; '.join(ends)}."
         html += chart(draw, series, "steps", what, alt)
     note = (
-        f"Measured during training (--watch_step); {label} is to held-out images. Dashed: at most so far "
-        "above the floor a checkpoint can be the best, and from there on training copies."
+        f"Measured during training, by --watch_step; {label} is to held-out images. Dashed: how far "
+        "above the floor the best checkpoint may be, and from where on the training counts as copying."
     )
     return f"{html}<p class=note>{note}</p>"
 
 
 def watch_section(series):
-    """[(heading, `watch_curves`)]; [] where no training has any. series: as there, None for no measurements."""
+    """[(heading, `watch_curves`)], or [] if all series are empty; series: as there, or None in them."""
     found = {name: [of_repeat for of_repeat in repeats if of_repeat] for name, repeats in series.items()}
     found = {name: repeats for name, repeats in found.items() if repeats}
     return [("While it trained", watch_curves(found))] if found else []

@@ -79,7 +79,7 @@ GROUPS = (
             "sample_step": "steps between two grids of images of the first captions; 0: none",
         },
     ),
-    adapted(shared.WATCH, helps={"best": "all_in: the folder that best.json in --unet, a log directory, names"}),
+    adapted(shared.WATCH, helps={"best": "all_in: what best.json in --unet, a log directory, names"}),
     adapted(
         shared.SCORES, defaults={"num_images": 4000},
         helps={

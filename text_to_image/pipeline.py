@@ -271,7 +271,7 @@ def writable_weights(folder):
 
 
 def remove_unets(logdir, pattern="*checkpoint_*", but=()):
-    """Remove what `save_unet` has written in folders of a log directory, but not in those of these names."""
+    """Remove what `save_unet` has written in folders of a log directory, but in those of these names."""
     for path in Path(logdir).glob(f"{pattern}/unet"):
         if path.parent.name in but:
             continue
@@ -373,7 +373,8 @@ def generate_numbered(pipeline, texts, indices, *, seed, resolution, steps, guid
     """`generate` of the prompts of a range of images: image i depends on its prompt, the seed and i.
 
     texts: of all images; resolution: the side of an image in pixels."""
-    side, streams = resolution // pipeline.vae_scale_factor, [generator("cpu", seed, "image", i) for i in indices]
+    side = resolution // pipeline.vae_scale_factor
+    streams = [generator("cpu", seed, "image", i) for i in indices]
     shape = (pipeline.unet.config.in_channels, side, side)
     latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
     prompts = texts[indices.start : indices.stop]

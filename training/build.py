@@ -242,8 +242,9 @@ def make_watch(FLAGS, measure, heldout, side, about, save, tidy):
             raise UsageError("--watch_step: one image is held out: at least two are needed")
         if criterion == "fpd" and distributed.is_main():
             what = f"SWD is not defined for images of {side} pixels"
-            warn(f"warning: {what}: --watch_step takes fpd in its place, which sees no detail, for best.json")
-        about |= {"images": FLAGS.watch_images, "seed": FLAGS.seed, "heldout images": fingerprint(heldout)}
+            warn(f"warning: {what}: best.json is by fpd, which sees no detail")
+        about |= {"images": FLAGS.watch_images, "seed": FLAGS.seed}
+        about["heldout images"] = fingerprint(heldout)
     return Watch(
         watched, every=FLAGS.watch_step, stops=FLAGS.stop_when_copying, criterion=criterion, about=about,
         save=save, tidy=tidy,

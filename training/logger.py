@@ -76,7 +76,7 @@ class Logger:
         self.start = self.since - seconds
         self.bad_row = self.longest_bad_row = self.made = 0
         self.total, self.done, self.drawing = total, done, 0.0  # seconds of sample grids, in this start
-        self.watching, self.measured = 0.0, {}  # seconds of measurements, in this start, and the last one
+        self.watching, self.measured = 0.0, {}  # seconds of measurements in this start; the last one
         self.clear()
 
     def clear(self):

@@ -112,7 +112,7 @@ def best_name(state):
 
 
 def save_best(logdir, state):
-    """Keep a checkpoint for evaluation, beside those that are kept to continue from; returns its name."""
+    """Keep a checkpoint for evaluation, beside those to continue from; returns its name."""
     of_network = {name: value for name, value in state.items() if name not in FOR_RESUMING}
     save_checkpoint(logdir / best_name(state), of_network)
     return best_name(state)

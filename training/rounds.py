@@ -76,8 +76,8 @@ def train(
             for shard in shards:
                 shard.round_counts.zero_()
 
-            state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts}
-            state |= {**extra, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
+            state = {"global_model": average, "global_ema_model": ema_average, **extra, "round": r}
+            state |= {"index_array": skip_counts, "averaged": not exchanges}
             step, learner = sum(per_round) * r, shards[0].learner
             if not exchanges and schedule.total_round > 1 and watch.is_due(step):
                 leave_if_stopped(interruption, logger.logdir)
@@ -120,7 +120,7 @@ def leave_if_stopped(interruption, logdir):
 
 
 def watch_ensemble(watch, step, shards, K, extra, logger, interruption):
-    """Measure all K shards as one, if that is due and all stand where they have made `step` steps together."""
+    """Measure all K shards as one, if that is due and they have made `step` steps together, no more."""
     if steps_of(shards) == step and watch.is_due(step):
         leave_if_stopped(interruption, logger.logdir)
         networks = ema_networks({shard.number: shard.learner for shard in shards}, K)
@@ -129,7 +129,7 @@ def watch_ensemble(watch, step, shards, K, extra, logger, interruption):
 
 
 def train_shard(shard, r, stops, schedule, logger, interruption, extra, preview):
-    """The steps of one shard in round r, from where it stands to its own of `stops`; others as for `train`."""
+    """The steps of a shard in round r, from where it stands to its own stop; others as for `train`."""
     k, learner, own_steps = shard.number, shard.learner, schedule.steps_per_round[shard.number]
     while learner.step < stops[k]:
         torch.manual_seed(derive_seed(schedule.seed, "dropout", k, learner.step))

@@ -14,7 +14,7 @@ COPIES_ABOVE, IN_A_ROW = 0.05, 2  # at least so much, so many times in a row, is
 
 
 class Watch:
-    """Measures the EMA weights every so many steps, and keeps best.json and the checkpoint that it names.
+    """Measures EMA weights every so many steps, and keeps best.json and the checkpoint that it names.
 
     The best is that of the lowest `criterion` among those that copy little, `BEST_ABOVE`.
 
@@ -42,7 +42,8 @@ class Watch:
         self.logdir, path = Path(logdir), Path(logdir) / "best.json"
         if not self.every:
             return
-        record = distributed.from_main(read_json(path) if distributed.is_main() and path.exists() else None)
+        is_there = distributed.is_main() and path.exists()
+        record = distributed.from_main(read_json(path) if is_there else None)
         if record and record["about"] != self.about:
             if distributed.is_main():
                 warn(f"warning: {path}: was measured with other settings: it is begun anew")
@@ -58,11 +59,11 @@ class Watch:
     @property
     def is_over(self):
         """Whether the training is to end, since it copies."""
-        last = self.measurements[-IN_A_ROW:]
-        return self.stops and len(last) == IN_A_ROW and all(at_least(m[ABOVE], COPIES_ABOVE) for m in last)
+        copies = [at_least(found[ABOVE], COPIES_ABOVE) for found in self.measurements[-IN_A_ROW:]]
+        return self.stops and copies == [True] * IN_A_ROW
 
     def __call__(self, step, networks, states, logger):
-        """Measure after `step` steps; states: the checkpoints to be kept by this process, if it is the best."""
+        """Measure after `step` steps; states: checkpoints that this process keeps if it is the best."""
         begin = time.perf_counter()
         found = {"step": step, **self.measure(networks)}
         self.measurements.append(found)

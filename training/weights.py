@@ -127,13 +127,14 @@ def find_checkpoint(name):
 
 
 def find_best(name):
-    """The files, or the folder, that best.json in a log directory names: several of shards never averaged."""
+    """The file or folder that best.json in a log directory names; several of shards never averaged."""
     path = Path(name) / "best.json"
     if not path.exists():
         raise DataError(f"{path}: no such file: name a log directory whose training had --watch_step")
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("checkpoint"), str):
-        raise DataError(f"{path}: names no checkpoint: at no measurement the training copied as little as it must")
+        what = "no measurement had MQ@30 at most two points above its floor"
+        raise DataError(f"{path}: names no checkpoint, since {what}: name one")
     return [path.with_name(part) for part in record["checkpoint"].split(",")]
 
 
