@@ -15,6 +15,7 @@ from score.report import watch_section
 from tests.commands import ROOT, environment, eval_flags, read_jsonl, run, run_module, run_with, values_of
 from tests.faults import differences
 from tests.test_distributed import without_timings
+from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
 from training import build
 from training.logger import read_metrics
 from training.watch import Watch
@@ -310,3 +311,52 @@ def test_curves_of_several_trainings_side_by_side(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "MQ@30 above floor over the steps of training. b: 0.1 at the end" in page
     assert "SWD over the steps of training. b: 60 at the end" in page
+
+
+MODULE, EVALUATION = "text_to_image.main_fed", "text_to_image.all_in"
+PIPELINE = [
+    "--pretrained=pipeline", "--data_root=images", "--captions=captions.json", "--resolution=16", "--batch_size=4",
+    "--sample_steps=2", "--features=pixels", "--device=cpu",
+]  # fmt: skip
+FINE_TUNING = ["--train", *PIPELINE, "--lr=1e-3", "--warmup=2", "--sample_step=0", "--log_step=1"]
+
+
+def test_a_fine_tuning_is_watched(tmp_path):
+    saved_pipeline(tmp_path)
+    save_captions(tmp_path / "captions.json", CAPTIONS)
+    names = list(CAPTIONS)
+    save_images(tmp_path / "all", [*names, *(f"other{i}.png" for i in range(20))])
+    for folder, chosen in (("images", names), ("others", [path.name for path in tmp_path.glob("all/other*")])):
+        (tmp_path / folder).mkdir()
+        for name in chosen:
+            (tmp_path / "all" / name).rename(tmp_path / folder / name)
+
+    rounds = ["--client_num=2", "--local_steps=2", "--total_round=3", "--save_round=3"]
+    watched = ["--watch_step=4", "--watch_images=10", "--heldout=others"]
+    run_module(MODULE, *FINE_TUNING, *rounds, *watched, "--logdir=log", cwd=tmp_path)
+    run_module(MODULE, *FINE_TUNING, *rounds, "--logdir=plain", cwd=tmp_path)
+    logs = tmp_path / "log", tmp_path / "plain"
+    ends = [load(log / "state/average_round3.pt") for log in logs]
+    assert differences(*ends) == []
+    record = best_of(tmp_path)
+    assert [found["step"] for found in record["measurements"]] == [4, 8, 12] and record["criterion"] == "swd"
+    best = min(record["measurements"], key=lambda found: found["swd"])
+    assert record["checkpoint"] == f"best_checkpoint_round{best['step'] // 4}"
+    folders = sorted(path.name for path in (tmp_path / "log").glob("*checkpoint_round*"))
+    assert folders == [record["checkpoint"], "checkpoint_round3"]
+
+    flags = [*PIPELINE, "--unet=log", "--best", "--num_images=10", "--heldout=others", *eval_flags(tmp_path)]
+    run_module(EVALUATION, *flags, cwd=tmp_path)
+    result = json.loads((tmp_path / "grid/result.json").read_text())
+    share, floor = (of["similarity"]["mq_fraction"]["30"] for of in (result, result["holdout"]))
+    numbers = {"mq30_above_floor": share - floor, "f_mem": result["similarity"]["f_mem"]}
+    numbers |= {"fpd": result["heldout_fpd"], "swd": result["heldout_swd"]}
+    assert {name: value for name, value in best.items() if name != "step"} == numbers
+    assert result["checkpoint"] == f"log/{record['checkpoint']}"
+    assert "While it trained" in (tmp_path / "grid/report.html").read_text()
+
+    never_averaged = [*watched, "--total_round=1"], "give a --total_round above 1"
+    for wrong, said in (never_averaged, (["--watch_step=4"], "no image is held out")):
+        flags = [*FINE_TUNING, *rounds, *wrong, "--logdir=no"]
+        assert said in run_module(MODULE, *flags, cwd=tmp_path, code=2).stderr.splitlines()[-1]
+    assert not (tmp_path / "no").exists()

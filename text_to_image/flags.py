@@ -22,7 +22,7 @@ PIPELINE = (
 DATA = (
     text("data_root", "./data", "folder of the training images, or of its classes' sub-folders"),
     switch("hflip", True, "mirror training images at random"),
-    text("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID"),
+    text("heldout", None, "folder of real images not trained on, for floors, FID and --watch_step"),
     integer("num_workers", 4, "threads that decode image files, once", 0),
     text("captions", None, "JSON {image: [captions]}, .csv, .tsv or .jsonl; default: metadata.jsonl in --data_root"),
     integer("resolution", 256, "side of the images: resized, then the centre cut out", 8),
