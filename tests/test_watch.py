@@ -19,6 +19,7 @@ from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipelin
 from training import build
 from training.logger import read_metrics
 from training.watch import Watch
+from utils.errors import UsageError
 from utils.seeding import derive_seed
 
 NETWORK = [
@@ -282,16 +283,14 @@ def test_the_best_of_steps_that_are_made_again_stays(tmp_path):
     assert kept == ["step30"]
 
 
-def test_other_settings_begin_the_measurements_anew(tmp_path, capsys):
+def test_what_was_measured_with_other_settings_is_not_gone_on_with(tmp_path):
     kept = []
-    watch = make_watch({10: (0.0, 5.0), 20: (0.0, 9.0)}, kept)
+    watch = make_watch({10: (0.0, 5.0)}, kept, about={"images": 7, "seed": 1})
     watch.begin(tmp_path, 0)
     watch(10, [10], ["step10"], Lines())
-    other = make_watch({20: (0.0, 9.0)}, kept, about={"images": 7})
-    other.begin(tmp_path, 10)
-    assert "measured with other settings: it is begun anew" in capsys.readouterr().err
-    other(20, [20], ["step20"], Lines())
-    assert kept == ["step20"] and [found["step"] for found in other.measurements] == [20]
+    with pytest.raises(UsageError, match=r"best\.json: measured with other images: give those of then"):
+        make_watch({}, kept, about={"images": 8, "seed": 1}).begin(tmp_path, 10)
+    assert kept == ["step10"]
 
 
 def test_curves_of_several_trainings_side_by_side(tmp_path):

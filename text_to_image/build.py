@@ -176,9 +176,9 @@ def watch(FLAGS, data, pipeline, device, save):
     def tidy(logdir, names):
         remove_unets(logdir, "best_checkpoint_*", names)
 
-    about = {name: FLAGS[name].value for name in "sample_steps guidance text_noise precision".split()}
-    about |= {"features": space.name, "training images": fingerprint(once.images)}
-    about |= {"prompts": hashlib.sha256(repr(asked).encode()).hexdigest()}
+    about = {"features": space.name, "text_noise": FLAGS.text_noise}
+    about["training images"] = fingerprint(once.images)
+    about["prompts"] = hashlib.sha256(repr(asked).encode()).hexdigest()
     return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 
 

@@ -203,7 +203,7 @@ def watch(FLAGS, data, device):
     distinct = once.distinct()
     reference, heldout = (heldout_images(FLAGS, part, "watch_step") for part in (once, distinct))
     settings = generation(FLAGS, data) | {"num_images": FLAGS.watch_images}
-    about = sampler_settings(FLAGS) | {"precision": FLAGS.precision}
+    about = {name: FLAGS[name].value for name in ("sampler", "eta", "var_type")}
     about["training images"] = fingerprint(distinct.train.images)
 
     def make_images(networks):
@@ -243,7 +243,8 @@ def make_watch(FLAGS, measure, heldout, side, about, save, tidy):
         if criterion == "fpd" and distributed.is_main():
             what = f"SWD is not defined for images of {side} pixels"
             warn(f"warning: {what}: best.json is by fpd, which sees no detail")
-        about |= {"images": FLAGS.watch_images, "seed": FLAGS.seed}
+        names = ("watch_images", "seed", "precision", "sample_steps", "guidance")
+        about |= {name: FLAGS[name].value for name in names}
         about["heldout images"] = fingerprint(heldout)
     return Watch(
         watched, every=FLAGS.watch_step, stops=FLAGS.stop_when_copying, criterion=criterion, about=about,

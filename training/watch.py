@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from utils import distributed
-from utils.errors import warn
+from utils.errors import UsageError
 from utils.files import read_json, write_json
 
 ABOVE = "mq30_above_floor"  # the share MQ@30 of a measurement less that of held-out images
@@ -38,16 +38,20 @@ class Watch:
         """Go on in a log directory where `step` steps are done: what came after them is measured again.
 
         A best checkpoint of later steps stays the best until there is a better one.
+
+        Raises:
+            UsageError: what is there was measured in another way.
         """
         self.logdir, path = Path(logdir), Path(logdir) / "best.json"
         if not self.every:
             return
         is_there = distributed.is_main() and path.exists()
         record = distributed.from_main(read_json(path) if is_there else None)
-        if record and record["about"] != self.about:
-            if distributed.is_main():
-                warn(f"warning: {path}: was measured with other settings: it is begun anew")
-        elif record:
+        if record:
+            others = [name for name, value in record["about"].items() if self.about.get(name) != value]
+            if others:
+                advice = "give those of then, or move it and what it names elsewhere"
+                raise UsageError(f"{path}: measured with other {', '.join(others)}: {advice}")
             self.measurements = [found for found in record["measurements"] if found["step"] <= step]
             self.best = record["best"]
 
