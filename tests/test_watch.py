@@ -28,6 +28,7 @@ NETWORK = [
 ]  # fmt: skip
 TRAINING = ["--train", *NETWORK, "--lr=2e-3", "--warmup=0", "--sample_step=0", "--ema_decay=0.9", "--logdir=log"]
 DIGITS = ["--dataset=digits", "--num_train=48"]
+PIXELS = ["--fid_features=pixels", "--device=cpu"]
 TWO = ["--client_num=2", "--mem_ratio=1.0"]
 WATCHED = ["--watch_step=6", "--watch_images=20"]
 RUNS = {  # 24 steps each
@@ -146,8 +147,11 @@ def test_a_killed_training_measures_the_same_again(watched, tmp_path):
 def test_processes_measure_together(watched, tmp_path):
     _, directory = watched
     run_with(2, *command("shards"), *WATCHED, cwd=tmp_path)
-    assert best_of(tmp_path) == best_of(directory)
-    names = best_of(tmp_path)["checkpoint"].split(",")
+    found, expected = best_of(tmp_path), best_of(directory)
+    for one, other in zip(found["measurements"], expected["measurements"], strict=True):
+        assert one == pytest.approx(other, rel=1e-9)  # sums of features in another order
+    assert found["checkpoint"] == expected["checkpoint"] and found["about"] == expected["about"]
+    names = found["checkpoint"].split(",")
     assert sorted(path.name for path in tmp_path.glob("log/best_*")) == names
 
 
@@ -196,7 +200,7 @@ def test_a_training_that_copies_ends(script, flags, last, copied):
         best = json.loads((copied / logdir / "best.json").read_text())
         assert [found["mq30_above_floor"] for found in best["measurements"]] == [1.0, 1.0]
         assert best["checkpoint"] is None and not list((copied / logdir).glob("best_*"))
-    error = run("all_in.py", f"--unet_dir={logdir}", "--best", "--device=cpu", cwd=copied, code=1).stderr
+    error = run("all_in.py", f"--unet_dir={logdir}", "--best", *PIXELS, cwd=copied, code=1).stderr
     what = "names no checkpoint, since no measurement had MQ@30 at most two points above its floor"
     assert f"{logdir}/best.json: {what}" in error
 
@@ -215,7 +219,7 @@ def test_what_cannot_be_watched_is_refused(script, flags, said, tmp_path):
 
 
 def test_best_needs_a_watched_training(tmp_path):
-    error = run("all_in.py", f"--unet_dir={tmp_path}", "--best", "--device=cpu", cwd=tmp_path, code=1).stderr
+    error = run("all_in.py", f"--unet_dir={tmp_path}", "--best", *PIXELS, cwd=tmp_path, code=1).stderr
     assert error.splitlines()[-1].endswith("no such file: name a log directory whose training had --watch_step")
 
 
