@@ -73,8 +73,9 @@ class Watch:
         self.measurements.append(found)
         if at_least(BEST_ABOVE, found[ABOVE]) and self.is_better(found):
             kept = distributed.gather([self.save(self.logdir, state) for state in states])
-            names = itertools.chain(*kept) if distributed.is_main() else ()
-            self.best = distributed.from_main({**found, "checkpoint": ",".join(names)})
+            # in the order of the shards, of which process p of P has every P-th from p on
+            names = itertools.chain(*itertools.zip_longest(*(kept or ())))
+            self.best = distributed.from_main({**found, "checkpoint": ",".join(filter(None, names))})
         logger.watched(found, time.perf_counter() - begin)
         if distributed.is_main():
             name = self.best and self.best["checkpoint"]
