@@ -252,7 +252,7 @@ def compare_page(rows, summaries, notes):
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
         *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
-        *report.watch_section({name: [r.get("watched") for r in found] for name, found in results.items()}),
+        *report.watch_section({name: [r.get("watched") for r in rs] for name, rs in results.items()}),
         ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", settings),
     ]
