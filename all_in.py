@@ -30,7 +30,7 @@ from score.grids import save_grids
 from score.memorization import memorization_ratio
 from score.record import add_stage, earlier_result, print_summary, say, take_directories
 from score.reject import held_back, ratio_margin
-from score.report import training_seconds, write_report
+from score.report import training_seconds, watched, write_report
 from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
 from score.similarity import evaluate_similarity
 from training import build
@@ -38,7 +38,7 @@ from training.flags import STAGES, as_dict, define
 from training.launch import announce, pick_device, run
 from training.logdir import ema_start, young_ema
 from training.recorded import default_resize, take, take_trainings, training_warning
-from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
+from training.weights import find_best, find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
@@ -119,7 +119,8 @@ def load_network(stages, device):
             take(FLAGS, record["training"], path, record["flags"])
         return None, [], None
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
-    paths = [find_checkpoint(name) for name in names]
+    found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
+    paths = [path for of_name in found for path in of_name]
     states = [load_checkpoint(path, device) for path in paths]
     settings, nets = take_trainings(FLAGS, paths), []
     for path, state in zip(paths, states, strict=True):
@@ -262,6 +263,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
     result["training_seconds"] = training_seconds(result["checkpoint"])
+    result["watched"] = watched(result["checkpoint"])
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)
     return result

@@ -40,6 +40,7 @@ def train(data, quality, device, logdir):
     warmup = WARMUP if FLAGS.warmup is None else FLAGS.warmup
     learner = build.learner(FLAGS, net, warmup, share_batches=True)
     x_T, x_T_labels = build.sample_grid(FLAGS, data, device)
+    watch = build.watch(FLAGS, data, device)
     sampler = build.sampler(FLAGS, learner.ema)
     steps = {"steps_per_epoch": batches.steps_per_epoch, "steps_in_all": FLAGS.total_steps}
     announce(device, net, len(images), FLAGS.batch_size, asked_for=FLAGS.device, **steps)
@@ -49,16 +50,27 @@ def train(data, quality, device, logdir):
     say_young_ema(logdir, FLAGS.total_steps)
     writes = distributed.is_main()
     logger = build.logger(FLAGS, logdir, FLAGS.total_steps, learner.step, seconds, writes)
+    watch.begin(logdir, learner.step)
+
+    def to_save():
+        return {**learner.state_dict(), "norm_groups": net.groups, "x_T": x_T, "seconds": logger.seconds}
+
+    def look():
+        if watch.is_due(learner.step):
+            watch(learner.step, [learner.ema], [to_save()] if writes else [], logger)
 
     with Interruption() as interruption, logger:
-        while learner.step < FLAGS.total_steps:
+        look()  # where a signal ended the last start just before it
+        while learner.step < FLAGS.total_steps and not watch.is_over:
             torch.manual_seed(derive_seed(FLAGS.seed, "dropout", distributed.rank(), learner.step))
             batch = batches(learner.step)
             losses = learner.losses(batch)
             numbers = learner.update(losses.mean())
 
             step, stop = learner.step, interruption.of_any()
-            last = step == FLAGS.total_steps
+            if not stop:
+                look()
+            last = step == FLAGS.total_steps or watch.is_over
             logger.step(step, numbers, now=last or stop)
             if due(step, FLAGS.sample_step) and writes:
                 logger.images(f"ema_step{step}", step, partial(sampler, x_T, x_T_labels))
@@ -68,12 +80,11 @@ def train(data, quality, device, logdir):
             milestone = due(step, FLAGS.save_step) or last
             if (milestone or stop) and writes:
                 logger.flush()
-                state = {"norm_groups": net.groups, "x_T": x_T, "seconds": logger.seconds}
-                save_step(logdir, {**learner.state_dict(), **state}, milestone, FLAGS.keep)
+                save_step(logdir, to_save(), milestone, FLAGS.keep)
             if stop:
                 distributed.barrier()  # rank 0 has saved
                 interruption.exit(logdir)
-        logger.finish(learner.step)
+        logger.finish(learner.step, watch.is_over)
 
 
 def score(net, data, quality):

@@ -21,7 +21,7 @@ from training.launch import announce, check_processes, check_warmup, pick_device
 from training.logdir import say_young_ema
 from training.recorded import default_resize
 from training.resume import resume_shards, save_average
-from training.rounds import train
+from training.rounds import steps_of, train
 from training.weights import load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import UsageError
@@ -74,12 +74,14 @@ def main():
     steps |= {"steps_in_all": R * sum(steps_per_round)}
     announce(device, net, len(images), B, asked_for=FLAGS.device, shards=len(slots), **steps)
     check_warmup(warmup, R * min(steps_per_round))
+    watch = build.watch(FLAGS, data, device)
     directory = build.log_directory(FLAGS, logdir, "main_fed", data, net.groups)
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, R)
     say_young_ema(logdir, R * min(steps_per_round))
 
     total = sum(R * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
+    watch.begin(logdir, steps_of(shards))
     x_T, labels = build.sample_grid(FLAGS, data, device)  # the same at all times of the run
     train(
         shards, exchanged or slots, build.schedule(FLAGS, sizes, steps_per_round),
@@ -87,7 +89,7 @@ def main():
         extra={"norm_groups": net.groups, "steps_per_round": steps_per_round},
         slots_of_round=lambda r: build.slots(FLAGS, data, r) if FLAGS.reshard else None,
         preview=lambda net: build.sampler(FLAGS, net)(x_T, labels),
-        publish=lambda state, is_due: save_average(logdir, state, is_due, FLAGS.keep),
+        publish=lambda state, is_due: save_average(logdir, state, is_due, FLAGS.keep), watch=watch,
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ import functools
 import torch
 
 from experiments.images import fpd, load
-from score.evaluate import evaluate, mean_of
-from score.fid import compute_statistics, frechet_distance
+from score.evaluate import mean_of
+from score.measure import measure_against
 from score.samples import evenly_spaced
 from score.swd import sliced_wasserstein
 
@@ -52,25 +52,21 @@ def measure(images, data):
     fpd and swd are those to the held-out images. `near copies` are nearer to their training image than
     that one is to any other, 1 - AuthPct of Alaa et al. 2022. `above` is MQ less its floor, that of the
     held-out images."""
-    loaded, reference, floors = held_out(**data)
-    numbers, _ = evaluate(images, loaded.train.images)
-    pixels = numbers["pixels"]
+    numbers = measure_of(**data)(images)
+    of_all, above = numbers["mq_fraction"], numbers["mq_above_floor"]
     return {
-        "fpd": frechet_distance(*compute_statistics(images), *reference),
-        "swd": mean_of(sliced_wasserstein(loaded.heldout.images, images)), "f_mem": pixels["f_mem"],
-        "extracted": pixels["extracted"], "near copies": 1 - pixels["auth_pct"] / 100,
-        **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30", "50")},
-        **{f"MQ@{p} above": pixels["mq_fraction"][p] - floors[p] for p in ("15", "30", "50")},
-        "images": len(images),
+        "fpd": numbers["fpd"], "swd": numbers["swd"], "f_mem": numbers["f_mem"],
+        "extracted": numbers["extracted"], "near copies": 1 - numbers["auth_pct"] / 100,
+        **{f"MQ@{p}": of_all[p] for p in ("15", "30", "50")},
+        **{f"MQ@{p} above": above[p] for p in ("15", "30", "50")}, "images": len(images),
     }  # fmt: skip
 
 
 @functools.cache
-def held_out(**data):
-    """A data set, the statistics of its held-out images, and the MQ of these, the floor: {p: share}."""
+def measure_of(**data):
+    """`measure_against` the training and the held-out images of a data set."""
     loaded = load(**data)
-    numbers, _ = evaluate(loaded.heldout.images, loaded.train.images)
-    return loaded, compute_statistics(loaded.heldout.images), numbers["pixels"]["mq_fraction"]
+    return measure_against(loaded.train.images, loaded.heldout.images)
 
 
 def floor(data_root):

@@ -14,6 +14,7 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from score import report
 from score.columns import COLUMNS, FLOORS, floor_of, renewed, under
 from score.grids import closest_pairs, save_comparison
 from score.report import curves, figures, histograms, page, shortened, table, training_seconds
@@ -76,6 +77,7 @@ def read_results(arguments):
         result = renewed(result)
         if not result.get("training_seconds"):
             result["training_seconds"] = training_seconds(result.get("checkpoint"))
+        result["watched"] = result.get("watched") or report.watched(result.get("checkpoint"))
         groups.setdefault(printable(label), []).append((path, result))
     return groups
 
@@ -254,6 +256,7 @@ def compare_page(rows, summaries, notes):
         ("Scores", f"{said}{scores}<p class=note>Mean ± standard deviation over repeats.</p>"),
         *all_thresholds(results),
         *([("Similarity to training images", histograms(similar))] if similar else []),
+        *report.watch_section({name: [r.get("watched") for r in rs] for name, rs in results.items()}),
         ("The closest pairs: training image, generated image", pictures(rows)),
         ("Settings that differ", settings),
     ]

@@ -19,6 +19,7 @@ TRAINING_IMAGES = 24
 GROUP_IMAGES = 6  # of a group, at most
 LARGEST_SIDE = 96  # pixels of a picture in the page
 COPIED = 15  # a generated image counts as a copy below this ratio, in percent
+WATCH_BOUNDS = (0.02, 0.05)  # of MQ@30 above its floor, as training.watch has them
 SERIES = ("#0b62a8", "#b4470a", "#1a7a3c", "#8a2f8f", "#7a6200", "#00717a", "#a3243b", "#555c66")
 STYLE = Path(__file__).with_name("report.css")
 
@@ -28,6 +29,18 @@ def training_seconds(checkpoint):
     path = Path(checkpoint).parent / "train.json" if checkpoint else None
     record = read_json(path) if path and path.exists() else None
     return record.get("seconds") if isinstance(record, dict) else None
+
+
+def watched(checkpoint):
+    """The measurements that a training made of itself, by best.json beside a checkpoint, or None.
+
+    checkpoint: its path, or those of several with commas, as shards that are never averaged have."""
+    if not checkpoint:
+        return None
+    first = checkpoint if Path(checkpoint).exists() else checkpoint.split(",")[0]
+    path = Path(first).parent / "best.json"
+    record = read_json(path) if path.exists() else None
+    return record.get("measurements") if isinstance(record, dict) else None
 
 
 def page(title, sections, kind="report"):
@@ -121,6 +134,53 @@ def curves(series):
 
     alt = f"Share of images whose ratio is below a threshold. {'; '.join(said)}."
     return chart(draw, series, "threshold p, percent", "share with ratio below p", alt)
+
+
+def watch_curves(series):
+    """What trainings measured of themselves over their steps, as two charts.
+
+    series: {name: [measurements of each repeat]}, lists of {"step": n, "mq30_above_floor": share, ...}.
+    """
+    from matplotlib.ticker import ScalarFormatter
+
+    measurements = [found for repeats in series.values() for of_repeat in repeats for found in of_repeat]
+    distance = "swd" if all("swd" in found for found in measurements) else "fpd"
+    last = max(found["step"] for found in measurements)
+
+    def curves_of(name, axes):
+        for i, repeats in enumerate(series.values()):
+            for of_repeat in repeats:
+                steps, values = zip(*((found["step"], found[name]) for found in of_repeat), strict=True)
+                axes.plot(steps, values, marker=".", color=SERIES[i % len(SERIES)])
+        axes.set(xlim=(0, 1.02 * last))
+
+    def copies(axes):
+        for share in WATCH_BOUNDS:
+            axes.axhline(share, color="grey", linewidth=0.8, linestyle="--")
+        curves_of("mq30_above_floor", axes)
+
+    def distances(axes):
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        curves_of(distance, axes)
+
+    label, html = distance.upper() if distance == "swd" else distance, ""
+    charts = (copies, "MQ@30 above floor", "mq30_above_floor"), (distances, label, distance)
+    for draw, what, name in charts:
+        ends = (f"{of}: {repeats[0][-1][name]:.3g} at the end" for of, repeats in series.items())
+        alt = f"{what} over the steps of training. {'; '.join(ends)}."
+        html += chart(draw, series, "steps", what, alt)
+    note = (
+        f"Measured during training, by --watch_step; {label} is to held-out images. Dashed: how far "
+        "above the floor the best checkpoint may be, and from where on the training counts as copying."
+    )
+    return f"{html}<p class=note>{note}</p>"
+
+
+def watch_section(series):
+    """[(heading, `watch_curves`)], or [] if all series are empty; series: as there, or None in them."""
+    found = {name: [of_repeat for of_repeat in repeats if of_repeat] for name, repeats in series.items()}
+    found = {name: repeats for name, repeats in found.items() if repeats}
+    return [("While it trained", watch_curves(found))] if found else []
 
 
 def losses(gap):
@@ -271,6 +331,7 @@ def write_report(path, result, generated, training, nearest, ratio, skips=None, 
         ("Memorised quantity over all thresholds", curves(all_thresholds) + thresholds(result)),
         *([("Similarity of features", similarities(result))] if "similarity" in result else []),
         *([("Loss of training and held-out images", losses(result["gap"]))] if "gap" in result else []),
+        *watch_section({"measured": [result.get("watched")]}),
         ("The most memorised pairs", pairs(generated, training, nearest, order, caption)),
         ("Training images", of_training),
     ]
@@ -340,6 +401,7 @@ def write_similarity_report(path, result, generated, training, nearest, similari
         ("Similarity to training images", similarities(result)),
         ("Memorised quantity over all thresholds, in feature space", curves(shares)),
         *([("Detector of copies", detector(result))] if "detector" in result else []),
+        *watch_section({"measured": [result.get("watched")]}),
         ("The most similar pairs: training image, generated image", shown),
     ]
     note = note_of_groups(result) + note_of_held_back(result)

@@ -81,7 +81,7 @@ def test_a_log_file_gets_plain_lines(tmp_path):
     expected = f"cpu, 1 process, {parameters:,} parameters, 48 images, 6 steps per epoch, 30 steps in all"
     first, of_ema, rest, last = result.stdout.splitlines()
     assert first == f"{expected}, 8 images per batch" and "99.7%" in of_ema
-    assert re.fullmatch(r"10 more steps will take about 00:\d\d, sample grids aside", rest)
+    assert re.fullmatch(r"10 more steps will take about 00:\d\d, sample grids and measurements aside", rest)
     assert re.fullmatch(r"a: 30 steps done in 00:\d\d", last)
     command = [sys.executable, "-c", "from utils.bar import progress_bar; list(progress_bar(range(30)))"]
     assert check(command, ROOT, 0, {"TQDM_DISABLE": "1"}).stderr == ""

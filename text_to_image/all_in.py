@@ -24,11 +24,11 @@ from score.generate import generate_into, over_ranks
 from score.grids import save_grids
 from score.record import print_summary, say, take_directories
 from score.reject import held_back, hold_back, similarity_margin
-from score.report import training_seconds, write_similarity_report
-from score.samples import evenly_spaced, load_samples, non_finite_images, save_pngs, warn_of_odd_values
+from score.report import training_seconds, watched, write_similarity_report
+from score.samples import evenly_spaced, non_finite_images, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
 from text_to_image import build
-from text_to_image.data import check_length, load_images
+from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
 from text_to_image.pipeline import (
     FROZEN,
@@ -37,25 +37,26 @@ from text_to_image.pipeline import (
     content_hash,
     find_folder,
     find_unet,
-    generate,
+    generate_numbered,
     latent_moments,
     load_pipeline,
     load_unet,
     settings_of,
 )
-from text_to_image.prompts import Prompts, distinct
+from text_to_image.prompts import Prompts, distinct, not_in
 from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
 from training.build import copies_space, distance_space, quality
 from training.flags import as_dict
 from training.launch import announce, pick_device, run
 from training.learner import PRECISIONS
 from training.logdir import random_start, read_run, young_ema
+from training.weights import find_best
 from utils import distributed
 from utils.bar import progress_bar
-from utils.errors import DataError, UsageError
+from utils.errors import UsageError
 from utils.files import atomic_write, file_hash, read_json, write_json
-from utils.images import equal_images, fingerprint, keep_apart, list_images, size_of, to_uint8
-from utils.seeding import generator, seed_of_try
+from utils.images import fingerprint, keep_apart, to_uint8
+from utils.seeding import seed_of_try
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
 
@@ -113,28 +114,22 @@ def generate_batches(pipeline, prompts, kept, margin, first):
     """As `score.generate.generate_batches`; the detector's norms of all images so far are in `kept`.
 
     margin: of `hold_back`, or None."""
-    shown, side = FLAGS.resolution, FLAGS.resolution // pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, side, side)
+    shown, settings = FLAGS.resolution, build.generation(FLAGS)
     norms = read_json(kept)[:first] if first and distributed.is_main() else []
-    watched = []
+    steps = []
 
     def watch(unet, inputs, output):
-        if FLAGS.guidance > 1 and len(watched) < DETECTOR_STEPS:
+        if FLAGS.guidance > 1 and len(steps) < DETECTOR_STEPS:
             without, given = output[0].float().chunk(2)
-            watched.append((given - without).flatten(1).norm(dim=1))
+            steps.append((given - without).flatten(1).norm(dim=1))
 
     def make(indices, t=0):
         x, norm = torch.empty(0, 3, shown, shown), torch.zeros(len(indices))
         if indices:
-            watched.clear()
-            seed = seed_of_try(FLAGS.seed, t)
-            streams = [generator("cpu", seed, "image", i) for i in indices]
-            latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-            x = generate(
-                pipeline, [prompts.texts[i] for i in indices], latents, FLAGS.sample_steps,
-                FLAGS.guidance, streams, FLAGS.text_noise, PRECISIONS[FLAGS.precision],
-            )  # fmt: skip
-            norm = torch.stack(watched).mean(dim=0) if watched else norm
+            steps.clear()
+            settings["seed"] = seed_of_try(FLAGS.seed, t)
+            x = generate_numbered(pipeline, prompts.texts, indices, **settings)
+            norm = torch.stack(steps).mean(dim=0) if steps else norm
         return to_uint8(2 * x - 1), non_finite_images(x), norm
 
     hook = pipeline.unet.register_forward_hook(watch)
@@ -159,27 +154,10 @@ def round_trip(pipeline, images, batch_size=16):
     return torch.cat(decoded), bad
 
 
-def read_images(flag):
-    """The images of a flag, uint8, or a DataError; those of a folder by the numbers in their names."""
-    path, side = FLAGS[flag].value, FLAGS.resolution
-    if Path(path).is_dir():
-        files = [Path(file) for group in list_images(path) for file in group]
-        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
-        return load_images(files, side, FLAGS.num_workers)
-    if not Path(path).is_file():
-        raise DataError(f"--{flag}={path}: no such file or folder")
-    images = load_samples(path)
-    if images.shape[2:] != (side, side):
-        what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
-        raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
-    return images
-
-
 def ema_warning(unet_folder):
     """What is to be said of the EMA weights of a round; None without --unet_from_scratch."""
     run = read_run(unet_folder.parent.parent / "run.json")
-    found = re.fullmatch(ROUND, unet_folder.parent.name)
+    found = re.fullmatch(f"(?:best_)?{ROUND}", unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
         return None
     share = random_start(run, int(found[1]) * run["settings"]["local_steps"])
@@ -230,8 +208,7 @@ def without_repeats(given, training, heldout):
     """What is to be said of repeats, and the held-out images that equal no training image, or None."""
     others, number = heldout, 0 if heldout is None else len(heldout)
     if heldout is not None:
-        is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
-        others = heldout[is_new] if is_new.any() else None
+        others = not_in(training, heldout)
     repeats = count_repeats(given, number, len(training), 0 if others is None else len(others))
     say(repeats["repeats_warning"])
     return repeats, others
@@ -244,7 +221,7 @@ def find_places():
         raise UsageError(f"--logdir={FLAGS.logdir}: {what}")
     folder = unet_folder = None
     if FLAGS.unet:
-        unet_folder = find_unet(FLAGS.unet)
+        unet_folder = find_unet(find_best(FLAGS.unet)[0] if FLAGS.best else FLAGS.unet)
         take_flags(FLAGS, unet_folder)
         say(None if FLAGS.samples else ema_warning(unet_folder))
     written = {**directories(), "fid_cache": FLAGS.fid_cache or CACHE}
@@ -347,10 +324,10 @@ def main():
     given = build.dataset(FLAGS)
     notes = differences(FLAGS, unet_folder, given) if FLAGS.unet else []
     say(*notes)
-    data, heldout = distinct(given), read_images("heldout") if FLAGS.heldout else None
+    data, heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
     training = data.images
     repeats, heldout = without_repeats(len(given.images), training, heldout)
-    images = read_images("samples") if FLAGS.samples else None
+    images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images)
     number = len(images if FLAGS.samples else prompts.texts)
@@ -373,6 +350,7 @@ def main():
         notes = [note for note in (*notes, *more, scorer.warning) if note]
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
+        result |= {"watched": watched(result["checkpoint"])}
         result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
         result |= {"scored_with": scorer.scored_with, **count_groups(data.groups, FLAGS.groups)}
         found = measure(images, norms, training, prompts, space, scorers, clip, floors, data.groups)

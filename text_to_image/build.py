@@ -3,21 +3,30 @@
 FLAGS: absl's values, of `text_to_image.flags.define`.
 """
 
+import functools
+import hashlib
+import re
 from pathlib import Path
 
 import torch
 
-from text_to_image.data import CaptionBatches, encode, load_folder
+from score.generate import over_ranks
+from score.measure import measure_against
+from score.samples import load_samples
+from text_to_image.data import CaptionBatches, encode, load_folder, load_images
 from text_to_image.flags import FIXED, ON_REQUEST
-from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash
+from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash, generate_numbered, remove_unets
 from text_to_image.pipeline import preview as make_preview
-from text_to_image.prompts import make_prompts
+from text_to_image.prompts import distinct, make_prompts, not_in
 from text_to_image.recorded import content_of
-from training.build import balanced_groups, hashes_of_lists, split_asked_for
+from training.build import balanced_groups, copies_space, hashes_of_lists, make_watch, split_asked_for
 from training.flags import ONCE, as_flagfile
-from training.learner import Learner
+from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
 from training.shards import partition
+from utils import distributed
+from utils.errors import DataError, UsageError
+from utils.images import fingerprint, list_images, size_of, to_uint8
 
 
 def dataset(FLAGS):
@@ -91,6 +100,89 @@ def log_directory(FLAGS, data, folder, unet_folder):
     content |= hashes_of_lists(FLAGS)
     fixed, once = {"script", *FIXED, *content}, {name: FLAGS[name].value for name in ONCE}
     return LogDirectory(FLAGS.logdir, settings | content, fixed, as_flagfile(FLAGS), data.subset, **once)
+
+
+def images_of(FLAGS, flag):
+    """The images that a flag names, uint8 (N, 3, S, S), those of a folder by the numbers in their names.
+
+    Raises:
+        DataError: there are none.
+        UsageError: an array of images of another size."""
+    path, side = FLAGS[flag].value, FLAGS.resolution
+    if Path(path).is_dir():
+        files = [Path(file) for group in list_images(path) for file in group]
+        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
+        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
+        return load_images(files, side, FLAGS.num_workers)
+    if not Path(path).is_file():
+        raise DataError(f"--{flag}={path}: no such file or folder")
+    images = load_samples(path)
+    if images.shape[2:] != (side, side):
+        what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
+        raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
+    return images
+
+
+def generation(FLAGS):
+    """Keyword arguments of `generate_numbered`."""
+    return {
+        "seed": FLAGS.seed, "resolution": FLAGS.resolution, "steps": FLAGS.sample_steps,
+        "guidance": FLAGS.guidance, "text_noise": FLAGS.text_noise, "dtype": PRECISIONS[FLAGS.precision],
+    }  # fmt: skip
+
+
+def watch(FLAGS, data, pipeline, device, save):
+    """The `Watch` of a fine-tuning on `CaptionedImages`; save: a function of (weights, folder).
+
+    Raises:
+        UsageError: no held-out images, no weights of --features, or no one network is to be measured."""
+    if not FLAGS.watch_step:
+        return make_watch(FLAGS, None, None, FLAGS.resolution, {}, None, None)
+    if FLAGS.total_round == 1 and FLAGS.client_num > 1:
+        what = "shards that are never averaged make no one network to be measured"
+        raise UsageError(f"--watch_step: {what}: give a --total_round above 1, or --client_num=1")
+    if not FLAGS.heldout:
+        raise UsageError("--watch_step: no image is held out: name a folder of some with --heldout")
+    once = distinct(data)
+    heldout = not_in(once.images, images_of(FLAGS, "heldout"))
+    if heldout is None:
+        raise UsageError(f"--heldout={FLAGS.heldout}: all of these are training images: name others")
+    space = copies_space(FLAGS, FLAGS.features or "sscd", device, "features")
+    asked = prompts(FLAGS, once, pipeline.tokenizer, FLAGS.watch_images)[0].texts
+
+    def make(indices):
+        x = torch.empty(0, 3, FLAGS.resolution, FLAGS.resolution)
+        x = generate_numbered(pipeline, asked, indices, **generation(FLAGS)) if indices else x
+        return [to_uint8(2 * x - 1)]
+
+    @functools.cache
+    def ruler():
+        return measure_against(once.images, heldout, space=space, device=device)
+
+    def measure(networks):
+        (pipeline.unet,) = networks
+        was_training = pipeline.unet.training
+        pipeline.unet.eval()
+        made = [images for (images,) in over_ranks(0, len(asked), FLAGS.batch_size, make)]
+        pipeline.unet.train(was_training)
+        empty = torch.empty(len(asked), *heldout.shape[1:], dtype=torch.uint8)
+        return ruler()(distributed.broadcast(torch.cat(made) if made else empty, 0))
+
+    def save_best(logdir, state):
+        if "round" in state:
+            name, weights = f"best_checkpoint_round{state['round']}", state["global_ema_model"]
+        else:  # of an only round, of one shard
+            name, weights = f"best_checkpoint_step{state['step']}", state["ema_model"]
+        save(weights, Path(logdir) / name)
+        return name
+
+    def tidy(logdir, names):
+        remove_unets(logdir, "best_checkpoint_*", names)
+
+    about = {"features": space.name, "text_noise": FLAGS.text_noise}
+    about["training images"] = fingerprint(once.images)
+    about["prompts"] = hashlib.sha256(repr(asked).encode()).hexdigest()
+    return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 
 
 def prompts(FLAGS, data, tokenizer, number):

@@ -22,7 +22,7 @@ PIPELINE = (
 DATA = (
     text("data_root", "./data", "folder of the training images, or of its classes' sub-folders"),
     switch("hflip", True, "mirror training images at random"),
-    text("heldout", None, "all_in: folder of real images that were not trained on, for floors and FID"),
+    text("heldout", None, "folder of real images not trained on, for floors, FID and --watch_step"),
     integer("num_workers", 4, "threads that decode image files, once", 0),
     text("captions", None, "JSON {image: [captions]}, .csv, .tsv or .jsonl; default: metadata.jsonl in --data_root"),
     *shared.LISTS,
@@ -81,6 +81,7 @@ GROUPS = (
             "sample_step": "steps between two grids of images of the first captions; 0: none",
         },
     ),
+    adapted(shared.WATCH, helps={"best": "all_in: what best.json in --unet, a log directory, names"}),
     adapted(
         shared.SCORES, defaults={"num_images": 4000},
         helps={
@@ -140,6 +141,12 @@ def how_often(values):
 def rejects_what_it_makes(values):
     if values.samples and values.reject_above is not None:
         raise UsageError("--reject_above makes images again, not those of --samples: leave it out")
+
+
+@rule("best", "unet")
+def best_of_a_training(values):
+    if values.best and not values.unet:
+        raise UsageError("--best: name the log directory of the training with --unet")
 
 
 @rule("unet_from_scratch", "unet")

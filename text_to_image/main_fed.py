@@ -8,6 +8,7 @@
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from training.ensemble import Shard
 from training.launch import announce, check_warmup, pick_device, run
 from training.logdir import say_young_ema
 from training.resume import resume_shards, save_average
-from training.rounds import train
+from training.rounds import steps_of, train
 from utils import distributed
 from utils.errors import UsageError
 from utils.images import keep_apart
@@ -55,7 +56,8 @@ def load(device):
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
         check_pipeline_of_training(FLAGS, folder, unet_folder)
-    check_pipeline(FLAGS, pipeline, FLAGS.sample_steps if FLAGS.sample_step else 0)
+    makes_images = FLAGS.sample_step or FLAGS.watch_step
+    check_pipeline(FLAGS, pipeline, FLAGS.sample_steps if makes_images else 0)
     scheduler = as_scheduler("DDPMScheduler", pipeline.scheduler, "training")
     data = build.dataset(FLAGS)
     check_data(FLAGS, data)
@@ -73,7 +75,8 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
     logdir = Path(FLAGS.logdir)
-    keep_apart([FLAGS.data_root], {}, {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir})
+    written = {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir}
+    keep_apart([FLAGS.data_root], {"heldout": FLAGS.heldout} if FLAGS.watch_step else {}, written)
     device = pick_device(FLAGS.device, FLAGS.precision)
     pipeline, folder, unet_folder, scheduler, data = load(device)
 
@@ -83,6 +86,8 @@ def main():
     work = {"shards": K, "steps_in_all": K * own_steps}
     announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
     check_warmup(FLAGS.warmup, own_steps)
+    save = partial(save_unet, net)
+    watch = build.watch(FLAGS, data, pipeline, device, save)
     directory = build.log_directory(FLAGS, data, folder, unet_folder)
     if FLAGS.fresh and distributed.is_main():
         remove_unets(logdir)
@@ -90,10 +95,11 @@ def main():
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
     say_young_ema(logdir, own_steps)
     pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
+    watch.begin(logdir, steps_of(shards))
 
     def publish(state, is_due):
         if is_due:
-            save_unet(net, state["global_ema_model"], logdir / f"checkpoint_round{state['round']}")
+            save(state["global_ema_model"], logdir / f"checkpoint_round{state['round']}")
         save_average(logdir, state, publish=False, keep=FLAGS.keep)
 
     done = sum(shard.learner.step for shard in shards)
@@ -102,6 +108,7 @@ def main():
         logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1, extra={},
         slots_of_round=lambda r: build.slots(FLAGS, data, r) if FLAGS.reshard else None,
         preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
+        watch=watch,
     )  # fmt: skip
 
 

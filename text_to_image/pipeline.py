@@ -21,7 +21,7 @@ from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import file_hash, writable
 from utils.images import normalize
 from utils.safe_files import read_text
-from utils.seeding import sample_noise
+from utils.seeding import generator, sample_noise
 
 FILES = ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")  # what is downloaded: nothing that can run
 FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")  # the parts that are not trained
@@ -270,9 +270,11 @@ def writable_weights(folder):
             raise OSError(one_line(error)) from error
 
 
-def remove_unets(logdir):
-    """Remove what `save_unet` has written in a log directory."""
-    for path in Path(logdir).glob("checkpoint_round*/unet"):
+def remove_unets(logdir, pattern="*checkpoint_*", but=()):
+    """Remove what `save_unet` has written in folders of a log directory, but in those of these names."""
+    for path in Path(logdir).glob(f"{pattern}/unet"):
+        if path.parent.name in but:
+            continue
         with writable(path, "it was to be removed, check the directory"):
             shutil.rmtree(path)
             if not any(path.parent.iterdir()):
@@ -365,6 +367,18 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
         latents = pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     return (images * 0.5 + 0.5).clamp(0, 1).contiguous()
+
+
+def generate_numbered(pipeline, texts, indices, *, seed, resolution, steps, guidance, text_noise, dtype):
+    """`generate` of the prompts of a range of images: image i depends on its prompt, the seed and i.
+
+    texts: of all images; resolution: the side of an image in pixels."""
+    side = resolution // pipeline.vae_scale_factor
+    streams = [generator("cpu", seed, "image", i) for i in indices]
+    shape = (pipeline.unet.config.in_channels, side, side)
+    latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+    prompts = texts[indices.start : indices.stop]
+    return generate(pipeline, prompts, latents, steps, guidance, streams, text_noise, dtype)
 
 
 def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):

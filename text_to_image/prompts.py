@@ -29,6 +29,12 @@ def distinct(data):
     return CaptionedImages(data.images[rows], captions, classes, paths, subset, groups)
 
 
+def not_in(training, heldout):
+    """The held-out images (L, 3, H, W) that equal no training image, None where all do; both uint8."""
+    is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
+    return heldout[is_new] if is_new.any() else None
+
+
 def read_prompts(path):
     """Texts in a file, a line each, JSON, or the first ones of a file of captions; or a DataError."""
     path, kind = Path(path), Path(path).suffix.lower()

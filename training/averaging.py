@@ -1,5 +1,7 @@
 """The ensemble step of IET: a weighted mean (Liu et al. 2024, eq. 5; McMahan et al. 2017)."""
 
+import copy
+
 import torch
 
 from utils import distributed
@@ -52,3 +54,16 @@ def average_learners(learners, sizes, replace=True):
     for learner in learners.values() if replace else ():
         learner.set_weights(average, ema_average)
     return average, ema_average
+
+
+def ema_networks(learners, K):
+    """Copies of the EMA networks of all K shards, in all processes, on the device of training.
+
+    learners: {k: `Learner`} of the shards of this process.
+    """
+    own, networks = next(iter(learners.values())), []
+    for k in range(K):
+        networks.append(copy.deepcopy(learners.get(k, own).ema).to(own.device))
+        for value in networks[-1].state_dict().values():
+            distributed.broadcast(value, k % distributed.world_size())
+    return networks

@@ -3,6 +3,8 @@
 FLAGS: absl's values, of `training.flags.define`; what both halves have takes those of text_to_image too.
 """
 
+import functools
+
 import torch
 
 from dataset import load_dataset
@@ -10,17 +12,22 @@ from diffusion import AmbientTrainer, GaussianDiffusionSampler, GaussianDiffusio
 from model import UNet
 from score.evaluate import Quality
 from score.features import FRECHET, feature_space
-from score.generate import grid_noise
+from score.generate import MeanPrediction, generate, grid_noise
 from score.inception import find_weights
+from score.measure import measure_against
+from score.swd import level_sides
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches, epoch_size
 from training.flags import FIXED, ON_REQUEST, ONCE, as_flagfile, norm_groups
 from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
 from training.logger import Logger
+from training.resume import remove_other_bests, save_best
 from training.rounds import Schedule
 from training.shards import DEFAULT_SPLIT, partition
-from utils.errors import UsageError
+from training.watch import ABOVE, Watch
+from utils import distributed
+from utils.errors import UsageError, warn
 from utils.files import file_hash
 from utils.images import fingerprint
 
@@ -184,6 +191,31 @@ def learner(FLAGS, net, warmup, share_batches=False):
     )  # fmt: skip
 
 
+def watch(FLAGS, data, device):
+    """The `Watch` of a training on a `Dataset`; raises a UsageError where nothing is held out."""
+    if not FLAGS.watch_step:
+        return make_watch(FLAGS, None, None, FLAGS.img_size, {}, None, None)
+    once = data.without_copies()
+    distinct = once.distinct()
+    reference, heldout = (heldout_images(FLAGS, part, "watch_step") for part in (once, distinct))
+    settings = generation(FLAGS, data) | {"num_images": FLAGS.watch_images}
+    about = {name: FLAGS[name].value for name in ("sampler", "eta", "var_type")}
+    about["training images"] = fingerprint(distinct.train.images)
+
+    def make_images(networks):
+        net = networks[0] if len(networks) == 1 else MeanPrediction(networks)
+        return generate(sampler(FLAGS, net), **settings)
+
+    @functools.cache
+    def ruler():
+        return measure_against(distinct.train.images, heldout, reference, device=device)
+
+    return make_watch(
+        FLAGS, lambda networks: ruler()(make_images(networks)), reference, FLAGS.img_size, about,
+        save_best, remove_other_bests,
+    )  # fmt: skip
+
+
 # ---- what both halves have
 
 
@@ -208,6 +240,35 @@ def balanced_groups(FLAGS, data):
 def sizes(FLAGS, data, slots):
     """What weighs each shard in the average: its images; with `--balance_groups` its groups."""
     return [epoch_size(of_shard, balanced_groups(FLAGS, data)) for of_shard in slots]
+
+
+def make_watch(FLAGS, measure, heldout, side, about, save, tidy):
+    """The `Watch` of the flags, which of what measure(networks) finds takes what a training is to show.
+
+    heldout: (L, 3, H, W), the reference of distances, or None where nothing is watched; side: of images.
+
+    Raises:
+        UsageError: too few images are held out."""
+
+    def watched(networks):
+        numbers = measure(networks)
+        shown = {name: numbers[name] for name in ("f_mem", "fpd", "swd") if name in numbers}
+        return {ABOVE: numbers["mq_above_floor"]["30"], **shown}
+
+    criterion = "swd" if level_sides(side) else "fpd"
+    if heldout is not None:
+        if len(heldout) < 2:
+            raise UsageError("--watch_step: one image is held out: at least two are needed")
+        if criterion == "fpd" and distributed.is_main():
+            what = f"SWD is not defined for images of {side} pixels"
+            warn(f"warning: {what}: best.json is by fpd, which sees no detail")
+        names = ("watch_images", "seed", "precision", "sample_steps", "guidance")
+        about |= {name: FLAGS[name].value for name in names}
+        about["heldout images"] = fingerprint(heldout)
+    return Watch(
+        watched, every=FLAGS.watch_step, stops=FLAGS.stop_when_copying, criterion=criterion, about=about,
+        save=save, tidy=tidy,
+    )  # fmt: skip
 
 
 def agc(FLAGS, T):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.weights import CHECKPOINTS, EXPORTED, FORMAT, load_checkpoint, own_files
+from training.weights import BEST, CHECKPOINTS, EXPORTED, FORMAT, load_checkpoint, own_files
 from utils import distributed
 from utils.errors import DamagedError, DataError, UsageError
 from utils.files import atomic_write, lock_directory, read_json, remove, write_json, write_text
@@ -17,9 +17,10 @@ UNRECORDED = {"alter_copies": False, "balance_groups": False}  # what earlier ve
 OWN_FILES = (
     rf"{CHECKPOINTS}|sample/(ema_step|shard\d+_step|average_round)\d+\.png|metrics(\.rank\d+)?\.jsonl"
     r"|train\.json|(rank\d+/)?events\.out\.tfevents\..*\.iet_agc|run\.json|flagfile\.txt|subset\.npy"
+    rf"|best\.json|{BEST}"
 )
 # of a killed save
-LEFTOVERS = r"(state/)?\.(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"
+LEFTOVERS = r"(state/)?\.(best_)?(ckpt|global_ckpt_round|shard|average_round)\w+\.pt\.[0-9a-f]{8}\.tmp"
 EVALUATIONS = r"eval_(ckpt|global_ckpt_round)\d+k?\.json"  # main.py --eval makes them in any directory
 
 

@@ -35,7 +35,7 @@ def read_metrics(logdir):
             with contextlib.suppress(ValueError):  # torn by a power loss
                 lines.append(json.loads(text))
     lines.sort(key=lambda line: line["time"])
-    last = {(line["step"], line.get("weights")): line for line in lines}
+    last = {(line["step"], line.get("weights"), "watch_seconds" in line): line for line in lines}
     return sorted(last.values(), key=lambda line: line["step"])
 
 
@@ -76,6 +76,7 @@ class Logger:
         self.start = self.since - seconds
         self.bad_row = self.longest_bad_row = self.made = 0
         self.total, self.done, self.drawing = total, done, 0.0  # seconds of sample grids, in this start
+        self.watching, self.measured = 0.0, {}  # seconds of measurements in this start; the last one
         self.clear()
 
     def clear(self):
@@ -125,7 +126,7 @@ class Logger:
         if keep is not None:
             line["skipped"] = float(self.skipped) / images
         shown = {name: value for name, value in line.items() if name != "step" and value is not None}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(shown | self.measured, refresh=False)
         self.write(line)
         if self.longest_bad_row >= self.max_bad_steps:
             place = ", ".join(f"{name} {value}" for name, value in {"step": step, **where}.items())
@@ -138,26 +139,34 @@ class Logger:
 
     def say_how_long(self):
         """Say how long the rest of the run will take, by the steps in `TIMED`."""
-        now, (first, last) = time.perf_counter() - self.drawing, TIMED
+        now, (first, last) = time.perf_counter() - self.drawing - self.watching, TIMED
         if self.made == first:
             self.first_timed = now
         elif distributed.is_main():
             left = self.total - self.done - last
             seconds = left * (now - self.first_timed) / (last - first)
             how_long = f"will take about {self.bar.format_interval(seconds)}"
-            self.bar.write(f"{left:,} more steps {how_long}, sample grids aside")
+            self.bar.write(f"{left:,} more steps {how_long}, sample grids and measurements aside")
 
     def write(self, line):
-        """Write a line to metrics.jsonl and, with its shard or weights in the tag, to TensorBoard."""
+        """Write a line to metrics.jsonl and, with what it is of in the tag, to TensorBoard."""
         if not self.writes:
             return
         with self.writing():
             self.metrics.write(json.dumps({**line, "time": time.time()}) + "\n")
             self.metrics.flush()
         of = f"shard{line['shard']}/" if "shard" in line else f"{line['weights']}/" if "weights" in line else ""
+        of = "watch/" if "watch_seconds" in line else of
         for name, value in line.items():
             if isinstance(value, float):
                 self.event(line["step"], summary.scalar(of + name, value))
+
+    def watched(self, found, seconds):
+        """Take in a measurement, {"step": n, name: number}, that took so long: a line, and the bar."""
+        self.measured = {name: value for name, value in found.items() if name != "step"}
+        self.watching += seconds
+        self.since += seconds  # images per second are of training alone
+        self.write({**found, "watch_seconds": seconds})
 
     def event(self, step, value):
         """Write one of tensorboardX's summaries: in this thread, so that a full disk is seen here."""
@@ -187,14 +196,26 @@ class Logger:
             for t, value in enumerate(bank.tolist()):
                 self.event(t, summary.scalar(f"memory_bank_over_t/shard{shard}/round{r}", value))
 
-    def finish(self, steps):
-        """At the end of the run: write train.json, its steps and the seconds over all starts, say so."""
+    def finish(self, steps, copies=False):
+        """At the end of the run: write train.json, its steps and the seconds over all starts, say so.
+
+        copies: whether it ends before its time, since it copies.
+        """
         if self.writes:
             self.flush()
         if distributed.is_main():
-            write_json(self.logdir / "train.json", {"steps": steps, "seconds": round(self.seconds, 3)})
+            record = {"steps": steps, "seconds": round(self.seconds, 3)}
+            watching = sum(line.get("watch_seconds", 0) for line in read_metrics(self.logdir))
+            if watching:
+                record |= {"watch_seconds": round(watching, 3), "stopped_when_copying": copies}
+                record["watch_share"] = round(watching / self.seconds, 4)
+            write_json(self.logdir / "train.json", record)
             self.bar.close()
             took = f" in {self.bar.format_interval(self.seconds)}"
+            if watching:
+                took += f", {record['watch_share']:.1%} of it for --watch_step"
+            if copies:
+                took += ", and no more, since it copies (--stop_when_copying)"
             if self.drawing > MUCH * self.seconds:
                 drawing = f"{self.bar.format_interval(self.drawing)} of it for sample grids"
                 took += f", {drawing}: --sample_step=0 draws none"

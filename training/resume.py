@@ -8,7 +8,18 @@ of every shard), since in a round no shard depends on another.
 from contextlib import suppress
 from copy import deepcopy
 
-from training.weights import AVERAGES, ROUNDS, STEPS, load_checkpoint, numbered, round_name, save_checkpoint, step_name
+from training.weights import (
+    AVERAGES,
+    BEST,
+    ROUNDS,
+    STEPS,
+    load_checkpoint,
+    numbered,
+    own_files,
+    round_name,
+    save_checkpoint,
+    step_name,
+)
 from utils import distributed
 from utils.errors import DamagedError, DataError, UsageError, one_line, warn
 from utils.files import remove
@@ -88,6 +99,30 @@ def save_step(logdir, state, milestone, keep):
                 save_checkpoint(path, {name: value for name, value in old.items() if name not in FOR_RESUMING})
             else:
                 remove(path)
+
+
+# ---- both
+
+
+def best_name(state):
+    """Where `save_best` keeps a checkpoint."""
+    if "shard" in state:
+        return f"best_shard{state['shard']}_step{state['step']}.pt"
+    return f"best_{round_name(state['round']) if 'round' in state else step_name(state['step'])}"
+
+
+def save_best(logdir, state):
+    """Keep a checkpoint for evaluation, beside those to continue from; returns its name."""
+    of_network = {name: value for name, value in state.items() if name not in FOR_RESUMING}
+    save_checkpoint(logdir / best_name(state), of_network)
+    return best_name(state)
+
+
+def remove_other_bests(logdir, names):
+    """Remove what `save_best` has kept, but for these names."""
+    for path in own_files(logdir, BEST):
+        if path.name not in names:
+            remove(path)
 
 
 # ---- main_fed.py

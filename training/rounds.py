@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from training.averaging import average_learners
+from training.averaging import average_learners, ema_networks
 from training.ensemble import total_of
 from training.launch import Interruption
 from training.logger import due
@@ -33,7 +33,9 @@ Schedule = namedtuple(
 )
 
 
-def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round, preview, publish):
+def train(
+    shards, slots, schedule, logger, *, first_round, extra, slots_of_round, preview, publish, watch,
+):  # fmt: skip
     """Train the shards of this process from `first_round` on, counted from 1, to the last one.
 
     Args:
@@ -44,16 +46,27 @@ def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round
         slots_of_round: a function of r: the slots of round r, or None for those of the round before.
         preview: a function of a network: its images (B, 3, H, W) in [-1, 1], for the sample grids.
         publish: a function of (state, is_due) that saves the average, for all to see if that is due.
+        watch: a `Watch`, which measures averages after the round in which it falls due, or if that round
+            exchanges images after the next that does not. In an only round, whose shards are never
+            averaged, it measures the mean prediction of all shards, which wait for each other for it.
     """
     sizes, per_round = schedule.sizes, schedule.steps_per_round
     with Interruption() as interruption, logger:
         for r in range(first_round, schedule.total_round + 1):
+            if watch.is_over:
+                break
             slots = slots_of_round(r) or slots
             for shard in shards:
                 shard.batches.use(slots[shard.number])
-                with shard.learner.on_device():
-                    train_shard(shard, r, schedule, logger, interruption, extra, preview)
-            interruption.wait_for_all(logger.logdir)
+            for stops in stops_of_round(schedule, r, watch.every):
+                for shard in shards:
+                    with shard.learner.on_device():
+                        train_shard(shard, r, stops, schedule, logger, interruption, extra, preview)
+                interruption.wait_for_all(logger.logdir)
+                if schedule.total_round == 1:
+                    watch_ensemble(watch, sum(stops), shards, len(sizes), extra, logger, interruption)
+                if watch.is_over:
+                    break
 
             exchanges = exchange_is_due(r, schedule.total_round, schedule.exchange, schedule.exchange_every)
             learners = {shard.number: shard.learner for shard in shards}
@@ -64,24 +77,62 @@ def train(shards, slots, schedule, logger, *, first_round, extra, slots_of_round
             for shard in shards:
                 shard.round_counts.zero_()
 
+            state = {"global_model": average, "global_ema_model": ema_average, **extra, "round": r}
+            state |= {"index_array": skip_counts, "averaged": not exchanges}
+            step, learner = sum(per_round) * r, shards[0].learner
+            if not exchanges and schedule.total_round > 1 and watch.is_due(step):
+                leave_if_stopped(interruption, logger.logdir)
+                with learner.on_device():
+                    watch(step, [learner.ema], [state] if distributed.is_main() else [], logger)
+
             logger.memorization(skip_counts, {shard.number: shard.agc.bank for shard in shards}, r)
             if distributed.is_main():
-                learner = shards[0].learner
                 if schedule.sample_step and not exchanges:
                     with learner.on_device():
-                        logger.images(f"average_round{r}", sum(per_round) * r, partial(preview, learner.ema))
+                        logger.images(f"average_round{r}", step, partial(preview, learner.ema))
                 logger.flush()
-                state = {"global_model": average, "global_ema_model": ema_average, "index_array": skip_counts}
-                state |= {**extra, "round": r, "averaged": not exchanges, "seconds": logger.seconds}
+                state |= {"seconds": logger.seconds}
                 state |= {"slots": slots} if schedule.exchange != "off" else {}
-                publish(state, due(r, schedule.save_round) or r == schedule.total_round)
-        logger.finish(sum(per_round) * schedule.total_round)
+                is_last = r == schedule.total_round or watch.is_over
+                publish(state, due(r, schedule.save_round) or is_last)
+        logger.finish(steps_of(shards), watch.is_over)
 
 
-def train_shard(shard, r, schedule, logger, interruption, extra, preview):
-    """The steps of one shard in round r, from where it stands; arguments as for `train`."""
+def steps_of(shards):
+    """The steps that the shards of all processes have made together."""
+    return int(distributed.total(torch.tensor(sum(shard.learner.step for shard in shards))))
+
+
+def stops_of_round(schedule, r, watch_every):
+    """The own steps of all shards at which they wait for each other in round r, lists: at its end.
+
+    In an only round that is watched they also wait where all have made their part of so many steps.
+    """
+    per_round, total = schedule.steps_per_round, sum(schedule.steps_per_round)
+    watched = range(watch_every, total, watch_every) if watch_every and schedule.total_round == 1 else []
+    parts = [[-(-step * own // total) for own in per_round] for step in watched]
+    return [*parts, [r * own for own in per_round]]
+
+
+def leave_if_stopped(interruption, logdir):
+    """End the processes before a measurement, which takes long, if one of them was signalled."""
+    if interruption.of_any():
+        interruption.exit(logdir)
+
+
+def watch_ensemble(watch, step, shards, K, extra, logger, interruption):
+    """Measure all K shards as one, if that is due and they have made `step` steps together, no more."""
+    if steps_of(shards) == step and watch.is_due(step):
+        leave_if_stopped(interruption, logger.logdir)
+        networks = ema_networks({shard.number: shard.learner for shard in shards}, K)
+        states = [{**shard.state_dict(), **extra, "shard": shard.number} for shard in shards]
+        watch(step, networks, states, logger)
+
+
+def train_shard(shard, r, stops, schedule, logger, interruption, extra, preview):
+    """The steps of a shard in round r, from where it stands to its own stop; others as for `train`."""
     k, learner, own_steps = shard.number, shard.learner, schedule.steps_per_round[shard.number]
-    while learner.step < r * own_steps:
+    while learner.step < stops[k]:
         torch.manual_seed(derive_seed(schedule.seed, "dropout", k, learner.step))
         batch = shard.batches(learner.step)
         losses = learner.losses(batch)
@@ -93,7 +144,7 @@ def train_shard(shard, r, schedule, logger, interruption, extra, preview):
             shard.augment(batch.slots, near, schedule.seed)
 
         step, stop = number_of_step(schedule.steps_per_round, k, learner.step), bool(interruption)
-        round_ends = learner.step == r * own_steps
+        round_ends = learner.step == stops[k]
         logger.step(step, numbers, keep, now=round_ends or stop, round=r, shard=k)
         if due(step, schedule.sample_step):
             logger.images(f"shard{k}_step{step}", step, partial(preview, learner.ema))

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 
 from utils.errors import DamagedError, DataError, one_line
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json
 
 EXPORTED = ".safetensors"  # the suffix of what `training.export` writes
 FORMAT = 4  # of what a run needs to continue
 
 # the files of a run by their paths in its log directory, the number in parentheses
 STEPS, ROUNDS, AVERAGES = r"ckpt(\d+k?)\.pt", r"global_ckpt_round(\d+)\.pt", r"state/average_round(\d+)\.pt"
+BEST = r"best_(ckpt\d+k?|global_ckpt_round\d+|shard\d+_step\d+)\.pt"  # of a watched training
 CHECKPOINTS = rf"{STEPS}|{ROUNDS}|{AVERAGES}|state/shard\d+_step(\d+)\.pt"
 
 # published global_ckpt files hold their skip counts as a NumPy array
@@ -123,6 +124,18 @@ def find_checkpoint(name):
     if not found:
         raise DataError(f"{path}: holds no ckpt*.pt and no global_ckpt_round*.pt; name a checkpoint or its directory")
     return next(iter(found.values()))
+
+
+def find_best(name):
+    """The file or folder that best.json in a log directory names; several of shards never averaged."""
+    path = Path(name) / "best.json"
+    if not path.exists():
+        raise DataError(f"{path}: no such file: name a log directory whose training had --watch_step")
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("checkpoint"), str):
+        what = "no measurement had MQ@30 at most two points above its floor"
+        raise DataError(f"{path}: names no checkpoint, since {what}: name one")
+    return [path.with_name(part) for part in record["checkpoint"].split(",")]
 
 
 def weights_in(state, use_ema, path):
