@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, environment, forking_python
 from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
 from training.logger import read_metrics
 from utils import startup
@@ -51,7 +51,7 @@ FULL_DISK = "full disk"
 def start(script, logdir, inputs):
     """The script as a process of its own in the directory of its inputs; its output goes beside the log directory."""
     program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    command = [sys.executable, *program, *SCRIPTS[script], f"--logdir={logdir}"]
+    command = [forking_python(), *program, *SCRIPTS[script], f"--logdir={logdir}"]
     env = environment(PYTHONPATH=str(ROOT))
     with Path(f"{logdir}.out").open("w") as out, Path(f"{logdir}.err").open("w") as err:
         return subprocess.Popen(command, cwd=inputs, stdout=out, stderr=err, env=env)

@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from diffusion import GaussianDiffusionSampler
 from score import evaluate, fid, generate
 from score.generate import generate_into
 from score.samples import save_pngs
-from tests.commands import ROOT, environment, eval_flags, run, run_module, values_of
+from tests.commands import ROOT, environment, eval_flags, forking_python, run, run_module, values_of
 from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import build
@@ -305,7 +304,7 @@ def test_compare_prints_mean_and_spread(evaluated, tmp_path):
 def test_a_killed_generation_continues_where_it_was(checkpoint, tmp_path, capsys):
     flags = [*TINY_FLAGS, "--num_images=60", "--batch_size=4", f"--unet_dir={checkpoint}", "--stages=generate"]
     call(*flags, *eval_flags(tmp_path / "whole"))
-    command = [sys.executable, str(ROOT / "all_in.py"), *flags, *eval_flags(tmp_path / "killed")]
+    command = [forking_python(), str(ROOT / "all_in.py"), *flags, *eval_flags(tmp_path / "killed")]
     part = tmp_path / "killed/generate/generate.part.json"
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     while not (part.exists() and json.loads(part.read_text())["done"] >= 8):

@@ -106,13 +106,14 @@ def kill_one(process, rank, log, number):
     while not list(log.glob(f"state/shard{rank}_step*.pt")):
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    for pid in map(int, children.split()):
+    search = ["pgrep", "-f", f"logdir={log}( |$)"]
+    found = subprocess.run(search, capture_output=True, text=True, check=True).stdout
+    for pid in map(int, found.split()):
         variables = open(f"/proc/{pid}/environ", "rb").read().split(b"\0")  # noqa: PTH123, SIM115
         if f"RANK={rank}".encode() in variables:
             os.kill(pid, number)
             return pid
-    raise AssertionError(f"rank {rank} is not among {children}")
+    raise AssertionError(f"rank {rank} is not among {found}")
 
 
 def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(one_process, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from tests import faults
-from tests.commands import ROOT, environment, run, values_of
+from tests.commands import ROOT, environment, forking_python, run, values_of
 from tests.networks import TINY_FLAGS
 from training import build
 from training.flags import norm_groups
@@ -298,7 +298,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
 
 def test_a_signal_saves_and_exits_as_clusters_expect(tmp_path):
     flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=100000", "--log_step=1", "--keep=1", "--logdir=log"]
-    command = [sys.executable, str(ROOT / "main.py"), "--train", *flags]
+    command = [forking_python(), str(ROOT / "main.py"), "--train", *flags]
     path, lines = tmp_path / "log/metrics.jsonl", 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
