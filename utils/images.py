@@ -144,14 +144,10 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
         DataError: they do not fit into memory; once all were tried, those bad or of another size.
     """
     images, first, bad, changed = None, None, [], 0
-    read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
-    with contextlib.closing(in_threads(read, paths, num_workers)) as results:
-        bar = progress_bar(results, "decoding", total=len(paths), unit="image")
-        for row, (found, is_square) in enumerate(bar):
+    read = partial(resized_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
+    with contextlib.closing(decoded(read, paths, num_workers, bad)) as decoding:
+        for row, (found, is_square) in decoding:
             changed += not is_square
-            if isinstance(found, DataError):
-                bad.append(str(found))
-                continue
             if images is None:
                 check_memory(Path(paths[row]).parent, len(paths) * found.nbytes)
                 images, first = np.empty((len(paths), *found.shape), np.uint8), Path(paths[row]).name
@@ -160,15 +156,29 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
             else:
                 sizes = f"is {size_of(found)}, {first} is {size_of(images)} (width x height)"
                 bad.append(f"{paths[row]}: {sizes}")
-    refuse(bad)
     if changed and distributed.is_main():
         what = f"{changed} of {len(paths)} images are not square and are {CHANGES[resize]}, see --resize"
         warn(f"{Path(paths[0]).parent}: {what}")
     return images
 
 
-def refuse(bad):
-    """Raise a DataError that says what is wrong with images, a text each, if there are any."""
+def decoded(read, paths, num_workers, bad):
+    """Yield (row, read(path)) of the paths in order, by so many threads; at the end refuse bad images.
+
+    bad: a list of what is wrong with images, a text each, to which their DataErrors are added."""
+
+    def attempt(path):
+        try:
+            return read(path)
+        except DataError as error:
+            return error
+
+    with contextlib.closing(in_threads(attempt, paths, num_workers)) as results:
+        for row, found in enumerate(progress_bar(results, "decoding", total=len(paths), unit="image")):
+            if isinstance(found, DataError):
+                bad.append(str(found))
+            else:
+                yield row, found
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
@@ -179,12 +189,9 @@ def size_of(images):
     return f"{images.shape[-1]}x{images.shape[-2]}"
 
 
-def try_image(path, img_size, resize, keeps_squares):
-    """One image file as uint8 (3, H, W), or what is wrong with it; and whether it was square."""
-    try:
-        image = read_image(path)
-    except DataError as error:
-        return error, True
+def resized_image(path, img_size, resize, keeps_squares):
+    """One image file as uint8 (3, H, W), and whether it was square; or a DataError."""
+    image = read_image(path)
     is_square = image.width == image.height
     if img_size and not (is_square and keeps_squares):
         box = central_square(*image.size) if resize == "crop" else None
