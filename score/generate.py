@@ -91,8 +91,7 @@ def over_ranks(first, number, batch_size, make):
 
     make: a function of a range of images, which may be empty; returns tensors with a row for each.
 
-    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing.
-    """
+    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing."""
     block = batch_size * distributed.world_size()
     with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):

@@ -50,8 +50,7 @@ class Logger:
         writes: whether this process has files, with its rank above 0 in their names.
 
     Raises:
-        DataError: in all methods, if a log cannot be written.
-    """
+        DataError: in all methods, if a log cannot be written."""
 
     def __init__(
         self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True,
@@ -99,8 +98,7 @@ class Logger:
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
 
         Raises:
-            DataError: too many steps in a row were not applied.
-        """
+            DataError: too many steps in a row were not applied."""
         applied = numbers["applied"]
         self.steps += 1
         self.loss = self.loss + torch.where(applied, numbers["loss"], 0.0)

@@ -130,8 +130,7 @@ def resume_shards(shards, steps_per_round, directory, total_round):
 
     Raises:
         DataError: the files do not fit the run.
-        UsageError: more rounds are done than `total_round`.
-    """
+        UsageError: more rounds are done than `total_round`."""
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
     r, steps, average_path = distributed.from_main(found)

@@ -65,8 +65,7 @@ def scan(folder, deep=False):
 
     Raises:
         DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for
-            ever) or a symbolic link to a directory (links can form a loop).
-    """
+            ever) or a symbolic link to a directory (links can form a loop)."""
     images, folders, others, pending = [], [], [], [folder]
     try:
         while pending:
@@ -110,8 +109,7 @@ def keep_apart(folders, others, written):
 
     Raises:
         UsageError: one of `others` is a folder in that of the training images, or has it in it, or one
-            of `written` lies in any of these folders.
-    """
+            of `written` lies in any of these folders."""
     others = {flag: path for flag, path in others.items() if path and Path(path).is_dir()}
     for flag, path in others.items():
         for folder in folders[:1]:
@@ -141,8 +139,7 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
         keeps_squares: only those are resized that are not square; the others must have one size.
 
     Raises:
-        DataError: they do not fit into memory; once all were tried, those bad or of another size.
-    """
+        DataError: they do not fit into memory; once all were tried, those bad or of another size."""
     images, first, bad, changed = None, None, [], 0
     read = partial(resized_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
     with contextlib.closing(decoded(read, paths, num_workers, bad)) as decoding:
@@ -218,8 +215,7 @@ def read_image(path):
     """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
     Raises:
-        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression bomb.
-    """
+        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression bomb."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -234,8 +230,7 @@ def to_rgb(image):
     """The image in RGB: transparency over white, 16-bit grey v as round(v / 257), else as PIL does.
 
     Raises:
-        ValueError: the range of the values is unknown (32-bit integers, floats).
-    """
+        ValueError: the range of the values is unknown (32-bit integers, floats)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
         top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
