@@ -132,7 +132,6 @@ class AmbientTrainer(GaussianDiffusionTrainer):
     scale of the loss at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
 
     Args:
-        model, beta_1, beta_T, T, mean_type: the network and its diffusion.
         ambient_t: t_n.
         seed: of eps_n, which image i of the training set always has."""
 
