@@ -268,12 +268,12 @@ def test_sample_grids_show_classes_of_training_images(tmp_path):
 def test_fid_and_inception_score(checkpoint, tmp_path, capsys):
     """On random Inception weights; what they give is compared with pytorch-fid in test_inception.py."""
     weights = write_weights(tmp_path / "inception.pth")
-    flags = [*TINY_FLAGS, "--num_train=5", "--num_images=10", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
+    flags = [*TINY_FLAGS, "--num_train=10", "--num_images=11", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
     cache = tmp_path / "reference.npz"
     with pytest.warns(UserWarning, match="not the published"):
         call(*flags, "--stages=generate,score", f"--inception_weights={weights}", f"--fid_cache={cache}")
     result = result_of(tmp_path)
-    assert result["warning"].startswith("10 generated and 5 real images: FID needs 2,048 of each and IS needs 5,000")
+    assert result["warning"].startswith("11 generated and 10 real images: FID needs 2,048 of each and IS needs 5,000")
     assert capsys.readouterr().err.count("warning: " + result["warning"]) == 1
     assert result["fid"] > 0 and 1 <= result["is"] <= 1008 and result["is_std"] >= 0
     assert np.load(cache)["sigma"].shape == (2048, 2048)

@@ -207,10 +207,10 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
     shutil.copytree(one_process, tmp_path / "log")
     for processes in (1, 3):
         flags = [*TINY_FLAGS, "--batch_size=4", "--num_images=11", "--unet_dir=log/global_ckpt_round3.pt"]
-        flags += ["--inception_weights=inception.pth", "--num_train=5", *eval_flags(tmp_path / str(processes))]
+        flags += ["--inception_weights=inception.pth", "--num_train=10", *eval_flags(tmp_path / str(processes))]
         flags += ["--stages=generate,score,memorise,gap,grid,report"]
         result = run_with(processes, "all_in.py", *flags, f"--fid_cache={processes}.npz", cwd=tmp_path)
-        assert result.stdout.count("11 images against 5 training images") == 1
+        assert result.stdout.count("11 images against 10 training images") == 1
     one, three = tmp_path / "1", tmp_path / "3"
     images = [np.load(path / "generate/generate.npy").astype(int) for path in (one, three)]
     difference = np.abs(images[0] - images[1])
@@ -228,7 +228,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
     if difference.max() == 0:
         np.testing.assert_array_equal(neighbors[0]["index"], neighbors[1]["index"])
         np.testing.assert_array_equal(neighbors[0]["sq_distance"], neighbors[1]["sq_distance"])
-    assert neighbors[1]["index"].shape == (11, 5)
+    assert neighbors[1]["index"].shape == (11, 10)
     assert len((three / "grid/result.txt").read_text().splitlines()) == 10
 
 
