@@ -31,11 +31,14 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["main.py", "main_fed.py"])
+HALF = {"main.py": "--total_steps=150", "main_fed.py": "--local_epoch=5"}
+
+
+@pytest.fixture(scope="module", params=list(HALF))
 def straight(request, tmp_path_factory):
-    """A run of 300 steps that nothing disturbs, and its script."""
+    """A run of 150 steps that nothing disturbs, and its script."""
     logdir = tmp_path_factory.mktemp("straight") / "log"
-    process = faults.start(request.param, logdir, logdir.parent)
+    process = faults.start(request.param, logdir, logdir.parent, HALF[request.param])
     assert process.wait() == 0, (logdir.parent / "log.err").read_text()
     return request.param, faults.final_state(request.param, logdir)
 
@@ -45,9 +48,9 @@ def test_killed_at_random_instants_it_ends_the_same(straight, tmp_path):
     logdir, chance = tmp_path / "log", random.Random(1)
     hits = 0
     for fault in ("kill during a save", "kill", "SIGTERM"):
-        process = faults.start(script, logdir, logdir.parent)
+        process = faults.start(script, logdir, logdir.parent, HALF[script])
         hits += faults.interrupt(process, fault, logdir, chance)
-    process = faults.start(script, logdir, logdir.parent)
+    process = faults.start(script, logdir, logdir.parent, HALF[script])
     assert process.wait() == 0, (tmp_path / "log.err").read_text()
     assert faults.differences(expected, faults.final_state(script, logdir)) == []
     assert hits >= 2, "most of the kills must have come before the end"
