@@ -25,9 +25,7 @@ def ddim_timesteps(T, steps):
 
     With steps = T the offset 1 would reach T, so it is dropped there.
 
-    Raises:
-        ValueError: steps is not in 1..T.
-    """
+    Raises ValueError: steps is not in 1..T."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: must be between 1 and T = {T}")
     stride = T // steps
@@ -43,8 +41,7 @@ def dpmpp_timesteps(alphas_bar, steps):
 
     Args:
         alphas_bar: (T,) float64, descending.
-        steps: calls of the network.
-    """
+        steps: calls of the network."""
     lambdas = 0.5 * torch.log(alphas_bar / (1 - alphas_bar))
     even = torch.linspace(lambdas[0].item(), lambdas[-1].item(), steps + 1, dtype=torch.float64)
     return (even[:, None] - lambdas).abs().argmin(dim=1).unique().tolist()
@@ -58,9 +55,7 @@ class GaussianDiffusion(nn.Module):
         beta_1, beta_T, T: first and last variance, and number of timesteps.
         mean_type: what it predicts: epsilon, xstart (x_0) or xprev (mean of q(x_{t-1} | x_t, x_0)).
 
-    Raises:
-        ValueError: no such mean_type.
-    """
+    Raises ValueError: no such mean_type."""
 
     def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon"):
         super().__init__()
@@ -110,8 +105,7 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
             t: (B,) int64 in 0..T-1; drawn first, uniformly on x_0's device, if not given.
             eps: (B, 3, H, W) standard normal; drawn second if not given.
 
-        Returns (B, 3, H, W) float32, unreduced.
-        """
+        Returns (B, 3, H, W) float32, unreduced."""
         if t is None:
             t = torch.randint(self.T, (x_0.shape[0],), device=x_0.device)
         if eps is None:
@@ -138,10 +132,8 @@ class AmbientTrainer(GaussianDiffusionTrainer):
     scale of the loss at t < t_n, where the factor of the paper would grow as 1 / alphas_bar_t.
 
     Args:
-        model, beta_1, beta_T, T, mean_type: the network and its diffusion.
         ambient_t: t_n.
-        seed: of eps_n, which image i of the training set always has.
-    """
+        seed: of eps_n, which image i of the training set always has."""
 
     def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon", *, ambient_t, seed):
         super().__init__(model, beta_1, beta_T, T, mean_type)
@@ -182,9 +174,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class)
             (Ho & Salimans 2022, eq. 6).
 
-    Raises:
-        ValueError: no such mean_type, var_type or sampler, or more steps of ddim than there are.
-    """
+    Raises ValueError: no such mean_type, var_type or sampler, or more steps of ddim than there are."""
 
     def __init__(
         self, model, beta_1, beta_T, T, img_size=32, mean_type="epsilon", var_type="fixedlarge", *,
@@ -223,8 +213,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
     def ddim_step(self, x_t, t, t_prev, labels, noise):
         """x_{t_prev} from x_t (DDIM eq. 12, sigma of eq. 16): x_0 is clamped to [-1, 1], eps is not.
 
-        After the last visited timestep t_prev is 0 and not -1, so the image lands on alphas_bar_0.
-        """
+        After the last visited timestep t_prev is 0 and not -1, so the image lands on alphas_bar_0."""
         prediction = self.predict(x_t, t, labels)
         x_0 = self.predict_x_0(prediction, x_t, t)
         eps = prediction if self.mean_type == "epsilon" else self.predict_eps(x_0, x_t, t)
@@ -243,8 +232,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         With lambda = log(alpha / sigma), alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar), h the
         step in lambda and r = h_before / h:
         D = (1 + 1/(2r)) x_0 - 1/(2r) x_0_before,  x <- sigma'/sigma x - alpha' (exp(-h) - 1) D.
-        The first step has no x_0_before and is of first order, D = x_0; so is the last, to be stable.
-        """
+        The first step has no x_0_before and is of first order, D = x_0; so is the last, to be stable."""
         abar = self.alphas_bar[self.timesteps]
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
         h = -(alpha / sigma).log().diff()  # h[i] > 0: from visited timestep i + 1 down to i
@@ -271,8 +259,7 @@ class GaussianDiffusionSampler(GaussianDiffusion):
             labels: (B,) int64 classes, -1 for no class, or None.
             noise: called as noise(x) for every stochastic step, returns standard normals of x's shape.
 
-        Returns (B, 3, img_size, img_size), about [-1, 1]; only DDPM's is clipped to it.
-        """
+        Returns (B, 3, img_size, img_size), about [-1, 1]; only DDPM's is clipped to it."""
         if self.sampler == "dpmpp":
             return self.sample_dpmpp(x_T, labels)
         step = self.ddim_step if self.sampler == "ddim" else self.ddpm_step

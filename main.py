@@ -13,6 +13,7 @@ from absl.flags import FLAGS
 from dataset import image_folders
 from score.fid import CACHE
 from score.generate import generate
+from score.record import say
 from training import build
 from training.flags import define
 from training.launch import Interruption, announce, check_warmup, pick_device, run
@@ -22,7 +23,7 @@ from training.recorded import default_resize, take_trainings, training_warning
 from training.resume import resume, save_step
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils import distributed
-from utils.errors import UsageError, warn
+from utils.errors import UsageError
 from utils.files import make_directory, write_json
 from utils.images import keep_apart
 from utils.seeding import derive_seed
@@ -99,8 +100,7 @@ def evaluate(data, quality, device, path, directory):
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size, asked_for=FLAGS.device)
     notes["ema_warning"] = young_ema(path, ema_start(path))
-    for note in filter(None, notes.values() if distributed.is_main() else ()):
-        warn(f"warning: {note}")
+    say(*notes.values())
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images, **notes}
     for name, use_ema in (("net", False), ("ema", True)):
         load_weights(net, weights_in(state, use_ema, path), path)

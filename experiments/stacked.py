@@ -275,8 +275,7 @@ def sample_due(members, learner, step):
 def train_together(planned, wanted, device, pool, deadline):
     """Train runs whose networks have one shape, and measure them in a pool: stacked.json of each.
 
-    wanted: paths of checkpoints that others start from, to be written; deadline: of time.time().
-    """
+    wanted: paths of checkpoints that others start from, to be written; deadline: of time.time()."""
     members, learner = make_stack(planned, device)
     torch.manual_seed(derive_seed("stacked", *(run.seed for run in planned)))
     step, last = 0, max(member.steps for member in members)

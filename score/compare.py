@@ -205,15 +205,11 @@ def warnings_about(results):
 
 def shared(name, values):
     """{label: value} with equal values once: as `name` if all are equal, else with their labels."""
-    labels_of = []
-    for label, value in values.items():
-        same = next((labels for labels, other in labels_of if other == value), None)
-        if same is None:
-            labels_of.append(([label], value))
-        else:
-            same.append(label)
-    one = len(labels_of) == 1
-    return {name if one else f"{name} ({', '.join(labels)})": value for labels, value in labels_of}
+    different = once([*values.values()])
+    if len(different) == 1:
+        return {name: different[0]}
+    labels_of = [[label for label in values if values[label] == value] for value in values.values()]
+    return {f"{name} ({', '.join(labels)})": values[labels[0]] for labels in labels_of}
 
 
 def floors_of(results):

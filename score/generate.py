@@ -95,8 +95,7 @@ def over_ranks(first, number, batch_size, make):
 
     make: a function of a range of images, which may be empty; returns tensors with a row for each.
 
-    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing.
-    """
+    Yields: on rank 0, lists of these tensors on the CPU, the rows of all in order; elsewhere nothing."""
     block = batch_size * distributed.world_size()
     with progress_bar(total=number, initial=first, desc="generate", unit="image") as bar:
         for start in range(first, number, block):
@@ -131,8 +130,7 @@ def generate_into(directory, origin, make_batches, num_images, img_size, descrip
         img_size: height and width of an image.
         description: JSON values that generate.json is to hold beside what is known here.
 
-    Raises:
-        DataError: they do not fit into memory, or cannot be written."""
+    Raises DataError: they do not fit into memory, or cannot be written."""
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)

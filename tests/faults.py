@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, environment, forking_python
 from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
 from training.logger import read_metrics
+from training.resume import shard_files
+from training.weights import ROUNDS, STEPS, numbered
 from utils import startup
 from utils.bar import progress_bar
 
@@ -48,10 +50,10 @@ DAMAGES = ("truncated", "bit flipped", "emptied")
 FULL_DISK = "full disk"
 
 
-def start(script, logdir, inputs):
-    """The script as a process of its own in the directory of its inputs; its output goes beside the log directory."""
+def start(script, logdir, inputs, *flags):
+    """The script, with further flags, as a process in the directory of its inputs; its output goes beside logdir."""
     program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-    command = [sys.executable, *program, *SCRIPTS[script], f"--logdir={logdir}"]
+    command = [forking_python(), *program, *SCRIPTS[script], *flags, f"--logdir={logdir}"]
     env = environment(PYTHONPATH=str(ROOT))
     with Path(f"{logdir}.out").open("w") as out, Path(f"{logdir}.err").open("w") as err:
         return subprocess.Popen(command, cwd=inputs, stdout=out, stderr=err, env=env)
@@ -136,9 +138,11 @@ def fill(disk, leave):
 
 def final_state(script, logdir):
     """Everything that two runs must agree on: checkpoint files, and the steps that were logged."""
-    paths = [logdir / "ckpt300.pt"] if script == "main.py" else sorted(logdir.glob("global_ckpt_round*.pt"))
-    if script != "main.py":
-        paths += [logdir / "state" / f"shard{k}_step100.pt" for k in range(3)]
+    if script == "main.py":
+        paths = [*numbered(logdir, STEPS).values()][:1]
+    else:
+        newest = (next(iter(shard_files(logdir, k).values())) for k in range(3))
+        paths = [*numbered(logdir, ROUNDS).values(), *newest]
     states = {path.name: torch.load(path, weights_only=True) for path in paths}
     for state in states.values():
         state.pop("seconds")

@@ -319,12 +319,12 @@ def test_sample_grids_show_classes_of_training_images(tmp_path):
 def test_fid_and_inception_score(checkpoint, tmp_path, capsys):
     """On random Inception weights; what they give is compared with pytorch-fid in test_inception.py."""
     weights = write_weights(tmp_path / "inception.pth")
-    flags = [*TINY_FLAGS, "--num_train=20", "--num_images=12", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
+    flags = [*TINY_FLAGS, "--num_train=10", "--num_images=11", f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
     cache = tmp_path / "reference.npz"
     with pytest.warns(UserWarning, match="not the published"):
         call(*flags, "--stages=generate,score", f"--inception_weights={weights}", f"--fid_cache={cache}")
     result = result_of(tmp_path)
-    assert result["warning"].startswith("12 generated and 20 real images: FID needs 2,048 of each and IS needs 5,000")
+    assert result["warning"].startswith("11 generated and 10 real images: FID needs 2,048 of each and IS needs 5,000")
     assert capsys.readouterr().err.count("warning: " + result["warning"]) == 1
     assert result["fid"] > 0 and 1 <= result["is"] <= 1008 and result["is_std"] >= 0
     assert np.load(cache)["sigma"].shape == (2048, 2048)
@@ -658,14 +658,14 @@ def scores_of(directory):
 
 def test_scores_of_samples_do_not_depend_on_names_or_order(tmp_path, monkeypatch):
     """The same images by class, shuffled, and as files with other names; of training images too."""
-    monkeypatch.setattr(evaluate, "COVER_IMAGES", 12)
+    monkeypatch.setattr(evaluate, "COVER_IMAGES", 6)
     rng = np.random.default_rng(0)
-    dark, bright = (rng.integers(low, low + 60, (15, 3, 8, 8), dtype=np.uint8) for low in (0, 190))
-    by_class, shuffle = np.concatenate([dark, bright]), rng.permutation(30)
+    dark, bright = (rng.integers(low, low + 60, (6, 3, 8, 8), dtype=np.uint8) for low in (0, 190))
+    by_class, shuffle = np.concatenate([dark, bright]), rng.permutation(12)
     np.save(tmp_path / "by_class.npy", by_class)
     np.save(tmp_path / "shuffled.npy", by_class[shuffle])
     save_pngs(tmp_path / "renamed", torch.from_numpy(by_class[shuffle[::-1]]))
-    training = torch.from_numpy(np.concatenate([dark[:10] + 3, bright[:10] - 3]))
+    training = torch.from_numpy(np.concatenate([dark[:5] + 3, bright[:5] - 3]))
     save_pngs(tmp_path / "training", training)
     save_pngs(tmp_path / "training2", training.flip(0))
     weights = write_weights(tmp_path / "inception.pth")
@@ -682,7 +682,7 @@ def test_scores_of_samples_do_not_depend_on_names_or_order(tmp_path, monkeypatch
 
     def first(images):
         hashes = [hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in images]
-        return images[np.argsort(hashes)[:12]].reshape(12, -1) / 255.0
+        return images[np.argsort(hashes)[:6]].reshape(6, -1) / 255.0
 
     real, generated = first(training.numpy()), first(by_class)
     between = ((real[:, None] - generated) ** 2).sum(-1)

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.__main__ as benchmarks
+from benchmarks import gpu
 from benchmarks.baselines import CIFAR10, make_net, row
-from benchmarks.gpu import diffusers_net
 from diffusion import SAMPLERS, GaussianDiffusionSampler
 from experiments import stacked
 from score.features import inception_space
@@ -263,8 +263,10 @@ def test_one_process_under_torchrun(tmp_path):
         check(torchrun_command(1, script, "--train", *FLAGS, *flags), tmp_path, 0, {})
 
 
-def test_the_benchmark_of_a_gpu_runs_at_a_tiny_scale(tmp_path):
+def test_the_benchmark_of_a_gpu_runs_at_a_tiny_scale(tmp_path, monkeypatch):
     """On a CPU too, where it is refused in earnest."""
+    monkeypatch.setattr(gpu, "SIZE", 8)
+    monkeypatch.setattr(gpu, "SUB_MODELS", 2)
     benchmarks.main(["--only=gpu,gpu_search,gpu_memory,gpu_compiled", "--scale=0.001", f"--json={tmp_path}/gpu.json"])
     rows = {row["what"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
     for precision in ("fp32", "bf16"):
@@ -286,7 +288,7 @@ def test_the_benchmark_of_a_gpu_runs_at_a_tiny_scale(tmp_path):
 def test_diffusers_network_is_as_large_as_ours():
     sizes = (
         sum(value.numel() for value in net.parameters() if value.requires_grad)
-        for net in (make_net(CIFAR10, "cpu"), diffusers_net(128))
+        for net in (make_net(CIFAR10, "cpu"), gpu.diffusers_net(128))
     )
     assert next(sizes) == next(sizes)
 

@@ -106,13 +106,14 @@ def kill_one(process, rank, log, number):
     while not list(log.glob(f"state/shard{rank}_step*.pt")):
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    for pid in map(int, children.split()):
+    search = ["pgrep", "-f", f"logdir={log}( |$)"]
+    found = subprocess.run(search, capture_output=True, text=True, check=True).stdout
+    for pid in map(int, found.split()):
         variables = open(f"/proc/{pid}/environ", "rb").read().split(b"\0")  # noqa: PTH123, SIM115
         if f"RANK={rank}".encode() in variables:
             os.kill(pid, number)
             return pid
-    raise AssertionError(f"rank {rank} is not among {children}")
+    raise AssertionError(f"rank {rank} is not among {found}")
 
 
 def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(one_process, tmp_path):
@@ -205,11 +206,11 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
     write_weights(tmp_path / "inception.pth")
     shutil.copytree(one_process, tmp_path / "log")
     for processes in (1, 3):
-        flags = [*TINY_FLAGS, "--batch_size=4", "--num_images=19", "--unet_dir=log/global_ckpt_round3.pt"]
-        flags += ["--inception_weights=inception.pth", "--num_train=13", *eval_flags(tmp_path / str(processes))]
+        flags = [*TINY_FLAGS, "--batch_size=4", "--num_images=11", "--unet_dir=log/global_ckpt_round3.pt"]
+        flags += ["--inception_weights=inception.pth", "--num_train=10", *eval_flags(tmp_path / str(processes))]
         flags += ["--stages=generate,score,memorise,gap,grid,report"]
         result = run_with(processes, "all_in.py", *flags, f"--fid_cache={processes}.npz", cwd=tmp_path)
-        assert result.stdout.count("19 images against 13 training images") == 1
+        assert result.stdout.count("11 images against 10 training images") == 1
     one, three = tmp_path / "1", tmp_path / "3"
     images = [np.load(path / "generate/generate.npy").astype(int) for path in (one, three)]
     difference = np.abs(images[0] - images[1])
@@ -222,12 +223,12 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
         assert pixels[1][name] == pytest.approx(pixels[0][name], rel=1e-4), name
     for name in ("training", "heldout", "auc"):
         assert results[1]["gap"][name] == pytest.approx(results[0]["gap"][name], rel=1e-3), name
-    assert pixels[0]["mq"] == pixels[1]["mq"] and results[1]["N"] == 19
+    assert pixels[0]["mq"] == pixels[1]["mq"] and results[1]["N"] == 11
     neighbors = [np.load(path / "similar/memorization.npz") for path in (one, three)]
     if difference.max() == 0:
         np.testing.assert_array_equal(neighbors[0]["index"], neighbors[1]["index"])
         np.testing.assert_array_equal(neighbors[0]["sq_distance"], neighbors[1]["sq_distance"])
-    assert neighbors[1]["index"].shape == (19, 13)
+    assert neighbors[1]["index"].shape == (11, 10)
     assert len((three / "grid/result.txt").read_text().splitlines()) == 10
 
 

@@ -15,7 +15,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from tests import faults
-from tests.commands import ROOT, environment, run, values_of
+from tests.commands import ROOT, environment, forking_python, run, values_of
 from tests.networks import TINY_FLAGS
 from training import build
 from training.flags import norm_groups
@@ -31,11 +31,14 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["main.py", "main_fed.py"])
+HALF = {"main.py": "--total_steps=150", "main_fed.py": "--local_epoch=5"}
+
+
+@pytest.fixture(scope="module", params=list(HALF))
 def straight(request, tmp_path_factory):
-    """A run of 300 steps that nothing disturbs, and its script."""
+    """A run of 150 steps that nothing disturbs, and its script."""
     logdir = tmp_path_factory.mktemp("straight") / "log"
-    process = faults.start(request.param, logdir, logdir.parent)
+    process = faults.start(request.param, logdir, logdir.parent, HALF[request.param])
     assert process.wait() == 0, (logdir.parent / "log.err").read_text()
     return request.param, faults.final_state(request.param, logdir)
 
@@ -45,9 +48,9 @@ def test_killed_at_random_instants_it_ends_the_same(straight, tmp_path):
     logdir, chance = tmp_path / "log", random.Random(1)
     hits = 0
     for fault in ("kill during a save", "kill", "SIGTERM"):
-        process = faults.start(script, logdir, logdir.parent)
+        process = faults.start(script, logdir, logdir.parent, HALF[script])
         hits += faults.interrupt(process, fault, logdir, chance)
-    process = faults.start(script, logdir, logdir.parent)
+    process = faults.start(script, logdir, logdir.parent, HALF[script])
     assert process.wait() == 0, (tmp_path / "log.err").read_text()
     assert faults.differences(expected, faults.final_state(script, logdir)) == []
     assert hits >= 2, "most of the kills must have come before the end"
@@ -298,7 +301,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
 
 def test_a_signal_saves_and_exits_as_clusters_expect(tmp_path):
     flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=100000", "--log_step=1", "--keep=1", "--logdir=log"]
-    command = [sys.executable, str(ROOT / "main.py"), "--train", *flags]
+    command = [forking_python(), str(ROOT / "main.py"), "--train", *flags]
     path, lines = tmp_path / "log/metrics.jsonl", 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)

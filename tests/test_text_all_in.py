@@ -4,7 +4,6 @@ import html
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from score.features import inception_space
-from tests.commands import ROOT, check, environment, run_module
+from tests.commands import ROOT, environment, forking_python, run_module, run_with
 from tests.inception_weights import write_weights
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
@@ -188,7 +187,7 @@ def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(direct
     """With Gaussian noise on the text; the reference is a run at one go."""
     flags = [*FLAGS, *DATA, "--features=pixels", "--num_images=9", "--text_noise=0.1"]
     run_module(MODULE, *flags, *directories("straight"), "--batch_size=4", cwd=directory)
-    command = [sys.executable, "-m", MODULE, *flags, *directories("killed"), "--batch_size=1"]
+    command = [forking_python(), "-m", MODULE, *flags, *directories("killed"), "--batch_size=1"]
     process = subprocess.Popen(
         command, cwd=directory, env=environment(PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -197,8 +196,7 @@ def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(direct
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", MODULE]
-    done = check([*launcher, *flags, *directories("killed"), "--batch_size=2"], directory, 0, {"PYTHONPATH": str(ROOT)})
+    done = run_with(2, MODULE, *flags, *directories("killed"), "--batch_size=2", cwd=directory)
     assert "of 9 images are there already" in done.stdout
     ours, theirs = (np.load(directory / name / "generate/generate.npy") for name in ("killed", "straight"))
     assert np.abs(ours.astype(int) - theirs).max() <= 1

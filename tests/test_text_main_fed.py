@@ -3,14 +3,13 @@
 import json
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.commands import ROOT, check, environment, read_jsonl, run_module
+from tests.commands import ROOT, environment, forking_python, read_jsonl, run_module, run_with
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline, tiny_pipeline
 from text_to_image.data import CaptionBatches, TextStates, load_folder
 from text_to_image.pipeline import encode_images, libraries
@@ -165,7 +164,7 @@ def test_iet_agc_plus(plus):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, plus, number):
     settings, expected = {signal.SIGKILL: (THREE, straight), signal.SIGTERM: (PLUS, plus)}[number]
     flags = [*FLAGS, *settings, "--save_step=1", f"--logdir=killed{number}"]
-    command = [sys.executable, "-m", MODULE, *flags]
+    command = [forking_python(), "-m", MODULE, *flags]
     env = environment(PYTHONPATH=str(ROOT))
     process = subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not list((directory / f"killed{number}").glob("state/shard1_step*.pt")):
@@ -180,9 +179,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(directory, straight, plu
 
 
 def test_two_processes_make_the_averages_of_one(directory, straight):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", MODULE, *FLAGS, *THREE, "--logdir=two", "--shard_state=cpu"]
-    check(command, directory, 0, {"PYTHONPATH": str(ROOT)})
+    run_with(2, MODULE, *FLAGS, *THREE, "--logdir=two", "--shard_state=cpu", cwd=directory)
     ours, theirs = weights(directory / "two" / "checkpoint_round2"), weights(straight / "checkpoint_round2")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -20,10 +20,9 @@ from PIL import Image
 from text_to_image.pipeline import encode_captions, encode_images, latent_moments
 from training.batches import Batch, Batches, rand_augment, to_device
 from utils import distributed
-from utils.bar import progress_bar
 from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write
-from utils.images import fingerprint, in_threads, list_images, read_image, refuse
+from utils.images import decoded, fingerprint, list_images, read_image
 from utils.name_lists import read_groups, read_kept
 from utils.safe_files import check_memory, read_text
 from utils.seeding import derive_seed, generator
@@ -75,24 +74,11 @@ def load_folder(folder, captions, resolution, num_workers=0, keep_list=None, gro
 def load_images(files, resolution, num_workers=0):
     """Image files as uint8 (N, 3, S, S), each as `square` makes it; a DataError names all bad ones."""
     check_memory(Path(files[0]).parent, len(files) * 3 * resolution**2)
-    images, bad = np.empty((len(files), 3, resolution, resolution), np.uint8), []
-    with closing(in_threads(partial(try_square, side=resolution), files, num_workers)) as results:
-        bar = progress_bar(results, "decoding", total=len(files), unit="image", delay=1)
-        for i, found in enumerate(bar):
-            if isinstance(found, DataError):
-                bad.append(str(found))
-            else:
-                images[i] = found
-    refuse(bad)
+    images = np.empty((len(files), 3, resolution, resolution), np.uint8)
+    with closing(decoded(partial(square, side=resolution), files, num_workers, bad=[])) as decoding:
+        for i, image in decoding:
+            images[i] = image
     return torch.from_numpy(images)
-
-
-def try_square(path, side):
-    """`square`, or what is wrong with the file."""
-    try:
-        return square(path, side)
-    except DataError as error:
-        return error
 
 
 def square(path, side):
@@ -115,8 +101,7 @@ def read_captions(path, flag="captions"):
     The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv.
     An image may have several lines. flag: that names the file.
 
-    Raises:
-        DataError: missing, or of another form."""
+    Raises DataError: missing, or of another form."""
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
@@ -187,8 +172,7 @@ def match(captions, paths, name, folder=""):
     captions: {path of an image: its captions}. paths: of the images, in `folder`, whose own parts may be
     those of keys. name: of the file of captions.
 
-    Raises:
-        DataError: a path has no captions, or it is not clear which are its."""
+    Raises DataError: a path has no captions, or it is not clear which are its."""
     whole, endings = defaultdict(set), defaultdict(set)  # a key's path, or the last parts of it -> keys
     for key in captions:
         parts = parts_of(key)

@@ -89,8 +89,7 @@ def check_warmup(warmup, steps):
 def pick_device(name, precision="fp32"):
     """The torch device of `--device`, else cuda if there is one, else cpu; of torchrun, the rank's GPU.
 
-    TF32 is used with `--precision=tf32` only; by torch's default convolutions would use it too.
-    """
+    TF32 is used with `--precision=tf32` only; by torch's default convolutions would use it too."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -113,8 +112,7 @@ def pick_device(name, precision="fp32"):
 class Interruption:
     """Within it SIGTERM, SIGINT or SIGHUP only makes it true; a training stops at the next step, saved.
 
-    A second signal ends the process at once; the same one again within a second is the same request.
-    """
+    A second signal ends the process at once; the same one again within a second is the same request."""
 
     def __init__(self):
         self.number = None

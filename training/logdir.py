@@ -44,8 +44,7 @@ def training_of(path):
 def read_run(path):
     """{"settings": {name: JSON value}, "changes": [...]} of a run.json; None if missing or none.
 
-    What earlier versions did unrecorded is there too: images were squeezed, CIFAR's always mirrored.
-    """
+    What earlier versions did unrecorded is there too: images were squeezed, CIFAR's always mirrored."""
     run = read_json(path) if path.exists() else None
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
         return None
@@ -69,8 +68,7 @@ class LogDirectory:
 
     Raises:
         DataError: it cannot be written, another process has it, or it holds what no run of ours wrote.
-        UsageError: what is in it is not this run.
-    """
+        UsageError: what is in it is not this run."""
 
     def __init__(
         self, path, settings, fixed, flagfile, subset, *,

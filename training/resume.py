@@ -138,9 +138,8 @@ def newest_round(steps_per_round, logdir):
 
     A shard at step 0 has no file, and there is no average before round 1.
 
-    Raises:
-        DataError: nothing can be continued, but there are whole files, which a new start would replace.
-    """
+    Raises DataError: nothing can be continued, but there are whole files, which a new start would
+    replace."""
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
     for r in [*sorted(averages, reverse=True), 0]:
@@ -165,8 +164,7 @@ def resume_shards(shards, steps_per_round, directory, total_round):
 
     Raises:
         DataError: the files do not fit the run.
-        UsageError: more rounds are done than `total_round`.
-    """
+        UsageError: more rounds are done than `total_round`."""
     logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
     r, steps, average_path = distributed.from_main(found)

@@ -68,8 +68,7 @@ def load_checkpoint(path, device="cpu", check=True):
 
     Raises:
         DamagedError: what was written, if it was a checkpoint, is not there any more.
-        DataError: missing, unreadable, or no checkpoint.
-    """
+        DataError: missing, unreadable, or no checkpoint."""
     path, kind = Path(path), DataError
     try:
         if path.suffix == EXPORTED:

@@ -22,8 +22,7 @@ class Lines:
 def progress_bar(*args, disable=False, **settings):
     """A tqdm bar of rank 0; the others show none. What the user sets in TQDM_* holds.
 
-    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends.
-    """
+    Where no terminal shows it, it writes a line when it begins, every 30 s and when it ends."""
     if disable or not distributed.is_main():
         settings["disable"] = True
     if sys.stderr.isatty():

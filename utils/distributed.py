@@ -62,8 +62,7 @@ def name_of_start(store, rank, world_size):
 
     torchrun keeps its store over restarts, with the addresses of processes gone (torch 2.14), and its count
     of restarts differs between machines. So rank 0 answers every name that another rank gives itself,
-    also of earlier starts, until all of the others have taken its own.
-    """
+    also of earlier starts, until all of the others have taken its own."""
     name = secrets.token_hex(8)
     if rank > 0:
         store.set(f"rank{rank}", name)

@@ -78,8 +78,7 @@ def make_directory(path, flag):
 def lock_directory(path, flag):
     """Make and take the directory that `flag` names, until this process ends or closes what is returned.
 
-    One that another process has is refused. A file system without locks is warned of, no more.
-    """
+    One that another process has is refused. A file system without locks is warned of, no more."""
     with writable(f"--{flag}={path}", "choose another directory"):
         Path(path).mkdir(parents=True, exist_ok=True)
         file = (Path(path) / ".lock").open("a+")

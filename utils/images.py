@@ -40,9 +40,8 @@ def list_images(folder, classes=False, quiet=False):
     An image's name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
     passed over is named on stderr, if not quiet: other files, sub-folders without or beside images.
 
-    Raises:
-        DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
-    """
+    Raises DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside
+    such."""
     images, folders, others = scan(folder)
     groups = [images] if images else []
     for path in folders:
@@ -63,10 +62,8 @@ def list_images(folder, classes=False, quiet=False):
 def scan(folder, deep=False):
     """The images, sub-folders and other files in a folder, sorted; with `deep` at any depth below it.
 
-    Raises:
-        DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for
-            ever) or a symbolic link to a directory (links can form a loop).
-    """
+    Raises DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait
+    for ever) or a symbolic link to a directory (links can form a loop)."""
     images, folders, others, pending = [], [], [], [folder]
     try:
         while pending:
@@ -108,10 +105,8 @@ def keep_apart(folders, others, written):
     others: {flag: images to measure, or None}. Those of `samples` may be the training images themselves.
     written: {flag, or "" for an argument: what will be written, or None}.
 
-    Raises:
-        UsageError: one of `others` is a folder in that of the training images, or has it in it, or one
-            of `written` lies in any of these folders.
-    """
+    Raises UsageError: one of `others` is a folder in that of the training images, or has it in it,
+    or one of `written` lies in any of these folders."""
     others = {flag: path for flag, path in others.items() if path and Path(path).is_dir()}
     for flag, path in others.items():
         for folder in folders[:1]:
@@ -140,18 +135,12 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
         resize: what images that are not square become, of `RESIZES`; how many these are is said.
         keeps_squares: only those are resized that are not square; the others must have one size.
 
-    Raises:
-        DataError: they do not fit into memory; once all were tried, those bad or of another size.
-    """
+    Raises DataError: they do not fit into memory; once all were tried, those bad or of another size."""
     images, first, bad, changed = None, None, [], 0
-    read = partial(try_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
-    with contextlib.closing(in_threads(read, paths, num_workers)) as results:
-        bar = progress_bar(results, "decoding", total=len(paths), unit="image")
-        for row, (found, is_square) in enumerate(bar):
+    read = partial(resized_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
+    with contextlib.closing(decoded(read, paths, num_workers, bad)) as decoding:
+        for row, (found, is_square) in decoding:
             changed += not is_square
-            if isinstance(found, DataError):
-                bad.append(str(found))
-                continue
             if images is None:
                 check_memory(Path(paths[row]).parent, len(paths) * found.nbytes)
                 images, first = np.empty((len(paths), *found.shape), np.uint8), Path(paths[row]).name
@@ -160,15 +149,29 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
             else:
                 sizes = f"is {size_of(found)}, {first} is {size_of(images)} (width x height)"
                 bad.append(f"{paths[row]}: {sizes}")
-    refuse(bad)
     if changed and distributed.is_main():
         what = f"{changed} of {len(paths)} images are not square and are {CHANGES[resize]}, see --resize"
         warn(f"{Path(paths[0]).parent}: {what}")
     return images
 
 
-def refuse(bad):
-    """Raise a DataError that says what is wrong with images, a text each, if there are any."""
+def decoded(read, paths, num_workers, bad):
+    """Yield (row, read(path)) of the paths in order, by so many threads; at the end refuse bad images.
+
+    bad: a list of what is wrong with images, a text each, to which their DataErrors are added."""
+
+    def attempt(path):
+        try:
+            return read(path)
+        except DataError as error:
+            return error
+
+    with contextlib.closing(in_threads(attempt, paths, num_workers)) as results:
+        for row, found in enumerate(progress_bar(results, "decoding", total=len(paths), unit="image")):
+            if isinstance(found, DataError):
+                bad.append(str(found))
+            else:
+                yield row, found
     if bad:
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise DataError(f"{'; '.join(bad[:10])}{more}: remove or replace {'them' if len(bad) > 1 else 'it'}")
@@ -179,12 +182,9 @@ def size_of(images):
     return f"{images.shape[-1]}x{images.shape[-2]}"
 
 
-def try_image(path, img_size, resize, keeps_squares):
-    """One image file as uint8 (3, H, W), or what is wrong with it; and whether it was square."""
-    try:
-        image = read_image(path)
-    except DataError as error:
-        return error, True
+def resized_image(path, img_size, resize, keeps_squares):
+    """One image file as uint8 (3, H, W), and whether it was square; or a DataError."""
+    image = read_image(path)
     is_square = image.width == image.height
     if img_size and not (is_square and keeps_squares):
         box = central_square(*image.size) if resize == "crop" else None
@@ -210,9 +210,8 @@ def in_threads(function, items, number):
 def read_image(path):
     """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
-    Raises:
-        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression bomb.
-    """
+    Raises DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression
+    bomb."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -226,9 +225,7 @@ def read_image(path):
 def to_rgb(image):
     """The image in RGB: transparency over white, 16-bit grey v as round(v / 257), else as PIL does.
 
-    Raises:
-        ValueError: the range of the values is unknown (32-bit integers, floats).
-    """
+    Raises ValueError: the range of the values is unknown (32-bit integers, floats)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
         top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
