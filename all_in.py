@@ -15,6 +15,7 @@ from absl.flags import FLAGS
 
 from dataset import image_folders
 from diffusion import GaussianDiffusionSampler, GaussianDiffusionTrainer
+from score.duplicates import count_near
 from score.evaluate import (
     SAMPLES_ORDER,
     count_groups,
@@ -46,7 +47,7 @@ from utils.images import equal_images, fingerprint, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
-OPTIONAL = {"memorise": ("holdout", "similarity", "groups")}
+OPTIONAL = {"memorise": ("holdout", "similarity", "groups", "near_duplicates")}
 OPTIONAL["score"] = (
     "fid", "is", "is_std", "fpd", "precision", "recall", "precision_floor", "recall_floor", "swd_floor"
 )  # fmt: skip
@@ -295,6 +296,8 @@ def memorise(images, real, space, names, sets, device):
         sets=sets, hflip=real.data.hflip, names=names, groups=groups,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
+    if FLAGS.reject_below is not None:
+        numbers["near_duplicates"] = count_near(images, training)
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
         found = evaluate_similarity(space, images, training, floors=floors, groups=groups)

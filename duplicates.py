@@ -18,7 +18,7 @@ from absl.flags import FLAGS
 from PIL import Image
 
 from dataset import image_folders
-from score.duplicates import NEIGHBORS, Features, Lists, Pixels, greedy_groups, scored_pairs, search
+from score.duplicates import NEAR, NEIGHBORS, SIMILAR, Features, Lists, Pixels, greedy_groups, scored_pairs, search
 from score.duplicates_report import write_duplicates_report
 from score.features import COPIES
 from score.record import say, take_directories
@@ -33,8 +33,6 @@ from utils.files import atomic_write, file_hash, write_json
 from utils.images import equal_images, fingerprint, firsts, keep_apart
 from utils.name_lists import GROUP_COLUMNS, check_line_breaks, write_names, write_table
 
-# of scores: near pairs are copies but for a few, similar ones are most copies there are
-NEAR, SIMILAR = 0.3, 0.5
 PAIR_COLUMNS = ("score", "kind", "part", "image", "other")
 EQUALS = 50  # at most, with which an image that equals others is paired
 FINDER = (

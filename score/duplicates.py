@@ -18,6 +18,8 @@ from utils.bar import progress_bar
 from utils.images import resized
 
 NEIGHBORS = 50
+# of scores, in pixels: below the first nearly all pairs are copies, below the second most copies are
+NEAR, SIMILAR = 0.3, 0.5
 SIDE = 32  # images are compared at this size, in pixels
 LEVELS = 32  # of an 8-bit code to a standard deviation
 UNIT = 255**2 / (LEVELS**2 * 3 * (SIDE // 2) ** 2)  # of distances of codes: images have length 1
@@ -222,6 +224,18 @@ def scored_pairs(compared, found, is_key):
     address, score = address[is_best & (score < 1)], score[is_best & (score < 1)]
     order = score.argsort(stable=True)
     return torch.stack([address // N, address % N], dim=1)[order], score[order]
+
+
+def count_near(images, training):
+    """How many of uint8 images (N, 3, H, W) are near, in pixels, to one of training (M, 3, H, W)."""
+    N, M = len(images), len(training)
+    compared, rows = Pixels(torch.cat([training, images])), torch.arange(M, M + N)
+    found = []
+    for _, queries in compared.queries:
+        nearest = nearer(nothing(N), Lists(*compared.nearest(queries[rows], compared.keys[:M], NEIGHBORS)))
+        found.append(Lists(*(torch.cat(columns) for columns in zip(nothing(M), nearest, strict=True))))
+    pairs, score = scored_pairs(compared, found, torch.arange(M + N) < M)
+    return len(pairs[score < NEAR, 0].unique())
 
 
 def greedy_groups(pairs, score, order):

@@ -7,7 +7,7 @@ from score.swd import sliced_wasserstein
 from utils import distributed
 
 
-def measure_against(training, heldout, reference=None, space=None, device="cpu"):
+def measure_against(training, heldout, reference=None, space=None, groups=None, device="cpu"):
     """A function that measures images, uint8 (N, 3, H, W), against real ones, as the evaluations do.
 
     What the real images alone decide is computed here, once. All processes take part in both.
@@ -18,6 +18,7 @@ def measure_against(training, heldout, reference=None, space=None, device="cpu")
             the floor of MQ.
         reference: (R, 3, H, W) uint8, what fpd and SWD are to, at least 2; None: heldout.
         space: the `FeatureSpace` that copies are searched for in; None: pixels.
+        groups: (M,) int64, of the training images, as for `neighbors_of_groups`; None for no groups.
         device: where to compute.
 
     Returns a function of images, whose result is a dict of JSON values: "fpd" and, from 16 pixels on,
@@ -28,8 +29,8 @@ def measure_against(training, heldout, reference=None, space=None, device="cpu")
 
     def copies(images):
         if space is None:
-            return evaluate(images, training, device=device)[0]["pixels"]
-        return measure_similarity(embed(space, images), features, space.threshold)[0]
+            return evaluate(images, training, groups=groups, device=device)[0]["pixels"]
+        return measure_similarity(embed(space, images), features, space.threshold, groups=groups)[0]
 
     statistics, floor = compute_statistics(reference), copies(heldout)["mq_fraction"]
 

@@ -364,7 +364,15 @@ def note_of_held_back(result):
         "construction but for these, and says nothing; what that costs, and which copies are left, is "
         "said by f_mem in other features, FID or fpd, and recall. "
         f"An image took {seconds} seconds, {without} without holding back."
+        f"{said_of_near(result)}"
     )
+
+
+def said_of_near(result):
+    """How many near-duplicates are left, where the finder was asked."""
+    if "near_duplicates" not in result:
+        return ""
+    return f" Of all that are here {result['near_duplicates']:,} are near-duplicates of training images, by the finder."
 
 
 def write_page(path, result, number, note, sections):

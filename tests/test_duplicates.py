@@ -157,6 +157,11 @@ def test_features_find_what_pixels_find():
     assert plain <= near
 
 
+def test_near_copies_among_generated_images_are_counted():
+    images, _ = with_copies()
+    assert count_near(as_tensor(np.concatenate([images[150:], scenes(20, seed=8)])), as_tensor(images[:150])) == 25
+
+
 def test_groups_do_not_chain():
     pairs, score = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.tensor([0.1, 0.2, 0.25], dtype=torch.float64)
     assert greedy_groups(pairs, score, range(4)) == {1: (0, 0.1), 3: (2, 0.25)}

@@ -157,7 +157,7 @@ def watch(FLAGS, data, pipeline, device, save):
 
     @functools.cache
     def ruler():
-        return measure_against(once.images, heldout, space=space, device=device)
+        return measure_against(once.images, heldout, space=space, groups=once.groups, device=device)
 
     def measure(networks):
         (pipeline.unet,) = networks
@@ -181,6 +181,7 @@ def watch(FLAGS, data, pipeline, device, save):
 
     about = {"features": space.name, "text_noise": FLAGS.text_noise}
     about["training images"] = fingerprint(once.images)
+    about["groups (sha256)"] = hashes_of_lists(FLAGS)["groups (sha256)"]
     about["prompts"] = hashlib.sha256(repr(asked).encode()).hexdigest()
     return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 

@@ -201,6 +201,7 @@ def watch(FLAGS, data, device):
     settings = generation(FLAGS, data) | {"num_images": FLAGS.watch_images}
     about = {name: FLAGS[name].value for name in ("sampler", "eta", "var_type")}
     about["training images"] = fingerprint(distinct.train.images)
+    about["groups (sha256)"] = hashes_of_lists(FLAGS)["groups (sha256)"]
 
     def make_images(networks):
         net = networks[0] if len(networks) == 1 else MeanPrediction(networks)
@@ -208,7 +209,8 @@ def watch(FLAGS, data, device):
 
     @functools.cache
     def ruler():
-        return measure_against(distinct.train.images, heldout, reference, device=device)
+        images, groups = distinct.train.images, distinct.groups
+        return measure_against(images, heldout, reference, groups=groups, device=device)
 
     return make_watch(
         FLAGS, lambda networks: ruler()(make_images(networks)), reference, FLAGS.img_size, about,
