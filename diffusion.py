@@ -25,7 +25,8 @@ def ddim_timesteps(T, steps):
 
     With steps = T the offset 1 would reach T, so it is dropped there.
 
-    Raises ValueError: steps is not in 1..T."""
+    Raises:
+        ValueError: steps is not in 1..T."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: must be between 1 and T = {T}")
     stride = T // steps
@@ -55,7 +56,8 @@ class GaussianDiffusion(nn.Module):
         beta_1, beta_T, T: first and last variance, and number of timesteps.
         mean_type: what it predicts: epsilon, xstart (x_0) or xprev (mean of q(x_{t-1} | x_t, x_0)).
 
-    Raises ValueError: no such mean_type."""
+    Raises:
+        ValueError: no such mean_type."""
 
     def __init__(self, model, beta_1, beta_T, T, mean_type="epsilon"):
         super().__init__()
@@ -174,7 +176,8 @@ class GaussianDiffusionSampler(GaussianDiffusion):
         guidance: weight w of classifier-free guidance, (1 + w) f(x, c) - w f(x, no class)
             (Ho & Salimans 2022, eq. 6).
 
-    Raises ValueError: no such mean_type, var_type or sampler, or more steps of ddim than there are."""
+    Raises:
+        ValueError: no such mean_type, var_type or sampler, or more steps of ddim than there are."""
 
     def __init__(
         self, model, beta_1, beta_T, T, img_size=32, mean_type="epsilon", var_type="fixedlarge", *,

@@ -168,8 +168,9 @@ def precision_recall(real, generated, k=3, block=1024):
 def load_statistics(path):
     """(mu (D,), sigma (D, D), provenance) of a statistics file, float64; published ones have {} for it.
 
-    Raises DataError: the file is missing or damaged, or has other shapes, values that are not
-    finite, or no covariance."""
+    Raises:
+        DataError: the file is missing or damaged, or has other shapes, values that are not finite, or no
+            covariance."""
     arrays = read_npz(path, ("mu", "sigma", "features", "images", "weights"))
     mu, sigma = (arrays.pop(name, np.zeros(0)) for name in ("mu", "sigma"))
     are_floats = mu.dtype.kind == sigma.dtype.kind == "f"
@@ -199,8 +200,9 @@ def reference_statistics(images, space=POOLED_PIXELS, cache=None):
         cache: the file; None for one in ./results/stats, named by what it is made from. A file that does
             not say what it was made from, as the published ones, is taken at its word, with a warning.
 
-    Raises DataError: the file cannot be read, was made from other images, features or weights, or
-    could not be written, which shows before the work."""
+    Raises:
+        DataError: the file cannot be read, was made from other images, features or weights, or could not
+            be written, which shows before the work."""
     provenance = provenance_of(images, space)
     path = Path(cache or CACHE / ("-".join(text[:16] for text in provenance.values()) + ".npz"))
     statistics = None

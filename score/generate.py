@@ -130,7 +130,8 @@ def generate_into(directory, origin, make_batches, num_images, img_size, descrip
         img_size: height and width of an image.
         description: JSON values that generate.json is to hold beside what is known here.
 
-    Raises DataError: they do not fit into memory, or cannot be written."""
+    Raises:
+        DataError: they do not fit into memory, or cannot be written."""
     directory = Path(directory)
     check_memory(f"--num_images={num_images}", num_images * 3 * img_size**2)
     images = torch.empty(num_images, 3, img_size, img_size, dtype=torch.uint8)

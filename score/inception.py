@@ -27,7 +27,8 @@ def find_weights(path=None):
 
     The download is kept only if its SHA-256 begins with 6726825d.
 
-    Raises DataError: `path` is no file, or the weights cannot be had: it shows within seconds."""
+    Raises:
+        DataError: `path` is no file, or the weights cannot be had: it shows within seconds."""
     if path is not None:
         if not Path(path).is_file():
             raise DataError(f"--inception_weights={path}: no such file")

@@ -84,8 +84,9 @@ def load_samples(path, img_size=None, resize="crop"):
         img_size: height and width that square images must have; None: they stay as they are.
         resize: what becomes of images that are not square where there is an img_size: of `RESIZES`.
 
-    Raises DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout,
-    more than fits in memory, images of several sizes."""
+    Raises:
+        DataError: NaN, values out of range, object arrays, other shapes, an ambiguous layout, more than
+            fits in memory, images of several sizes."""
     path = Path(path)
     if path.is_dir():
         paths = [image for group in list_images(path) for image in group]
@@ -193,8 +194,8 @@ def refuse_other_archives(path):
 def read_npz(path, names):
     """{name: array} of the arrays in an .npz that are among `names`, in that order, or of its only one.
 
-    Raises DataError: none of them, a damaged file, pickles, or more than the free memory when
-    unpacked."""
+    Raises:
+        DataError: none of them, a damaged file, pickles, or more than the free memory when unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_memory(path, sum(member.file_size for member in archive.infolist()))

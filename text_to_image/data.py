@@ -101,7 +101,8 @@ def read_captions(path, flag="captions"):
     The file is JSON of that form, a metadata.jsonl as diffusers reads it, or a table in a .csv or .tsv.
     An image may have several lines. flag: that names the file.
 
-    Raises DataError: missing, or of another form."""
+    Raises:
+        DataError: missing, or of another form."""
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
@@ -172,7 +173,8 @@ def match(captions, paths, name, folder=""):
     captions: {path of an image: its captions}. paths: of the images, in `folder`, whose own parts may be
     those of keys. name: of the file of captions.
 
-    Raises DataError: a path has no captions, or it is not clear which are its."""
+    Raises:
+        DataError: a path has no captions, or it is not clear which are its."""
     whole, endings = defaultdict(set), defaultdict(set)  # a key's path, or the last parts of it -> keys
     for key in captions:
         parts = parts_of(key)

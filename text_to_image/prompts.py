@@ -74,7 +74,8 @@ def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs
         rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many:
             numbers, words, or words of its own (Somepalli et al. 2023).
 
-    Raises DataError: a file that cannot be read, or that has not one prompt for each of the images."""
+    Raises:
+        DataError: a file that cannot be read, or that has not one prompt for each of the images."""
     source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
     own, is_random = range(len(source)), prompts in (None, "random")
     if not is_random and prompts != "all":

@@ -49,7 +49,8 @@ class Logger:
         seconds: of training in earlier starts.
         writes: whether this process has files, with its rank above 0 in their names.
 
-    Raises DataError: in all methods, if a log cannot be written."""
+    Raises:
+        DataError: in all methods, if a log cannot be written."""
 
     def __init__(
         self, logdir, total, done, *, log_step, max_bad_steps, batch_size, seconds=0.0, writes=True,
@@ -97,7 +98,8 @@ class Logger:
             now: write the line now, since a round or the run ends.
             where: round and shard, for the line; the shard goes into TensorBoard's tag.
 
-        Raises DataError: too many steps in a row were not applied."""
+        Raises:
+            DataError: too many steps in a row were not applied."""
         applied = numbers["applied"]
         self.steps += 1
         self.loss = self.loss + torch.where(applied, numbers["loss"], 0.0)

@@ -138,8 +138,9 @@ def newest_round(steps_per_round, logdir):
 
     A shard at step 0 has no file, and there is no average before round 1.
 
-    Raises DataError: nothing can be continued, but there are whole files, which a new start would
-    replace."""
+    Raises:
+        DataError: nothing can be continued, but there are whole files, which a new start would replace.
+    """
     averages = numbered(logdir, AVERAGES) | numbered(logdir, ROUNDS)
     shards = [shard_files(logdir, shard) for shard in range(len(steps_per_round))]
     for r in [*sorted(averages, reverse=True), 0]:

@@ -40,8 +40,9 @@ def list_images(folder, classes=False, quiet=False):
     An image's name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
     passed over is named on stderr, if not quiet: other files, sub-folders without or beside images.
 
-    Raises DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside
-    such."""
+    Raises:
+        DataError: no images, what `scan` refuses, or, if sub-folders are `classes`, images beside such.
+    """
     images, folders, others = scan(folder)
     groups = [images] if images else []
     for path in folders:
@@ -62,8 +63,9 @@ def list_images(folder, classes=False, quiet=False):
 def scan(folder, deep=False):
     """The images, sub-folders and other files in a folder, sorted; with `deep` at any depth below it.
 
-    Raises DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait
-    for ever) or a symbolic link to a directory (links can form a loop)."""
+    Raises:
+        DataError: it cannot be read, or holds an image that is no file (opening a pipe would wait for
+            ever) or a symbolic link to a directory (links can form a loop)."""
     images, folders, others, pending = [], [], [], [folder]
     try:
         while pending:
@@ -105,8 +107,9 @@ def keep_apart(folders, others, written):
     others: {flag: images to measure, or None}. Those of `samples` may be the training images themselves.
     written: {flag, or "" for an argument: what will be written, or None}.
 
-    Raises UsageError: one of `others` is a folder in that of the training images, or has it in it,
-    or one of `written` lies in any of these folders."""
+    Raises:
+        UsageError: one of `others` is a folder in that of the training images, or has it in it, or one
+            of `written` lies in any of these folders."""
     others = {flag: path for flag, path in others.items() if path and Path(path).is_dir()}
     for flag, path in others.items():
         for folder in folders[:1]:
@@ -135,7 +138,8 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
         resize: what images that are not square become, of `RESIZES`; how many these are is said.
         keeps_squares: only those are resized that are not square; the others must have one size.
 
-    Raises DataError: they do not fit into memory; once all were tried, those bad or of another size."""
+    Raises:
+        DataError: they do not fit into memory; once all were tried, those bad or of another size."""
     images, first, bad, changed = None, None, [], 0
     read = partial(resized_image, img_size=img_size, resize=resize, keeps_squares=keeps_squares)
     with contextlib.closing(decoded(read, paths, num_workers, bad)) as decoding:
@@ -210,8 +214,8 @@ def in_threads(function, items, number):
 def read_image(path):
     """A picture in RGB, of an animation the first, upright as its EXIF data says if that can be read.
 
-    Raises DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression
-    bomb."""
+    Raises:
+        DataError: missing, none of `FORMATS`, damaged, refused by `to_rgb`, or a decompression bomb."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -225,7 +229,8 @@ def read_image(path):
 def to_rgb(image):
     """The image in RGB: transparency over white, 16-bit grey v as round(v / 257), else as PIL does.
 
-    Raises ValueError: the range of the values is unknown (32-bit integers, floats)."""
+    Raises:
+        ValueError: the range of the values is unknown (32-bit integers, floats)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         values, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
         top = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1

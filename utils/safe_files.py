@@ -46,7 +46,8 @@ def read_file(path):
 def read_text(path):
     """The text of a file in UTF-8, or UTF-16 or UTF-32 with a byte order mark; lines end in a line feed.
 
-    Raises OSError, ValueError: it cannot be read, or is in another encoding."""
+    Raises:
+        OSError, ValueError: it cannot be read, or is in another encoding."""
     data = Path(path).read_bytes()
     try:
         text = data.decode(next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8"))
@@ -62,8 +63,8 @@ def read_archive(path, names):
 
     In the order of the archive, since going back in a .gz means to unpack it from its beginning.
 
-    Raises DataError: the archive is damaged, lacks one of them, or unpacks to more than the free
-    memory."""
+    Raises:
+        DataError: the archive is damaged, lacks one of them, or unpacks to more than the free memory."""
     try:
         with tarfile.open(path) as archive:
             contents = {}
