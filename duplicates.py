@@ -73,7 +73,7 @@ def near_pairs(images, distinct, N, space, path):
     made_by = f"{made_by_features()}, version 1, {images.shape[-1]} pixels"
     order, found = earlier_search(path, digests, made_by)
     distinct, digests = distinct[order], [digests[i] for i in order]
-    compared = Features(images[distinct], space) if space else Pixels(images[distinct])
+    compared = Features(images, distinct, space) if space else Pixels(images, distinct)
     is_key = distinct < N
     done = len(found[0].index) if found else 0
     say_time(compared, len(distinct), done)

@@ -74,18 +74,20 @@ def crops_of(images, shift):
 class Pixels:
     """What images are compared by without a network.
 
-    images: (N, 3, H, W) uint8. Every image is searched for as it is and mirrored; one of less than 16
-    pixels, in which a pixel is more than codes let pass, also moved by a pixel in all eight directions."""
+    images: (N, 3, H, W) uint8; rows: int64, those of them that are compared. Every image is searched for
+    as it is and mirrored; one of less than 16 pixels, in which a pixel is more than codes let pass, also
+    moved by a pixel in all eight directions."""
 
     unit = UNIT
 
-    def __init__(self, images):
-        self.images, self.shift = standard_images(images), max(2, SIDE // images.shape[-1])
-        self.keys = torch.cat([codes_of(part) for part in self.images.split(BLOCK)])
+    def __init__(self, images, rows):
+        self.images, self.rows, self.shift = images, rows, max(2, SIDE // images.shape[-1])
+        parts = [standard_images(images[part]) for part in rows.split(BLOCK)]
+        self.keys = torch.cat([codes_of(part) for part in parts])
         self.queries = [(False, self.keys), (True, self.keys.flip(-1))]
         moves = itertools.product((-self.shift, 0, self.shift), repeat=2) if self.shift > 2 else ()
         for move in filter(any, moves):
-            moved = codes_of(moved_by(self.images, *move))
+            moved = torch.cat([codes_of(moved_by(part, *move)) for part in parts])
             self.queries += [(False, moved), (True, moved.flip(-1))]
 
     def nearest(self, queries, keys, k, below=None):
@@ -97,10 +99,10 @@ class Pixels:
     def score(self, first, second, is_mirrored):
         """Squared distances (P,) of pairs of images, by their numbers."""
         parts = []
-        for rows in torch.arange(len(first)).split(PAIRS):
-            a = self.images[first[rows]]
-            parts.append(aligned_distance(a.flip(-1) if is_mirrored else a, self.images[second[rows]], self.shift))
-        return torch.cat(parts) if parts else torch.zeros(0)
+        for pair in zip(first.split(PAIRS), second.split(PAIRS), strict=True):
+            a, b = (standard_images(self.images[self.rows[rows]]) for rows in pair)
+            parts.append(aligned_distance(a.flip(-1) if is_mirrored else a, b, self.shift))
+        return torch.cat(parts)
 
 
 def moved_by(images, down, right):
@@ -111,11 +113,12 @@ def moved_by(images, down, right):
 
 
 class Features:
-    """What images are compared by in a `score.features.FeatureSpace`; images: (N, 3, H, W) uint8."""
+    """What images are compared by in a `score.features.FeatureSpace`; others as for `Pixels`."""
 
     unit = 1.0
 
-    def __init__(self, images, space):
+    def __init__(self, images, rows, space):
+        images = images[rows]
         self.keys = embed(space, images)
         self.queries = [(False, self.keys), (True, embed(space, images.flip(-1)))]
 
@@ -229,7 +232,7 @@ def scored_pairs(compared, found, is_key):
 def count_near(images, training):
     """How many of uint8 images (N, 3, H, W) are near, in pixels, to one of training (M, 3, H, W)."""
     N, M = len(images), len(training)
-    compared, rows = Pixels(torch.cat([training, images])), torch.arange(M, M + N)
+    compared, rows = Pixels(torch.cat([training, images]), torch.arange(M + N)), torch.arange(M, M + N)
     found = []
     for _, queries in compared.queries:
         nearest = nearer(nothing(N), Lists(*compared.nearest(queries[rows], compared.keys[:M], NEIGHBORS)))

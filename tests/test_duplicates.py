@@ -18,6 +18,7 @@ from score.duplicates import (
     Features,
     Pixels,
     aligned_distance,
+    count_near,
     greedy_groups,
     scored_pairs,
     search,
@@ -73,7 +74,7 @@ def brute_force_lists(compared, is_key, is_mirrored):
 def test_the_search_is_exact(block):
     images, _ = with_copies()
     is_key = torch.arange(len(images)) % 4 != 3
-    compared = Pixels(as_tensor(images))
+    compared = Pixels(as_tensor(images), torch.arange(len(images)))
     for is_mirrored, lists in enumerate(search(compared, is_key, block=block)):
         expected = brute_force_lists(compared, is_key.numpy(), is_mirrored)
         assert np.allclose(lists.sq_distance.numpy(), expected, rtol=0, atol=1e-9)
@@ -101,7 +102,7 @@ def numpy_distance(a, b, shift=2):
 def test_scores_and_pairs_against_brute_force():
     images, copies = with_copies()
     is_key = torch.ones(len(images), dtype=torch.bool)
-    compared = Pixels(as_tensor(images))
+    compared = Pixels(as_tensor(images), torch.arange(len(images)))
     found = search(compared, is_key)
     pairs, score = scored_pairs(compared, found, is_key)
     assert score.equal(score.sort().values) and (pairs[:, 0] < pairs[:, 1]).all()
@@ -125,7 +126,7 @@ def test_most_of_more_copies_than_neighbours_are_found():
     noisy = (image + 3 * rng.standard_normal((120, *image.shape))).clip(0, 255).astype(np.uint8)
     images = as_tensor(np.concatenate([scenes(300, seed=5), noisy]))
     is_key = torch.ones(420, dtype=torch.bool)
-    compared = Pixels(images)
+    compared = Pixels(images, torch.arange(len(images)))
     pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
     nearest = greedy_groups(pairs[score < 0.3], score[score < 0.3], range(420))
     assert set(nearest) <= set(range(300, 420)) and len(nearest) >= 110
@@ -136,7 +137,7 @@ def test_tiny_copies_are_found_moved_by_a_pixel():
     moved = np.roll(images[:4], (1, -1), (1, 2))
     images = as_tensor(np.concatenate([images, moved, moved[:, :, ::-1]]))
     is_key = torch.ones(len(images), dtype=torch.bool)
-    compared = Pixels(images)
+    compared = Pixels(images, torch.arange(len(images)))
     pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
     near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
     assert {(i, 100 + i) for i in range(4)} | {(i, 104 + i) for i in range(4)} <= near
@@ -150,7 +151,7 @@ def test_a_flat_image_is_like_no_other():
 def test_features_find_what_pixels_find():
     images, copies = with_copies()
     is_key = torch.ones(len(images), dtype=torch.bool)
-    compared = Features(as_tensor(images), feature_space("pixels", "cpu"))
+    compared = Features(as_tensor(images), torch.arange(len(images)), feature_space("pixels", "cpu"))
     pairs, score = scored_pairs(compared, search(compared, is_key, block=64), is_key)
     near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
     plain = {(i, j) for i, j in copies if (j - 150) % 5 in (0, 1, 2)}  # not those that are shifted
