@@ -82,13 +82,16 @@ class Pixels:
 
     def __init__(self, images, rows):
         self.images, self.rows, self.shift = images, rows, max(2, SIDE // images.shape[-1])
-        parts = [standard_images(images[part]) for part in rows.split(BLOCK)]
-        self.keys = torch.cat([codes_of(part) for part in parts])
-        self.queries = [(False, self.keys), (True, self.keys.flip(-1))]
-        moves = itertools.product((-self.shift, 0, self.shift), repeat=2) if self.shift > 2 else ()
-        for move in filter(any, moves):
-            moved = torch.cat([codes_of(moved_by(part, *move)) for part in parts])
-            self.queries += [(False, moved), (True, moved.flip(-1))]
+        moves = itertools.product((-self.shift, 0, self.shift), repeat=2) if self.shift > 2 else [(0, 0)]
+        moved = {move: self.moved_codes(*move) for move in moves}
+        self.keys, self.queries = moved[0, 0], []
+        for codes in (self.keys, *(codes for move, codes in moved.items() if any(move))):
+            self.queries += [(False, codes), (True, codes.flip(-1))]
+
+    def moved_codes(self, down, right):
+        """`codes_of` all images, moved by so many pixels."""
+        parts = (standard_images(self.images[part]) for part in self.rows.split(BLOCK))
+        return torch.cat([codes_of(moved_by(part, down, right)) for part in parts])
 
     def nearest(self, queries, keys, k, below=None):
         """The k nearest keys nearer than `below`, (n,) or None: sq_distance and index, (n, k), of codes.
