@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from text_to_image.data import CaptionBatches, encode, load_folder
-from text_to_image.flags import FIXED, ON_REQUEST
+from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
+from text_to_image.lora import add_lora
 from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import make_prompts
 from text_to_image.recorded import content_of
 from training.flags import ONCE, as_flagfile
-from training.learner import Learner
+from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
 from training.shards import partition
 
@@ -58,16 +59,36 @@ def encoded(FLAGS, data, pipeline, folder):
     )  # fmt: skip
 
 
-def preview(FLAGS, pipeline, unet, captions):
-    """Images of the first captions by a UNet, for the sample grids."""
+def preview(FLAGS, pipeline, net, captions):
+    """Images of the first captions by a network of a `Learner`, for the sample grids."""
+    # the frozen weights of a LoRA's UNet are in the dtype of autocast
+    unet, precision = (net.unet, FLAGS.precision) if FLAGS.lora_rank else (net, "fp32")
     return make_preview(
         pipeline, unet, [texts[0] for texts in captions[: FLAGS.sample_size]], seed=FLAGS.seed,
         resolution=FLAGS.resolution, steps=FLAGS.sample_steps, guidance=FLAGS.guidance,
+        dtype=PRECISIONS[precision],
+    )  # fmt: skip
+
+
+def lora_alpha(FLAGS):
+    return FLAGS.lora_alpha or float(FLAGS.lora_rank)
+
+
+def lora_freeze_a(FLAGS):
+    """Whether only B trains: the mean of several shards is exact then."""
+    return FLAGS.lora_freeze_a or FLAGS.client_num > 1
+
+
+def lora(FLAGS, unet):
+    """Freeze a UNet, and give it the LoRA of the flags."""
+    add_lora(
+        unet, rank=FLAGS.lora_rank, alpha=lora_alpha(FLAGS), targets=FLAGS.lora_targets,
+        freeze_a=lora_freeze_a(FLAGS), seed=FLAGS.seed, dtype=PRECISIONS[FLAGS.precision],
     )  # fmt: skip
 
 
 def learner(FLAGS, unet, scheduler):
-    """The `Learner` of a UNet, with the noise of diffusers' scheduler."""
+    """The `Learner` of a UNet or `Adapter`, with the noise of diffusers' scheduler."""
     return Learner(
         unet, lambda network: LatentTrainer(network, scheduler, parts=FLAGS.accumulate), lr=FLAGS.lr,
         warmup=FLAGS.warmup, grad_clip=FLAGS.grad_clip, ema_decay=FLAGS.ema_decay or None,
@@ -81,10 +102,13 @@ def log_directory(FLAGS, data, folder, unet_folder):
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
+    if FLAGS.lora_rank:
+        resolved = lora_alpha(FLAGS), FLAGS.lora_targets, lora_freeze_a(FLAGS)
+        settings |= dict(zip(LORA_FIXED, resolved, strict=True))
     content = content_of(data)
     content["pipeline (sha256)"] = content_hash(folder, *FROZEN)
     content["unet (sha256)"] = content_hash(unet_folder)
-    fixed, subset = {"script", *FIXED, *content}, torch.arange(len(data.images))
+    fixed, subset = {"script", *FIXED, *LORA_FIXED, *content}, torch.arange(len(data.images))
     once = {name: FLAGS[name].value for name in ONCE}
     return LogDirectory(FLAGS.logdir, settings | content, fixed, as_flagfile(FLAGS), subset, **once)
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -m text_to_image.main_fed --train ...    # the shards side by side
 
 --client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in
---logdir. The algorithm is training/rounds.py.
+--logdir, or with --lora_rank the LoRA in checkpoint_round{r}. The algorithm is training/rounds.py.
 """
 
 import copy
@@ -15,7 +15,8 @@ from absl.flags import FLAGS
 
 from text_to_image import build
 from text_to_image.data import duplicated
-from text_to_image.flags import check_data, check_pipeline, define
+from text_to_image.flags import check_data, check_pipeline, default_lr, define
+from text_to_image.lora import Adapter, save_lora
 from text_to_image.pipeline import as_scheduler, find_folder, find_unet, load_pipeline, remove_unets, save_unet
 from text_to_image.recorded import check_pipeline_of_training
 from training.build import agc, logger, schedule
@@ -37,11 +38,12 @@ def make_shards(data, pipeline, scheduler, folder, slots, device):
         encoded = build.encoded(FLAGS, data, pipeline, folder)
     often = duplicated(len(data.images), FLAGS.weight_pc, FLAGS.seed)
     settings, shards = {"scaling_factor": scaling_factor, "often": often, "T": T}, []
+    start = Adapter(pipeline.unet.to(device)) if FLAGS.lora_rank else pipeline.unet
     for k, of_shard in enumerate(slots):
         batches = build.batches(FLAGS, data, encoded, of_shard, device, shard=k, **settings)
         if k % distributed.world_size() != distributed.rank():
             continue
-        learner = build.learner(FLAGS, copy.deepcopy(pipeline.unet).to(device), scheduler)
+        learner = build.learner(FLAGS, copy.deepcopy(start).to(device), scheduler)
         counts = torch.zeros(2, len(data.images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, agc(FLAGS, T).to(device), *counts))
     return shards
@@ -52,6 +54,9 @@ def load(device):
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
     unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
+    if unet_folder.is_file():
+        what = "is a LoRA, from which no training starts"
+        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name a folder of a UNet")
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
         check_pipeline_of_training(FLAGS, folder, unet_folder)
@@ -64,6 +69,8 @@ def load(device):
         pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
     if FLAGS.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    if FLAGS.lora_rank:
+        build.lora(FLAGS, pipeline.unet)
     pipeline.vae.to(device)
     pipeline.text_encoder.to(device)
     return pipeline, folder, unet_folder, scheduler, data
@@ -73,6 +80,7 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
     logdir = Path(FLAGS.logdir)
+    default_lr(FLAGS)
     keep_apart([FLAGS.data_root], {}, {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir})
     device = pick_device(FLAGS.device, FLAGS.precision)
     pipeline, folder, unet_folder, scheduler, data = load(device)
@@ -89,11 +97,13 @@ def main():
     steps_per_round = [FLAGS.local_steps] * K
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
     say_young_ema(logdir, own_steps)
-    pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
+    if not FLAGS.lora_rank:
+        pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
 
     def publish(state, is_due):
         if is_due:
-            save_unet(net, state["global_ema_model"], logdir / f"checkpoint_round{state['round']}")
+            save = save_lora if FLAGS.lora_rank else save_unet
+            save(net, state["global_ema_model"], logdir / f"checkpoint_round{state['round']}")
         save_average(logdir, state, publish=False, keep=FLAGS.keep)
 
     done = sum(shard.learner.step for shard in shards)
@@ -101,7 +111,7 @@ def main():
         shards, exchanged or slots, schedule(FLAGS, steps_per_round),
         logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1, extra={},
         slots_of_round=lambda r: build.slots(FLAGS, len(data.images), r) if FLAGS.reshard else None,
-        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
+        preview=lambda net: build.preview(FLAGS, pipeline, net, data.captions), publish=publish,
     )  # fmt: skip
 
 

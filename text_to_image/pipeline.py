@@ -32,6 +32,7 @@ SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallel
 CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
 CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
 
@@ -39,6 +40,7 @@ def libraries():
     """diffusers and transformers: imported where they are needed, since that takes seconds."""
     try:
         import diffusers
+        import peft  # noqa: F401, which diffusers loads a LoRA with
         import transformers
     except ImportError as error:
         raise UsageError(f"text_to_image needs {error.name}: pip install -r requirements-text.txt") from error
@@ -76,7 +78,8 @@ def find_folder(name, download=False):
         raise DataError(f"--pretrained={name}: no model_index.json in it: {advice}")
     kind = read_config(folder / "model_index.json").get("_class_name")
     if kind != "StableDiffusionPipeline":
-        raise DataError(f"--pretrained={name}: is a {kind}: give a StableDiffusionPipeline (1.x or 2.x)")
+        what = "Stable Diffusion 1.x and 2.x are supported, XL and flow matching are not"
+        raise DataError(f"--pretrained={name}: is a {kind}: give a StableDiffusionPipeline: {what}")
     return folder
 
 
@@ -229,13 +232,19 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet that `--unet` names: itself, its unet/, or a log directory's newest round."""
+    """The folder of a UNet, or the file of a LoRA, that `--unet` names: itself, in it, or its newest round."""
     folder = Path(name)
+    if folder.is_file():
+        return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
-    for place in (folder, folder / "unet", *(rounds[r] / "unet" for r in sorted(rounds, reverse=True))):
-        if (place / "config.json").is_file():
-            return place
-    raise DataError(f"--unet={name}: no UNet in diffusers' format in it: name a folder with checkpoint_round*/unet")
+    for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
+        for unet in (place, place / "unet"):
+            if (unet / "config.json").is_file():
+                return unet
+        if (place / LORA_FILE).is_file():
+            return place / LORA_FILE
+    what = f"no UNet in diffusers' format in it, and no {LORA_FILE}"
+    raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or the file of a LoRA")
 
 
 def settings_of(unet_folder):
@@ -271,18 +280,19 @@ def writable_weights(folder):
 
 
 def remove_unets(logdir):
-    """Remove what `save_unet` has written in a log directory."""
-    for path in Path(logdir).glob("checkpoint_round*/unet"):
+    """Remove the UNets, or LoRAs, that a run has written into its log directory."""
+    for path in [path for name in ("unet", LORA_FILE) for path in Path(logdir).glob(f"checkpoint_round*/{name}")]:
         with writable(path, "it was to be removed, check the directory"):
-            shutil.rmtree(path)
+            path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of the names and contents of the files in a folder, or in parts of it."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in parts or [""] for path in (Path(folder) / part).iterdir() if path.is_file()):
+    """SHA-256, in hex, of names and contents of the files in a folder, or in parts of it; or of one file."""
+    digest, folder = hashlib.sha256(), Path(folder)
+    inside = [folder] if folder.is_file() else [path for part in parts or [""] for path in (folder / part).iterdir()]
+    for path in sorted(path for path in inside if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
@@ -367,11 +377,11 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
     return (images * 0.5 + 0.5).clamp(0, 1).contiguous()
 
 
-def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
-    """Images of prompts by a UNet, from the same noise at all times: (B, 3, H, W) in [-1, 1]."""
+def preview(pipeline, unet, prompts, seed, resolution, steps, guidance, dtype):
+    """As `generate`, from the same noise at all times: (B, 3, H, W) in [-1, 1]; unet: takes its place."""
     pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
     latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
-    x = generate(pipeline, prompts, latents, steps, guidance)
+    x = generate(pipeline, prompts, latents, steps, guidance, dtype=dtype)
     if bad := int(non_finite_images(x).sum()):
         what = "images of the first captions hold values that are not finite, black here"
         warn(f"warning: {bad} of {len(x)} {what}")
