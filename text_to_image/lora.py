@@ -1,4 +1,4 @@
-"""LoRA of a UNet, by peft: products B A of small matrices, which are added to the weights of some layers.
+"""LoRA of a UNet, by peft: products B A of small matrices, added to the weights of some of its layers.
 
 The mean of the shards' B_k A_k is not the mean of B times that of A. It is where all shards have one A,
 which is frozen (FFA-LoRA, Sun et al. 2024): several shards train B only, and their average is exact.
@@ -57,9 +57,7 @@ def add_lora(unet, *, rank, alpha, targets, freeze_a, seed, dtype):
 
     torch.manual_seed(derive_seed(seed, "lora"))
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-    )
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
     for name, module in unet.named_modules():
         if freeze_a and name.endswith("lora_A"):
             module.requires_grad_(False)
@@ -69,12 +67,14 @@ def add_lora(unet, *, rank, alpha, targets, freeze_a, seed, dtype):
 
 def check_layers(unet, rank, targets):
     """Raise a UsageError where `--lora_targets` or `--lora_rank` do not fit a UNet."""
+    layers = {name: module for name, module in unet.named_modules() if name}
     for target in targets or [""]:
-        found = {name: m for name, m in unet.named_modules() if name and f".{name}".endswith(f".{target}")}
+        found = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not found:
-            what = "no layer of the UNet has a name that ends in it: such are to_k, to_q, ff.net.2 and conv1"
+            what = "no layer of the UNet has a name that ends in it, as in to_k, ff.net.2 or conv1"
             raise UsageError(f"--lora_targets={target}: {what}")
-        for name, module in found.items():
+        for name in found:
+            module = layers[name]
             if not isinstance(module, LAYERS):
                 what = f"{name} is a {type(module).__name__}: name linear layers and convolutions"
                 raise UsageError(f"--lora_targets={target}: {what}")
@@ -89,20 +89,17 @@ def save_lora(adapter, weights, folder):
     from peft import get_peft_model_state_dict
 
     config = adapter.unet.peft_config["default"]
-    factors = {"lora_A": 1, "lora_B": config.lora_alpha / config.r}
-    weights = {
-        name: factors[factor] * value.cpu()
-        for name, value in weights.items() for factor in factors if factor in name
-    }  # fmt: skip
+    scale = config.lora_alpha / config.r
+    weights = {name: scale * value if "lora_B" in name else value for name, value in weights.items()}
     weights = get_peft_model_state_dict(adapter.unet, weights)
     weights = libraries()[0].utils.convert_state_dict_to_diffusers(weights)
     with atomic_write(Path(folder) / LORA_FILE) as file:
-        named = {f"unet.{name}": value.contiguous() for name, value in weights.items()}
+        named = {f"unet.{name}": value.cpu().contiguous() for name, value in weights.items()}
         file.write(save(named, metadata={"format": "pt"}))
 
 
 def load_lora(pipeline, path, scale):
-    """Add the LoRA in a file to a pipeline, times a scale; a DataError unless all of it has its place."""
+    """Add the LoRA in a file to a pipeline, times a scale; a DataError where not all of it has a place."""
     settings = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
     advice = "give the LoRA's own --pretrained; of Stable Diffusion 1.x and 2.x they are supported"
     try:
@@ -112,7 +109,8 @@ def load_lora(pipeline, path, scale):
     except Exception as error:  # a damaged file can make the libraries raise anything
         what = f"cannot be loaded as a LoRA of the pipeline ({one_line(error)[:200]})"
         raise DataError(f"{path}: {what}: {advice}") from error
-    names = [name for part in (pipeline.unet, pipeline.text_encoder) for name, _ in part.named_parameters()]
-    if (number := sum("lora_" in name for name in names)) != len(tensors):
+    parts = pipeline.unet, pipeline.text_encoder
+    number = sum("lora_" in name for part in parts for name, _ in part.named_parameters())
+    if number != len(tensors):
         what = f"only {number} of its {len(tensors)} tensors have a place in the pipeline"
         raise DataError(f"{path}: {what}: {advice}")

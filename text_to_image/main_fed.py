@@ -55,8 +55,8 @@ def load(device):
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
     unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
     if unet_folder.is_file():
-        what = "is a LoRA, from which no training starts"
-        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name a folder of a UNet")
+        what = "is the file of a LoRA, from which no training starts"
+        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name the folder of a UNet")
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
         check_pipeline_of_training(FLAGS, folder, unet_folder)

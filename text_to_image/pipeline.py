@@ -232,9 +232,9 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet, or the file of a LoRA, that `--unet` names: itself, in it, or its newest round."""
+    """The folder of a UNet or file of a LoRA that `--unet` names: itself, in it, or its newest round's."""
     folder = Path(name)
-    if folder.is_file():
+    if folder.is_file() and folder.suffix == ".safetensors":
         return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
@@ -244,7 +244,7 @@ def find_unet(name):
         if (place / LORA_FILE).is_file():
             return place / LORA_FILE
     what = f"no UNet in diffusers' format in it, and no {LORA_FILE}"
-    raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or the file of a LoRA")
+    raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or a LoRA's file")
 
 
 def settings_of(unet_folder):
@@ -281,7 +281,7 @@ def writable_weights(folder):
 
 def remove_unets(logdir):
     """Remove the UNets, or LoRAs, that a run has written into its log directory."""
-    for path in [path for name in ("unet", LORA_FILE) for path in Path(logdir).glob(f"checkpoint_round*/{name}")]:
+    for path in [*Path(logdir).glob("checkpoint_round*/unet"), *Path(logdir).glob(f"checkpoint_round*/{LORA_FILE}")]:
         with writable(path, "it was to be removed, check the directory"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
@@ -289,10 +289,10 @@ def remove_unets(logdir):
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of names and contents of the files in a folder, or in parts of it; or of one file."""
-    digest, folder = hashlib.sha256(), Path(folder)
-    inside = [folder] if folder.is_file() else [path for part in parts or [""] for path in (folder / part).iterdir()]
-    for path in sorted(path for path in inside if path.is_file()):
+    """SHA-256, in hex, of names and contents of a folder's files, or of those in parts of it; or of a file."""
+    digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
+    found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
+    for path in sorted(path for path in found if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
