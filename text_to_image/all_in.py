@@ -44,6 +44,7 @@ from text_to_image.pipeline import (
     load_pipeline,
     load_unet,
     settings_of,
+    vae_batch,
 )
 from text_to_image.prompts import Prompts, distinct
 from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
@@ -127,10 +128,10 @@ def generate_batches(pipeline, prompts, kept, first):
 
 
 @torch.no_grad()
-def round_trip(pipeline, images, batch_size=16):
+def round_trip(pipeline, images):
     """Images (N, 3, H, W) uint8 as the VAE gives them back, and how many of them are not finite."""
     decoded, bad = [], 0
-    for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
+    for block in progress_bar(images.split(vae_batch(images)), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
         x = pipeline.vae.decode(latents, return_dict=False)[0]
         decoded.append(to_uint8(x).cpu())

@@ -304,9 +304,14 @@ def latent_moments(vae, images):
     return torch.stack([latents.mean, latents.std], dim=1)
 
 
-def encode_images(vae, images, batch_size=16):
+def vae_batch(images):
+    """How many of images (N, 3, H, W) the VAE takes at once: memory as of 16 with 256 x 256 pixels."""
+    return max(1, min(16, 16 * 256**2 // images[0, 0].numel()))
+
+
+def encode_images(vae, images, batch_size=None):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
-    blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
+    blocks = progress_bar(images.split(batch_size or vae_batch(images)), "encoding images", unit="batch", delay=1)
     both = ([latent_moments(vae, x), latent_moments(vae, x.flip(-1))] for x in blocks)
     moments = torch.cat([torch.stack(pair, dim=1).half().cpu() for pair in both])
     if bad := int(non_finite_images(moments).sum()):
