@@ -102,13 +102,13 @@ def log_directory(FLAGS, data, folder, unet_folder):
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
-    if FLAGS.lora_rank:
-        resolved = lora_alpha(FLAGS), FLAGS.lora_targets, lora_freeze_a(FLAGS)
-        settings |= dict(zip(LORA_FIXED, resolved, strict=True))
     content = content_of(data)
+    if FLAGS.lora_rank:
+        values = lora_alpha(FLAGS), FLAGS.lora_targets, lora_freeze_a(FLAGS)
+        content |= dict(zip(LORA_FIXED, values, strict=True))
     content["pipeline (sha256)"] = content_hash(folder, *FROZEN)
     content["unet (sha256)"] = content_hash(unet_folder)
-    fixed, subset = {"script", *FIXED, *LORA_FIXED, *content}, torch.arange(len(data.images))
+    fixed, subset = {"script", *FIXED, *content}, torch.arange(len(data.images))
     once = {name: FLAGS[name].value for name in ONCE}
     return LogDirectory(FLAGS.logdir, settings | content, fixed, as_flagfile(FLAGS), subset, **once)
 

@@ -17,7 +17,7 @@ PIPELINE = (
     text(
         "unet",
         None,
-        "folder of a UNet for the pipeline's place, or log directory: its newest round; all_in: or of a LoRA",
+        "folder of a UNet for the pipeline's place, or log directory: its newest round; all_in: or a LoRA",
     ),
     switch("unet_from_scratch", False, "start from random weights of the UNet's configuration"),
     switch("download", False, "fetch --pretrained from the Hugging Face hub if it is not there"),
@@ -50,7 +50,7 @@ TRAINING = (
 )
 
 LORA = (
-    integer("lora_rank", 0, "main_fed: train a LoRA of this rank, by default with --lr=1e-4; 0: the UNet", 0),
+    integer("lora_rank", 0, "main_fed: train a LoRA of this rank, with --lr=1e-4 by default; 0: the UNet", 0),
     number(
         "lora_alpha", None, "main_fed: > 0; alpha / rank is the weight of a LoRA; default: the rank",
         valid=(lambda value: value is None or value > 0, "> 0"),
@@ -59,7 +59,7 @@ LORA = (
         flags.DEFINE_list, "lora_targets", ["to_k", "to_q", "to_v", "to_out.0"],
         "main_fed: what the names of the layers end in that have one",
     ),
-    switch("lora_freeze_a", False, "main_fed: train B only, as several shards do, whose average is exact"),
+    switch("lora_freeze_a", False, "main_fed: train B alone, as several shards do for an exact average"),
     number("lora_scale", 1.0, "all_in: what the LoRA of --unet is multiplied by"),
 )  # fmt: skip
 
@@ -116,16 +116,16 @@ GROUPS = (
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (
+    "lora_rank",
     "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_steps", "batch_size",
     "seed", "bank_bins", "resolution", "unet_from_scratch", "duplication", "weight_pc", "dup_weight",
-    "lora_rank",
 )  # fmt: skip
-LORA_FIXED = ("lora_alpha", "lora_targets", "lora_freeze_a")
 ON_REQUEST = (
     "anti_grad", "anti_grad_weight", "mem_ratio", "arr_ema_decay", "augment_near_threshold", "bar", "lr", "grad_clip",
     "warmup", "weight_decay", "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise",
     "text_mixup",
 )  # fmt: skip
+LORA_FIXED = ("lora_alpha", "lora_targets", "lora_freeze_a")  # where there is one
 
 
 def define(values):

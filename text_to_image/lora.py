@@ -57,7 +57,8 @@ def add_lora(unet, *, rank, alpha, targets, freeze_a, seed, dtype):
 
     torch.manual_seed(derive_seed(seed, "lora"))
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+    unet.add_adapter(LoraConfig(**settings, init_lora_weights="gaussian"))
     for name, module in unet.named_modules():
         if freeze_a and name.endswith("lora_A"):
             module.requires_grad_(False)
@@ -99,7 +100,7 @@ def save_lora(adapter, weights, folder):
 
 
 def load_lora(pipeline, path, scale):
-    """Add the LoRA in a file to a pipeline, times a scale; a DataError where not all of it has a place."""
+    """Add the LoRA in a file to a pipeline, times a scale; a DataError if not all of it has a place."""
     settings = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
     advice = "give the LoRA's own --pretrained; of Stable Diffusion 1.x and 2.x they are supported"
     try:

@@ -111,7 +111,7 @@ def main():
         shards, exchanged or slots, schedule(FLAGS, steps_per_round),
         logger(FLAGS, logdir, own_steps * len(shards), done, seconds), first_round=rounds_done + 1, extra={},
         slots_of_round=lambda r: build.slots(FLAGS, len(data.images), r) if FLAGS.reshard else None,
-        preview=lambda net: build.preview(FLAGS, pipeline, net, data.captions), publish=publish,
+        preview=lambda unet: build.preview(FLAGS, pipeline, unet, data.captions), publish=publish,
     )  # fmt: skip
 
 

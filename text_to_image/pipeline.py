@@ -232,7 +232,7 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet or file of a LoRA that `--unet` names: itself, in it, or its newest round's."""
+    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, in it, or its newest round's."""
     folder = Path(name)
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
@@ -281,7 +281,8 @@ def writable_weights(folder):
 
 def remove_unets(logdir):
     """Remove the UNets, or LoRAs, that a run has written into its log directory."""
-    for path in [*Path(logdir).glob("checkpoint_round*/unet"), *Path(logdir).glob(f"checkpoint_round*/{LORA_FILE}")]:
+    found = [path for name in ("unet", LORA_FILE) for path in Path(logdir).glob(f"checkpoint_round*/{name}")]
+    for path in found:
         with writable(path, "it was to be removed, check the directory"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
@@ -289,7 +290,7 @@ def remove_unets(logdir):
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of names and contents of a folder's files, or of those in parts of it; or of a file."""
+    """SHA-256, in hex, of names and contents of the files in a folder, or in parts of it; or of a file."""
     digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
     found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
     for path in sorted(path for path in found if path.is_file()):
@@ -311,7 +312,8 @@ def vae_batch(images):
 
 def encode_images(vae, images, batch_size=None):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
-    blocks = progress_bar(images.split(batch_size or vae_batch(images)), "encoding images", unit="batch", delay=1)
+    blocks = images.split(batch_size or vae_batch(images))
+    blocks = progress_bar(blocks, "encoding images", unit="batch", delay=1)
     both = ([latent_moments(vae, x), latent_moments(vae, x.flip(-1))] for x in blocks)
     moments = torch.cat([torch.stack(pair, dim=1).half().cpu() for pair in both])
     if bad := int(non_finite_images(moments).sum()):
@@ -383,7 +385,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
 
 
 def preview(pipeline, unet, prompts, seed, resolution, steps, guidance, dtype):
-    """As `generate`, from the same noise at all times: (B, 3, H, W) in [-1, 1]; unet: takes its place."""
+    """Images of prompts by a UNet, from the same noise at all times: (B, 3, H, W) in [-1, 1]."""
     pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
     latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
     x = generate(pipeline, prompts, latents, steps, guidance, dtype=dtype)
