@@ -247,7 +247,8 @@ def load_network(folder, unet_folder, device):
     if is_lora:
         load_lora(pipeline, unet_folder, FLAGS.lora_scale)
     elif FLAGS.lora_scale != 1:
-        raise UsageError(f"--lora_scale={FLAGS.lora_scale}: --unet is no LoRA: leave it out")
+        what = "it is of a LoRA, and --unet names none"
+        raise UsageError(f"--lora_scale={FLAGS.lora_scale}: {what}: leave it out")
     if FLAGS.scheduler == "dpm":
         kind = "DPMSolverMultistepScheduler"
         pipeline.scheduler = as_scheduler(kind, pipeline.scheduler, "--scheduler=dpm")

@@ -17,7 +17,7 @@ PIPELINE = (
     text(
         "unet",
         None,
-        "folder of a UNet for the pipeline's place, or log directory: its newest round; all_in: or a LoRA",
+        "folder of a UNet for the pipeline's place, or log directory, its newest; all_in: a LoRA too",
     ),
     switch("unet_from_scratch", False, "start from random weights of the UNet's configuration"),
     switch("download", False, "fetch --pretrained from the Hugging Face hub if it is not there"),
@@ -50,7 +50,7 @@ TRAINING = (
 )
 
 LORA = (
-    integer("lora_rank", 0, "main_fed: train a LoRA of this rank, with --lr=1e-4 by default; 0: the UNet", 0),
+    integer("lora_rank", 0, "main_fed: train a LoRA of this rank, default --lr=1e-4; 0: the UNet", 0),
     number(
         "lora_alpha", None, "main_fed: > 0; alpha / rank is the weight of a LoRA; default: the rank",
         valid=(lambda value: value is None or value > 0, "> 0"),
@@ -148,10 +148,14 @@ def prompts_of_samples(values):
         raise UsageError("--rand_augs changes prompts of images to generate, not of --samples: leave it out")
 
 
-@rule("unet_from_scratch", "unet", "train", "lora_rank")
+@rule("unet_from_scratch", "unet")
 def start(values):
     if values.unet_from_scratch and values.unet:
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
+
+
+@rule("train", "lora_rank", "unet_from_scratch", "unet")
+def start_of_a_lora(values):
     for name in ("unet_from_scratch", "unet"):
         if values.train and values.lora_rank and values[name].value:
             what = "a LoRA starts from the UNet of --pretrained, whose images it is to change"

@@ -232,7 +232,7 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, in it, or its newest round's."""
+    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest."""
     folder = Path(name)
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
@@ -281,8 +281,9 @@ def writable_weights(folder):
 
 def remove_unets(logdir):
     """Remove the UNets, or LoRAs, that a run has written into its log directory."""
-    found = [path for name in ("unet", LORA_FILE) for path in Path(logdir).glob(f"checkpoint_round*/{name}")]
-    for path in found:
+    rounds = [*Path(logdir).glob("checkpoint_round*")]
+    found = [folder / name for folder in rounds for name in ("unet", LORA_FILE)]
+    for path in filter(Path.exists, found):
         with writable(path, "it was to be removed, check the directory"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
@@ -290,7 +291,7 @@ def remove_unets(logdir):
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of names and contents of the files in a folder, or in parts of it; or of a file."""
+    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file."""
     digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
     found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
     for path in sorted(path for path in found if path.is_file()):
