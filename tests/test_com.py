@@ -166,11 +166,12 @@ def test_text_demo(tmp_path):
     assert files_of_the_project() == before
     table = json.loads((out / "table.json").read_text())
     rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 4)}
+    rows |= {"lora_default, round 4", "lora_iet_agc, round 4"}
     assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
     assert all(f"| {label}" in result.stdout for label in table)
     assert {"own image", "f_mem of features", "similarity", "fpd to held-out"} <= table["default, round 4"].keys()
-    steps = [json.loads((out / name / "train.json").read_text())["steps"] for name in ("default", "iet_agc")]
-    assert steps == [16, 16]
+    names = "default", "iet_agc", "lora_default", "lora_iet_agc"
+    assert [json.loads((out / name / "train.json").read_text())["steps"] for name in names] == [16] * 4
     assert (out / "demo_text.png").stat().st_size > 0
 
 

@@ -2,6 +2,7 @@
 
     python -m text_to_image.all_in --pretrained=stable-diffusion-2-1 --unet=logs/laion --sscd=sscd.pt
     python -m text_to_image.all_in --pretrained=pipeline --unet=logs/text --features=pixels --prompts=all
+    python -m text_to_image.all_in --pretrained=pipeline --unet=lora.safetensors --lora_scale=0.8 ...
     python -m text_to_image.all_in --samples=made --prompts=texts.txt --data_root=photos --sscd=sscd.pt
 
 Images and captions of the training are those of --unet's log directory, unless flags name others.
@@ -30,8 +31,10 @@ from score.similarity import clip_scores, detection, embed, evaluate_similarity,
 from text_to_image import build
 from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
+from text_to_image.lora import load_lora
 from text_to_image.pipeline import (
     FROZEN,
+    LORA_FILE,
     ROUND,
     as_scheduler,
     content_hash,
@@ -42,6 +45,7 @@ from text_to_image.pipeline import (
     load_pipeline,
     load_unet,
     settings_of,
+    vae_batch,
 )
 from text_to_image.prompts import Prompts, distinct, not_in
 from text_to_image.recorded import check_pipeline_of_training, differences, take_flags
@@ -74,13 +78,15 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     origin["texts_sha256"] = hashlib.sha256(repr(source).encode()).hexdigest()
     origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
     origin["checkpoint_sha256"] = content_hash(unet_folder)
+    if unet_folder.is_file():
+        origin["lora_scale"] = FLAGS.lora_scale
     if PRECISIONS[FLAGS.precision] != torch.float32:
         origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     margin, of_margin = rejection or (None, {})
     origin |= of_margin
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept, margin)
-    checkpoint = unet_folder.parent if unet_folder.name == "unet" else unet_folder
+    checkpoint = unet_folder.parent if unet_folder.name in ("unet", LORA_FILE) else unet_folder
     about = {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
     about["ema_warning"], number = ema_warning(unet_folder), len(prompts.texts)
     images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
@@ -143,10 +149,10 @@ def generate_batches(pipeline, prompts, kept, margin, first):
 
 
 @torch.no_grad()
-def round_trip(pipeline, images, batch_size=16):
+def round_trip(pipeline, images):
     """Images (N, 3, H, W) uint8 as the VAE gives them back, and how many of them are not finite."""
     decoded, bad = [], 0
-    for block in progress_bar(images.split(batch_size), "VAE", unit="batch", delay=1):
+    for block in progress_bar(images.split(vae_batch(images)), "VAE", unit="batch", delay=1):
         latents = latent_moments(pipeline.vae, block)[:, 0]
         x = pipeline.vae.decode(latents, return_dict=False)[0]
         decoded.append(to_uint8(x).cpu())
@@ -237,9 +243,15 @@ def load_network(folder, unet_folder, device):
     """The pipeline with the UNet, or None without a folder of one."""
     if not folder:
         return None
-    pipeline = load_pipeline(folder, unet_folder)
+    is_lora = unet_folder.is_file()
+    pipeline = load_pipeline(folder, folder / "unet" if is_lora else unet_folder)
     if FLAGS.unet:
         check_pipeline_of_training(FLAGS, folder, unet_folder)
+    if is_lora:
+        load_lora(pipeline, unet_folder, FLAGS.lora_scale)
+    elif FLAGS.lora_scale != 1:
+        what = "it is of a LoRA, and --unet names none"
+        raise UsageError(f"--lora_scale={FLAGS.lora_scale}: {what}: leave it out")
     if FLAGS.scheduler == "dpm":
         kind = "DPMSolverMultistepScheduler"
         pipeline.scheduler = as_scheduler(kind, pipeline.scheduler, "--scheduler=dpm")
@@ -275,6 +287,7 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
     """What is measured in place of the images, {name: (images, prompts or None)}, and notes on it."""
     floors, notes, directory = {}, [], directories().get("base_dir")
     if directory:
+        pipeline.unload_lora_weights()
         pipeline.unet = load_unet(folder / "unet").to(device)
         images, _ = generate_images(pipeline, folder, folder / "unet", prompts, source, directory)
         floors["base"] = images, prompts

@@ -14,7 +14,8 @@ from score.generate import over_ranks
 from score.measure import measure_against
 from score.samples import load_samples
 from text_to_image.data import CaptionBatches, encode, load_folder, load_images
-from text_to_image.flags import FIXED, ON_REQUEST
+from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
+from text_to_image.lora import add_lora
 from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash, generate_numbered, remove_unets
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import distinct, make_prompts, not_in
@@ -71,16 +72,36 @@ def encoded(FLAGS, data, pipeline, folder):
     )  # fmt: skip
 
 
-def preview(FLAGS, pipeline, unet, captions):
-    """Images of the first captions by a UNet, for the sample grids."""
+def preview(FLAGS, pipeline, net, captions):
+    """Images of the first captions by a network of a `Learner`, for the sample grids."""
+    # the frozen weights of a LoRA's UNet are in the dtype of autocast
+    unet, precision = (net.unet, FLAGS.precision) if FLAGS.lora_rank else (net, "fp32")
     return make_preview(
         pipeline, unet, [texts[0] for texts in captions[: FLAGS.sample_size]], seed=FLAGS.seed,
         resolution=FLAGS.resolution, steps=FLAGS.sample_steps, guidance=FLAGS.guidance,
+        dtype=PRECISIONS[precision],
+    )  # fmt: skip
+
+
+def lora_alpha(FLAGS):
+    return FLAGS.lora_alpha or float(FLAGS.lora_rank)
+
+
+def lora_freeze_a(FLAGS):
+    """Whether only B trains: the mean of several shards is exact then."""
+    return FLAGS.lora_freeze_a or FLAGS.client_num > 1
+
+
+def lora(FLAGS, unet):
+    """Freeze a UNet, and give it the LoRA of the flags."""
+    add_lora(
+        unet, rank=FLAGS.lora_rank, alpha=lora_alpha(FLAGS), targets=FLAGS.lora_targets,
+        freeze_a=lora_freeze_a(FLAGS), seed=FLAGS.seed, dtype=PRECISIONS[FLAGS.precision],
     )  # fmt: skip
 
 
 def learner(FLAGS, unet, scheduler):
-    """The `Learner` of a UNet, with the noise of diffusers' scheduler."""
+    """The `Learner` of a UNet or `Adapter`, with the noise of diffusers' scheduler."""
     return Learner(
         unet, lambda network: LatentTrainer(network, scheduler, parts=FLAGS.accumulate), lr=FLAGS.lr,
         warmup=FLAGS.warmup, grad_clip=FLAGS.grad_clip, ema_decay=FLAGS.ema_decay or None,
@@ -95,6 +116,9 @@ def log_directory(FLAGS, data, folder, unet_folder):
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
     content = content_of(data)
+    if FLAGS.lora_rank:
+        values = lora_alpha(FLAGS), FLAGS.lora_targets, lora_freeze_a(FLAGS)
+        content |= dict(zip(LORA_FIXED, values, strict=True))
     content["pipeline (sha256)"] = content_hash(folder, *FROZEN)
     content["unet (sha256)"] = content_hash(unet_folder)
     content |= hashes_of_lists(FLAGS)
@@ -160,7 +184,8 @@ def watch(FLAGS, data, pipeline, device, save):
         return measure_against(once.images, heldout, space=space, groups=once.groups, device=device)
 
     def measure(networks):
-        (pipeline.unet,) = networks
+        (network,) = networks
+        pipeline.unet = network.unet if FLAGS.lora_rank else network
         was_training = pipeline.unet.training
         pipeline.unet.eval()
         made = [images for (images,) in over_ranks(0, len(asked), FLAGS.batch_size, make)]

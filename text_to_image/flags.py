@@ -2,17 +2,23 @@
 
 import math
 
+from absl import flags
+
 from score.features import COPIES
 from text_to_image.data import CAPTION_MODES, DUPLICATIONS, RAND_AUGS
 from text_to_image.pipeline import LATENT_SIDE, check_steps
 from training import flags as shared
-from training.flags import adapted, choice, integer, number, register, rule, switch, text
+from training.flags import adapted, choice, defined, integer, number, register, rule, switch, text
 from training.launch import check_processes
 from utils.errors import UsageError
 
 PIPELINE = (
     text("pretrained", None, "folder of Stable Diffusion 1.x or 2.x in diffusers' format, or its name in the hub"),
-    text("unet", None, "folder of a UNet for the pipeline's place, or log directory: its newest round"),
+    text(
+        "unet",
+        None,
+        "folder of a UNet for the pipeline's place, or log directory, its newest; all_in: a LoRA too",
+    ),
     switch("unet_from_scratch", False, "start from random weights of the UNet's configuration"),
     switch("download", False, "fetch --pretrained from the Hugging Face hub if it is not there"),
     number("guidance", 7.5, "diffusers' guidance_scale; up to 1: none", 0.0),
@@ -44,6 +50,20 @@ TRAINING = (
     switch("gradient_checkpointing", False, "compute activations twice, for less memory"),
 )
 
+LORA = (
+    integer("lora_rank", 0, "main_fed: train a LoRA of this rank, default --lr=1e-4; 0: the UNet", 0),
+    number(
+        "lora_alpha", None, "main_fed: > 0; alpha / rank is the weight of a LoRA; default: the rank",
+        valid=(lambda value: value is None or value > 0, "> 0"),
+    ),
+    defined(
+        flags.DEFINE_list, "lora_targets", ["to_k", "to_q", "to_v", "to_out.0"],
+        "main_fed: what the names of the layers end in that have one",
+    ),
+    switch("lora_freeze_a", False, "main_fed: train B alone, as several shards do for an exact average"),
+    number("lora_scale", 1.0, "all_in: what the LoRA of --unet is multiplied by"),
+)  # fmt: skip
+
 EVALUATION = (
     text("prompts", None, "all_in: random: drawn captions; all: each in turn; or a file; default: random"),
     choice("scheduler", "pipeline", ("pipeline", "dpm"), "all_in: the pipeline's own, or DPM-Solver++"),
@@ -64,7 +84,7 @@ GROUPS = (
             "ema_decay": "decay of the EMA weights, in [0, 1); 0: none",
         },
     ),
-    TRAINING,
+    TRAINING, LORA,
     adapted(
         shared.SHARDS, defaults={"client_num": 4, "total_round": 25},
         helps={"split": "main_fed: how images go to shards; default: contiguous"},
@@ -99,6 +119,7 @@ GROUPS = (
 
 # what the result depends on, as in training/flags.py; FIXED: what the run has saved depends on it too
 FIXED = (
+    "lora_rank",
     "client_num", "split", "reshard", "exchange", "exchange_share", "exchange_every", "local_steps", "batch_size",
     "seed", "bank_bins", "resolution", "unet_from_scratch", "duplication", "weight_pc", "dup_weight",
     "balance_groups",
@@ -108,6 +129,7 @@ ON_REQUEST = (
     "warmup", "weight_decay", "ema_decay", "precision", "hflip", "caption_mode", "caption_prob", "text_noise",
     "text_mixup",
 )  # fmt: skip
+LORA_FIXED = ("lora_alpha", "lora_targets", "lora_freeze_a")  # where there is one
 
 
 def define(values):
@@ -153,6 +175,27 @@ def best_of_a_training(values):
 def start(values):
     if values.unet_from_scratch and values.unet:
         raise UsageError("--unet_from_scratch and --unet contradict each other: leave one out")
+
+
+@rule("train", "lora_rank", "unet_from_scratch", "unet")
+def start_of_a_lora(values):
+    for name in ("unet_from_scratch", "unet"):
+        if values.train and values.lora_rank and values[name].value:
+            what = "a LoRA starts from the UNet of --pretrained, whose images it is to change"
+            raise UsageError(f"--{name}: {what}: leave it out, or --lora_rank")
+
+
+@rule("lora_rank", "lora_alpha", "lora_targets", "lora_freeze_a")
+def there_is_a_lora(values):
+    for name in LORA_FIXED:
+        if values[name].value != values[name].default and not values.lora_rank:
+            raise UsageError(f"--{name} does nothing without --lora_rank: give both or none")
+
+
+def default_lr(values):
+    """Where --lr is not given, a LoRA's is that of diffusers' own script."""
+    if values.lora_rank and not values["lr"].present:
+        values["lr"].value = 1e-4
 
 
 def prompts_are_drawn(values):

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 -m text_to_image.main_fed --train ...    # the shards side by side
 
 --client_num=1 --anti_grad=off is plain fine-tuning. What diffusers loads is checkpoint_round{r}/unet in
---logdir. The algorithm is training/rounds.py.
+--logdir, or with --lora_rank the LoRA in checkpoint_round{r}. The algorithm is training/rounds.py.
 """
 
 import copy
@@ -16,7 +16,8 @@ from absl.flags import FLAGS
 
 from text_to_image import build
 from text_to_image.data import duplicated
-from text_to_image.flags import check_data, check_pipeline, define
+from text_to_image.flags import check_data, check_pipeline, default_lr, define
+from text_to_image.lora import Adapter, save_lora
 from text_to_image.pipeline import as_scheduler, find_folder, find_unet, load_pipeline, remove_unets, save_unet
 from text_to_image.recorded import check_pipeline_of_training
 from training.build import agc, logger, schedule, sizes
@@ -38,11 +39,12 @@ def make_shards(data, pipeline, scheduler, folder, slots, device):
         encoded = build.encoded(FLAGS, data, pipeline, folder)
     often = duplicated(len(data.images), FLAGS.weight_pc, FLAGS.seed)
     settings, shards = {"scaling_factor": scaling_factor, "often": often, "T": T}, []
+    start = Adapter(pipeline.unet.to(device)) if FLAGS.lora_rank else pipeline.unet
     for k, of_shard in enumerate(slots):
         batches = build.batches(FLAGS, data, encoded, of_shard, device, shard=k, **settings)
         if k % distributed.world_size() != distributed.rank():
             continue
-        learner = build.learner(FLAGS, copy.deepcopy(pipeline.unet).to(device), scheduler)
+        learner = build.learner(FLAGS, copy.deepcopy(start).to(device), scheduler)
         counts = torch.zeros(2, len(data.images), dtype=torch.int64, device=device)
         shards.append(Shard(k, batches, learner, agc(FLAGS, T).to(device), *counts))
     return shards
@@ -53,6 +55,9 @@ def load(device):
     with distributed.main_first():
         folder = find_folder(FLAGS.pretrained, FLAGS.download)
     unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
+    if unet_folder.is_file():
+        what = "is the file of a LoRA, from which no training starts"
+        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name the folder of a UNet")
     pipeline = load_pipeline(folder, unet_folder)
     if FLAGS.unet:
         check_pipeline_of_training(FLAGS, folder, unet_folder)
@@ -66,6 +71,8 @@ def load(device):
         pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
     if FLAGS.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
+    if FLAGS.lora_rank:
+        build.lora(FLAGS, pipeline.unet)
     pipeline.vae.to(device)
     pipeline.text_encoder.to(device)
     return pipeline, folder, unet_folder, scheduler, data
@@ -75,6 +82,7 @@ def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
     logdir = Path(FLAGS.logdir)
+    default_lr(FLAGS)
     written = {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir}
     keep_apart([FLAGS.data_root], {"heldout": FLAGS.heldout} if FLAGS.watch_step else {}, written)
     device = pick_device(FLAGS.device, FLAGS.precision)
@@ -86,7 +94,7 @@ def main():
     work = {"shards": K, "steps_in_all": K * own_steps}
     announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
     check_warmup(FLAGS.warmup, own_steps)
-    save = partial(save_unet, net)
+    save = partial(save_lora if FLAGS.lora_rank else save_unet, net)
     watch = build.watch(FLAGS, data, pipeline, device, save)
     directory = build.log_directory(FLAGS, data, folder, unet_folder)
     if FLAGS.fresh and distributed.is_main():
@@ -94,7 +102,8 @@ def main():
     steps_per_round = [FLAGS.local_steps] * K
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
     say_young_ema(logdir, own_steps)
-    pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
+    if not FLAGS.lora_rank:
+        pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
     watch.begin(logdir, steps_of(shards))
 
     def publish(state, is_due):

@@ -32,6 +32,7 @@ SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallel
 CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
 CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
 
@@ -39,6 +40,7 @@ def libraries():
     """diffusers and transformers: imported where they are needed, since that takes seconds."""
     try:
         import diffusers
+        import peft  # noqa: F401, which diffusers loads a LoRA with
         import transformers
     except ImportError as error:
         raise UsageError(f"text_to_image needs {error.name}: pip install -r requirements-text.txt") from error
@@ -76,7 +78,8 @@ def find_folder(name, download=False):
         raise DataError(f"--pretrained={name}: no model_index.json in it: {advice}")
     kind = read_config(folder / "model_index.json").get("_class_name")
     if kind != "StableDiffusionPipeline":
-        raise DataError(f"--pretrained={name}: is a {kind}: give a StableDiffusionPipeline (1.x or 2.x)")
+        what = "Stable Diffusion 1.x and 2.x are supported, XL and flow matching are not"
+        raise DataError(f"--pretrained={name}: is a {kind}: give a StableDiffusionPipeline: {what}")
     return folder
 
 
@@ -229,13 +232,19 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet that `--unet` names: itself, its unet/, or a log directory's newest round."""
+    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest."""
     folder = Path(name)
+    if folder.is_file() and folder.suffix == ".safetensors":
+        return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
-    for place in (folder, folder / "unet", *(rounds[r] / "unet" for r in sorted(rounds, reverse=True))):
-        if (place / "config.json").is_file():
-            return place
-    raise DataError(f"--unet={name}: no UNet in diffusers' format in it: name a folder with checkpoint_round*/unet")
+    for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
+        for unet in (place, place / "unet"):
+            if (unet / "config.json").is_file():
+                return unet
+        if (place / LORA_FILE).is_file():
+            return place / LORA_FILE
+    what = f"no UNet in diffusers' format in it, and no {LORA_FILE}"
+    raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or a LoRA's file")
 
 
 def settings_of(unet_folder):
@@ -271,20 +280,21 @@ def writable_weights(folder):
 
 
 def remove_unets(logdir, pattern="*checkpoint_*", but=()):
-    """Remove what `save_unet` has written in folders of a log directory, but in those of these names."""
-    for path in Path(logdir).glob(f"{pattern}/unet"):
-        if path.parent.name in but:
-            continue
+    """Remove the UNets, or LoRAs, that a run has written in folders of a log directory, but in those named."""
+    folders = [path for path in Path(logdir).glob(pattern) if path.name not in but]
+    found = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
+    for path in filter(Path.exists, found):
         with writable(path, "it was to be removed, check the directory"):
-            shutil.rmtree(path)
+            path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of the names and contents of the files in a folder, or in parts of it."""
-    digest = hashlib.sha256()
-    for path in sorted(path for part in parts or [""] for path in (Path(folder) / part).iterdir() if path.is_file()):
+    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file."""
+    digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
+    found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
+    for path in sorted(path for path in found if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
     return digest.hexdigest()
 
@@ -296,9 +306,15 @@ def latent_moments(vae, images):
     return torch.stack([latents.mean, latents.std], dim=1)
 
 
-def encode_images(vae, images, batch_size=16):
+def vae_batch(images):
+    """How many of images (N, 3, H, W) the VAE takes at once: memory as of 16 with 256 x 256 pixels."""
+    return max(1, min(16, 16 * 256**2 // images[0, 0].numel()))
+
+
+def encode_images(vae, images, batch_size=None):
     """`latent_moments` of images (N, 3, H, W) and of their mirror images: (N, 2, 2, C, h, w) float16."""
-    blocks = progress_bar(images.split(batch_size), "encoding images", unit="batch", delay=1)
+    blocks = images.split(batch_size or vae_batch(images))
+    blocks = progress_bar(blocks, "encoding images", unit="batch", delay=1)
     both = ([latent_moments(vae, x), latent_moments(vae, x.flip(-1))] for x in blocks)
     moments = torch.cat([torch.stack(pair, dim=1).half().cpu() for pair in both])
     if bad := int(non_finite_images(moments).sum()):
@@ -370,22 +386,22 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
 
 
 def generate_numbered(pipeline, texts, indices, *, seed, resolution, steps, guidance, text_noise, dtype):
-    """`generate` of the prompts of a range of images: image i depends on its prompt, the seed and i.
+    """`generate` of the prompts of numbered images: image i depends on its prompt, the seed and i.
 
     texts: of all images; resolution: the side of an image in pixels."""
     side = resolution // pipeline.vae_scale_factor
     streams = [generator("cpu", seed, "image", i) for i in indices]
     shape = (pipeline.unet.config.in_channels, side, side)
     latents = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-    prompts = texts[indices.start : indices.stop]
+    prompts = [texts[i] for i in indices]
     return generate(pipeline, prompts, latents, steps, guidance, streams, text_noise, dtype)
 
 
-def preview(pipeline, unet, prompts, seed, resolution, steps, guidance):
+def preview(pipeline, unet, prompts, seed, resolution, steps, guidance, dtype):
     """Images of prompts by a UNet, from the same noise at all times: (B, 3, H, W) in [-1, 1]."""
     pipeline.unet, side = unet, resolution // pipeline.vae_scale_factor
     latents = sample_noise(seed, range(len(prompts)), (unet.config.in_channels, side, side), "cpu")()
-    x = generate(pipeline, prompts, latents, steps, guidance)
+    x = generate(pipeline, prompts, latents, steps, guidance, dtype=dtype)
     if bad := int(non_finite_images(x).sum()):
         what = "images of the first captions hold values that are not finite, black here"
         warn(f"warning: {bad} of {len(x)} {what}")

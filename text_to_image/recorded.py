@@ -30,10 +30,15 @@ def take_flags(values, unet_folder):
 
 def check_pipeline_of_training(values, folder, unet_folder):
     """Raise a UsageError unless a UNet was trained with this pipeline, or it is unknown with which."""
-    logdir, known = unet_folder.parent.parent, (settings_of(unet_folder) or {}).get("pipeline (sha256)")
-    if known not in (None, content_hash(folder, *FROZEN)):
+    logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
+    parts, known = FROZEN, settings.get("pipeline (sha256)")
+    is_another = known not in (None, content_hash(folder, *FROZEN))
+    if unet_folder.is_file():  # a LoRA, which needs the UNet that it started from
+        parts, known = (*FROZEN, "unet"), settings.get("unet (sha256)")
+        is_another = is_another or known not in (None, content_hash(folder / "unet"))
+    if is_another:
         first = Path(recorded_flags(logdir).get("pretrained", ""))
-        parts = [part for part in FROZEN if (first / part).is_dir()]
+        parts = [part for part in parts if (first / part).is_dir()]
         parts = [part for part in parts if content_hash(first, part) != content_hash(folder, part)]
         others = " and ".join(parts) or "pipeline"
         what = f"{logdir}/run.json says that its UNet was trained with another {others}"

@@ -52,6 +52,8 @@ def read_run(path):
     if settings.get("script") in ("main", "main_fed") and "resize" not in settings:
         is_cifar = str(settings.get("dataset")).startswith("cifar")
         settings |= {"resize": "squeeze", "hflip": is_cifar or settings.get("hflip")}
+    if settings.get("script") == "text_to_image.main_fed":
+        settings.setdefault("lora_rank", 0)
     return {"settings": settings, "changes": [dict(change) for change in run.get("changes", [])]}
 
 
