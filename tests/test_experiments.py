@@ -15,6 +15,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from PIL import Image
 
 from experiments import __main__ as experiments
 from experiments import altered, cifar10, digits, images, runs, tables
@@ -247,11 +248,16 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
 def test_the_experiment_on_altered_copies(tmp_path, monkeypatch):
     """A trial with the finder, and with checkpoints that two arms have."""
     chosen = ["default", "keep list", "together IET-AGC", "held back"]
-    data = {**altered.DATA, "dataset": "digits", "num_train": 80, "duplicates": 4, "copies": 20}
+    of_digits = images.load(dataset="digits", img_size=8, data_root="").train.images[:110]
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(of_digits):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"images/{i}.png")
+    data = {**altered.DATA, "dataset": "folder", "num_train": 80, "duplicates": 4, "copies": 20}
     monkeypatch.setattr(altered, "DATA", data)
     monkeypatch.setattr(altered, "SEEDS", dict.fromkeys(chosen, range(1, 2)))
     monkeypatch.setattr(altered, "ARMS", {arm: altered.ARMS[arm] for arm in chosen})
-    command = ["--experiment=altered", "--scale=0.002", f"--out={tmp_path}", "--processes=1"]
+    flags = ["--experiment=altered", "--scale=0.0005", "--processes=1"]
+    command = [*flags, f"--out={tmp_path}", f"--data_root={tmp_path}/images"]
     experiments.main(command)
     result, lists = json.loads((tmp_path / "altered.json").read_text()), tmp_path / "runs/altered/lists"
     assert [training["arm"] for training in result["trainings"]] == chosen
@@ -263,7 +269,7 @@ def test_the_experiment_on_altered_copies(tmp_path, monkeypatch):
     assert found["true pairs found"] + found["false pairs"] == said["pairs"]["train near"]
     assert found["true pairs"] == 760 and found["true pairs found"] > 380 and found["single images"] == 76
     check_tables("altered", result)
-    (lists / "keep.txt").write_text("0\n")
+    (lists / "keep.txt").write_text("0.png\n")
     with pytest.raises(UsageError, match="other lists of copies: choose another --out"):
         experiments.main(command)
 
