@@ -142,9 +142,10 @@ def altered_arms(result):
     header, rows = compared_arms(found, [f"{m}, all steps" for m in measures], ends)
     for arm in altered.WATCHED:
         if paths := found.get(arm):
-            none = dict.fromkeys(measures, math.nan)
+            none = dict.fromkeys(("steps", *measures), math.nan)
             best = [best_of(path, "fpd") or none for path in paths.values()]
-            rows.append([f"{arm}, its best.json, {len(paths)}", *cells(best, measures)])
+            steps = spread([point["steps"] for point in best], "steps")
+            rows.append([f"{arm}, best.json: step {steps}, {len(paths)}", *cells(best, measures)])
             rows[-1] += [""] * (len(header) - len(rows[-1]))
     return header, rows
 
