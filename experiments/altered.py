@@ -89,12 +89,13 @@ def found_copies(lists, data):
     size = Counter(map(original, load(**data).train.names))
     kept = Counter(map(original, (lists / "keep.txt").read_text().splitlines()))
     with (lists / "pairs.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["part"] == "train" and row["kind"] != "similar"]
-    is_true = [original(row["image"]) == original(row["other"]) for row in rows]
+        rows = [row for row in csv.DictReader(file) if row["part"] == "train"]
+    found = [row for row in rows if row["kind"] != "similar"]
+    is_true = [original(row["image"]) == original(row["other"]) for row in found]
     return {
         "sha256": {name: file_hash(lists / name) for name in FINDER},
         "true pairs": sum(n * (n - 1) // 2 for n in size.values()),
-        "true pairs found": sum(is_true), "false pairs": len(rows) - sum(is_true),
+        "true pairs found": sum(is_true), "false pairs": len(found) - sum(is_true),
         "kept": kept.total(), "copies kept of each": [kept[name] for name in size if size[name] > 1],
         "single images": sum(n == 1 for n in size.values()),
         "single images kept": sum(kept[name] for name in size if size[name] == 1),
