@@ -3,6 +3,7 @@
     bash com/results.sh --minutes=60
     bash com/results.sh --arms=AGC --out=again
     bash com/results.sh --experiment=digits
+    bash com/results.sh --experiment=altered
 
 What is there already is not made again: the same command goes on where it was stopped.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from experiments import runs, stacked, tables
+from experiments import altered, runs, stacked, tables
 from experiments.images import load
 from experiments.runs import EXPERIMENTS, ROOT
 from utils import startup
@@ -51,34 +52,42 @@ def main(arguments=None):
     options, start = options_of(arguments), time.time()
     out, data_root = (Path(path).resolve() for path in (options.out, options.data_root))
     with lock_directory(out, "out"), contextlib.chdir(ROOT):
-        spec = EXPERIMENTS[options.experiment]
-        load(**spec.DATA, data_root=data_root)  # what is wrong with it shows before the long work
+        spec, found = EXPERIMENTS[options.experiment], None
+        if spec is altered:
+            runs.find_copies(options.experiment, out, data_root)
+        data = runs.data_of(options.experiment, out, data_root)
+        load(**data)  # what is wrong with it shows before the long work
+        if spec is altered:
+            found = altered.found_copies(runs.lists_of(options.experiment, out), data)
         planned = runs.plan(options.experiment, out, data_root, options.scale)
         path = out / f"{options.experiment}.json"
-        runs.check_published(path, planned)
+        runs.check_published(path, planned, found)
         wanted = [run for run in planned if run.arm in options.arms]
         deadline = start + 60 * options.minutes
         if options.stacked:
             stacked.work_all(wanted, {run.start for run in planned}, torch.device("cuda"), deadline)
         runs.work_all(wanted, deadline, options.processes)
         complete = [run for run in planned if runs.measured(run)["complete"]]
-        write_json(path, result := result_of(spec, complete, data_root))
+        write_json(path, result := result_of(spec, complete, data, found))
         if complete:
             tables.plot(options.experiment, path.with_suffix(".png"), result)
             print(tables.shown(options.experiment, result))
         print(f"{sum(run in complete for run in wanted)} of {len(wanted)} trainings are complete: {path}")
 
 
-def result_of(spec, complete, data_root):
-    """What the file of an experiment says of the runs that are complete: JSON values."""
+def result_of(spec, complete, data, found):
+    """What the file of an experiment says of the runs that are complete: JSON values.
+
+    data: the arguments of `load`; found: what the finder found, or None."""
     trainings, points = [], []
     for run in complete:
         of_run, found = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
         trainings.append(of_run | {name: found.get(name) for name in ("device", "stacked", "seconds")})
         points += [of_run | point for point in found["points"]]
     own = (*runs.OF_PLACES, "--seed=")
+    lists = {"lists": found} if found else {}
     return {
-        "machine": machine(), "data": spec.DATA, "floor": spec.floor(data_root),
+        "machine": machine(), "data": spec.DATA, "floor": spec.floor(data), **lists,
         "flags": {run.arm: [flag for flag in run.flags if not flag.startswith(own)] for run in complete},
         "trainings": trainings, "points": points,
     }  # fmt: skip

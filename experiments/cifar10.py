@@ -69,9 +69,8 @@ def measure_of(**data):
     return measure_against(loaded.train.images, loaded.heldout.images)
 
 
-def floor(data_root):
+def floor(data):
     """What held-out real images reach in place of generated ones; fpd, swd: of disjoint sets of them."""
-    data = {**DATA, "data_root": data_root}
     real = load(**data).heldout.images
     chosen = torch.zeros(len(real), dtype=torch.bool)
     chosen[evenly_spaced(len(real), IMAGES)] = True

@@ -4,7 +4,7 @@ import torch
 
 from experiments.images import fpd, load
 from score.evaluate import evaluate
-from score.memorization import closer_than_third
+from score.memorization import closer_than_third, group_of
 
 K = 4
 STEPS = 18_000  # of default training: more than three times those at which it begins to copy
@@ -78,37 +78,46 @@ def real_images(data):
 
 
 def measure(images, data):
+    """The `numbers_of` uint8 images (N, 3, H, W) that a training on such data has generated."""
+    return numbers_of(images, *real_images(data))
+
+
+def numbers_of(images, training, repeated, heldout, groups=None):
     """{measure: number} of uint8 images (N, 3, H, W); shares are in [0, 1].
 
     fpd is that to the held-out images; a generator that draws the repeated images less often has a
     better one, and so `fpd of others` is that of the images whose nearest is no repeated one. `near
     copies` is the share of the rest. f_mem (Gu et al. 2023) is also taken of repeated images alone;
-    `extracted` counts those of which there is a copy."""
-    distinct, repeated, heldout = real_images(data)
-    numbers, (sq_distance, index) = evaluate(images, distinct)
+    `extracted` counts those of which there is a copy.
+
+    Args:
+        training, heldout: (M, 3, H, W) and (L, 3, H, W), uint8.
+        repeated: (M,) bool, which training images are repeated ones.
+        groups: (M,) int64, which training images are one and the same, altered; None: none are."""
+    numbers, (sq_distance, index) = evaluate(images, training, groups=groups)
     pixels = numbers["pixels"]
     copies, of_repeated = closer_than_third(sq_distance), repeated[index[:, 0]]
     return {
         "fpd": fpd(images, heldout),
         "fpd of others": fpd(images[~of_repeated.cpu()][:OTHER_IMAGES], heldout),
         "f_mem": pixels["f_mem"], "f_mem of copies": (copies & of_repeated).double().mean().item(),
-        "extracted": len(index[copies & of_repeated, 0].unique()),
+        "extracted": len(group_of(index[copies & of_repeated, 0], groups).unique()),
         "near copies": of_repeated.double().mean().item(),
         **{f"MQ@{p}": pixels["mq_fraction"][p] for p in ("15", "30")}, "images": len(images),
     }  # fmt: skip
 
 
-def floor(data_root):
+def floor(data):
     """What held-out real images reach in place of generated ones, and the fpd of training images."""
-    data = {**DATA, "data_root": data_root}
     distinct, repeated, heldout = real_images(data)
+    sets = {"the training set": load(**data).train.images, "distinct training images": distinct}
+    return measure(heldout, data) | fpd_of_real(heldout, sets, distinct[~repeated])
+
+
+def fpd_of_real(heldout, sets, single):
+    """The fpd of sets of real images, {name: (N, 3, H, W)}, and of single ones; "fpd": of halves."""
     shuffled = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
-    half = len(heldout) // 2
-    sets = {
-        "the training set": load(**data).train.images,
-        "distinct training images": distinct,
-        "single images": distinct[~repeated][:OTHER_IMAGES],
-    }
+    half, sets = len(heldout) // 2, {**sets, "single images": single[:OTHER_IMAGES]}
     fpds = {f"fpd of {name}": fpd(images, heldout) for name, images in sets.items()}
     of_halves = fpd(shuffled[:half], shuffled[half:])
-    return {**measure(heldout, data), "fpd": of_halves, "fpd of others": of_halves, **fpds}
+    return {"fpd": of_halves, "fpd of others": of_halves, **fpds}

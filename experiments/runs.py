@@ -22,8 +22,10 @@ import torch
 from absl.flags import FlagValues
 
 from diffusion import GaussianDiffusionSampler
-from experiments import cifar10, digits
-from score.generate import MeanPrediction, generate
+from experiments import altered, cifar10, digits
+from experiments.images import load
+from score.generate import MeanPrediction, generate_batches
+from score.reject import add_to_record, held_back, ratio_margin
 from training import build
 from training.flags import define, parse
 from training.resume import shard_files
@@ -34,8 +36,10 @@ from utils.files import read_json, write_json
 
 FILES = "stacked.json", "measured.json"  # what experiments.stacked and this module measure
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = {"cifar10": cifar10, "digits": digits}
-OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=")  # flags that change where files are moved
+EXPERIMENTS = {"altered": altered, "cifar10": cifar10, "digits": digits}
+LISTS = ("keep_list", "groups")  # flags that name files of the finder, known by their hashes
+# flags that change where files are moved
+OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=", *(f"--{name}=" for name in LISTS))
 
 # One training. flags: the command line of main_fed.py; data: arguments of `load`; start: a checkpoint, or
 # None; steps_per_round: over all shards; images: how many a measurement generates
@@ -49,13 +53,39 @@ def plan(experiment, out, data_root, scale=1.0):
     return [make_run(experiment, out, data_root, arm, seed, scale) for seed, arm in order if seed in seeds[arm]]
 
 
+def lists_of(experiment, out):
+    """The directory of the finder's files, of an experiment that uses them."""
+    return out / "runs" / experiment / "lists"
+
+
+def data_of(experiment, out, data_root):
+    """The arguments of `load` of an experiment."""
+    data = {**EXPERIMENTS[experiment].DATA, "data_root": data_root}
+    return data | {name: lists_of(experiment, out) / data[name] for name in LISTS if name in data}
+
+
+def find_copies(experiment, out, data_root):
+    """Run the finder on the images of an experiment, in seconds if it is done, for `lists_of`."""
+    lists = lists_of(experiment, out)
+    if (lists / "result.json").exists():
+        return
+    lists.mkdir(parents=True, exist_ok=True)
+    values = {**EXPERIMENTS[experiment].DATA, "data_root": data_root, "duplicates_dir": lists}
+    flags = [f"--{name}={value}" for name, value in values.items() if name not in LISTS]
+    call("duplicates.py", flags, lists / "duplicates.log")
+
+
 def make_run(experiment, out, data_root, arm, seed, scale):
     """The `Run` of an arm with a seed; the other arguments as for `plan`."""
     spec = EXPERIMENTS[experiment]
     own = dict(spec.ARMS[arm])
     batch = own.get("batch_size", spec.TRAINING["batch_size"])
-    data = {name: own.get(name, value) for name, value in spec.DATA.items()}
+    lists = lists_of(experiment, out)
+    own |= {name: lists / own[name] for name in LISTS if name in own}
+    data = {name: own.get(name, value) for name, value in data_of(experiment, out, data_root).items()}
     slots = data["num_train"] + data.get("duplicates", 0) * (data.get("copies", 1) - 1)
+    if own.keys() & {"keep_list", "balance_groups"}:  # one image of each group is kept
+        slots = len((lists / "keep.txt").read_text().splitlines())
     per_shard = slots if own.get("split") == "all" else slots // own["client_num"]
     per_epoch = own["client_num"] * (per_shard // batch)
     steps, start = round(own.pop("steps") * scale), own.pop("from", None)
@@ -64,10 +94,11 @@ def make_run(experiment, out, data_root, arm, seed, scale):
         epochs = spec.POINTS * max(1, round(epochs / spec.POINTS))
     rounds = 1 if one_round else max(2, round(steps / (epochs * per_epoch)))
     directory = out / "runs" / experiment / arm / f"seed{seed}"
+    log = directory.parents[1] / own.pop("of", arm) / directory.name / "log"
     values = {
-        **spec.DATA, **spec.NETWORK, **spec.TRAINING, **spec.SAMPLER, "train": True, "device": "cpu", "sample_step": 0,
+        **data, **spec.NETWORK, **spec.TRAINING, **spec.SAMPLER, "train": True, "device": "cpu", "sample_step": 0,
         "log_step": 500, "save_step": 0, **own, "local_epoch": epochs, "total_round": rounds, "seed": seed,
-        "logdir": directory / "log", "data_root": data_root,
+        "logdir": log,
     }  # fmt: skip
     if one_round:  # the shards' own networks are measured
         values |= {"save_step": epochs // spec.POINTS * (per_shard // batch), "keep": spec.POINTS}
@@ -78,7 +109,7 @@ def make_run(experiment, out, data_root, arm, seed, scale):
         start = values["check_dir"] = before.directory / "log" / round_name(max(1, round(spec.START * before.rounds)))
     lists = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
     line = [f"--{flag}={value}" for flag, given in lists.items() for value in given]
-    data, images = {**data, "data_root": data_root}, max(100, round(spec.IMAGES * scale))
+    images = max(100, round(spec.IMAGES * scale))
     return Run(experiment, arm, seed, directory, line, data, start, rounds, epochs * per_epoch, images)
 
 
@@ -127,8 +158,12 @@ def read_published(path, _):
     return found
 
 
-def check_published(path, planned):
-    """Raise a UsageError if a file of the command holds trainings that are none of the planned runs."""
+def check_published(path, planned, found):
+    """Raise a UsageError if a file of the command holds trainings that are none of the planned runs.
+
+    found: what the finder's files are now, or None."""
+    if path.exists() and read_json(path).get("lists") != found:
+        raise UsageError(f"{path}: was made with other lists of copies: choose another --out")
     own = {(run.arm, run.seed): settings(run.flags) for run in planned}
     for (arm, seed), found in published(path).items():
         if own.get((arm, seed)) != settings(found["flags"]):
@@ -156,20 +191,24 @@ def leave(*_):
 def train(run):
     """Train, in seconds if it is done; a DataError has the last line of a training that fails."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    log, environment = run.directory / "train.log", {**os.environ, "OMP_NUM_THREADS": "1"}
+    call("main_fed.py", run.flags, run.directory / "train.log")
+
+
+def call(script, flags, log):
+    """Run a script on one core; a DataError has the last line that it wrote to its log, if it fails."""
     with log.open("w") as file:
-        command = [sys.executable, "main_fed.py", *run.flags]
-        done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+        settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
+        done = subprocess.run([sys.executable, script, *flags], check=False, **settings)
     if done.returncode:
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise DataError(f"{log}: training failed: {said}")
+        raise DataError(f"{log}: {script} failed: {said}")
 
 
 def networks(run, values):
     """(about, files of the networks whose mean prediction is measured) of every point, in order.
 
     about: the steps made until there over all shards, and the steps one after the other."""
-    log, K = run.directory / "log", values.client_num
+    log, K = Path(values.logdir), values.client_num
     if run.start:
         yield {"steps": 0, "sequential": 0}, [run.start]
     if values.total_round > 1:
@@ -184,15 +223,35 @@ def networks(run, values):
         yield {"steps": step, "sequential": step, "network": "sub-model"}, paths[:1]
 
 
+def generate(run, values, sampler):
+    """(uint8 images (N, 3, H, W), {} or what is said of those that were held back) of a sampler."""
+    margin = None
+    if values.reject_below is not None:
+        data = load(**run.data)
+        real = {"training": data.train.images, "groups": data.groups}
+        margin = functools.partial(ratio_margin, **real, below=values.reject_below)
+    images, record = [], {}
+    for made, _, *of_tries in generate_batches(sampler, run.images, 512, run.seed, margin=margin):
+        images.append(made)
+        if of_tries:
+            add_to_record(record, *of_tries)
+    return torch.cat(images), held_back(record)
+
+
 def work(run):
-    """Train one run and measure the EMA weights of its checkpoints, on one thread."""
+    """Train one run and measure the EMA weights of its checkpoints, on one thread.
+
+    The checkpoints may be those of another arm: then that arm trains them."""
     if not multiprocessing.parent_process().is_alive():
         sys.exit()  # killed: what is still in the queue is for another time
     values = values_of(run.flags)
-    if run.start and not run.start.exists():
-        return  # the training that it starts from comes first, another time
-    train(run)
-    seconds = read_json(run.directory / "log/train.json")["seconds"]
+    trained, is_own = Path(values.logdir) / "train.json", Path(values.logdir).parent == run.directory
+    if (run.start and not run.start.exists()) or (not is_own and not trained.exists()):
+        return  # the training that it needs comes first, another time
+    if is_own:
+        train(run)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    seconds = read_json(trained)["seconds"]
     result = measured(run, FILES[1:]) | {"device": "cpu", "stacked": False, "seconds": seconds}
     for about, paths in list(networks(run, values))[len(result["points"]) :]:
         nets = []
@@ -202,8 +261,8 @@ def work(run):
             load_weights(nets[-1], weights_in(state, True, path), path)
         sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
         with contextlib.redirect_stderr(io.StringIO()):  # bars of processes would overwrite each other
-            images = generate(sampler, run.images, 512, run.seed)
-        result["points"].append({**about, **measure(run, images)})
+            images, said = generate(run, values, sampler)
+        result["points"].append({**about, **measure(run, images), **said})
         write_json(run.directory / "measured.json", result)
     write_json(run.directory / "measured.json", result | {"complete": True})
 

@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments import cifar10, digits
+from experiments import altered, cifar10, digits
 from experiments.matched import COPIES, at_quality, best_without_copying, corrected, onset, paths_of, welch
 from experiments.runs import EXPERIMENTS, ROOT
 from score.compare import markdown_table
+from training.watch import best_of
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
@@ -26,9 +27,8 @@ FORMS |= {f"MQ@{p} above": "{:+.1%}" for p in ("15", "30", "50")}
 NAMES = {"swd": "SWD"}  # of measures that are called otherwise in a table
 SHOWN_BELOW = 0.05  # p after Holm's correction
 
-# of each the best hundredth that default training and more than half of the others reach in all seeds
-QUALITY = {"fpd of others": 0.12, "fpd": 0.3}
-COMPARED = {"fpd of others": ("f_mem", "MQ@15"), "fpd": ("f_mem", "extracted")}  # there
+# at a `common_quality` by each of these distances
+COMPARED = {"fpd of others": ("f_mem", "MQ@15"), "fpd": ("f_mem", "extracted")}
 ALL_DIGITS = digits.MAIN | digits.OTHERS
 DRAWN = (
     *digits.MAIN, "spread IET", "spread IET-AGC", "clustered score ensemble", "spread score ensemble", "local SGD"
@@ -94,14 +94,23 @@ def after_steps(paths, count, steps, measures):
 
 
 def digits_arms(result):
-    """All arms after as many steps in a row, and at two qualities, where others are less the default.
-
-    By Welch's t; bold is what Holm's correction over the table leaves."""
+    """All arms after as many steps in a row, then `compared_arms`."""
     steps, measures = digits.ENSEMBLE["steps"] // digits.K, ("fpd of others", "f_mem", "MQ@15")
-    columns = [(axis, measure) for axis in COMPARED for measure in COMPARED[axis]]
     found = dict(trainings(result, ALL_DIGITS))
+    first = {arm: after_steps(paths, "sequential", steps, measures) for arm, paths in found.items()}
+    return compared_arms(found, [f"{m}, {steps:,} in a row" for m in measures], first)
+
+
+def compared_arms(found, names, first):
+    """All arms at two qualities, where others are less the default.
+
+    By Welch's t; bold is what Holm's correction over the table leaves.
+
+    found: {arm: {seed: its points}}; names: of the columns before; first: {arm: their cells}."""
+    columns = [(axis, measure) for axis in COMPARED for measure in COMPARED[axis]]
+    quality = {axis: common_quality(found, axis) for axis in COMPARED}
     values = {
-        (arm, *column): [at_quality(path, QUALITY[column[0]], column[1], column[0]) for path in paths.values()]
+        (arm, *column): [at_quality(path, quality[column[0]], column[1], column[0]) for path in paths.values()]
         for arm, paths in found.items()
         for column in columns
     }
@@ -111,12 +120,34 @@ def digits_arms(result):
         is_difference = key in compared and np.isfinite(values[key]).all()
         return in_bold(compared[key], key[-1]) if is_difference else spread(values[key], key[-1])
 
-    rows = []
-    for arm, paths in found.items():
-        after = after_steps(paths, "sequential", steps, measures)
-        rows.append([f"{arm}, {len(paths)}", *after, *(cell((arm, *column)) for column in columns)])
-    header = [*(f"{m}, {steps:,} in a row" for m in measures), *(f"{m} at {x} {QUALITY[x]:g}" for x, m in columns)]
-    return ["arm, seeds", *header], rows
+    rows = [
+        [f"{arm}, {len(paths)}", *first[arm], *(cell((arm, *column)) for column in columns)]
+        for arm, paths in found.items()
+    ]
+    return ["arm, seeds", *names, *(f"{m} at {x} {quality[x]:g}" for x, m in columns)], rows
+
+
+def common_quality(found, axis):
+    """The best hundredth that default training and more than half of the other arms reach in all seeds."""
+    reached = {arm: max(min(p[axis] for p in path) for path in paths.values()) for arm, paths in found.items()}
+    own = reached.pop("default", 0.0)
+    others = sorted(reached.values())
+    return math.ceil(100 * max([own, *others[len(others) // 2 :][:1]])) / 100
+
+
+def altered_arms(result):
+    """All arms after all steps, then `compared_arms`; below them what best.json would name."""
+    measures, found = ("fpd of others", "f_mem", "extracted"), dict(trainings(result, altered.ARMS))
+    ends = {arm: cells([path[-1] for path in paths.values()], measures) for arm, paths in found.items()}
+    header, rows = compared_arms(found, [f"{m}, all steps" for m in measures], ends)
+    for arm in altered.WATCHED:
+        if paths := found.get(arm):
+            none = dict.fromkeys(("steps", *measures), math.nan)
+            best = [best_of(path, "fpd") or none for path in paths.values()]
+            steps = spread([point["steps"] for point in best], "steps")
+            rows.append([f"{arm}, best.json: step {steps}, {len(paths)}", *cells(best, measures)])
+            rows[-1] += [""] * (len(header) - len(rows[-1]))
+    return header, rows
 
 
 def digits_fine_tuned(result):
@@ -184,12 +215,13 @@ def cifar10_sizes(result):
 TABLES = {
     "digits arms": digits_arms,
     "digits fine-tuned": digits_fine_tuned,
+    "altered arms": altered_arms,
     "cifar10 primary": cifar10_primary,
     "cifar10 in all": functools.partial(cifar10_steps, count="steps", steps=cifar10.STEPS, how="in all"),
     "cifar10 in a row": functools.partial(cifar10_steps, count="sequential", steps=IN_A_ROW, how="in a row"),
     "cifar10 sizes": cifar10_sizes,
 }
-PRINTED = {"digits": digits_arms, "cifar10": cifar10_primary}
+PRINTED = {"altered": altered_arms, "digits": digits_arms, "cifar10": cifar10_primary}
 
 
 def filled(text, results):
@@ -213,7 +245,7 @@ def shown(experiment, result):
 def plot(experiment, path, result):
     """The figure of an experiment, as a PNG file."""
     figure = Figure(layout="constrained")
-    axes = {"digits": draw_digits, "cifar10": draw_cifar10}[experiment](figure, result)
+    axes = DRAW[experiment](figure, result)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5)
     with atomic_write(path) as file:
@@ -233,14 +265,14 @@ def draw(axis, x, y, result, arms):
         axis.errorbar(means[x], means[y], xerr=bars[x], yerr=bars[y], label=arm, **look)
 
 
-def draw_digits(figure, result):
+def draw_digits(figure, result, arms=DRAWN):
     """Memorisation over quality and over steps; returns the axes."""
     figure.set_size_inches(12, 8)
     axes = figure.subplots(2, 2)
     labels = {"extracted": f"repeated images copied, of {result['data']['duplicates']}", "f_mem": "f_mem"}
     for row, (measure, label) in zip(axes, labels.items(), strict=True):
         for axis, x in zip(row, ("fpd of others", "steps"), strict=True):
-            draw(axis, x, measure, result, DRAWN)
+            draw(axis, x, measure, result, arms)
         what = "fpd of images not near repeated ones (less is better)"
         row[0].set(xlabel=what, ylabel=label, xscale="log", xlim=(None, 1))
         row[1].set(xlabel=f"gradient steps in all (over {digits.K} shards)")
@@ -269,6 +301,10 @@ def draw_cifar10(figure, result):
     axes[0].set(xscale="log", ylabel=f"{measure} the floor (dashed: copying begins)")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     return axes
+
+
+DRAW = {"digits": draw_digits, "cifar10": draw_cifar10}
+DRAW["altered"] = functools.partial(draw_digits, arms=altered.ARMS)
 
 
 def read_results():

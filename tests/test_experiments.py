@@ -15,13 +15,16 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from PIL import Image
 
 from experiments import __main__ as experiments
-from experiments import cifar10, digits, images, runs, tables
+from experiments import altered, cifar10, digits, images, runs, tables
 from experiments.matched import at_quality, best_without_copying, corrected, holm, onset, welch
 from score.swd import sliced_wasserstein
 from tests.commands import ROOT, environment
+from training import build
 from utils.errors import DataError, UsageError
+from utils.name_lists import write_names, write_table
 
 
 def test_memorisation_at_a_quality_by_hand():
@@ -109,6 +112,7 @@ def test_the_measures_by_brute_force(monkeypatch):
 def test_arms_have_the_steps_they_say(tmp_path):
     data = images.load(**digits.DATA, data_root="")
     assert len(data.train.images) == 4000 and len(data.heldout.images) == 2980
+    write_lists(runs.lists_of("altered", tmp_path))
     for name, spec in runs.EXPERIMENTS.items():
         planned = runs.plan(name, tmp_path, "data")
         assert len({run.directory for run in planned}) == len(planned) and {run.arm for run in planned} == set(
@@ -118,13 +122,58 @@ def test_arms_have_the_steps_they_say(tmp_path):
         for run in planned:
             values = runs.values_of(run.flags)
             slots = values.num_train + values.duplicates * (values.copies - 1)
-            size = slots if values.split == "all" else slots // values.client_num
-            assert run.steps_per_round == values.client_num * values.local_epoch * (size // values.batch_size)
+            sizes = [slots if values.split == "all" else slots // values.client_num] * values.client_num
+            if name == "altered":
+                data = images.load(**run.data, keep_list=values.keep_list)
+                sizes = build.sizes(values, data, build.slots(values, data))
+            steps = sum(size // values.batch_size for size in sizes)
+            assert run.steps_per_round == values.local_epoch * steps
             assert run.rounds * run.steps_per_round == pytest.approx(spec.ARMS[run.arm]["steps"], rel=0.04), run.arm
             if name == "cifar10":
                 assert run.rounds == (1 if run.arm == "score ensemble" else 20) and not values.duplicates
-            else:
+            elif name == "digits":
                 assert digits.real_images(run.data)[0].shape == (2020, 3, values.img_size, values.img_size)
+
+
+def write_lists(folder):
+    """What the finder would write of the altered copies if it found all of them but one, and two more."""
+    data = {**altered.DATA, "data_root": ""}
+    del data["groups"]
+    names = images.load(**data).train.names
+    wrong = {names[0]: names[1], names[-1]: names[-1]}  # two single images as one, and a copy on its own
+    group_of = {name: wrong.get(name, altered.original(name)) for name in names}
+    folder.mkdir(parents=True)
+    write_table(folder / "groups.csv", ("group", "image"), [(group, name) for name, group in group_of.items()])
+    kept = {group: name for name, group in group_of.items()}
+    write_names(folder / "keep.txt", kept.values())
+    assert len(kept) == 2020
+
+
+def test_the_measures_with_groups_by_brute_force():
+    """Copies of an image that is there three times, altered, and of one that is there once."""
+    random = torch.Generator().manual_seed(0)
+    training, heldout, generated = (
+        torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=random) for n in (60, 20, 100)
+    )
+    training[20:40] = training[:20] ^ 1
+    training[40:50] = training[:10] ^ 2
+    groups = torch.cat([torch.arange(20), torch.arange(20), torch.arange(10), torch.arange(20, 30)])
+    generated[:6], generated[6] = training[[3, 23, 43, 4, 24, 15]] ^ 4, training[55] ^ 4
+    repeated = torch.arange(60) < 50
+    numbers = digits.numbers_of(generated, training, repeated, heldout, groups)
+    distance = np.square(generated.flatten(1).numpy()[:, None] / 255.0 - training.flatten(1).numpy() / 255.0).sum(
+        axis=2
+    )
+    copied, below = [], 0
+    for row in distance:
+        nearest = row.argmin()
+        others = np.sort(row[groups != groups[nearest]])
+        copied += [nearest] if 9 * row[nearest] < others[0] else []
+        below += row[nearest] < 0.15 * np.mean([row[nearest], *others[:49]])
+    assert numbers["f_mem"] == len(copied) / 100 == 0.07 and numbers["MQ@15"] == below / 100
+    assert numbers["extracted"] == 3 and numbers["f_mem of copies"] == 0.06
+    without = digits.numbers_of(generated, training, repeated, heldout)
+    assert without["f_mem"] == 0.01  # which sees none of those
 
 
 def test_the_measures_of_cifar10_by_brute_force(tmp_path, monkeypatch):
@@ -149,7 +198,7 @@ def test_the_measures_of_cifar10_by_brute_force(tmp_path, monkeypatch):
     assert numbers["extracted"] == 5 and numbers["f_mem"] >= 0.05
     assert numbers["swd"] == sliced_wasserstein(heldout, generated)["16"]
     assert numbers["fpd"] == images.fpd(generated, heldout)
-    real = cifar10.floor(tmp_path)
+    real = cifar10.floor(data)
     assert real["MQ@30 above"] == 0 and real["fpd"] > 0 and real["swd"] > 0
 
 
@@ -194,6 +243,35 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     assert again["points"] == result["points"] and again["trainings"] == result["trainings"]
     with pytest.raises(UsageError, match="other flags: choose another --out"):
         experiments.main([*command[:1], "--scale=0.01", *command[2:]])
+
+
+def test_the_experiment_on_altered_copies(tmp_path, monkeypatch):
+    """A trial with the finder, and with checkpoints that two arms have."""
+    chosen = ["default", "keep list", "together IET-AGC", "held back"]
+    of_digits = images.load(dataset="digits", img_size=8, data_root="").train.images[:110]
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(of_digits):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"images/{i}.png")
+    data = {**altered.DATA, "dataset": "folder", "num_train": 80, "duplicates": 4, "copies": 20}
+    monkeypatch.setattr(altered, "DATA", data)
+    monkeypatch.setattr(altered, "SEEDS", dict.fromkeys(chosen, range(1, 2)))
+    monkeypatch.setattr(altered, "ARMS", {arm: altered.ARMS[arm] for arm in chosen})
+    flags = ["--experiment=altered", "--scale=0.0005", "--processes=1"]
+    command = [*flags, f"--out={tmp_path}", f"--data_root={tmp_path}/images"]
+    experiments.main(command)
+    result, lists = json.loads((tmp_path / "altered.json").read_text()), tmp_path / "runs/altered/lists"
+    assert [training["arm"] for training in result["trainings"]] == chosen
+    points = {arm: [point for point in result["points"] if point["arm"] == arm] for arm in chosen}
+    assert len(points["held back"]) == len(points["default"]) > 1
+    assert all(0 <= point["held_back"]["share"] <= 1 for point in points["held back"])
+    found, said = result["lists"], json.loads((lists / "result.json").read_text())
+    assert found["kept"] == said["kept"] == sum(found["copies kept of each"]) + found["single images kept"]
+    assert found["true pairs found"] + found["false pairs"] == said["pairs"]["train near"]
+    assert found["true pairs"] == 760 and found["true pairs found"] > 380 and found["single images"] == 76
+    check_tables("altered", result)
+    (lists / "keep.txt").write_text("0.png\n")
+    with pytest.raises(UsageError, match="other lists of copies: choose another --out"):
+        experiments.main(command)
 
 
 def check_tables(experiment, result):

@@ -71,7 +71,7 @@ class Watch:
         begin = time.perf_counter()
         found = {"step": step, **self.measure(networks)}
         self.measurements.append(found)
-        if at_least(BEST_ABOVE, found[ABOVE]) and self.is_better(found):
+        if best_of([found], self.criterion, self.best) is found:
             kept = distributed.gather([self.save(self.logdir, state) for state in states])
             # in the order of the shards, of which process p of P has every P-th from p on
             names = itertools.chain(*itertools.zip_longest(*(kept or ())))
@@ -84,8 +84,13 @@ class Watch:
             write_json(self.logdir / "best.json", record)
             self.tidy(self.logdir, name.split(",") if name else [])
 
-    def is_better(self, found):
-        return self.best is None or found[self.criterion] < self.best[self.criterion]
+
+def best_of(measurements, criterion, best=None):
+    """The measurement of the lowest criterion among those that copy little; `best` if none is below it."""
+    for found in measurements:
+        if at_least(BEST_ABOVE, found[ABOVE]) and (best is None or found[criterion] < best[criterion]):
+            best = found
+    return best
 
 
 def at_least(share, other):
