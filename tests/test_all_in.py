@@ -25,6 +25,7 @@ from tests.inception_weights import write_weights
 from tests.networks import TINY_FLAGS, tiny_unet, visible
 from training import build
 from training.flags import check
+from training.logdir import UNRECORDED
 from utils.errors import DataError, UsageError
 from utils.files import file_hash, lock_directory
 from utils.name_lists import GROUP_COLUMNS, write_table
@@ -144,7 +145,7 @@ def test_result_says_everything(evaluated, checkpoint):
     assert page.startswith("<!DOCTYPE html>") and f"{result['fpd']:.3f}" in page and "held-out real images" in page
     assert result["fpd"] > 0 and "fid" not in result and result["non_finite_images"] == 0
     assert result["flags"]["ch_mult"] == [2] and result["warning"] is None
-    assert result["training"] == {"lr": 0.2, "seed": 5, "changed": ["lr: 0.1, then 0.2"]}
+    assert result["training"] == UNRECORDED | {"lr": 0.2, "seed": 5, "changed": ["lr: 0.1, then 0.2"]}
     assert result["origin"]["steps"] == 4 and result["origin"]["seed"] == 12 and result["origin"]["weights"] == "ema"
     lines = (evaluated / "grid/result.txt").read_text().splitlines()
     assert lines[0].startswith("(nan, nan), fpd: (")

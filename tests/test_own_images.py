@@ -13,7 +13,7 @@ from score.features import pooled
 from score.fid import precision_recall
 from score.samples import content_order
 from tests.commands import eval_flags, run, values_of
-from training.logdir import read_run
+from training.logdir import UNRECORDED, read_run
 from training.recorded import default_resize
 
 SIZE = 8
@@ -192,7 +192,7 @@ def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):
     assert "--resize=crop" in said
     old = {"script": "main", "dataset": "cifar10", "hflip": False}
     path.write_text(json.dumps({"settings": old, "changes": []}))
-    assert read_run(path)["settings"] == old | {"resize": "squeeze", "hflip": True}
+    assert read_run(path)["settings"] == UNRECORDED | old | {"resize": "squeeze", "hflip": True}
     path.write_text(json.dumps({"settings": old | {"resize": "crop"}, "changes": []}))
     assert read_run(path)["settings"]["hflip"] is False
 
