@@ -81,9 +81,9 @@ def result_of(spec, complete, data, found):
     data: the arguments of `load`; found: what the finder found, or None."""
     trainings, points = [], []
     for run in complete:
-        of_run, found = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
-        trainings.append(of_run | {name: found.get(name) for name in ("device", "stacked", "seconds")})
-        points += [of_run | point for point in found["points"]]
+        of_run, measured = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
+        trainings.append(of_run | {name: measured.get(name) for name in ("device", "stacked", "seconds")})
+        points += [of_run | point for point in measured["points"]]
     own = (*runs.OF_PLACES, "--seed=")
     lists = {"lists": found} if found else {}
     return {

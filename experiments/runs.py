@@ -159,9 +159,12 @@ def read_published(path, _):
 
 
 def check_published(path, planned, found):
-    """Raise a UsageError if a file of the command holds trainings that are none of the planned runs.
+    """Check that a file of the command holds trainings of the planned runs only.
 
-    found: what the finder's files are now, or None."""
+    found: what the finder's files are now, or None.
+
+    Raises:
+        UsageError: it holds others, or they were made with other lists."""
     if path.exists() and read_json(path).get("lists") != found:
         raise UsageError(f"{path}: was made with other lists of copies: choose another --out")
     own = {(run.arm, run.seed): settings(run.flags) for run in planned}
