@@ -95,9 +95,9 @@ def result_of(spec, complete, data, found):
     data: of `spec.floor`; found: what the finder found, or None."""
     trainings, points = [], []
     for run in complete:
-        of_run, found = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
-        trainings.append(of_run | {name: found.get(name) for name in ("device", "stacked", "seconds")})
-        points += [of_run | point for point in found["points"]]
+        of_run, its = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
+        trainings.append(of_run | {name: its.get(name) for name in ("device", "stacked", "seconds")})
+        points += [of_run | point for point in its["points"]]
     own = (*runs.OF_PLACES, "--seed=")
     lists = {"lists": found} if found else {}
     return {
