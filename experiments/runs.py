@@ -243,8 +243,6 @@ def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread.
 
     The checkpoints may be those of another arm: then that arm trains them."""
-    if not multiprocessing.parent_process().is_alive():
-        sys.exit()  # killed: what is still in the queue is for another time
     values = values_of(run.flags)
     trained, is_own = Path(values.logdir) / "train.json", Path(values.logdir).parent == run.directory
     if (run.start and not run.start.exists()) or (not is_own and not trained.exists()):
@@ -280,6 +278,13 @@ def measure_all(run, seconds, points):
     write_json(run.directory / "measured.json", result | {"complete": True})
 
 
+def next_of(work, run):
+    """Call work(run) in a process of the pool."""
+    if not multiprocessing.parent_process().is_alive():
+        sys.exit()  # killed: what is still in the queue is for another time
+    work(run)
+
+
 def work_all(runs, deadline, processes, work=work):
     """`work` of all runs that are not complete, until the deadline; returns those that are complete."""
     missing = [run for run in runs if not measured(run)["complete"]]
@@ -289,7 +294,7 @@ def work_all(runs, deadline, processes, work=work):
             progress_bar(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):
-            done = pool.imap_unordered(work, missing)
+            done = pool.imap_unordered(functools.partial(next_of, work), missing)
             for _ in missing:
                 done.next(deadline - time.time())
                 bar.update()
