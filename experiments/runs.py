@@ -160,9 +160,12 @@ def read_published(path, _):
 
 
 def check_published(path, planned, found):
-    """Raise a UsageError if a file of the command holds trainings that are none of the planned runs.
+    """Check that all trainings in a file of the command are planned runs.
 
-    found: what the finder's files are now, or None."""
+    found: what the finder's files are now, or None.
+
+    Raises:
+        UsageError: they are not."""
     if path.exists() and read_json(path).get("lists") != found:
         raise UsageError(f"{path}: was made with other lists of copies: choose another --out")
     own = {(run.arm, run.seed): settings(run.flags) for run in planned}
