@@ -92,12 +92,12 @@ def prepare(experiment, out, data_root, scale):
 def result_of(spec, complete, data, found):
     """What the file of an experiment says of the runs that are complete: JSON values.
 
-    data: of `spec.floor`; found: what the finder found, or None."""
+    data: the arguments of `load`, or of lora.py its `make`; found: what the finder found, or None."""
     trainings, points = [], []
     for run in complete:
-        of_run, its = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
-        trainings.append(of_run | {name: its.get(name) for name in ("device", "stacked", "seconds")})
-        points += [of_run | point for point in its["points"]]
+        of_run, measured = {"arm": run.arm, "seed": run.seed}, runs.measured(run)
+        trainings.append(of_run | {name: measured.get(name) for name in ("device", "stacked", "seconds")})
+        points += [of_run | point for point in measured["points"]]
     own = (*runs.OF_PLACES, "--seed=")
     lists = {"lists": found} if found else {}
     return {

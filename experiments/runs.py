@@ -160,12 +160,12 @@ def read_published(path, _):
 
 
 def check_published(path, planned, found):
-    """Check that all trainings in a file of the command are planned runs.
+    """Check that a file of the command holds trainings of the planned runs only.
 
     found: what the finder's files are now, or None.
 
     Raises:
-        UsageError: they are not."""
+        UsageError: it holds others, or they were made with other lists."""
     if path.exists() and read_json(path).get("lists") != found:
         raise UsageError(f"{path}: was made with other lists of copies: choose another --out")
     own = {(run.arm, run.seed): settings(run.flags) for run in planned}
