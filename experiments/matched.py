@@ -45,9 +45,9 @@ def at_first(path, axis, compare, level, measure):
     return float(np.interp(level, *zip(*ends, strict=True)))
 
 
-def best_without_copying(path, axis):
+def best_without_copying(path, axis, copies=COPIES):
     """The best quality of the checkpoints of a training that do not copy; NaN if all of them do."""
-    measure, limit = COPIES
+    measure, limit = copies
     return min((point[axis] for point in path if point[measure] <= limit), default=float("nan"))
 
 

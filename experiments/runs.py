@@ -40,6 +40,7 @@ EXPERIMENTS = {"altered": altered, "cifar10": cifar10, "digits": digits}
 LISTS = ("keep_list", "groups")  # flags that name files of the finder, known by their hashes
 # flags that change where files are moved
 OF_PLACES = ("--logdir=", "--check_dir=", "--data_root=", *(f"--{name}=" for name in LISTS))
+OF_PLACES += ("--pretrained=", "--captions=")
 
 # One training. flags: the command line of main_fed.py; data: arguments of `load`; start: a checkpoint, or
 # None; steps_per_round: over all shards; images: how many a measurement generates
@@ -198,10 +199,10 @@ def train(run):
 
 
 def call(script, flags, log):
-    """Run a script on one core; a DataError has the last line that it wrote to its log, if it fails."""
+    """Run a script, or "-m module", on one core; a DataError has its log's last line, if it fails."""
     with log.open("w") as file:
         settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
-        done = subprocess.run([sys.executable, script, *flags], check=False, **settings)
+        done = subprocess.run([sys.executable, *script.split(), *flags], check=False, **settings)
     if done.returncode:
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise DataError(f"{log}: {script} failed: {said}")
@@ -245,32 +246,49 @@ def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread.
 
     The checkpoints may be those of another arm: then that arm trains them."""
-    if not multiprocessing.parent_process().is_alive():
-        sys.exit()  # killed: what is still in the queue is for another time
     values = values_of(run.flags)
     trained, is_own = Path(values.logdir) / "train.json", Path(values.logdir).parent == run.directory
     if (run.start and not run.start.exists()) or (not is_own and not trained.exists()):
         return  # the training that it needs comes first, another time
     if is_own:
         train(run)
+    measure_paths = functools.partial(measure_networks, run, values)
+    found = networks(run, values)
+    points = [(about, functools.partial(measure_paths, paths)) for about, paths in found]
     run.directory.mkdir(parents=True, exist_ok=True)
-    seconds = read_json(trained)["seconds"]
+    measure_all(run, read_json(trained)["seconds"], points)
+
+
+def measure_networks(run, values, paths):
+    """The numbers of images by the mean prediction of the EMA weights in files."""
+    nets = []
+    for path in paths:
+        state = load_checkpoint(path)
+        nets.append(build.unet(values, state, path).eval())
+        load_weights(nets[-1], weights_in(state, True, path), path)
+    sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
+    images, said = generate(run, values, sampler)
+    return {**measure(run, images), **said}
+
+
+def measure_all(run, seconds, points):
+    """Measure what is missing of the points, (about, function), of a training that took so long."""
     result = measured(run, FILES[1:]) | {"device": "cpu", "stacked": False, "seconds": seconds}
-    for about, paths in list(networks(run, values))[len(result["points"]) :]:
-        nets = []
-        for path in paths:
-            state = load_checkpoint(path)
-            nets.append(build.unet(values, state, path).eval())
-            load_weights(nets[-1], weights_in(state, True, path), path)
-        sampler = GaussianDiffusionSampler(MeanPrediction(nets), **build.sampler_settings(values))
+    for about, numbers_of in points[len(result["points"]) :]:
         with contextlib.redirect_stderr(io.StringIO()):  # bars of processes would overwrite each other
-            images, said = generate(run, values, sampler)
-        result["points"].append({**about, **measure(run, images), **said})
+            result["points"].append({**about, **numbers_of()})
         write_json(run.directory / "measured.json", result)
     write_json(run.directory / "measured.json", result | {"complete": True})
 
 
-def work_all(runs, deadline, processes):
+def next_of(work, run):
+    """Call work(run) in a process of the pool."""
+    if not multiprocessing.parent_process().is_alive():
+        sys.exit()  # killed: what is still in the queue is for another time
+    work(run)
+
+
+def work_all(runs, deadline, processes, work=work):
     """`work` of all runs that are not complete, until the deadline; returns those that are complete."""
     missing = [run for run in runs if not measured(run)["complete"]]
     if missing and time.time() < deadline:
@@ -279,7 +297,7 @@ def work_all(runs, deadline, processes):
             progress_bar(total=len(missing), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):
-            done = pool.imap_unordered(work, missing)
+            done = pool.imap_unordered(functools.partial(next_of, work), missing)
             for _ in missing:
                 done.next(deadline - time.time())
                 bar.update()

@@ -1,4 +1,4 @@
-"""What docs/RESULTS.md shows of results/*.json: tables, in places that the document marks, and figures.
+"""What the documents show of results/*.json: tables, in places that they mark, and figures.
 
 python -m experiments.tables
 """
@@ -12,18 +12,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments import altered, cifar10, digits
+from experiments import altered, cifar10, digits, lora, lora_rates, runs
 from experiments.matched import COPIES, at_quality, best_without_copying, corrected, onset, paths_of, welch
-from experiments.runs import EXPERIMENTS, ROOT
+from experiments.runs import ROOT
 from score.compare import markdown_table
 from training.watch import best_of
 from utils import startup
 from utils.files import atomic_write, read_json, write_text
 
-DOCUMENT = ROOT / "docs/RESULTS.md"
+EXPERIMENTS = runs.EXPERIMENTS | {"lora": lora, "lora_rates": lora_rates}
+DOCUMENTS = ROOT / "docs/RESULTS.md", ROOT / "docs/TEXT_TO_IMAGE.md"
 FORMS = {"fpd": "{:.3f}", "fpd of others": "{:.3f}", "swd": "{:.1f}", "f_mem": "{:.2%}", "extracted": "{:.1f}"}
 FORMS |= {"near copies": "{:.1%}", "steps": "{:,.0f}", "MQ@15": "{:.1%}"}
 FORMS |= {f"MQ@{p} above": "{:+.1%}" for p in ("15", "30", "50")}
+FORMS |= {"own_image above": "{:+.1%}", "f_mem above": "{:+.1%}", "similarity above": "{:+.3f}"}
 NAMES = {"swd": "SWD"}  # of measures that are called otherwise in a table
 SHOWN_BELOW = 0.05  # p after Holm's correction
 
@@ -212,6 +214,39 @@ def cifar10_sizes(result):
     return ["images", "seeds", "copies from step", "best fpd", "at step", "best SWD", "at step"], rows
 
 
+def lora_arms(result):
+    """The best quality without copying of every arm, its difference to the default, and the ends.
+
+    By Welch's t; p is that after Holm's correction over the table."""
+    measures = ("own_image above", "f_mem above", "similarity above", "fpd")
+    found = dict(trainings(result, lora.ARMS))
+    best = {
+        (arm,): [best_without_copying(path, "fpd", lora.COPIES) for path in paths.values()]
+        for arm, paths in found.items()
+    }
+    compared, rows = differences(best, "default"), []
+    for arm, paths in found.items():
+        rows.append([f"{arm}, {len(paths)}", spread(best[arm,], "fpd"), "", ""])
+        if less := compared.get((arm,)):
+            rows[-1][2:] = with_interval(less, "fpd"), p_value(less[-1])
+        rows[-1] += cells([path[-1] for path in paths.values()], measures)
+    header = ["arm, seeds", "best fpd without copying", "difference to default", "p"]
+    return header + [f"{measure.replace('_image', ' image')}, all steps" for measure in measures], rows
+
+
+def lora_grid(result):
+    """The fpd of every rank with every rate, and the rate that has the lowest."""
+    fpds = {point["arm"]: f"{point['fpd']:.3f}" for point in result["points"] if point["steps"]}
+    chosen = lora_rates.chosen(result["points"])
+    rows = [
+        [rank or "whole UNet", *(fpds.get(lora_rates.name_of(rank, lr), "-") for lr in lora_rates.GRID)]
+        for rank in lora.RATES
+    ]
+    for row, rank in zip(rows, lora.RATES, strict=True):
+        row.append(f"{chosen[rank]:g}" if rank in chosen else "-")
+    return ["rank", *(f"fpd, lr {lr:g}" for lr in lora_rates.GRID), "chosen"], rows
+
+
 TABLES = {
     "digits arms": digits_arms,
     "digits fine-tuned": digits_fine_tuned,
@@ -220,8 +255,11 @@ TABLES = {
     "cifar10 in all": functools.partial(cifar10_steps, count="steps", steps=cifar10.STEPS, how="in all"),
     "cifar10 in a row": functools.partial(cifar10_steps, count="sequential", steps=IN_A_ROW, how="in a row"),
     "cifar10 sizes": cifar10_sizes,
+    "lora arms": lora_arms,
+    "lora_rates grid": lora_grid,
 }
 PRINTED = {"altered": altered_arms, "digits": digits_arms, "cifar10": cifar10_primary}
+PRINTED |= {"lora": lora_arms, "lora_rates": lora_grid}
 
 
 def filled(text, results):
@@ -243,7 +281,9 @@ def shown(experiment, result):
 
 
 def plot(experiment, path, result):
-    """The figure of an experiment, as a PNG file."""
+    """The figure of an experiment that has one, as a PNG file."""
+    if experiment not in DRAW:
+        return
     figure = Figure(layout="constrained")
     axes = DRAW[experiment](figure, result)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -303,7 +343,24 @@ def draw_cifar10(figure, result):
     return axes
 
 
-DRAW = {"digits": draw_digits, "cifar10": draw_cifar10}
+def draw_lora(figure, result):
+    """Three kinds of copying over quality, above what held-out images reach. Returns the axes."""
+    figure.set_size_inches(12, 5)
+    axes = figure.subplots(1, 3)
+    measure, limit = lora.COPIES
+    for axis, name in zip(axes, ("own_image above", "f_mem above", "similarity above"), strict=True):
+        draw(axis, "fpd", name, result, lora.ARMS)
+        axis.axhline(0, color="gray", linewidth=0.7)
+        axis.set_xlabel("fpd to held-out images (less is better)")
+        axis.set_ylabel(f"{name.replace('_image', ' image')} the floor")
+        if name == measure:
+            axis.axhline(limit, color="gray", linewidth=0.7, linestyle="--")
+        if "%" in FORMS[name]:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return axes
+
+
+DRAW = {"digits": draw_digits, "cifar10": draw_cifar10, "lora": draw_lora}
 DRAW["altered"] = functools.partial(draw_digits, arms=altered.ARMS)
 
 
@@ -314,7 +371,8 @@ def read_results():
 
 
 def main():
-    write_text(DOCUMENT, filled(DOCUMENT.read_text(), read_results()))
+    for document in DOCUMENTS:
+        write_text(document, filled(document.read_text(), read_results()))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,16 @@ import torch
 from PIL import Image
 
 from experiments import __main__ as experiments
-from experiments import altered, cifar10, digits, images, runs, tables
+from experiments import altered, cifar10, digits, images, lora, lora_rates, runs, tables
 from experiments.matched import at_quality, best_without_copying, corrected, holm, onset, welch
 from score.swd import sliced_wasserstein
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, environment, forking_python, run_module
+from tests.text_files import save_captions, save_images, saved_pipeline
 from training import build
 from utils.errors import DataError, UsageError
 from utils.name_lists import write_names, write_table
+
+KINDS = ("generate", "similar", "grid")  # of what all_in writes
 
 
 def test_memorisation_at_a_quality_by_hand():
@@ -385,8 +388,91 @@ def test_a_stopped_experiment_leaves_no_process_behind(tmp_path):
 
 
 def test_the_document_says_what_the_results_say():
-    text, results = tables.DOCUMENT.read_text(), tables.read_results()
-    assert tables.filled(text, results) == text, f"{tables.DOCUMENT} differs: run python -m experiments.tables"
+    results = tables.read_results()
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        assert tables.filled(text, results) == text, f"{document} differs: run python -m experiments.tables"
+    text = tables.DOCUMENTS[0].read_text()
     assert {f"digits {place}" for place in re.findall("<!-- table: digits (.*) -->", text)} == {
         name for name in tables.TABLES if name.startswith("digits")
     }
+
+
+def test_the_experiment_on_lora(tmp_path, monkeypatch):
+    """One training of shards with a LoRA, against text_to_image.all_in, and then by the file alone."""
+    made, log = tmp_path / "runs/emoji", tmp_path / "runs/lora/LoRA 2 IET-AGC/seed1/log"
+    saved_pipeline(made)
+    for part, number in (("train", 16), ("heldout", 36)):
+        save_images(made / part, [f"{part}{i:02}.png" for i in range(number)], lora.SIDE)
+    for i in range(16):  # which are those of the training
+        (made / f"heldout/heldout{i:02}.png").unlink()
+    save_captions(made / "train.json", {f"train{i:02}.png": [f"image {i}", "it"] for i in range(16)})
+    (made / "made.json").write_text('{"vae_steps": 1, "unet_steps": 4}')
+    monkeypatch.setattr(lora, "SEEDS", dict.fromkeys(lora.ARMS, range(1, 2)))
+    monkeypatch.setattr(lora, "ROUNDS", 2)
+    monkeypatch.setattr(lora, "POINTS", 2)
+    monkeypatch.setitem(lora.TRAINING, "batch_size", 2)
+    command = ["--experiment=lora", "--arms=LoRA 2 IET-AGC", "--processes=1", f"--out={tmp_path}", "--scale=0.002"]
+    with monkeypatch.context() as at_once:  # in this process
+        at_once.setattr(sys, "executable", forking_python())
+        at_once.setattr(runs, "work_all", lambda wanted, *_: [lora.work(run) for run in wanted])
+        experiments.main(command)
+    result = json.loads((tmp_path / "lora.json").read_text())
+    assert result["data"] == lora.DATA and result["flags"].keys() == {"LoRA 2 IET-AGC"}
+    flags, points = result["flags"]["LoRA 2 IET-AGC"], result["points"]
+    assert {"--lora_rank=2", "--lora_freeze_a=True"} <= set(flags) and str(tmp_path) not in str(flags)
+    assert [point["steps"] for point in points] == [0, 4, 8] and points[0]["similarity"] != points[2]["similarity"]
+    flags = ["--prompts=all", "--num_images=8", "--features=pixels", "--seed=1", "--device=cpu", "--guidance=2"]
+    flags += ["--scheduler=dpm", "--sample_steps=10", f"--heldout={made / 'heldout'}", f"--unet={log}"]
+    run_module("text_to_image.all_in", *flags, *(f"--{kind}_dir={kind}" for kind in KINDS), cwd=tmp_path)
+    theirs = json.loads((tmp_path / "grid/result.json").read_text())
+    for numbers, point in ((theirs, points[-1]), (theirs["base"], points[0])):
+        expected = {name: numbers["similarity"][name] for name in ("own_image", "f_mem")}
+        expected |= {"similarity": numbers["similarity"]["sim_mean"], "fpd": numbers["heldout_fpd"]}
+        assert expected == pytest.approx({name: point[name] for name in expected}, rel=1e-4)
+        above = point["similarity"] - theirs["holdout"]["similarity"]["sim_mean"]
+        assert point["similarity above"] == pytest.approx(above)
+    check_tables("lora arms", result)
+    shutil.rmtree(tmp_path / "runs/lora")
+    monkeypatch.setattr(lora, "work", None)
+    experiments.main(command)
+    assert json.loads((tmp_path / "lora.json").read_text())["points"] == points
+    with pytest.raises(UsageError, match="was made with another --scale"):
+        experiments.main([*command[:-1], "--scale=0.1"])
+
+
+def test_the_tables_of_lora_by_hand(tmp_path):
+    """Of three seeds, whose fpd without copying is by construction that of the second point."""
+    points = [
+        {"arm": arm, "seed": seed, "steps": steps, "fpd": fpd + i / 10 + seed / 100, "own_image above": own,
+         "f_mem above": 0.0, "similarity above": 0.1}
+        for i, arm in enumerate(lora.ARMS) for seed in (1, 2, 3)
+        for steps, fpd, own in ((0, 2.0, 0.0), (480, 1.5, 0.1), (960, 1.0, 0.11))
+    ]  # fmt: skip
+    header, rows = tables.lora_arms({"points": points})
+    assert len(header) == 8 and rows[0][:4] == ["default, 3", "1.520 ± 0.010", "", ""]
+    assert rows[-1][:2] == ["LoRA 32 IET-AGC, 3", "2.220 ± 0.010"] and rows[-1][2].startswith("+0.700 [+0.6")
+    assert rows[-1][3] == "< 0.001" and rows[-1][4:] == [
+        "+11.0% ± 0.0%",
+        "+0.0% ± 0.0%",
+        "+0.100 ± 0.000",
+        "1.720 ± 0.010",
+    ]
+    tables.plot("lora", tmp_path / "lora.png", {"points": points})
+    assert (tmp_path / "lora.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rates_of_lora_are_those_by_the_rule():
+    grid = {(rank, lr): abs(lr - 3e-3) + rank for rank in (0, 8) for lr in lora_rates.GRID}
+    points = [
+        {"arm": lora_rates.name_of(*key), "seed": 4, "steps": steps, "fpd": fpd if steps else 0.0}
+        for key, fpd in grid.items() for steps in (0, 240)
+    ]  # fmt: skip
+    assert lora_rates.chosen(points) == {0: 3e-3, 8: 3e-3} and lora_rates.chosen(points[:-1]) == {0: 3e-3}
+    assert [row[-1] for row in tables.lora_grid({"points": points})[1]] == ["0.003", "-", "0.003", "-"]
+    for run in lora.plan("lora_rates", lora_rates, ROOT):
+        assert run.rounds * run.steps_per_round == lora.STEPS / 4 and run.seed == 4
+    for run in lora.plan("lora", lora, ROOT):
+        assert run.rounds * run.steps_per_round == lora.STEPS and "--save_round=4" in run.flags
+    result = tables.read_results().get("lora_rates")
+    assert result is None or lora_rates.chosen(result["points"]) == lora.RATES

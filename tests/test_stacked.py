@@ -59,7 +59,6 @@ def test_a_stack_measures_what_main_fed_trains(tmp_path, monkeypatch, small):
     stack_of = stacked.make_stack
     monkeypatch.setattr(stacked, "make_stack", make_stack)
     monkeypatch.setattr(stacked.StackedLearner, "draw_and_update", draw_as_main_fed)
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: True))
     monkeypatch.setattr(runs, "train", lambda run: run_script("main_fed.py", *run.flags, cwd=tmp_path))
     for run in (planned := [runs.make_run("digits", tmp_path, "data", arm, 1, 1.0) for arm in ("default", *STACKED)]):
         runs.work(run)
