@@ -129,7 +129,7 @@ def earlier_search(path, digests, made_by):
 def say_time(compared, n, done):
     """Print how many images there are and, measured on a small part, how long their search will take."""
     known = f", {done:,} of them since an earlier search" if done else ""
-    queries, half, time_needed = compared.keys[:512], 4096, ""
+    queries, half, time_needed = compared.keys[:4096], 4096, ""
     if n >= 2 * half and n > done:
         worst = compared.nearest(queries, compared.keys[:half], NEIGHBORS)[0][:, -1]
         start = time.perf_counter()
