@@ -7,7 +7,6 @@ With held-out images, of --heldout, --num_train or a test split, also those that
 An interrupted search goes on, and one with more images than before compares the new ones only.
 """
 
-import hashlib
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -69,7 +68,7 @@ def near_pairs(images, distinct, N, space, path):
 
     images: (N + L, 3, H, W) uint8, N training images and those held out; distinct: numbers of those to
     compare; space: a `FeatureSpace`, or None for pixels; path: of what an earlier search has found."""
-    digests = [digest(images[i], i < N) for i in distinct]
+    digests = [f"{'train' if i < N else 'heldout'} {fingerprint(images[i])}" for i in distinct.tolist()]
     made_by = f"{made_by_features()}, version 1, {images.shape[-1]} pixels"
     order, found = earlier_search(path, digests, made_by)
     distinct, digests = distinct[order], [digests[i] for i in order]
@@ -90,11 +89,6 @@ def near_pairs(images, distinct, N, space, path):
         part, pair = ("train", sorted((a, b))) if a < N else ("heldout", (a, b))
         rows.append((round(score, 6), part, *pair))
     return sorted(rows)
-
-
-def digest(image, is_training):
-    """What a search knows an image by."""
-    return hashlib.sha256(bytes([is_training]) + image.numpy().tobytes()).hexdigest()
 
 
 def made_by_features():

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
 
-from score.memorization import nearest_neighbors
+from score.memorization import NEIGHBORS, nearest_neighbors
 from score.similarity import embed, most_similar, squared_distance
 from utils.bar import progress_bar
-from utils.images import resized
+from utils.images import moved_by, resized
 
-NEIGHBORS = 50
 # of scores, in pixels: below the first nearly all pairs are copies, below the second most copies are
 NEAR, SIMILAR = 0.3, 0.5
 SIDE = 32  # images are compared at this size, in pixels
@@ -106,13 +105,6 @@ class Pixels:
             a, b = (standard_images(self.images[self.rows[rows]]) for rows in pair)
             parts.append(aligned_distance(a.flip(-1) if is_mirrored else a, b, self.shift))
         return torch.cat(parts)
-
-
-def moved_by(images, down, right):
-    """uint8 images (N, 3, H, W) moved by so many pixels, their edges repeated."""
-    height, width = images.shape[2:]
-    rows = (torch.arange(height) - down).clamp(0, height - 1)
-    return images[:, :, rows][..., (torch.arange(width) - right).clamp(0, width - 1)]
 
 
 class Features:

@@ -271,9 +271,15 @@ def altered(image, stream):
     down, right = torch.randint(3, (2,), generator=stream).tolist()
     brightness = 0.9 + 0.2 * torch.rand((), generator=stream)
     noise = 3 * torch.randn(image.shape, generator=stream)
-    padded = torch.nn.functional.pad(image[None].float(), (1, 1, 1, 1), mode="replicate")[0]
-    shifted = padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+    shifted = moved_by(image, 1 - down, 1 - right).float()
     return (brightness * shifted + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def moved_by(images, down, right):
+    """Images (..., H, W) moved by so many pixels, their edges repeated."""
+    height, width = images.shape[-2:]
+    rows = (torch.arange(height) - down).clamp(0, height - 1)
+    return images[..., rows, :][..., (torch.arange(width) - right).clamp(0, width - 1)]
 
 
 def equal_images(images):

@@ -13,7 +13,7 @@ from utils.safe_files import read_text
 GROUP_COLUMNS = ("group", "image", "kept", "score", "kind")
 
 
-def printable(name):
+def as_written(name):
     """A name as files of text have it: what is no UTF-8 becomes escapes."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
@@ -43,8 +43,8 @@ def read_kept(path, names, others=()):
     except (OSError, ValueError) as error:
         what = f"cannot be read ({one_line(error)}): write a name a line"
         raise DataError(f"--keep_list={path}: {what}") from error
-    names = list(map(printable, names))
-    check_names(f"--keep_list={path}", kept, {*names, *map(printable, others)})
+    names = list(map(as_written, names))
+    check_names(f"--keep_list={path}", kept, {*names, *map(as_written, others)})
     rows = np.array([name in kept for name in names])
     if not rows.any():
         raise DataError(f"--keep_list={path}: keeps none of the training images: make it of these")
@@ -79,8 +79,8 @@ def read_groups(path, names, others=()):
     except (OSError, ValueError, csv.Error) as error:
         what = f"cannot be read ({one_line(error)}): make it with duplicates.py"
         raise DataError(f"--groups={path}: {what}") from error
-    names = list(map(printable, names))
-    check_names(f"--groups={path}", group_of, {*names, *map(printable, others)})
+    names = list(map(as_written, names))
+    check_names(f"--groups={path}", group_of, {*names, *map(as_written, others)})
     numbers, groups = {}, []
     for row, name in enumerate(names):
         of = ("group", group_of[name]) if name in group_of else ("single", row)
