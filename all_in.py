@@ -288,15 +288,17 @@ def sets_of(result):
     return {name: result[name] for name in ("images_sha256", "training_sha256")} | of_groups
 
 
-def memorise(images, real, space, names, sets, device):
-    """What the memorise stage finds, in pixels and, unless it is None, in a feature space."""
+def memorise(images, real, space, names, sets, device, were_held_back):
+    """What the memorise stage finds, in pixels and, unless it is None, in a feature space.
+
+    were_held_back: of the images, so that the finder looks for those that are near all the same."""
     training, heldout, groups = real.data.train.images, real.heldout, real.data.groups
     numbers, _ = evaluate(
         images, training.to(build.data_device(FLAGS, device)), heldout, folder=FLAGS.similar_dir,
         sets=sets, hflip=real.data.hflip, names=names, groups=groups,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
-    if FLAGS.reject_below is not None:
+    if were_held_back:
         numbers["near_duplicates"] = count_near(images, training)
     if space:
         floors = {} if heldout is None else {"holdout": (heldout, None)}
@@ -389,7 +391,8 @@ def main():
             of_scores["fid_reference"] = FLAGS.fid_reference
             is_new |= add("score", lambda: {**quality(images), **of_scores})
         if "memorise" in stages:
-            is_new |= add("memorise", lambda: memorise(images, real, copies, names, sets_of(result), device))
+            of_result = sets_of(result), device, "held_back" in result
+            is_new |= add("memorise", lambda: memorise(images, real, copies, names, *of_result))
         if "gap" in stages:
             add("gap", lambda: find_gap(net, paths, real.data, device))
         if distributed.is_main():

@@ -97,6 +97,10 @@ def test_held_back_whatever_the_batch_and_the_processes(checkpoint, every_try, t
     assert check_images("one")["origin"]["reject_below"] == P
     curve = result_of(tmp_path / "one")["pixels"]["mq_curve"]
     assert [round(N * share) for share in curve[: int(P) + 1]] <= [tries.count(-1)] * (int(P) + 1)
+    near = result_of(tmp_path / "one")["near_duplicates"]
+    of_flags = [flag for flag in flags if "reject_below" not in flag]
+    run("all_in.py", *of_flags, "--stages=memorise", *eval_flags(tmp_path / "one"), cwd=tmp_path)
+    assert result_of(tmp_path / "one")["near_duplicates"] == near, "that of the images, whatever flags are given"
     run_with(2, "all_in.py", *flags, "--batch_size=5", *eval_flags(tmp_path / "two"), cwd=tmp_path)
     check_images("two")
     page = (tmp_path / "one/grid/report.html").read_text()
