@@ -89,7 +89,9 @@ def test_default_training_draws_groups_as_one_and_continues_exactly(tmp_path):
     assert len(line.splitlines()) == 1 and "--batch_size=10 is larger than the 9 groups of" in line
     measuring = ["--num_images=12", "--fid_features=pixels", "--sample_steps=2", "--device=cpu"]
     run("all_in.py", "--unet_dir=whole", *measuring, cwd=tmp_path)
-    assert json.loads((tmp_path / "results/grid/result.json").read_text())["training_set_size"] == 39
+    result = json.loads((tmp_path / "results/grid/result.json").read_text())
+    assert result["training_set_size"] == 39
+    assert result["groups"]["sha256"] == file_hash(tmp_path / "groups.csv"), "not measured by the groups of training"
 
 
 def test_a_run_of_an_earlier_version_altered_no_copies(tmp_path):

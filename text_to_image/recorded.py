@@ -20,7 +20,7 @@ def take_flags(values, unet_folder):
     if values["resolution"].present and values.resolution != resolution and not values.samples:
         what = f"the UNet of {logdir} was trained with {resolution}"
         raise UsageError(f"--resolution={values.resolution}: {what}: leave the flag out")
-    names = ["data_root", "captions", "keep_list", "resolution", "cache_dir", "caption_mode"]
+    names = ["data_root", "captions", "keep_list", "groups", "resolution", "cache_dir", "caption_mode"]
     for name in names + ([] if values.samples else ["pretrained"]):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])

@@ -320,7 +320,7 @@ LOGS = (
 
 
 WATCH = (
-    integer("watch_step", 0, "steps between two measurements of copies and quality; 0: none", 0),
+    integer("watch_step", 0, "steps (main_fed: of all shards, at ends of rounds) between two measurements; 0: none", 0),
     integer("watch_images", 512, "images that a measurement generates, always from the same noise", 2),
     switch("stop_when_copying", False, "end after two in a row with MQ@30 five points above its floor"),
     switch("best", False, "all_in: the checkpoint that best.json in --unet_dir, a log directory, names"),
@@ -360,7 +360,7 @@ CHECKPOINTS = (
     text("unet_dir", None, "checkpoint or its directory (all_in, main --eval); all_in: several with commas"),
     switch("use_ema", True, "all_in: evaluate the EMA weights, else the raw ones"),
     switch("Fed", False, "no effect: whether a checkpoint is of main or main_fed is seen in the file"),
-    number("reject_below", None, "all_in: make images with a ratio below so many % again", 0.0, 100.0),
+    number("reject_below", None, "all_in: make images with a ratio below so many % again, such as 30", 1.0, 100.0),
     integer("batch_A", 1024, "all_in: generated images per block of the neighbour search", 1),
     integer("batch_B", 8192, "all_in: training images per block of the neighbour search", 1),
     choice("fid_reference", "train", ("train", "heldout"), "real images that FID and fpd compare with"),
@@ -404,7 +404,7 @@ NETWORK_FLAGS = (
 ).split()  # fmt: skip
 # what else of a training its evaluation is to know
 DATA_FLAGS = "dataset num_train subset_seed duplicates copies alter_copies hflip resize".split()
-PATH_FLAGS = ("data_root", "heldout", "keep_list")
+PATH_FLAGS = ("data_root", "heldout", "keep_list", "groups")
 # what a result depends on: a run goes on with the same, or, ON_REQUEST, with what --allow_change allows; what has
 # been saved depends on FIXED too
 FIXED = {"main": "ch ch_mult attn num_res_blocks norm_groups num_labels use_labels T img_size".split()}
