@@ -122,7 +122,7 @@ def earlier_search(path, digests, made_by):
 
 def say_time(compared, n, done):
     """Print how many images there are and, measured on a small part, how long their search will take."""
-    known = f", {done:,} of them since an earlier search" if done else ""
+    known = f", {done:,} of them known from an earlier search" if done else ""
     queries, half, time_needed = compared.keys[:4096], 4096, ""
     if n >= 2 * half and n > done:
         worst = compared.nearest(queries, compared.keys[:half], NEIGHBORS)[0][:, -1]
@@ -137,7 +137,7 @@ def groups_of(rows, equal, areas):
     """Groups of training images, the surest first: [[(image, score, kind)]], the one that is kept first.
 
     rows: near pairs, [(score, part, image, other)]; equal: (N,) int64, of `equal_images`; areas: a
-    function of images, their files' pixels. Of a group the largest image is kept, and of these the first.
+    function of images, their files' pixels. Of a group the image with the most pixels is kept, and of these the first.
     """
     members = defaultdict(list)
     for image, number in enumerate(equal.tolist()):
@@ -264,7 +264,7 @@ def print_summary(result, folder):
     print(f"  keep.txt keeps {result['kept']:,} of {result['images']:,} training images; nothing was deleted")
     if result["heldout_images"]:
         what = f"{result['leaked']:,} of {result['heldout_images']:,} held-out images"
-        print(f"  {what} are copies of training images")
+        print(f"  {what} are near to training images")
     print(f"  written to {folder}: look at {folder / 'duplicates.html'}")
 
 

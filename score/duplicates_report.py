@@ -24,30 +24,30 @@ def write_duplicates_report(path, result, images, names, pairs, groups, conflict
     def shown_pairs(chosen):
         shown = []
         for score, kind, _, a, b in chosen[:GROUPS]:
-            caption = f"{kind}, {100 * score:.1f}&thinsp;%: {escape(str(names[a]))} and {escape(str(names[b]))}"
+            caption = f"{kind}, {score:.3f}: {escape(str(names[a]))} and {escape(str(names[b]))}"
             shown.append((caption, [(images[i], f"image {names[i]}") for i in (a, b)]))
         return figures(shown) + more(len(chosen))
 
     of_groups = []
     for group, said in list(zip(groups, conflicts, strict=True))[::-1][:GROUPS]:
-        worst = group[-1][1]
-        others = ", ".join(f"{escape(str(names[i]))} ({100 * score:.1f}&thinsp;%)" for i, score, _ in group[1:MEMBERS])
+        others = ", ".join(f"{escape(str(names[i]))} ({score:.3f})" for i, score, _ in group[1:MEMBERS])
         caption = f"kept: {escape(str(names[group[0][0]]))}; not kept: {others}"
         caption += f" and {len(group) - MEMBERS} more" if len(group) > MEMBERS else ""
         caption = f"<b>Different {said}.</b> {caption}" if said else caption
-        kind = "exact" if worst == 0 else f"farthest {100 * worst:.1f}&thinsp;%"
+        is_exact = all(kind == "exact" for *_, kind in group)
+        kind = "exact" if is_exact else f"farthest {group[-1][1]:.3f}"
         caption = f"{len(group)} images, {kind}: {caption}"
         of_groups.append((caption, [(images[i], f"image {names[i]}") for i, *_ in group[:MEMBERS]]))
     note = (
-        "The score of a pair is its squared distance over the mean squared distance to the 50 nearest images, in "
-        f"percent. Pairs below {100 * result['near']:g} are near, and grouped; below {100 * result['similar']:g} "
-        "they are similar, and shown only. Of a group the largest image is kept, of equal ones the first; every "
-        "other is near to the kept one. keep.txt names what is kept. Nothing was deleted or moved."
+        "The score of a pair is its squared distance over the mean squared distance to the 50 nearest images. "
+        f"Pairs below {result['near']:g} are near, and grouped; below {result['similar']:g} they are similar, and "
+        "shown only. Of a group the image with the most pixels is kept, of equal ones the first; every other is "
+        "near to the kept one. keep.txt names what is kept. Nothing was deleted or moved."
     )
     facts = [[name, f"{result[key]:,}"] for name, key in (
         ("training images", "images"), ("kept", "kept"), ("not kept", "not_kept"), ("groups", "groups"),
         ("groups with different labels or captions", "conflicts"), ("largest group", "largest_group"),
-        ("held-out images", "heldout_images"), ("of these copies of training images", "leaked"),
+        ("held-out images", "heldout_images"), ("of these near to training images", "leaked"),
     )]  # fmt: skip
     facts += [[f"pairs, {name}", f"{count:,}"] for name, count in result["pairs"].items()]
     summary = table(["", "number"], facts) + f"<p class=note>{escape(note)}</p>"
@@ -71,10 +71,10 @@ def histogram(result):
 
     def draw(axes):
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_yscale("symlog")
-        axes.bar([x + 0.5 for x in range(len(counts))], counts, width=1)
+        axes.set(yscale="symlog", xlim=(0, 1))
+        axes.bar([(x + 0.5) / len(counts) for x in range(len(counts))], counts, width=1 / len(counts))
         for name in ("near", "similar"):
-            axes.axvline(100 * result[name], color="grey", linestyle="--")
-            axes.annotate(name, (100 * result[name], max(counts)), rotation=90, ha="right", va="top")
+            axes.axvline(result[name], color="grey", linestyle="--")
+            axes.annotate(name, (result[name], max(counts)), rotation=90, ha="right", va="top", backgroundcolor="white")
 
-    return chart(draw, (), "score, %", "pairs", "Pairs by their score, with the thresholds of near and similar.")
+    return chart(draw, (), "score", "pairs", "Pairs by their score, with the thresholds of near and similar.")

@@ -224,6 +224,7 @@ def test_a_folder_is_searched(tmp_path):
     assert (result["groups"], result["conflicts"], result["leaked"], result["not_kept"]) == (3, 1, 2, 3)
     page = (tmp_path / "out/duplicates.html").read_text()
     assert "Different labels." in page and "held out" not in dropped
+    assert page.count("2 images, exact: ") == 1, "the mirrored copy, at a distance of 0, is no exact one"
     after = {path: path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))}
     assert after == before, "a training image was changed"
 
@@ -243,7 +244,7 @@ def test_a_search_goes_on_and_takes_in_more_images(tmp_path):
     find(tmp_path, "out")
     write_images(tmp_path / "images", images[50:], [f"{i:03d}.png" for i in order[50:]])
     said = find(tmp_path, "out").stdout
-    assert "50 of them since an earlier search" in said
+    assert "50 of them known from an earlier search" in said
     find(tmp_path, "whole")
     for name in ("pairs.csv", "groups.csv", "keep.txt"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
