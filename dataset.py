@@ -255,7 +255,8 @@ def read_cifar(num_classes, data_root, download):
     elif archive.is_file():
         files = read_archive(archive, [f"{directory.name}/{name}" for name in names])
     else:
-        raise DataError(f"no {directory} and no {archive}: {what_to_do}, or fetch it with --download")
+        others = "fetch it with --download, or name other images with --dataset"
+        raise DataError(f"no {directory} and no {archive}: {what_to_do}, {others}")
     parts = []
     for path, data in files.items():
         content = unpickle_dict(data, path)

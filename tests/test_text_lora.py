@@ -328,9 +328,9 @@ def test_loras_of_others(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ["to_k", "to_x"]}, "--lora_targets=to_x: no layer of the UNet has a name"),
-        ({"targets": []}, "--lora_targets=: no layer of the UNet has a name"),
-        ({"targets": ["attn1"]}, "--lora_targets=attn1: .* is a Attention: name linear layers and"),
+        ({"targets": ["to_k", "to_x"]}, "--lora_targets=to_x: no layer of the UNet is called so"),
+        ({"targets": []}, "--lora_targets=: no layer of the UNet is called so"),
+        ({"targets": ["attn1"]}, "--lora_targets=attn1: .* is of type Attention: name linear layers and"),
         ({"rank": 65}, "--lora_rank=65: the weights of .*to_k are 128 x 64: give at most 64"),
     ],
 )

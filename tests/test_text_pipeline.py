@@ -374,8 +374,11 @@ def test_the_newest_unet_of_a_log_directory(tmp_path):
     assert find_unet(tmp_path) == tmp_path / "checkpoint_round10" / "unet" == find_unet(tmp_path / "checkpoint_round10")
     assert equal(diffusers.UNet2DConditionModel.from_pretrained(find_unet(tmp_path), low_cpu_mem_usage=False), unet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_round10", "checkpoint_round5"]
-    with pytest.raises(DataError, match="no UNet in diffusers' format in it"):
+    with pytest.raises(DataError, match="no such file or folder"):
         find_unet(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no UNet in diffusers' format in it"):
+        find_unet(tmp_path / "empty")
 
 
 def test_a_unet_for_which_there_is_no_room_is_one_line(tmp_path):

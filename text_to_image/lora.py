@@ -72,12 +72,12 @@ def check_layers(unet, rank, targets):
     for target in targets or [""]:
         found = [name for name in layers if f".{name}".endswith(f".{target}")]
         if not found:
-            what = "no layer of the UNet has a name that ends in it, as in to_k, ff.net.2 or conv1"
+            what = "no layer of the UNet is called so, or so after a dot, as to_k, ff.net.2 or conv1 are"
             raise UsageError(f"--lora_targets={target}: {what}")
         for name in found:
             module = layers[name]
             if not isinstance(module, LAYERS):
-                what = f"{name} is a {type(module).__name__}: name linear layers and convolutions"
+                what = f"{name} is of type {type(module).__name__}: name linear layers and convolutions"
                 raise UsageError(f"--lora_targets={target}: {what}")
             shape = module.weight.flatten(1).shape
             if rank > min(shape):

@@ -115,7 +115,8 @@ class LogDirectory:
                 if name in fixed:
                     why = "what it has saved depends on it"
                 what = f"the run in {self.path} was started with {before.get(name)} ({why})"
-                raise UsageError(f"{flag}={self.settings[name]}: {what}: give that, or choose another --logdir")
+                advice = "give the flags and files of that run" if " " in name else "give that"
+                raise UsageError(f"{flag}={self.settings[name]}: {what}: {advice}, or choose another --logdir")
         for name in changed:
             self.changes.append({"flag": name, "before": before.get(name), "after": self.settings[name]})
 

@@ -41,8 +41,7 @@ def read_kept(path, names, others=()):
     try:
         kept = {name for name in read_text(path).split("\n") if name}
     except (OSError, ValueError) as error:
-        what = f"cannot be read ({one_line(error)}): write a name a line"
-        raise DataError(f"--keep_list={path}: {what}") from error
+        raise DataError(f"--keep_list={path}: cannot be read ({one_line(error)})") from error
     names = list(map(as_written, names))
     check_names(f"--keep_list={path}", kept, {*names, *map(as_written, others)})
     rows = np.array([name in kept for name in names])
