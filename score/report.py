@@ -359,9 +359,9 @@ def note_of_held_back(result):
     seconds, without = (f"{numbers[f'seconds_per_image{end}']:.3g}" for end in ("", "_without"))
     return (
         f" Images with {rule} were held back and made again, {numbers['share']:.1%} of them: "
-        f"{numbers['made']:,} were made for {result['N']:,}. Of {numbers['after_tries']:,} all "
-        f"{numbers['tries']} tries were held back, and the best is here. So {measure} is met by "
-        "construction but for these, and says nothing; what that costs, and which copies are left, is "
+        f"{numbers['made']:,} were made for {result['N']:,}. For {numbers['after_tries']:,} all "
+        f"{numbers['tries']} tries failed, and the best is here. All others meet {measure} by "
+        "construction, so it says nothing; what that costs, and which copies are left, is "
         "said by f_mem in other features, FID or fpd, and recall. "
         f"An image took {seconds} seconds, {without} without holding back."
         f"{said_of_near(result)}"
