@@ -325,6 +325,18 @@ def test_loras_of_others(tmp_path):
             load_lora(copy.deepcopy(tiny_pipeline()), path, 1.0)
 
 
+@pytest.mark.parametrize("targets", [["to_k", "conv1", "ff.net.2", "proj_in"], ["conv2"], ["to_v", "to_out.0"]])
+def test_layers_of_every_kind_are_loaded(targets, tmp_path):
+    """diffusers loads no file in which some layers are named as its own, and others as peft's."""
+    adapter, (x, t, text) = adapted(targets=targets), batch()
+    save_lora(adapter, adapter.state_dict(), tmp_path)
+    pipeline = copy.deepcopy(tiny_pipeline())
+    load_lora(pipeline, tmp_path / LORA_FILE, 1.0)
+    with torch.no_grad():
+        expected = adapter(x, t, text, return_dict=False)[0]
+        assert torch.allclose(pipeline.unet(x, t, text).sample, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -93,7 +93,10 @@ def save_lora(adapter, weights, folder):
     scale = config.lora_alpha / config.r
     weights = {name: scale * value if "lora_B" in name else value for name, value in weights.items()}
     weights = get_peft_model_state_dict(adapter.unet, weights)
-    weights = libraries()[0].utils.convert_state_dict_to_diffusers(weights)
+    renamed = libraries()[0].utils.convert_state_dict_to_diffusers(weights)
+    # only attention layers have other names in diffusers, which reads no file with names of both kinds
+    if not any("lora_A" in name for name in renamed):
+        weights = renamed
     with atomic_write(Path(folder) / LORA_FILE) as file:
         named = {f"unet.{name}": value.cpu().contiguous() for name, value in weights.items()}
         file.write(save(named, metadata={"format": "pt"}))
