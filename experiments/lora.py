@@ -15,6 +15,7 @@ from score.similarity import embed, measure_similarity
 from text_to_image.data import load_folder, load_images
 from text_to_image.lora import load_lora
 from text_to_image.pipeline import as_scheduler, find_unet, generate_numbered, load_pipeline
+from training.logger import read_metrics
 from utils.errors import UsageError
 from utils.files import read_json, write_json
 from utils.images import to_uint8
@@ -28,7 +29,7 @@ DATA = {"made by": "text_to_image.tiny", "vae_steps": 500, "unet_steps": 2000}
 SIDE = 32
 TRAINING = {
     "resolution": SIDE, "hflip": False, "duplication": "dup_both", "weight_pc": 0.125, "dup_weight": 4,
-    "batch_size": 16, "ema_decay": 0.99, "bank_bins": 50, "sample_step": 0, "device": "cpu",
+    "batch_size": 16, "ema_decay": 0.99, "bank_bins": 50, "sample_step": 0, "log_step": STEPS, "device": "cpu",
 }  # fmt: skip
 SAMPLER = {"steps": 10, "guidance": 2.0, "resolution": SIDE, "text_noise": 0.0, "dtype": torch.float32}
 SCHEDULER = "DPMSolverMultistepScheduler"
@@ -36,15 +37,16 @@ SCHEDULER = "DPMSolverMultistepScheduler"
 PLAIN = {"client_num": 1, "anti_grad": "off", "warmup": 100}
 IET_AGC = {"client_num": K, "warmup": 25}
 
-# {rank: --lr}; rank 0 is the whole UNet. The pilot that is to choose them, experiments/lora_rates.py, is
-# still to be run. Until then: 1e-3 as in com/demo_text.sh, and ten times as much for a LoRA, which is how
-# the rates of diffusers' own scripts differ.
+# {rank: --lr}; rank 0 is the whole UNet. As experiments/lora_rates.py chooses them
 RATES = {0: 1e-3, 2: 1e-2, 8: 1e-2, 32: 1e-2}
+# All layers of the blocks. This UNet has attention at its coarsest level only, where a LoRA learns little
+TARGETS = "to_k,to_q,to_v,to_out.0,ff.net.0.proj,ff.net.2,proj_in,proj_out,conv1,conv2,conv_shortcut"
 
 
 def of_rank(rank, lr):
     """The flags of the whole UNet (0), or of a LoRA, of which B alone trains as shards need it."""
-    return {"lr": lr} | ({"lora_rank": rank, "lora_freeze_a": True} if rank else {})
+    of_lora = {"lora_rank": rank, "lora_targets": TARGETS, "lora_freeze_a": True}
+    return {"lr": lr} | (of_lora if rank else {})
 
 
 ARMS = {"default": PLAIN | of_rank(0, RATES[0]), "IET-AGC": IET_AGC | of_rank(0, RATES[0])}
@@ -108,8 +110,15 @@ def work(run):
     folders = log.glob("checkpoint_round*")
     for r in sorted(int(folder.name.removeprefix("checkpoint_round")) for folder in folders):
         unet = find_unet(log / f"checkpoint_round{r}")
-        points.append(({"steps": r * run.steps_per_round}, functools.partial(measure, run, unet)))
+        about = {"steps": r * run.steps_per_round, "loss": round_loss(log, r)}
+        points.append((about, functools.partial(measure, run, unet)))
     runs.measure_all(run, read_json(log / "train.json")["seconds"], points)
+
+
+def round_loss(log, r):
+    """The mean loss of the steps of a round, of which there is a line for every shard."""
+    losses = [line["loss"] for line in read_metrics(log) if line.get("round") == r]
+    return sum(losses) / len(losses)
 
 
 def measure(run, unet):

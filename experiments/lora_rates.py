@@ -3,8 +3,8 @@
     bash com/results.sh --experiment=lora_rates
 
 The rule: default training of one other seed makes a quarter of the steps with every rate of the grid,
-and the rate whose images have the lowest fpd to held-out ones is taken, for IET-AGC too.
-It is still to be run: results/lora_rates.json will have the numbers, `lora.RATES` what they choose.
+and the rate with the lowest loss in the last of six rounds is taken, for IET-AGC too. All see the same
+images, timesteps and noise.
 """
 
 from experiments import lora
@@ -26,10 +26,10 @@ SEEDS = dict.fromkeys(ARMS, range(4, 5))
 
 def chosen(points):
     """{rank: rate} by the rule, of the ranks whose rates are all in the points of a result."""
-    fpds = {point["arm"]: point["fpd"] for point in points if point["steps"]}
+    losses = {point["arm"]: point["loss"] for point in points if point["steps"]}
     found = {}
     for rank in lora.RATES:
-        of_rank = {lr: fpds.get(name_of(rank, lr)) for lr in GRID}
+        of_rank = {lr: losses.get(name_of(rank, lr)) for lr in GRID}
         if None not in of_rank.values():
             found[rank] = min(of_rank, key=of_rank.get)
     return found

@@ -235,16 +235,16 @@ def lora_arms(result):
 
 
 def lora_grid(result):
-    """The fpd of every rank with every rate, and the rate that has the lowest."""
-    fpds = {point["arm"]: f"{point['fpd']:.3f}" for point in result["points"] if point["steps"]}
+    """The loss of every rank with every rate, and the rate that has the lowest."""
+    losses = {point["arm"]: f"{point['loss']:.4f}" for point in result["points"] if point["steps"]}
     chosen = lora_rates.chosen(result["points"])
     rows = [
-        [rank or "whole UNet", *(fpds.get(lora_rates.name_of(rank, lr), "-") for lr in lora_rates.GRID)]
+        [rank or "whole UNet", *(losses.get(lora_rates.name_of(rank, lr), "-") for lr in lora_rates.GRID)]
         for rank in lora.RATES
     ]
     for row, rank in zip(rows, lora.RATES, strict=True):
         row.append(f"{chosen[rank]:g}" if rank in chosen else "-")
-    return ["rank", *(f"fpd, lr {lr:g}" for lr in lora_rates.GRID), "chosen"], rows
+    return ["rank", *(f"loss, lr {lr:g}" for lr in lora_rates.GRID), "chosen"], rows
 
 
 TABLES = {

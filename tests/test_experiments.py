@@ -465,8 +465,8 @@ def test_the_tables_of_lora_by_hand(tmp_path):
 def test_the_rates_of_lora_are_those_by_the_rule():
     grid = {(rank, lr): abs(lr - 3e-3) + rank for rank in (0, 8) for lr in lora_rates.GRID}
     points = [
-        {"arm": lora_rates.name_of(*key), "seed": 4, "steps": steps, "fpd": fpd if steps else 0.0}
-        for key, fpd in grid.items() for steps in (0, 240)
+        {"arm": lora_rates.name_of(*key), "seed": 4, "steps": steps, **({"loss": loss} if steps else {})}
+        for key, loss in grid.items() for steps in (0, 240)
     ]  # fmt: skip
     assert lora_rates.chosen(points) == {0: 3e-3, 8: 3e-3} and lora_rates.chosen(points[:-1]) == {0: 3e-3}
     assert [row[-1] for row in tables.lora_grid({"points": points})[1]] == ["0.003", "-", "0.003", "-"]
