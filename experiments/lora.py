@@ -38,7 +38,7 @@ PLAIN = {"client_num": 1, "anti_grad": "off", "warmup": 100}
 IET_AGC = {"client_num": K, "warmup": 25}
 
 # {rank: --lr}; rank 0 is the whole UNet. As experiments/lora_rates.py chooses them
-RATES = {0: 1e-3, 2: 1e-2, 8: 1e-2, 32: 1e-2}
+RATES = {0: 3e-4, 2: 1e-3, 8: 3e-3, 32: 1e-2}
 # All layers of the blocks. This UNet has attention at its coarsest level only, where a LoRA learns little
 TARGETS = "to_k,to_q,to_v,to_out.0,ff.net.0.proj,ff.net.2,proj_in,proj_out,conv1,conv2,conv_shortcut"
 
