@@ -137,7 +137,8 @@ def groups_of(rows, equal, areas):
     """Groups of training images, the surest first: [[(image, score, kind)]], the one that is kept first.
 
     rows: near pairs, [(score, part, image, other)]; equal: (N,) int64, of `equal_images`; areas: a
-    function of images, their files' pixels. Of a group the image with the most pixels is kept, and of these the first.
+    function of images, their files' pixels. Of a group the image with the most pixels is kept, of equal
+    ones the first.
     """
     members = defaultdict(list)
     for image, number in enumerate(equal.tolist()):

@@ -29,7 +29,8 @@ DATA = {"made by": "text_to_image.tiny", "vae_steps": 500, "unet_steps": 2000}
 SIDE = 32
 TRAINING = {
     "resolution": SIDE, "hflip": False, "duplication": "dup_both", "weight_pc": 0.125, "dup_weight": 4,
-    "batch_size": 16, "ema_decay": 0.99, "bank_bins": 50, "sample_step": 0, "log_step": STEPS, "device": "cpu",
+    "batch_size": 16, "ema_decay": 0.99, "bank_bins": 50, "sample_step": 0, "log_step": STEPS,
+    "device": "cpu",
 }  # fmt: skip
 SAMPLER = {"steps": 10, "guidance": 2.0, "resolution": SIDE, "text_noise": 0.0, "dtype": torch.float32}
 SCHEDULER = "DPMSolverMultistepScheduler"

@@ -243,7 +243,9 @@ def find_unet(name):
                 return unet
         if (place / LORA_FILE).is_file():
             return place / LORA_FILE
-    what = f"no UNet in diffusers' format in it, and no {LORA_FILE}" if folder.exists() else "no such file or folder"
+    what = f"no UNet in diffusers' format in it, and no {LORA_FILE}"
+    if not folder.exists():
+        what = "no such file or folder"
     raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or a LoRA's file")
 
 
