@@ -32,23 +32,23 @@ HEAD = """# All flags
 <!-- made by python -m tests.test_flags of training/flags.py: change that -->
 
 All three scripts accept all of them, with one dash or two, and read them from files with `--flagfile`. Lists repeat
-their flag: `--ch_mult=1 --ch_mult=2`. A switch is turned off by `--noNAME` or `--NAME=false`. Where the paper's own
-commands have another value than the default, it stands beside it.
+their flag: `--ch_mult=1 --ch_mult=2`. A switch is turned off by `--noNAME`. Of several words the bold one is the
+default. In brackets stands what the paper's own commands give, where that is another value.
 """
-COLUMNS = "| flag | default | paper | values | meaning |\n|---|---|---|---|---|"
+COLUMNS = "| flag | default | meaning |\n|---|---|---|"
 # what the paper's own commands gave where that is no default
 PAPER = {
     "ch_mult": "AFHQ: 1, 2, 2, 2, 4", "img_size": "AFHQ: 64", "batch_size": "AFHQ: 60",
-    "use_labels": "CIFAR-100: true", "num_labels": "CIFAR-100: 100", "use_ema": "false",
+    "use_labels": "CIFAR-100: true", "num_labels": "CIFAR-100: 100", "use_ema": "paper: false",
 }  # fmt: skip
 
 
-def allowed(flag):
-    """What may be given, in words."""
-    if flag.flag_type() == "bool":
-        return "true, false"
-    words = getattr(flag.parser, "enum_values", None)
-    return ", ".join(words) if words else flag.parser.syntactic_help.removeprefix("a ") or "text"
+def default_of(flag):
+    """The default, among the words that may be given if only these may, and the paper's value."""
+    default = (flag.default_as_str or "").strip("'[]")
+    words = getattr(flag.parser, "enum_values", None) or [default]
+    text = ", ".join(f"**{word}**" if word == default and len(words) > 1 else word for word in words)
+    return f"{text} ({PAPER[flag.name]})".strip() if flag.name in PAPER else text
 
 
 def document():
@@ -57,10 +57,8 @@ def document():
     for heading, group in flags.GROUPS.items():
         text += f"\n## {heading[0].upper()}{heading[1:]}\n\n{COLUMNS}\n"
         for flag in (values[definition.name] for definition in group):
-            default = (flag.default_as_str or "").strip("'[]")
             meaning = re.sub(r"^<[^>]*>: |;\n.*", "", flag.help)  # what absl puts around it
-            cells = (f"`{flag.name}`", default, PAPER.get(flag.name, ""), allowed(flag), meaning)
-            text += f"| {' | '.join(cells)} |\n"
+            text += f"| `{flag.name}` | {default_of(flag)} | {meaning} |\n"
     return text
 
 
