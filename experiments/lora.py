@@ -1,6 +1,6 @@
 """LoRA or the whole UNet, on captioned emoji: what is trained, and what is measured of its images.
 
-Images, pipeline and flags are those of com/demo_text.sh. docs/TEXT_TO_IMAGE.md says what is expected.
+Images and pipeline are made as by com/demo_text.sh. docs/TEXT_TO_IMAGE.md says what is expected.
 """
 
 import functools
