@@ -165,12 +165,11 @@ def test_text_demo(tmp_path):
     out = tmp_path / "results/demo_text"
     assert files_of_the_project() == before
     table = json.loads((out / "table.json").read_text())
-    rows = {f"{method}, round {r}" for method in ("default", "iet_agc") for r in (1, 4)}
-    rows |= {"lora_default, round 4", "lora_iet_agc, round 4"}
+    names = "default", "iet_agc", "lora_default", "lora_iet_agc"
+    rows = {"default, round 2", *(f"{name}, round 4" for name in names)}
     assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
     assert all(f"| {label}" in result.stdout for label in table)
     assert {"own image", "f_mem of features", "similarity", "fpd to held-out"} <= table["default, round 4"].keys()
-    names = "default", "iet_agc", "lora_default", "lora_iet_agc"
     assert [json.loads((out / name / "train.json").read_text())["steps"] for name in names] == [16] * 4
     assert (out / "demo_text.png").stat().st_size > 0
 
