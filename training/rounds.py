@@ -53,20 +53,21 @@ def train(
     sizes, per_round = schedule.sizes, schedule.steps_per_round
     with Interruption() as interruption, logger:
         for r in range(first_round, schedule.total_round + 1):
-            if watch.is_over:
+            # killed after the last measurement, but before the average was saved, it still saves it
+            if watch.is_over and steps_of(shards) == sum(per_round) * (r - 1):
                 break
             slots = slots_of_round(r) or slots
             for shard in shards:
                 shard.batches.use(slots[shard.number])
             for stops in stops_of_round(schedule, r, watch.every):
+                if watch.is_over:
+                    break
                 for shard in shards:
                     with shard.learner.on_device():
                         train_shard(shard, r, stops, schedule, logger, interruption, extra, preview)
                 interruption.wait_for_all(logger.logdir)
                 if schedule.total_round == 1:
                     watch_ensemble(watch, sum(stops), shards, len(sizes), extra, logger, interruption)
-                if watch.is_over:
-                    break
 
             exchanges = exchange_is_due(r, schedule.total_round, schedule.exchange, schedule.exchange_every)
             learners = {shard.number: shard.learner for shard in shards}
