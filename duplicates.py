@@ -28,11 +28,12 @@ from training.recorded import default_resize
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError
-from utils.files import atomic_write, file_hash, write_json
+from utils.files import atomic_write, file_hash, read_json, write_json
 from utils.images import equal_images, fingerprint, firsts, keep_apart
 from utils.name_lists import GROUP_COLUMNS, check_line_breaks, write_names, write_table
 
 PAIR_COLUMNS = ("score", "kind", "part", "image", "other")
+LISTS = ("pairs.csv", "groups.csv", "keep.txt")
 EQUALS = 50  # at most, with which an image that equals others is paired
 FINDER = (
     flags.text("duplicates_dir", "./results/duplicates", "directory of pairs.csv, groups.csv, keep.txt and the page"),
@@ -208,6 +209,7 @@ def main():
         images, names = torch.cat([images, data.heldout.images]), names + list(data.heldout.names)
 
     with take_directories({"duplicates_dir": folder}):
+        check_lists(folder)
         equal = equal_images(images)
         distinct = torch.cat([firsts(equal[:N]), firsts(equal[N:])]) if data.heldout else firsts(equal)
         scored = near_pairs(images, distinct.nonzero().flatten(), N, space, folder / "search.npz")
@@ -221,12 +223,6 @@ def main():
         dropped = {image for group in groups for image, *_ in group[1:]}
         said = [conflicts(group, data.train.labels, captions) for group in groups]
 
-        write_table(
-            folder / "pairs.csv", PAIR_COLUMNS,
-            [(f"{score:.6f}", kind, part, names[a], names[b]) for score, kind, part, a, b in pairs],
-        )  # fmt: skip
-        write_table(folder / "groups.csv", GROUP_COLUMNS, group_rows(groups, names))
-        write_names(folder / "keep.txt", [name for i, name in enumerate(names[:N]) if i not in dropped])
         result = {
             "images": N, "heldout_images": len(images) - N, "features": FLAGS.features,
             "near": FLAGS.near, "similar": FLAGS.similar,
@@ -238,9 +234,35 @@ def main():
             "training_sha256": fingerprint(data.train.images), "flags": flags.as_dict(FLAGS),
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip
+        write_json(folder / "result.json", result)  # without hashes, since the lists are not whole yet
+        write_table(
+            folder / "pairs.csv", PAIR_COLUMNS,
+            [(f"{score:.6f}", kind, part, names[a], names[b]) for score, kind, part, a, b in pairs],
+        )  # fmt: skip
+        write_table(folder / "groups.csv", GROUP_COLUMNS, group_rows(groups, names))
+        write_names(folder / "keep.txt", [name for i, name in enumerate(names[:N]) if i not in dropped])
         write_duplicates_report(folder / "duplicates.html", result, images, names, pairs, groups, said)
+        result["sha256"] = {name: file_hash(folder / name) for name in LISTS}
         write_json(folder / "result.json", result)
     print_summary(result, folder)
+
+
+def check_lists(folder):
+    """Raise a DataError if a file would be replaced that is of others, or was changed after it was made."""
+    path, hashes = folder / "result.json", {}
+    advice = "move it elsewhere, or choose another --duplicates_dir"
+    if path.exists():
+        known = read_json(path)
+        if not isinstance(known, dict) or "duplicates_dir" not in known.get("flags", {}):
+            raise DataError(f"{path}: not written by duplicates.py: {advice}")
+        if "sha256" not in known:
+            return  # an earlier call was killed while it wrote them
+        hashes = known["sha256"]
+    for name in LISTS:
+        file = folder / name
+        if file.exists() and file_hash(file) != hashes.get(name):
+            what = "was changed since it was made" if hashes else "not written by duplicates.py"
+            raise DataError(f"{file}: {what}: {advice}")
 
 
 def group_rows(groups, names):

@@ -228,12 +228,15 @@ def count_near(images, training):
     """How many of uint8 images (N, 3, H, W) are near, in pixels, to one of training (M, 3, H, W)."""
     N, M = len(images), len(training)
     compared, rows = Pixels(torch.cat([training, images]), torch.arange(M + N)), torch.arange(M, M + N)
+    of_training = Pixels(training, torch.arange(M))
+    of_training.queries = of_training.queries[:1]  # they give the scale of scores only
+    lists = search(of_training, torch.ones(M, dtype=torch.bool)) + [nothing(M)] * (len(compared.queries) - 1)
     found = []
-    for _, queries in compared.queries:
+    for (_, queries), own in zip(compared.queries, lists, strict=True):
         nearest = nearer(nothing(N), Lists(*compared.nearest(queries[rows], compared.keys[:M], NEIGHBORS)))
-        found.append(Lists(*(torch.cat(columns) for columns in zip(nothing(M), nearest, strict=True))))
+        found.append(Lists(*(torch.cat(columns) for columns in zip(own, nearest, strict=True))))
     pairs, score = scored_pairs(compared, found, torch.arange(M + N) < M)
-    return len(pairs[score < NEAR, 0].unique())
+    return len(pairs[(score < NEAR) & (pairs[:, 0] >= M), 0].unique())
 
 
 def greedy_groups(pairs, score, order):

@@ -13,6 +13,7 @@ from scipy.spatial.distance import cdist
 
 from score.duplicates import (
     MIRROR,
+    NEAR,
     NEIGHBORS,
     UNIT,
     Features,
@@ -163,6 +164,21 @@ def test_near_copies_among_generated_images_are_counted():
     assert count_near(as_tensor(np.concatenate([images[150:], scenes(20, seed=8)])), as_tensor(images[:150])) == 25
 
 
+def test_near_copies_of_images_that_stand_there_often_are_counted_as_the_finder_does():
+    """All 50 neighbours of such an image are copies too: without a scale of the others there would be none."""
+    noise = np.random.default_rng(0)
+    often = np.repeat(scenes(2, seed=5), 60, axis=0)
+    copies = (often + 3 * noise.standard_normal(often.shape)).clip(0, 255).astype(np.uint8)
+    training = as_tensor(np.concatenate([scenes(200), copies[:55], copies[60:115]]))
+    generated = as_tensor(np.concatenate([copies[55:60], copies[115:], scenes(6, seed=7)]))
+    M, images = len(training), torch.cat([training, generated])
+    is_key = torch.arange(len(images)) < M
+    compared = Pixels(images, torch.arange(len(images)))
+    pairs, score = scored_pairs(compared, search(compared, is_key), is_key)
+    found = {first for first in pairs[score < NEAR, 0].tolist() if first >= M}
+    assert count_near(generated, training) == len(found) == 10
+
+
 def test_groups_do_not_chain():
     pairs, score = torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.tensor([0.1, 0.2, 0.25], dtype=torch.float64)
     assert greedy_groups(pairs, score, range(4)) == {1: (0, 0.1), 3: (2, 0.25)}
@@ -254,11 +270,34 @@ def test_a_search_goes_on_and_takes_in_more_images(tmp_path):
     assert "searching again" in find(tmp_path, "out").stderr
 
 
-def test_odd_folders(tmp_path):
+def test_no_file_of_others_and_no_correction_is_replaced(tmp_path):
+    write_images(tmp_path / "images", scenes(4))
+    for name in ("result.json", "keep.txt"):
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        (tmp_path / "foreign" / name).write_text("{}")
+        assert f"foreign/{name}: not written by duplicates.py" in find(tmp_path, "foreign", code=1).stderr
+        (tmp_path / "foreign" / name).unlink()
+    for _ in range(2):
+        find(tmp_path, "out")
+    keep = tmp_path / "out/keep.txt"
+    keep.write_text("001.png\n")
+    said = find(tmp_path, "out", code=1).stderr
+    assert "out/keep.txt: was changed since it was made: move it elsewhere" in said
+    record = json.loads((tmp_path / "out/result.json").read_text())
+    del record["sha256"]  # as where a call is killed while it writes the lists
+    (tmp_path / "out/result.json").write_text(json.dumps(record))
+    find(tmp_path, "out")
+    assert len(keep.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("side", [8, 16, 32])
+def test_odd_folders(tmp_path, side):
     write_images(tmp_path / "images", scenes(1))
-    find(tmp_path, "one")
+    find(tmp_path, "one", f"--img_size={side}")
     assert rows_of(tmp_path / "one/pairs.csv") == []
     assert (tmp_path / "one/keep.txt").read_text() == "000.png\n"
+    if side < 32:
+        return
     write_images(tmp_path / "images", np.repeat(scenes(1), 60, axis=0))
     find(tmp_path, "equal")
     assert {row["kind"] for row in rows_of(tmp_path / "equal/pairs.csv")} == {"exact"}
