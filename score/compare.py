@@ -155,8 +155,12 @@ def facts_of_repeats(result):
     """`facts_of` a result, and of its training and checkpoint what repeats share."""
     training = {k: v for k, v in (result.get("training") or {}).items() if not k.endswith(OF_REPEATS)}
     checkpoint = checkpoint_of(result)
-    is_numbered = re.match(STEPS_IN_NAME, checkpoint.get("checkpoint", ""))
-    return facts_of(result) | (checkpoint if is_numbered else {}) | training
+    name = checkpoint.get("checkpoint", "")
+    if name.startswith("best_"):  # by --best, after other steps in each of the repeats
+        checkpoint = {"checkpoint": "best"}
+    elif not re.match(STEPS_IN_NAME, name):
+        checkpoint = {}
+    return facts_of(result) | checkpoint | training
 
 
 def checkpoint_of(result):

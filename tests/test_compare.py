@@ -144,6 +144,7 @@ def test_what_differs_is_said_and_not_averaged(tmp_path, changes, said):
     "changes",
     [
         {"checkpoint": "logs/x/ckpt8k.pt"},
+        {"checkpoint": "logs/x/best_ckpt6k.pt"},
         {"training": {"lr": 2e-3}},
         {"training": {"script": "main_fed"}},
     ],
@@ -173,6 +174,12 @@ def test_seeds_are_repeats_and_nothing_is_said_of_what_is_not_known(tmp_path, ch
     found = run_module("score.compare", "same=a", "same=b", "A=a", "B=b", "--html=both.html", cwd=tmp_path)
     assert first_cells(found.stdout) == ["same", "A", "B"] and "40 ± 0" in found.stdout
     assert not found.stderr
+
+
+def test_the_best_checkpoints_of_two_seeds_are_repeats_whatever_their_steps(tmp_path):
+    for name, steps in (("a", "6k"), ("b", "8k")):
+        write_run(tmp_path / name, {**RESULT, "checkpoint": f"logs/x/best_ckpt{steps}.pt"})
+    assert first_cells(run_module("score.compare", "same=a", "same=b", cwd=tmp_path).stdout) == ["same"]
 
 
 def test_text_beside_unconditional_is_said(tmp_path):
