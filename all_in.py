@@ -32,7 +32,15 @@ from score.memorization import memorization_ratio
 from score.record import add_stage, earlier_result, print_summary, say, take_directories
 from score.reject import held_back, ratio_margin
 from score.report import training_seconds, watched, write_report
-from score.samples import evenly_spaced, load_samples, png_names, sample_names, save_pngs, warn_of_odd_values
+from score.samples import (
+    content_order,
+    evenly_spaced,
+    load_samples,
+    png_names,
+    sample_names,
+    save_pngs,
+    warn_of_odd_values,
+)
 from score.similarity import evaluate_similarity
 from training import build
 from training.flags import STAGES, as_dict, define
@@ -108,7 +116,7 @@ def check_places(stages):
 
 
 def load_network(stages, device):
-    """The network that the flags name, its files, and the settings of its training or None.
+    """The network that the flags name, its files, their names, and the settings of their training or None.
 
     Of several checkpoints it is the mean of their predictions. Flags not given are the training's,
     also where only images of it are measured; then there is no network.
@@ -118,7 +126,7 @@ def load_network(stages, device):
         record = read_json(path) if path.exists() and not FLAGS.samples else {}
         if record.get("training"):
             take(FLAGS, record["training"], path, record["flags"])
-        return None, [], None
+        return None, [], record.get("checkpoint"), record.get("training")
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
     paths = [path for of_name in found for path in of_name]
@@ -127,7 +135,7 @@ def load_network(stages, device):
     for path, state in zip(paths, states, strict=True):
         nets.append(build.unet(FLAGS, state, path).to(device))
         load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)
-    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
+    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, names_of(paths), settings
 
 
 # What images are compared with: a `dataset.Dataset` of distinct images; the scores' reference, and real
@@ -135,19 +143,19 @@ def load_network(stages, device):
 Real = namedtuple("Real", "data reference heldout slot_group notes")
 
 
-def load_real(stages, images, paths, settings):
-    """The `Real` images, with notes; images: those to measure, None if they are to be made."""
+def load_real(stages, images, names, settings):
+    """The `Real` images, with notes; images: those to measure, None if they are to be made.
+
+    names, settings: of the checkpoints that make or made them, and of their training, or None."""
     with distributed.main_first():
         given = build.dataset(FLAGS)
-    notes = {"settings_warning": training_warning(settings, given, paths) if paths else None}
+    notes = {"settings_warning": training_warning(settings, given, names) if names else None}
     once = given.without_copies()
     data = once.distinct()
     if "gap" in stages:
         build.heldout_images(FLAGS, data, "stages=gap")
-    heldout, sizes = build.holdout_images(FLAGS, data), []
-    for part in (once.train, once.heldout, data.train, data.heldout):
-        sizes.append(len(part.images) if part else 0)
-    notes |= count_repeats(*sizes)
+    heldout = build.holdout_images(FLAGS, data)
+    notes |= count_repeats(once.train.images, once.heldout and once.heldout.images)
     is_rough = heldout is not None and len(heldout) < ROUGH
     what = f"held-out images: with less than {ROUGH} the floors are rough"
     notes["floor_warning"] = f"{len(heldout)} {what}" if is_rough else None
@@ -265,9 +273,23 @@ def begin_result(result, stages, images, real, paths, settings, young):
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
     result["training_seconds"] = training_seconds(result["checkpoint"])
     result["watched"] = watched(result["checkpoint"])
+    check_floors(result, stages, real.heldout)
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)
     return result
+
+
+def check_floors(result, stages, heldout):
+    """Raise a UsageError if a result has floors of other held-out images than those given, None for none."""
+    if heldout is None or stages >= {"memorise", "score"}:
+        return
+    of_stage = {"memorise": result.get("holdout", {}).get("images_sha256")}
+    of_stage["score"] = result.get("scored_with", {}).get("heldout")
+    hashes = {None, fingerprint(heldout), fingerprint(heldout[content_order(heldout)])}
+    for stage in of_stage.keys() - stages:
+        if of_stage[stage] not in hashes:
+            what = f"has floors of other held-out images, by the {stage} stage"
+            raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}: run it too, or choose other directories")
 
 
 def find_gap(net, paths, data, device):
@@ -363,13 +385,13 @@ def main():
 
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
     distances, copies = load_spaces(stages, device)
-    net, paths, settings = load_network(stages, device)
+    net, paths, names, settings = load_network(stages, device)
     default_resize(FLAGS)
     young = ema_warning(paths)
     say(young)
     check_places(stages)
     images = None if "generate" in stages else existing_images(needed=stages != {"gap"})
-    real = load_real(stages, images, paths, settings)
+    real = load_real(stages, images, names, settings)
 
     with take_directories(directories(stages)):
         result = earlier_result(FLAGS.grid_dir)

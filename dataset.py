@@ -19,7 +19,7 @@ from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
-from utils.images import altered, equal_images, firsts, in_threads, list_images, read_images, resized
+from utils.images import altered, equal_images, firsts, in_threads, list_images, read_images, resized, united
 from utils.name_lists import read_groups, read_kept
 from utils.safe_files import read_archive, read_file, unpickle_dict
 from utils.seeding import generator
@@ -69,13 +69,12 @@ class Dataset:
         return replace(self, train=select(self.train, rows), subset=self.subset[rows], groups=groups)
 
     def distinct(self):
-        """What is measured: equal training images once, no held-out image that equals one of them."""
+        """What is measured: equal images once, and no held-out image that equals a training image."""
         N, parts = len(self.train.images), [self.train] + ([self.heldout] if self.heldout else [])
-        group = equal_images(torch.cat([part.images for part in parts]))
-        of_train, of_heldout = group[:N], group[N:]
-        heldout = select(self.heldout, of_heldout > of_train.max()) if self.heldout else None
+        is_first = firsts(equal_images(torch.cat([part.images for part in parts])))
+        heldout = select(self.heldout, is_first[N:]) if self.heldout else None
         heldout = heldout if heldout and len(heldout.images) else None
-        return replace(self.only(firsts(of_train)), heldout=heldout)
+        return replace(self.only(is_first[:N]), heldout=heldout)
 
 
 def load_dataset(
@@ -161,7 +160,8 @@ def load_dataset(
     flips = is_cifar if hflip is None else hflip
     data = Dataset(train, join(others) if others else None, num_classes, flips, subset, class_names)
     if groups is not None:
-        data = replace(data, groups=read_groups(groups, train.names, all_names))
+        given = read_groups(groups, train.names, all_names)
+        data = replace(data, groups=united(given, equal_images(train.images)))
     return data if keep_list is None else data.only(torch.from_numpy(read_kept(keep_list, train.names, all_names)))
 
 

@@ -11,6 +11,7 @@ import torch
 from absl.flags import FLAGS
 
 from dataset import image_folders
+from score.evaluate import count_repeats
 from score.fid import CACHE
 from score.generate import generate
 from score.record import say
@@ -94,7 +95,7 @@ def score(net, data, quality):
 
 
 def evaluate(data, quality, device, path, directory):
-    notes = {"settings_warning": training_warning(training_of(path), data, [path])}
+    notes = {"settings_warning": training_warning(training_of(path), data, path)}
     state = load_checkpoint(path, device)
     net = build.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
@@ -102,8 +103,9 @@ def evaluate(data, quality, device, path, directory):
     notes["ema_warning"] = young_ema(path, ema_start(path))
     say(*notes.values())
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images, **notes}
-    for name, use_ema in (("net", False), ("ema", True)):
-        load_weights(net, weights_in(state, use_ema, path), path)
+    weights = {"net": weights_in(state, False, path), "ema": weights_in(state, True, path)}
+    for name, of_net in weights.items():
+        load_weights(net, of_net, path)
         results[name] = score(net, data, quality)
         scores = ", ".join(f"{key} {value:.4f}" for key, value in results[name].items())
         print(f"{path} {name}: {scores}")
@@ -130,7 +132,10 @@ def main():
     with distributed.main_first():
         data = build.dataset(FLAGS)
     if scores:
-        reference, heldout = build.reference_images(FLAGS, data), data.heldout and data.heldout.images
+        once = data.without_copies()
+        say(count_repeats(once.train.images, once.heldout and once.heldout.images)["repeats_warning"])
+        reference, heldout = build.reference_images(FLAGS, once), once.distinct().heldout
+        heldout = heldout and heldout.images
         quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout, FLAGS.fid_cache)
     if FLAGS.train:
         train(data, quality, device, logdir)

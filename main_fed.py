@@ -14,12 +14,13 @@ import torch
 from absl.flags import FLAGS
 
 from dataset import image_folders
+from score.record import say
 from training import build
 from training.ensemble import Shard
 from training.flags import define
 from training.launch import announce, check_processes, check_warmup, pick_device, run
 from training.logdir import say_young_ema
-from training.recorded import default_resize
+from training.recorded import default_resize, start_warning
 from training.resume import resume_shards, save_average
 from training.rounds import steps_of, train
 from training.weights import load_checkpoint, load_weights, weights_in
@@ -34,6 +35,7 @@ WARMUP = 15  # epochs of the shard
 def make_shards(data, images, slots, device):
     """The shards of this process: shard k is process k mod P's. All start from the same weights."""
     start = load_checkpoint(FLAGS.check_dir) if FLAGS.check_dir else None
+    say(start_warning(FLAGS, FLAGS.check_dir) if start else None)
     shards = []
     for k, of_shard in enumerate(slots):
         batches = build.batches(FLAGS, data, images, of_shard, device, shard=k)

@@ -14,7 +14,7 @@ from score.swd import sliced_wasserstein
 from utils import distributed
 from utils.errors import DataError, UsageError, warn
 from utils.files import atomic_write, file_hash
-from utils.images import fingerprint
+from utils.images import equal_images, fingerprint, firsts
 from utils.name_lists import write_table
 
 SPLITS = 10  # of the Inception score
@@ -79,16 +79,21 @@ def evaluate(
     return distributed.from_main(numbers), nearest
 
 
-def count_repeats(training, heldout, training_left, heldout_left):
-    """What result.json says of training images that equal others, and held-out ones that equal these."""
-    repeated, in_training = training - training_left, heldout - heldout_left
-    said = []
-    if repeated:
-        said.append(f"{repeated:,} of {training:,} training images equal others, and count once")
-    if in_training:
-        what = f"{in_training:,} of {heldout:,} held-out images"
-        said.append(f"{what} equal training images, and are left out")
-    counts = {"repeated_training_images": repeated, "heldout_in_training": in_training}
+def count_repeats(training, heldout):
+    """What result.json says of images (M, 3, H, W) and (L, 3, H, W), or None, that equal others."""
+    M, L = len(training), 0 if heldout is None else len(heldout)
+    group = equal_images(training if heldout is None else torch.cat([training, heldout]))
+    is_first, in_training = firsts(group), group[M:] <= group[:M].max()
+    said, counts = [], {}
+    for name, number, of, what in (
+        ("repeated_training_images", (~is_first[:M]).sum(), f"{M:,} training images", "others, and count once"),
+        ("heldout_in_training", in_training.sum(), f"{L:,} held-out images", "training images, and are left out"),
+        ("repeated_heldout_images", (~is_first[M:] & ~in_training).sum(), f"{L:,} held-out images",
+         "other held-out ones, and count once"),
+    ):  # fmt: skip
+        counts[name] = int(number)
+        if number:
+            said.append(f"{number:,} of {of} equal {what}")
     return {**counts, "repeats_warning": "; ".join(said) or None}
 
 
@@ -190,10 +195,15 @@ class Quality:
         self.scored_with |= {"samples_order": SAMPLES_ORDER} if by_content else {}
         if heldout is not None:
             self.scored_with["heldout"] = fingerprint(heldout)
+        if fid_cache and (word := fid.taken_at_its_word(fid_cache)):
+            self.scored_with["statistics"] = word
         self.reference = fid.reference_statistics(reference, space, fid_cache)
         self.all_real = reference[content_order(reference)] if by_content else reference
-        first, spread = slice(COVER_IMAGES), evenly_spaced(len(reference), COVER_IMAGES)
-        self.real = self.all_real[first if by_content else spread]
+        # an equal image is the nearest other one, so repeats would cover nothing
+        self.distinct = self.all_real[firsts(equal_images(self.all_real))]
+        if len(self.distinct) < len(reference):
+            self.scored_with["distinct"] = len(self.distinct)
+        self.real = self.distinct[:COVER_IMAGES] if by_content else evenly(self.distinct, COVER_IMAGES)
 
     @functools.cached_property
     def real_features(self):
@@ -232,9 +242,9 @@ class Quality:
         if self.heldout is None or len(self.heldout) < LEAST_HELDOUT:
             return {}
         halves = self.heldout[::2], self.heldout[1::2]
-        of_reference = set(map(fingerprint, self.all_real))
+        of_reference = set(map(fingerprint, self.distinct))
         overlaps = any(fingerprint(image) in of_reference for image in self.heldout)
-        real, others = halves if overlaps else (self.all_real, self.heldout)
+        real, others = halves if overlaps else (self.distinct, self.heldout)
         sets = evenly(real, COVER_IMAGES), evenly(others, number)
         features, floors = [in_order(self.batches(part[:COVER_IMAGES]))[0] for part in sets], None
         if distributed.is_main():

@@ -137,6 +137,13 @@ def test_fine_tuning_starts_from_a_checkpoint(kind, trained, tmp_path):
     assert torch.allclose(state["global_ema_model"]["head.weight"], ema_start["head.weight"], atol=1e-4)
 
 
+def test_a_start_of_another_diffusion_is_said(trained, tmp_path):
+    start = trained / "global_ckpt_round2.pt"
+    flags = ["--total_round=1", "--local_epoch=1", "--beta_T=0.5", f"--check_dir={start}", "--logdir=log"]
+    said = run("main_fed.py", "--train", *SETTINGS, *flags, cwd=tmp_path).stderr
+    assert f"{start}: was trained otherwise: here --beta_T=0.5, not 0.02" in said
+
+
 def write_groups(path, sizes):
     """Groups of so many of the 48 digits, one after the other."""
     names, rows = iter(load_dataset("digits", "", 8, 48).train.names), []

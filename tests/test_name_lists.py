@@ -11,9 +11,11 @@ from dataset import load_dataset
 from tests.commands import run
 from tests.test_own_images import NETWORK, TRAINING, noise, write_images
 from training.logdir import read_run
+from training.shards import partition
 from training.weights import load_checkpoint
 from utils.errors import DataError
 from utils.files import file_hash, write_json
+from utils.images import united
 from utils.name_lists import read_groups, read_kept, write_names, write_table
 
 NAMES = ["a.png", 'b, "c".png', " d.png ", "caf\u00e9.png", "\udcff.png", "line\nbreak.png"]
@@ -36,6 +38,7 @@ def test_what_lists_name_wrongly_is_said_in_a_line(tmp_path):
         with pytest.raises(DataError, match=wrong):
             read_kept(path, ["a", "b"])
     tables = {"group,image\n1,a\n2,a\n": "two groups", "a,b\n1,2\n": "no column", "group,image\n1,z\n": "'z'"}
+    tables |= {"": "no column 'group'", "group\n": "no column 'image'"}
     for text, wrong in tables.items():
         path.write_text(text)
         with pytest.raises(DataError, match=wrong):
@@ -57,6 +60,19 @@ def test_only_kept_images_are_trained_on_and_the_others_are_not_held_out(tmp_pat
     assert torch.equal(data.heldout.images, whole.heldout.images)
     assert data.groups[0] == data.groups[1] and len(data.groups.unique()) == len(kept) - 1
     assert data.distinct().groups.shape == data.distinct().subset.shape
+
+
+def test_images_equal_in_pixels_are_in_one_group(tmp_path):
+    """Whatever a table says: of copies, of which it names the first, and of files that it does not name."""
+    whole = load_dataset("digits", "", img_size=8, num_train=50, duplicates=5, copies=4)
+    repeated = [i for i, name in enumerate(whole.train.names) if f"{name} copy 2" in whole.train.names]
+    pairs = [[0, whole.train.names[repeated[0]], 1, "", ""], [0, whole.train.names[repeated[1]], 0, 0.1, "near"]]
+    write_table(tmp_path / "groups.csv", ("group", "image", "kept", "score", "kind"), pairs)
+    data = load_dataset("digits", "", img_size=8, num_train=50, duplicates=5, copies=4, groups=tmp_path / "groups.csv")
+    assert sorted(data.groups.bincount().tolist()) == [1] * 45 + [4] * 3 + [8]
+    slots = partition(data.train.labels, 4, "together", 0, groups=data.groups)
+    assert all(len({k for k, rows in enumerate(slots) if number in data.groups[rows]}) == 1 for number in data.groups)
+    assert united(torch.tensor([0, 0, 1, 2, 3]), torch.tensor([0, 1, 1, 2, 2])).tolist() == [0, 0, 0, 1, 1]
 
 
 def test_every_slot_has_a_name_of_its_own():

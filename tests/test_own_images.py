@@ -12,7 +12,7 @@ from dataset import load_dataset
 from score.features import pooled
 from score.fid import precision_recall
 from score.samples import content_order
-from tests.commands import eval_flags, run, values_of
+from tests.commands import eval_flags, run, run_module, values_of
 from training.logdir import UNRECORDED, read_run
 from training.recorded import default_resize
 
@@ -72,6 +72,54 @@ def test_training_images_in_two_files_count_once(tmp_path):
     line = "60 of 120 training images equal others, and count once; 5 of 45 held-out images equal training images"
     assert said.stderr.count(line) == 1 and line in (tmp_path / "b/grid/report.html").read_text()
     assert twice["fpd"] != once["fpd"]  # the reference has them twice
+
+
+def test_repeats_change_no_measure_of_single_images(tmp_path):
+    """Balls of precision and recall, and halves of the held-out images, of which each half would have all."""
+    colours = np.random.default_rng(0).integers(0, 256, (100, 1, 1, 3)) + noise(100, 16, 16).astype(int) // 8
+    colours = colours.clip(0, 255).astype(np.uint8)
+    training, heldout, samples = colours[:40], colours[40:70], colours[70:]
+    write_images(tmp_path / "once", training)
+    write_images(tmp_path / "often", np.repeat(training, 5, axis=0))
+    write_images(tmp_path / "single", heldout)
+    write_images(tmp_path / "double", np.repeat(heldout, 2, axis=0))
+    np.save(tmp_path / "samples.npy", samples)
+    flags = ["--dataset=folder", "--samples=samples.npy", "--img_size=16", "--stages=score,memorise"]
+    names = [f"{name}{kind}" for name in ("precision", "recall") for kind in ("", "_floor")]
+    names += ["swd_floor", "holdout", "pixels"]
+    for more in ([], ["--fid_reference=heldout"]):
+        _, expected = measure(tmp_path, "a", *flags, *more, "--data_root=once", "--heldout=single")
+        said, found = measure(tmp_path, "b", *flags, *more, "--data_root=often", "--heldout=double")
+        assert expected["precision_floor"] > 0 and expected["recall"] > 0
+        assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+        assert found["repeated_heldout_images"] == 30 and found["heldout_in_training"] == 0
+        assert "30 of 60 held-out images equal other held-out ones, and count once" in said.stderr
+
+
+def test_other_statistics_are_other_scores(tmp_path):
+    """Those of a file that does not say what it is of, which is taken at its word."""
+    write_images(tmp_path / "my", noise(20))
+    np.save(tmp_path / "samples.npy", noise(20, seed=2))
+    flags = ["--dataset=folder", "--data_root=my", "--samples=samples.npy", "--stages=score,memorise"]
+    for name, mean in (("a", 0), ("b", 5)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(192, mean, np.float64), sigma=np.eye(192))
+    alone = measure(tmp_path, "alone", *flags, "--fid_cache=b.npz")[1]["fpd"]
+    caches = ["--fid_cache=a.npz"], ["--fid_cache=b.npz"], []
+    found = [measure(tmp_path, "out", *flags, *more)[1]["fpd"] for more in caches]
+    assert len(set(found)) == 3 and found[1] == alone
+
+
+def test_floors_of_two_held_out_sets_do_not_meet_in_a_result(tmp_path):
+    for i, folder in enumerate(("my", "held", "other")):
+        write_images(tmp_path / folder, noise(20, seed=i))
+    np.save(tmp_path / "samples.npy", noise(20, seed=3))
+    flags = ["--dataset=folder", "--data_root=my", "--samples=samples.npy"]
+    measure(tmp_path, "out", *flags, "--heldout=held", "--stages=score,memorise")
+    for first, second in (("memorise", "score"), ("score", "memorise")):
+        said, _ = measure(tmp_path, "out", *flags, "--heldout=other", f"--stages={first}", code=2)
+        assert f"has floors of other held-out images, by the {second} stage" in said.stderr
+    measure(tmp_path, "out", *flags, "--heldout=held", "--stages=memorise")
+    measure(tmp_path, "out", *flags, "--heldout=other", "--stages=score,memorise")
 
 
 def test_what_was_copied_is_named_by_its_file(tmp_path):
@@ -157,6 +205,10 @@ def test_other_training_images_are_said(trained, tmp_path):
         said = run("all_in.py", *MEASURING, "--unet_dir=log", flag, *eval_flags(tmp_path), cwd=trained).stderr
         note = result_in(tmp_path)["settings_warning"]
         assert "other images" in note and note in said and note in (tmp_path / "grid/report.html").read_text()
+        run("all_in.py", *MEASURING, "--unet_dir=log", "--stages=generate", *eval_flags(tmp_path), cwd=trained)
+        by_stage = [*MEASURING, "--stages=score,memorise", flag, *eval_flags(tmp_path)]
+        assert note in run("all_in.py", *by_stage, cwd=trained).stderr
+        assert result_in(tmp_path)["settings_warning"] == note
     lone = trained / "lone"
     lone.mkdir(exist_ok=True)
     (lone / "ckpt4.pt").write_bytes((trained / "log/ckpt4.pt").read_bytes())
@@ -171,6 +223,30 @@ def test_several_checkpoints_must_agree(trained, tmp_path):
     both = f"--unet_dir=log,{tmp_path / 'b'}"
     said = run("all_in.py", *MEASURING, both, *eval_flags(tmp_path), cwd=trained, code=2).stderr
     assert "--beta_T: log/ckpt4.pt was trained with 0.05" in said
+    write_images(tmp_path / "my", noise(40, seed=7))
+    flags = ["--dataset=folder", "--data_root=my", "--num_train=30", "--mean_type=xstart", "--beta_T=0.05", "--hflip"]
+    run("main.py", "--train", *NETWORK, *TRAINING, *flags, "--logdir=c", cwd=tmp_path)
+    both = f"--unet_dir=log,{tmp_path / 'c'}"
+    said = run("all_in.py", *MEASURING, both, *eval_flags(tmp_path), cwd=trained, code=2).stderr
+    assert "were trained with other training images: evaluate them one by one" in said
+
+
+def test_main_measures_as_all_in_does(tmp_path):
+    """Repeated training images and held-out ones among them; a file of one kind of weights is refused at once."""
+    training, heldout = noise(40), noise(30, seed=1)
+    write_images(tmp_path / "my", training)
+    write_images(tmp_path / "other", np.concatenate([heldout, training[:10]]))
+    flags = ["--dataset=folder", "--data_root=my", "--heldout=other", "--duplicates=10", "--copies=3"]
+    run("main.py", "--train", *NETWORK, *TRAINING, *flags, "--logdir=log", cwd=tmp_path)
+    said = run("main.py", "--eval", *MEASURING, "--logdir=log", cwd=tmp_path).stderr
+    assert "10 of 40 held-out images equal training images" in said
+    run("all_in.py", *MEASURING, "--unet_dir=log", *eval_flags(tmp_path / "out"), cwd=tmp_path)
+    expected, found = result_in(tmp_path / "out"), json.loads((tmp_path / "log/eval_ckpt4.json").read_text())["ema"]
+    assert found == {name: expected[name] for name in found} and {"fpd", "precision_floor"} <= found.keys()
+    run_module("training.export", "log", "ema.safetensors", cwd=tmp_path)
+    flags = ["--unet_dir=ema.safetensors", "--logdir=e", *flags[:2]]
+    result = run("main.py", "--eval", *MEASURING, *flags, cwd=tmp_path, code=1)
+    assert "ema.safetensors" in result.stderr and "generate" not in result.stderr
 
 
 def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):

@@ -210,16 +210,6 @@ def write_results(result, images, data, neighbors, prompts):
     print_summary(result, grid_dir)
 
 
-def without_repeats(given, training, heldout):
-    """What is to be said of repeats, and the held-out images that equal no training image, or None."""
-    others, number = heldout, 0 if heldout is None else len(heldout)
-    if heldout is not None:
-        others = not_in(training, heldout)
-    repeats = count_repeats(given, number, len(training), 0 if others is None else len(others))
-    say(repeats["repeats_warning"])
-    return repeats, others
-
-
 def find_places():
     """The folders of the UNet and the pipeline, or None; flags that are not given are the training's."""
     if FLAGS["logdir"].present and not FLAGS.unet and not FLAGS.samples:
@@ -339,7 +329,9 @@ def main():
     say(*notes)
     data, heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
     training = data.images
-    repeats, heldout = without_repeats(len(given.images), training, heldout)
+    repeats = count_repeats(given.images, heldout)
+    say(repeats["repeats_warning"])
+    heldout = None if heldout is None else not_in(training, heldout)
     images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images)

@@ -22,7 +22,7 @@ from training.batches import Batch, Batches, rand_augment, to_device
 from utils import distributed
 from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write
-from utils.images import decoded, fingerprint, list_images, read_image
+from utils.images import decoded, equal_images, fingerprint, list_images, read_image, united
 from utils.name_lists import read_groups, read_kept
 from utils.safe_files import check_memory, read_text
 from utils.seeding import derive_seed, generator
@@ -68,6 +68,7 @@ def load_folder(folder, captions, resolution, num_workers=0, keep_list=None, gro
         files, captions, paths = ([column[i] for i in subset] for column in (files, captions, paths))
         groups = None if groups is None else groups[subset]
     images, classes = load_images(files, resolution, num_workers), [path.parent.name for path in files]
+    groups = None if groups is None else united(groups, equal_images(images))
     return CaptionedImages(images, captions, classes, paths, subset, groups)
 
 

@@ -30,8 +30,8 @@ def distinct(data):
 
 
 def not_in(training, heldout):
-    """The held-out images (L, 3, H, W) that equal no training image, None where all do; both uint8."""
-    is_new = equal_images(torch.cat([training, heldout]))[len(training) :] >= len(training)
+    """The held-out images (L, 3, H, W), each once, that equal no training image, or None; both uint8."""
+    is_new = firsts(equal_images(torch.cat([training, heldout])))[len(training) :]
     return heldout[is_new] if is_new.any() else None
 
 

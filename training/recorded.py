@@ -11,6 +11,8 @@ from training.weights import EXPORTED
 from utils.errors import DataError, UsageError, one_line
 from utils.images import fingerprint
 
+OF_IMAGES = ("training images (sha256)", "keep_list (sha256)", "groups (sha256)")  # of settings
+
 
 def recorded_flags(logdir):
     """{name: text} of the flags in the flagfile of a log directory, none where it has no flagfile."""
@@ -65,14 +67,30 @@ def take_trainings(values, paths):
             if own != first:
                 what = f"{paths[0]} was trained with {first}, {path} with {own}"
                 raise UsageError(f"--{name}: {what}: evaluate them one by one")
+        for name in OF_IMAGES:
+            if other.get(name) != settings[0].get(name):
+                what = f"{paths[0]} and {path} were trained with other {name.removesuffix(' (sha256)')}"
+                raise UsageError(f"--unet_dir: {what}: evaluate them one by one")
     where = paths[0] if paths[0].suffix == EXPORTED else run_file(paths[0])
     take(values, settings[0], where, recorded_flags(where.parent))
     return settings[0]
 
 
-def training_warning(settings, data, paths):
-    """What to say where it is not sure that `data` and the flags are those of the training, or None."""
-    names = ", ".join(map(str, paths))
+def start_warning(values, path):
+    """What to say where the flags of diffusion are not those that the checkpoint at `path` was trained with."""
+    settings = training_of(Path(path)) or {}
+    differing = [
+        f"--{name}={values[name].value}, not {settings[name]}"
+        for name in ("beta_1", "beta_T", "mean_type")
+        if settings.get(name) not in (None, values[name].value)
+    ]
+    return f"{path}: was trained otherwise: here {' and '.join(differing)}" if differing else None
+
+
+def training_warning(settings, data, names):
+    """What to say where it is not sure that `data` and the flags are those of the training, or None.
+
+    names: of the checkpoints; settings: of their training, or None."""
     if settings is None:
         return f"{names}: no run.json says how it was trained: network, diffusion and training images are the flags'"
     if settings.get("training images (sha256)") not in (None, fingerprint(data.train.images)):

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from utils import distributed
 from utils.bar import progress_bar
@@ -289,6 +291,17 @@ def equal_images(images):
     return torch.tensor([numbers.setdefault(digest, len(numbers)) for digest in digests])
 
 
+def united(groups, others):
+    """Groups (N,) in which images are together that are so in `groups` or in `others`, directly or not.
+
+    All int64; they are numbered by their firsts."""
+    M, N = int(groups.max()) + 1, len(groups)
+    links = coo_array((np.ones(N), (groups.numpy(), M + others.numpy())), shape=(M + N, M + N))
+    _, part = connected_components(links, directed=False)
+    numbers = {}
+    return torch.tensor([numbers.setdefault(n, len(numbers)) for n in part[groups.numpy()].tolist()])
+
+
 def firsts(group):
     """Which images are the first of their group, int64 (N,): bool (N,)."""
     order = group.argsort(stable=True)
@@ -304,6 +317,8 @@ def fingerprint(images):
 
 def resized(images, img_size):
     """uint8 images (N, 3, H, W) at another size, by PIL, bilinear, antialiased: (N, 3, size, size)."""
+    if not len(images):
+        return images.new_empty(0, images.shape[1], img_size, img_size)
     pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
     size, filter = (img_size, img_size), Image.Resampling.BILINEAR
     rows = np.stack([np.asarray(picture.resize(size, filter)) for picture in pictures])

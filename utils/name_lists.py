@@ -70,11 +70,12 @@ def read_groups(path, names, others=()):
     """
     group_of = {}
     try:
-        for row in csv.DictReader(io.StringIO(read_text(path)), strict=True):
+        rows = csv.DictReader(io.StringIO(read_text(path)), strict=True)
+        if lacking := {"group", "image"} - set(rows.fieldnames or ()):
+            raise DataError(f"--groups={path}: has no column {min(lacking)!r}: make it with duplicates.py")
+        for row in rows:
             if group_of.setdefault(row["image"], row["group"]) != row["group"]:
                 raise ValueError(f"{row['image']} is in two groups")
-    except KeyError as error:
-        raise DataError(f"--groups={path}: has no column {error}: make it with duplicates.py") from error
     except (OSError, ValueError, csv.Error) as error:
         what = f"cannot be read ({one_line(error)}): make it with duplicates.py"
         raise DataError(f"--groups={path}: {what}") from error
