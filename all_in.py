@@ -116,7 +116,7 @@ def check_places(stages):
 
 
 def load_network(stages, device):
-    """The network that the flags name, its files, their names, and the settings of their training or None.
+    """The network that the flags name, its files, their names, and its training's settings or None.
 
     Of several checkpoints it is the mean of their predictions. Flags not given are the training's,
     also where only images of it are measured; then there is no network.
@@ -280,7 +280,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
 
 
 def check_floors(result, stages, heldout):
-    """Raise a UsageError if a result has floors of other held-out images than those given, None for none."""
+    """Raise a UsageError if a result has floors of other held-out images than those given, or None."""
     if heldout is None or stages >= {"memorise", "score"}:
         return
     of_stage = {"memorise": result.get("holdout", {}).get("images_sha256")}
@@ -288,8 +288,8 @@ def check_floors(result, stages, heldout):
     hashes = {None, fingerprint(heldout), fingerprint(heldout[content_order(heldout)])}
     for stage in of_stage.keys() - stages:
         if of_stage[stage] not in hashes:
-            what = f"has floors of other held-out images, by the {stage} stage"
-            raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}: run it too, or choose other directories")
+            what = f"has floors of other held-out images, by the {stage} stage: run it too"
+            raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}, or choose other directories")
 
 
 def find_gap(net, paths, data, device):

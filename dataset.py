@@ -19,7 +19,16 @@ from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import atomic_write, file_hash
-from utils.images import altered, equal_images, firsts, in_threads, list_images, read_images, resized, united
+from utils.images import (
+    altered,
+    equal_images,
+    firsts,
+    in_threads,
+    list_images,
+    read_images,
+    resized,
+    united,
+)
 from utils.name_lists import read_groups, read_kept
 from utils.safe_files import read_archive, read_file, unpickle_dict
 from utils.seeding import generator

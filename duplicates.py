@@ -248,7 +248,7 @@ def main():
 
 
 def check_lists(folder):
-    """Raise a DataError if a file would be replaced that is of others, or was changed after it was made."""
+    """Raise a DataError if a file would be replaced that is of others or was corrected by hand."""
     path, hashes = folder / "result.json", {}
     advice = "move it elsewhere, or choose another --duplicates_dir"
     if path.exists():

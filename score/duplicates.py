@@ -230,7 +230,8 @@ def count_near(images, training):
     compared, rows = Pixels(torch.cat([training, images]), torch.arange(M + N)), torch.arange(M, M + N)
     of_training = Pixels(training, torch.arange(M))
     of_training.queries = of_training.queries[:1]  # they give the scale of scores only
-    lists = search(of_training, torch.ones(M, dtype=torch.bool)) + [nothing(M)] * (len(compared.queries) - 1)
+    lists = search(of_training, torch.ones(M, dtype=torch.bool))
+    lists += [nothing(M)] * (len(compared.queries) - 1)
     found = []
     for (_, queries), own in zip(compared.queries, lists, strict=True):
         nearest = nearer(nothing(N), Lists(*compared.nearest(queries[rows], compared.keys[:M], NEIGHBORS)))

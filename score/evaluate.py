@@ -83,18 +83,19 @@ def count_repeats(training, heldout):
     """What result.json says of images (M, 3, H, W) and (L, 3, H, W), or None, that equal others."""
     M, L = len(training), 0 if heldout is None else len(heldout)
     group = equal_images(training if heldout is None else torch.cat([training, heldout]))
-    is_first, in_training = firsts(group), group[M:] <= group[:M].max()
-    said, counts = [], {}
-    for name, number, of, what in (
-        ("repeated_training_images", (~is_first[:M]).sum(), f"{M:,} training images", "others, and count once"),
-        ("heldout_in_training", in_training.sum(), f"{L:,} held-out images", "training images, and are left out"),
-        ("repeated_heldout_images", (~is_first[M:] & ~in_training).sum(), f"{L:,} held-out images",
-         "other held-out ones, and count once"),
-    ):  # fmt: skip
-        counts[name] = int(number)
-        if number:
-            said.append(f"{number:,} of {of} equal {what}")
-    return {**counts, "repeats_warning": "; ".join(said) or None}
+    is_repeat, is_leak = ~firsts(group), group[M:] <= group[:M].max()
+    counts = {
+        "repeated_training_images": is_repeat[:M].sum().item(),
+        "heldout_in_training": is_leak.sum().item(),
+        "repeated_heldout_images": (is_repeat[M:] & ~is_leak).sum().item(),
+    }
+    said = (
+        f"of {M:,} training images equal others, and count once",
+        f"of {L:,} held-out images equal training images, and are left out",
+        f"of {L:,} held-out images equal other held-out ones, and count once",
+    )
+    lines = [f"{n:,} {what}" for n, what in zip(counts.values(), said, strict=True) if n]
+    return {**counts, "repeats_warning": "; ".join(lines) or None}
 
 
 def identity(images, training):

@@ -77,7 +77,7 @@ def take_trainings(values, paths):
 
 
 def start_warning(values, path):
-    """What to say where the flags of diffusion are not those that the checkpoint at `path` was trained with."""
+    """What to say where the checkpoint at `path` was trained with other flags of diffusion, or None."""
     settings = training_of(Path(path)) or {}
     differing = [
         f"--{name}={values[name].value}, not {settings[name]}"

@@ -72,7 +72,8 @@ def read_groups(path, names, others=()):
     try:
         rows = csv.DictReader(io.StringIO(read_text(path)), strict=True)
         if lacking := {"group", "image"} - set(rows.fieldnames or ()):
-            raise DataError(f"--groups={path}: has no column {min(lacking)!r}: make it with duplicates.py")
+            what = f"has no column {min(lacking)!r}"
+            raise DataError(f"--groups={path}: {what}: make it with duplicates.py")
         for row in rows:
             if group_of.setdefault(row["image"], row["group"]) != row["group"]:
                 raise ValueError(f"{row['image']} is in two groups")
