@@ -277,15 +277,34 @@ def test_plain_diffusers_makes_the_images_of_all_in(directory, plus):
     assert result["checkpoint"] == "plus/checkpoint_round3" and result["training"]["lora_rank"] == 4
 
 
-def test_a_lora_of_another_training(directory, plus, tmp_path):
-    folder = copy_pipeline(directory / "pipeline", tmp_path)
+@pytest.fixture(scope="module")
+def other(directory):
+    """The pipeline with another UNet."""
+    folder = copy_pipeline(directory / "pipeline", directory / "other")
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 1}, path, metadata={"format": "pt"})
-    flags = ["--unet=plus", f"--pretrained={folder}", "--features=pixels", "--device=cpu"]
+    return folder
+
+
+def test_images_of_a_lora_are_of_its_base(directory, other, tmp_path):
+    """Those of one base are not taken for those of another."""
+    adapter, images = adapted(), []
+    save_lora(adapter, adapter.state_dict(), tmp_path)
+    flags = ["--data_root=images", "--captions=captions.json", "--resolution=16", "--features=pixels"]
+    flags += [f"--unet={tmp_path / LORA_FILE}", "--num_images=2", "--sample_steps=2", "--device=cpu"]
+    flags += [f"--{kind}_dir={tmp_path / kind}" for kind in ("generate", "similar", "grid")]
+    for pipeline in ("pipeline", other):
+        run_module(ALL_IN, f"--pretrained={pipeline}", *flags, cwd=directory)
+        images.append(np.load(tmp_path / "generate/generate.npy"))
+    assert not np.array_equal(*images)
+
+
+def test_a_lora_of_another_training(directory, plus, other):
+    flags = ["--unet=plus", f"--pretrained={other}", "--features=pixels", "--device=cpu"]
     line = last_line(ALL_IN, *flags, cwd=directory)
     what = "plus/run.json says that its UNet was trained with another unet: give"
-    assert f"--pretrained={folder}: {what}" in line
+    assert f"--pretrained={other}: {what}" in line
 
 
 def kohya(weights, alpha):

@@ -79,7 +79,7 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
     origin["checkpoint_sha256"] = content_hash(unet_folder)
     if unet_folder.is_file():
-        origin["lora_scale"] = FLAGS.lora_scale
+        origin |= {"lora_scale": FLAGS.lora_scale, "unet_sha256": content_hash(folder / "unet")}
     if PRECISIONS[FLAGS.precision] != torch.float32:
         origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     margin, of_margin = rejection or (None, {})
