@@ -229,6 +229,16 @@ def test_images_of_others(directory, tmp_path_factory):
     assert not (directory / "theirs/generate").exists()
 
 
+def test_images_and_prompts_are_paired_by_name(directory, tmp_path):
+    """Copies of training images with their names, and a file of captions in the opposite order."""
+    save_images(tmp_path / "theirs")
+    captions = save_captions(tmp_path / "captions.json", dict(reversed(CAPTIONS.items())))
+    flags = [f"--samples={tmp_path / 'theirs'}", f"--prompts={captions}", *DATA, "--features=pixels"]
+    run_module(MODULE, *flags, *directories(tmp_path), cwd=directory)
+    result = json.loads((tmp_path / "grid/result.json").read_text())
+    assert result["similarity"]["own_image"] == 1
+
+
 def test_images_that_are_not_finite_are_named(directory, tmp_path):
     """Wherever they come from; here the VAE makes nothing else. That no run.json says what a UNet is, is said, too."""
     folder = copy_pipeline(directory / "pipeline", tmp_path)

@@ -264,7 +264,8 @@ def load_prompts(data, pipeline, images):
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
-    prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
+    names, tokenizer = build.names_of_samples(FLAGS), pipeline and pipeline.tokenizer
+    prompts, source = build.prompts(FLAGS, data, tokenizer, number, names)
     in_turn = FLAGS.prompts == "all"  # several times, maybe
     if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
         kind = "captions, a distinct image each," if in_turn else "prompts"

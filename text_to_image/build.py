@@ -134,10 +134,7 @@ def images_of(FLAGS, flag):
         UsageError: an array of images of another size."""
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
-        files = [Path(file) for group in list_images(path) for file in group]
-        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
-        return load_images(files, side, FLAGS.num_workers)
+        return load_images(files_of(path), side, FLAGS.num_workers)
     if not Path(path).is_file():
         raise DataError(f"--{flag}={path}: no such file or folder")
     images = load_samples(path)
@@ -145,6 +142,21 @@ def images_of(FLAGS, flag):
         what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
         raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
     return images
+
+
+def files_of(folder, quiet=False):
+    """The image files in a folder, paths, by the numbers in their names; quiet: as for `list_images`."""
+    files = [Path(file) for group in list_images(folder, quiet=quiet) for file in group]
+    parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
+    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
+
+
+def names_of_samples(FLAGS):
+    """The names of --samples' images in their folder, in the order of `images_of`; None without one."""
+    folder = FLAGS.samples
+    if not folder or not Path(folder).is_dir():
+        return None
+    return [file.relative_to(folder).as_posix() for file in files_of(folder, quiet=True)]
 
 
 def generation(FLAGS):
@@ -211,9 +223,11 @@ def watch(FLAGS, data, pipeline, device, save):
     return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 
 
-def prompts(FLAGS, data, tokenizer, number):
-    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from."""
+def prompts(FLAGS, data, tokenizer, number, names=None):
+    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from.
+
+    names: of the images, where they are there already."""
     return make_prompts(
         data, tokenizer, number, prompts=FLAGS.prompts, caption_mode=FLAGS.caption_mode, seed=FLAGS.seed,
-        rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats,
+        rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats, names=names,
     )  # fmt: skip
