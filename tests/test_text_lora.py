@@ -307,12 +307,13 @@ def test_a_lora_of_another_training(directory, plus, other):
     assert f"--pretrained={other}: {what}" in line
 
 
-def kohya(weights, alpha):
-    """As kohya's scripts name and scale them."""
-    named = {}
+def kohya(weights, alphas):
+    """As kohya's scripts name and scale them; the layers have the alphas in turn."""
+    named, alpha_of = {}, {}
     for name, value in weights.items():
         layer, _, end = name.removeprefix("unet.").rpartition(".lora.")
         layer = f"lora_unet_{layer.replace('.', '_')}"
+        alpha = alpha_of.setdefault(layer, alphas[len(alpha_of) % len(alphas)])
         named[f"{layer}.lora_{end}"] = value * (value.shape[1] / alpha if end.startswith("up") else 1)
         named[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return named
@@ -323,10 +324,12 @@ def test_loras_of_others(tmp_path):
     adapter, (x, t, text) = adapted(alpha=8), batch()
     save_lora(adapter, adapter.state_dict(), tmp_path)
     ours = load_file(tmp_path / LORA_FILE)
-    save_file(kohya(ours, alpha=1), tmp_path / "kohya.safetensors")
+    save_file(kohya(ours, [1]), tmp_path / "kohya.safetensors")
+    save_file(kohya(ours, [1, 4, 0.5]), tmp_path / "several.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("kohya", "several")]
     with torch.no_grad():
         expected = adapter(x, t, text, return_dict=False)[0]
-        for path, scale in (tmp_path / "kohya.safetensors", 1), (tmp_path, 0.5):
+        for path, scale in (files[0], 1), (files[1], 1), (tmp_path, 0.5):
             pipeline = copy.deepcopy(tiny_pipeline())
             load_lora(pipeline, find_unet(path), scale)
             found = pipeline.unet(x, t, text).sample
