@@ -334,11 +334,14 @@ def test_loras_of_others(tmp_path):
             load_lora(pipeline, find_unet(path), scale)
             found = pipeline.unet(x, t, text).sample
             assert torch.allclose(found, expected, atol=1e-5) == (scale == 1), (path, scale)
+    theirs = kohya(ours, [1])
+    scales = {name.replace("alpha", "dora_scale"): torch.ones(1, 9) for name in theirs if "alpha" in name}
     no_lora, some = "cannot be loaded as a LoRA of the pipeline", "tensors have a place in the pipeline"
     for weights, message in (
         (ours | {min(ours): torch.zeros(4, 99)}, no_lora),
         ({k.replace("to_k", "to_kk"): value for k, value in ours.items()}, f"only 48 of its 64 {some}"),
         (ours | {"text_encoder_2.to_k.lora.down.weight": torch.ones(4, 9)}, f"only 64 of its 65 {some}"),
+        (theirs | scales, "is a DoRA, whose dora_scale diffusers leaves out: give a LoRA without it"),
         (None, no_lora),
     ):
         path = tmp_path / "other.safetensors"

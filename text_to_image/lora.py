@@ -128,6 +128,9 @@ def load_lora(pipeline, path, scale):
     except Exception as error:  # a damaged file can make the libraries raise anything
         what = f"cannot be loaded as a LoRA of the pipeline ({one_line(error)[:200]})"
         raise DataError(f"{path}: {what}: {advice}") from error
+    if any("dora_scale" in name for name in in_file):
+        what = "is a DoRA, whose dora_scale diffusers leaves out"
+        raise DataError(f"{path}: {what}: give a LoRA without it")
     parts = pipeline.unet, pipeline.text_encoder
     number = sum("lora_" in name for part in parts for name, _ in part.named_parameters())
     if number != len(tensors):
