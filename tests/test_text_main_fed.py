@@ -1,6 +1,7 @@
 """text_to_image.main_fed as users run it."""
 
 import json
+import shutil
 import signal
 import subprocess
 
@@ -40,6 +41,10 @@ def directory(tmp_path_factory):
 
 def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def copy_unet(directory, folder):
+    shutil.copytree(directory / "pipeline/unet", folder / "unet")
 
 
 def test_one_shard_without_control_is_a_plain_training_loop_of_diffusers(directory):
@@ -239,10 +244,23 @@ def test_lists_of_names_and_groups(directory):
 
 
 def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
+    """With --overwrite; what others have put beside them stays."""
     flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--logdir=fresh"]
     run_module(MODULE, *flags, "--total_round=2", "--save_round=1", cwd=directory)
+    for name in ("my_checkpoint_v1", "best_checkpoint_round1", "best_checkpoint_round1_kept"):
+        copy_unet(directory, directory / "fresh" / name)
     run_module(MODULE, *flags, "--total_round=1", "--fresh", "--overwrite", cwd=directory)
-    assert [path.name for path in (directory / "fresh").glob("checkpoint_round*")] == ["checkpoint_round1"]
+    names = sorted(path.parent.name for path in (directory / "fresh").glob("*/unet"))
+    assert names == ["best_checkpoint_round1_kept", "checkpoint_round1", "my_checkpoint_v1"]
+
+
+def test_a_fresh_start_alone_removes_nothing(directory):
+    copy_unet(directory, directory / "theirs" / "checkpoint_round7")
+    flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--total_round=1", "--logdir=theirs", "--fresh"]
+    line = run_module(MODULE, *flags, cwd=directory, code=2).stderr.splitlines()[-1]
+    what = "theirs/checkpoint_round7/unet is of an earlier run: add --overwrite to delete that run"
+    assert f"--fresh: {what}" in line
+    assert (directory / "theirs/checkpoint_round7/unet/config.json").exists()
 
 
 @pytest.mark.parametrize(

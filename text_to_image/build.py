@@ -16,7 +16,15 @@ from score.samples import load_samples
 from text_to_image.data import CaptionBatches, encode, load_folder, load_images
 from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
 from text_to_image.lora import add_lora
-from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash, generate_numbered, remove_unets
+from text_to_image.pipeline import (
+    CHECKPOINT,
+    FROZEN,
+    LatentTrainer,
+    content_hash,
+    generate_numbered,
+    remove_unets,
+    unets_in,
+)
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import distinct, make_prompts, not_in
 from text_to_image.recorded import content_of
@@ -111,7 +119,13 @@ def learner(FLAGS, unet, scheduler):
 
 
 def log_directory(FLAGS, data, folder, unet_folder):
-    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts."""
+    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts.
+
+    Raises:
+        UsageError: UNets are there that --fresh alone would remove; and as `LogDirectory`."""
+    if FLAGS.fresh and not FLAGS.overwrite and (unets := unets_in(FLAGS.logdir, CHECKPOINT)):
+        what = f"{unets[0]} is of an earlier run: add --overwrite to delete that run"
+        raise UsageError(f"--fresh: {what}")
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
@@ -214,7 +228,7 @@ def watch(FLAGS, data, pipeline, device, save):
         return name
 
     def tidy(logdir, names):
-        remove_unets(logdir, "best_checkpoint_*", names)
+        remove_unets(logdir, r"best_checkpoint_(round|step)\d+", names)
 
     about = {"features": space.name, "text_noise": FLAGS.text_noise}
     about["training images"] = fingerprint(once.images)

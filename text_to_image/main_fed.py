@@ -97,7 +97,7 @@ def main():
     save = partial(save_lora if FLAGS.lora_rank else save_unet, net)
     watch = build.watch(FLAGS, data, pipeline, device, save)
     directory = build.log_directory(FLAGS, data, folder, unet_folder)
-    if FLAGS.fresh and distributed.is_main():
+    if FLAGS.fresh and FLAGS.overwrite and distributed.is_main():
         remove_unets(logdir)
     steps_per_round = [FLAGS.local_steps] * K
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)

@@ -32,6 +32,7 @@ SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallel
 CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
 CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
+CHECKPOINT = r"(?:best_)?checkpoint_(round|step)(\d+)"  # all folders that a run makes for UNets or LoRAs
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
@@ -281,11 +282,18 @@ def writable_weights(folder):
             raise OSError(one_line(error)) from error
 
 
-def remove_unets(logdir, pattern="*checkpoint_*", but=()):
+def unets_in(logdir, pattern):
+    """The UNets, or LoRAs, in the folders of a log directory whose names match a pattern, a list of paths."""
+    folders = [path for path in sorted(Path(logdir).glob("*")) if re.fullmatch(pattern, path.name)]
+    places = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
+    return [place for place in places if place.exists()]
+
+
+def remove_unets(logdir, pattern=CHECKPOINT, but=()):
     """Remove the UNets, or LoRAs, that a run has written in folders of a log directory, but in those named."""
-    folders = [path for path in Path(logdir).glob(pattern) if path.name not in but]
-    found = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
-    for path in filter(Path.exists, found):
+    for path in unets_in(logdir, pattern):
+        if path.parent.name in but:
+            continue
         with writable(path, "it was to be removed, check the directory"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
