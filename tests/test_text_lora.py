@@ -390,6 +390,15 @@ def test_flags_that_contradict_each_other(given, message):
         values_of(*FLAGS, *given)
 
 
+def test_in_a_log_directory_of_a_lora_it_is_found(directory, plus, tmp_path):
+    """Not the whole UNet of an earlier run."""
+    folder = shutil.copytree(plus, tmp_path / "log")
+    unet = shutil.copytree(directory / "pipeline/unet", folder / "checkpoint_round3/unet")
+    lora = folder / "checkpoint_round3" / LORA_FILE
+    assert find_unet(folder) == find_unet(folder / "checkpoint_round3") == lora
+    assert find_unet(unet) == unet
+
+
 def test_no_training_starts_from_a_lora(directory, plus):
     whole = [flag for flag in FLAGS if "lora" not in flag]
     line = last_line(TRAIN, *whole, "--unet=plus", "--logdir=no", cwd=directory)

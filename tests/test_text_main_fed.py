@@ -254,6 +254,19 @@ def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
     assert names == ["best_checkpoint_round1_kept", "checkpoint_round1", "my_checkpoint_v1"]
 
 
+@pytest.mark.parametrize("earlier", ["without a record", "finished"])
+def test_unets_of_an_earlier_run_are_not_taken_for_this_one(directory, straight, earlier):
+    folder = directory / f"left {earlier}"
+    copy_unet(directory, folder / "checkpoint_round3")
+    if earlier == "finished":
+        for name in ("run.json", "train.json", "metrics.jsonl", "flagfile.txt", "subset.npy"):
+            shutil.copy(straight / name, folder)
+    flags = [*FLAGS, *THREE, f"--logdir={folder}"]
+    line = run_module(MODULE, *flags, cwd=directory, code=1).stderr.splitlines()[-1]
+    what = "what the run needs beside it to be continued is missing or damaged"
+    assert f"{folder}/checkpoint_round3/unet: {what}: choose another --logdir, or start over" in line
+
+
 def test_a_fresh_start_alone_removes_nothing(directory):
     copy_unet(directory, directory / "theirs" / "checkpoint_round7")
     flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--total_round=1", "--logdir=theirs", "--fresh"]

@@ -19,6 +19,7 @@ from text_to_image.lora import add_lora
 from text_to_image.pipeline import (
     CHECKPOINT,
     FROZEN,
+    ROUND,
     LatentTrainer,
     content_hash,
     generate_numbered,
@@ -32,7 +33,9 @@ from training.build import balanced_groups, copies_space, hashes_of_lists, make_
 from training.flags import ONCE, as_flagfile
 from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
+from training.resume import nothing_to_continue
 from training.shards import partition
+from training.weights import CHECKPOINTS, own_files
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.images import fingerprint, list_images, size_of, to_uint8
@@ -122,10 +125,15 @@ def log_directory(FLAGS, data, folder, unet_folder):
     """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts.
 
     Raises:
-        UsageError: UNets are there that --fresh alone would remove; and as `LogDirectory`."""
+        UsageError: UNets are there that --fresh alone would remove; and as `LogDirectory`.
+        DataError: UNets of rounds are there, and nothing to continue; and as `LogDirectory`."""
     if FLAGS.fresh and not FLAGS.overwrite and (unets := unets_in(FLAGS.logdir, CHECKPOINT)):
         what = f"{unets[0]} is of an earlier run: add --overwrite to delete that run"
         raise UsageError(f"--fresh: {what}")
+    # the newest of them would be taken for this run's
+    rounds = [] if FLAGS.fresh else unets_in(FLAGS.logdir, ROUND)
+    if rounds and not own_files(FLAGS.logdir, CHECKPOINTS):
+        raise nothing_to_continue(rounds[0])
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)

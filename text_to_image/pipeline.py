@@ -233,13 +233,16 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest."""
+    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest.
+
+    In the log directory of a LoRA's training it is a LoRA."""
     folder = Path(name)
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
-        for unet in (place, place / "unet"):
+        is_lora = (settings_of(place / "unet") or {}).get("lora_rank")
+        for unet in (place,) if is_lora else (place, place / "unet"):
             if (unet / "config.json").is_file():
                 return unet
         if (place / LORA_FILE).is_file():
