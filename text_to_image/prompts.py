@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from utils.images import equal_images, firsts
 from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
-# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's image, or -1
+# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's only image, or -1
 Prompts = namedtuple("Prompts", "texts captions own")
 
 
@@ -99,12 +99,15 @@ def make_prompts(
     Raises:
         DataError: a file that cannot be read, or that has not one prompt for each of the images."""
     source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
-    own, is_random = range(len(source)), prompts in (None, "random")
+    is_random = prompts in (None, "random")
+    groups = range(len(source)) if data.groups is None else data.groups.tolist()
+    uses = Counter(text for text, _ in set(zip(source, groups, strict=True)))
+    own = [row if uses[text] == 1 else -1 for row, text in enumerate(source)]
     if not is_random and prompts != "all":
         source = read_prompts(prompts, names)
         own = owners(source, data.captions)
     elif names and (rows := rows_of(names, data.paths)):
-        source, own = [source[row] for row in rows], rows
+        source, own = ([column[row] for row in rows] for column in (source, own))
     number = number or len(source)
     rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
     rows = [row % len(source) for row in rows]
