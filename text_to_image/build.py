@@ -8,6 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from score.generate import over_ranks
@@ -55,8 +56,11 @@ def split(FLAGS):
 
 def slots(FLAGS, data, r=1):
     """Which of the images each of the K shards has in round r, before any exchange."""
+    labels = torch.zeros(len(data.images))
+    if split(FLAGS) == "stratified":
+        labels = torch.from_numpy(np.unique(data.classes, return_inverse=True)[1])
     return partition(
-        torch.zeros(len(data.images)), FLAGS.client_num, split(FLAGS), FLAGS.seed,
+        labels, FLAGS.client_num, split(FLAGS), FLAGS.seed,
         r=r - 1 if FLAGS.reshard else 0, groups=data.groups, balance=FLAGS.balance_groups,
     )  # fmt: skip
 
