@@ -295,12 +295,15 @@ def test_a_fresh_start_alone_removes_nothing(directory):
         (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
         (["--pretrained=images"], 1, "--pretrained=images: no model_index.json in it"),
         (["--lr=1e-4", "--logdir=straight", *THREE], 2, "--lr=0.0001: the run in straight was started with 0.001"),
+        (["--watch_step=2"], 2, "--watch_step: no image is held out"),
         (["--resolution=12"], 2, "--resolution=12: pipeline has a VAE that makes images 2 times as small, so give"),
         (["--bank_bins=1001"], 2, "--bank_bins=1001: the pipeline's scheduler has 1000 timesteps, give fewer"),
         (["--sample_step=5", "--sample_steps=1000"], 2, "--sample_steps=1000: the pipeline's DDIMScheduler has 1000"),
     ],
 )
 def test_what_a_person_can_correct_is_one_line(directory, straight, flags, code, message):
-    result = run_module(MODULE, *FLAGS, "--logdir=bad", *flags, cwd=directory, code=code)
+    given = [*FLAGS, "--logdir=bad", "--cache_dir=not_made", *flags]
+    result = run_module(MODULE, *given, cwd=directory, code=code)
     line = result.stderr.splitlines()[-1]
     assert line.startswith(f"{MODULE}: error: {message}") and "Traceback" not in result.stderr
+    assert not (directory / "not_made").exists(), "no image was encoded before"

@@ -30,6 +30,7 @@ from text_to_image.pipeline import (
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import distinct, make_prompts, not_in
 from text_to_image.recorded import content_of
+from training.batches import Batches
 from training.build import balanced_groups, copies_space, hashes_of_lists, make_watch, split_asked_for
 from training.flags import ONCE, as_flagfile
 from training.learner import PRECISIONS, Learner
@@ -63,6 +64,12 @@ def slots(FLAGS, data, r=1):
         labels, FLAGS.client_num, split(FLAGS), FLAGS.seed,
         r=r - 1 if FLAGS.reshard else 0, groups=data.groups, balance=FLAGS.balance_groups,
     )  # fmt: skip
+
+
+def check_batches(FLAGS, data, slots):
+    """Raise a UsageError where a shard is smaller than one batch."""
+    for k, of_shard in enumerate(slots):
+        Batches(of_shard, "cpu", FLAGS.batch_size, 1, FLAGS.seed, k, balanced_groups(FLAGS, data))
 
 
 def batches(FLAGS, data, encoded, slots, device, *, scaling_factor, often, T, shard):
