@@ -26,7 +26,7 @@ from score.grids import save_grids
 from score.record import print_summary, say, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
-from score.samples import evenly_spaced, non_finite_images, save_pngs, warn_of_odd_values
+from score.samples import evenly_spaced, non_finite_images, png_names, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
 from text_to_image import build
 from text_to_image.data import check_length
@@ -347,6 +347,9 @@ def main():
     number = len(images if FLAGS.samples else prompts.texts)
     scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
     if heldout is not None:
+    for flag, place in directories().items():
+        if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
+            png_names(place, number)
         scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)
 
     with take_directories(directories()):
