@@ -33,9 +33,9 @@ from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
 from text_to_image.lora import load_lora
 from text_to_image.pipeline import (
+    CHECKPOINT,
     FROZEN,
     LORA_FILE,
-    ROUND,
     as_scheduler,
     content_hash,
     find_folder,
@@ -161,12 +161,14 @@ def round_trip(pipeline, images):
 
 
 def ema_warning(unet_folder):
-    """What is to be said of the EMA weights of a round; None without --unet_from_scratch."""
+    """What is to be said of the EMA weights of a training; None without --unet_from_scratch."""
     run = read_run(unet_folder.parent.parent / "run.json")
-    found = re.fullmatch(f"(?:best_)?{ROUND}", unet_folder.parent.name)
+    found = re.fullmatch(CHECKPOINT, unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
         return None
-    share = random_start(run, int(found[1]) * run["settings"]["local_steps"])
+    kind, number = found.groups()
+    steps = int(number) * (run["settings"]["local_steps"] if kind == "round" else 1)
+    share = random_start(run, steps)
     return young_ema(unet_folder.parent, share)
 
 
@@ -345,11 +347,11 @@ def main():
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images)
     number = len(images if FLAGS.samples else prompts.texts)
-    scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
-    if heldout is not None:
     for flag, place in directories().items():
         if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
             png_names(place, number)
+    scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
+    if heldout is not None:
         scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)
 
     with take_directories(directories()):
