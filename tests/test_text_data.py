@@ -348,3 +348,10 @@ def test_sub_folders_are_the_classes_of_a_stratified_split(split, expected):
     values(["program", "--client_num=2", f"--split={split}"])
     given = CaptionedImages(torch.zeros(6, 3, 2, 2), [["a"]] * 6, classes, list("abcdef"))
     assert [part.tolist() for part in build.slots(values, given)] == expected
+
+
+def test_images_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    """Whatever else a system takes for a digit."""
+    names = ["1²2.png", "2.png", "٣.png", "10.png", "a1.png"]
+    save_images(tmp_path, names)
+    assert [path.name for path in build.files_of(tmp_path)] == names

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from absl.flags import FlagValues
+from absl.flags import FlagValues, IllegalFlagValueError
 from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, check, run_module
@@ -397,6 +397,12 @@ def test_in_a_log_directory_of_a_lora_it_is_found(directory, plus, tmp_path):
     lora = folder / "checkpoint_round3" / LORA_FILE
     assert find_unet(folder) == find_unet(folder / "checkpoint_round3") == lora
     assert find_unet(unet) == unet
+
+
+@pytest.mark.parametrize("flag", ["--lora_alpha=inf", "--lora_scale=inf", "--lora_scale=nan"])
+def test_scales_are_finite(flag):
+    with pytest.raises(IllegalFlagValueError, match=f"{flag[2:12]}.* finite"):
+        values_of(*FLAGS, flag)
 
 
 def test_no_training_starts_from_a_lora(directory, plus):

@@ -180,8 +180,8 @@ def images_of(FLAGS, flag):
 def files_of(folder, quiet=False):
     """The image files in a folder, paths, by the numbers in their names; quiet: as for `list_images`."""
     files = [Path(file) for group in list_images(folder, quiet=quiet) for file in group]
-    parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
+    parts_of = {file: re.split(r"(\d+)", str(file)) for file in files}
+    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in parts_of[file]])
 
 
 def names_of_samples(FLAGS):
