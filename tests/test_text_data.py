@@ -340,7 +340,8 @@ def test_a_shard_smaller_than_a_batch(captioned, moments, states):
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"), [("contiguous", [[0, 1, 2], [3, 4, 5]]), ("stratified", [[0, 1, 4], [2, 3, 5]])]
+    ("split", "expected"),
+    [("contiguous", [[0, 1, 2], [3, 4, 5]]), ("stratified", [[0, 1, 4], [2, 3, 5]])],
 )
 def test_sub_folders_are_the_classes_of_a_stratified_split(split, expected):
     values, classes = FlagValues(), ["dog", "cat", "cat", "dog", "elk", "elk"]

@@ -269,8 +269,8 @@ def test_unets_of_an_earlier_run_are_not_taken_for_this_one(directory, straight,
 
 def test_a_fresh_start_alone_removes_nothing(directory):
     copy_unet(directory, directory / "theirs" / "checkpoint_round7")
-    flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--total_round=1", "--logdir=theirs", "--fresh"]
-    line = run_module(MODULE, *flags, cwd=directory, code=2).stderr.splitlines()[-1]
+    flags = ["--client_num=1", "--local_steps=1", "--total_round=1", "--logdir=theirs", "--fresh"]
+    line = run_module(MODULE, *FLAGS, *flags, cwd=directory, code=2).stderr.splitlines()[-1]
     what = "theirs/checkpoint_round7/unet is of an earlier run: add --overwrite to delete that run"
     assert f"--fresh: {what}" in line
     assert (directory / "theirs/checkpoint_round7/unet/config.json").exists()

@@ -149,8 +149,9 @@ def test_text_to_image_says_it_of_a_unet_from_scratch_only(tmp_path):
             assert found is None and STILL not in result.stderr + page
 
 
-@pytest.mark.parametrize(("name", "steps"), [("best_checkpoint_round2", 8), ("best_checkpoint_step3", 3)])
-def test_the_best_of_a_text_conditioned_training(tmp_path, name, steps):
+@pytest.mark.parametrize(("kind", "steps"), [("round2", 8), ("step3", 3)])
+def test_the_best_of_a_text_conditioned_training(tmp_path, kind, steps):
+    name = f"best_checkpoint_{kind}"
     settings = {"unet_from_scratch": True, "local_steps": 4, "ema_decay": 0.9}
     write_json(tmp_path / "run.json", {"settings": settings})
     assert f"{name}: {0.9**steps:.1%} of the EMA weights" in ema_warning(tmp_path / name / "unet")

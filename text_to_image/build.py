@@ -180,8 +180,12 @@ def images_of(FLAGS, flag):
 def files_of(folder, quiet=False):
     """The image files in a folder, paths, by the numbers in their names; quiet: as for `list_images`."""
     files = [Path(file) for group in list_images(folder, quiet=quiet) for file in group]
-    parts_of = {file: re.split(r"(\d+)", str(file)) for file in files}
-    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in parts_of[file]])
+
+    def parts(file):
+        found = re.split(r"(\d+)", str(file))
+        return [int(part) if part.isdecimal() else part for part in found]
+
+    return sorted(files, key=parts)
 
 
 def names_of_samples(FLAGS):
