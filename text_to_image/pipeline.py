@@ -286,7 +286,7 @@ def writable_weights(folder):
 
 
 def unets_in(logdir, pattern):
-    """The UNets, or LoRAs, in the folders of a log directory whose names match a pattern, a list of paths."""
+    """The paths of UNets, or LoRAs, in the folders of a log directory whose names match a pattern."""
     folders = [path for path in sorted(Path(logdir).glob("*")) if re.fullmatch(pattern, path.name)]
     places = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
     return [place for place in places if place.exists()]

@@ -43,9 +43,12 @@ def not_in(training, heldout):
 
 
 def read_prompts(path, names=None):
-    """Texts in a file, a line each, JSON, or the first ones of a file of captions; or a DataError.
+    """Texts in a file, a line each, JSON, or the first ones of a file of captions.
 
-    names: of the images whose captions are wanted; None: those of all that the file names, in turn."""
+    names: of the images whose captions are wanted; None: those of all that the file names, in turn.
+
+    Raises:
+        DataError: it cannot be read, or it is not clear which captions are of the names."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
@@ -75,14 +78,15 @@ def owners(texts, captions):
 
 
 def rows_of(names, paths):
-    """The number of the path, (N,), that is each name but for its suffix; None if not all are just one."""
+    """The numbers of the paths that are these names but for suffixes; None if not each is just one."""
     rows = {Path(path).with_suffix(""): row for row, path in enumerate(paths)}
     found = [rows.get(Path(name).with_suffix("")) for name in names]
     return None if None in found or len(rows) < len(paths) else found
 
 
 def make_prompts(
-    data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4, names=None,
+    data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4,
+    names=None,
 ):  # fmt: skip
     """The `Prompts` of images, and the texts they are taken from; no prompt depends on the number.
 
@@ -93,8 +97,8 @@ def make_prompts(
         prompts: None or random: first captions, drawn with replacement; all: in turn; or a file.
         rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many:
             numbers, words, or words of its own (Somepalli et al. 2023).
-        names: of the images, where they are files that are there already: a prompt is that of the name in
-            a file that names images, and with `all` where all have the names of training images.
+        names: of images that are files already: a prompt is that of the name in a file that names
+            images, and with `all` where all have the names of training images.
 
     Raises:
         DataError: a file that cannot be read, or that has not one prompt for each of the images."""

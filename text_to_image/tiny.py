@@ -155,7 +155,7 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
 
 
 def begin(out):
-    """Make the directory with a mark that it is unfinished, which is returned: all in it is ours to replace.
+    """Make the directory with a mark that it is unfinished; returns the mark, to be removed at the end.
 
     Raises:
         UsageError: what is to be written is there, and not of a call that was interrupted."""
