@@ -229,6 +229,26 @@ def test_images_of_others(directory, tmp_path_factory):
     assert not (directory / "theirs/generate").exists()
 
 
+@pytest.mark.parametrize("place", ["generate", "generate/base"])
+def test_other_images_in_the_way_of_png_show_before_the_work(directory, tmp_path, place):
+    save_images(tmp_path / place, ["other.png"])
+    flags = [*FLAGS, *DATA, "--unet=log", "--features=pixels", "--num_images=2", "--save_png"]
+    result = run_module(MODULE, *flags, *directories(tmp_path), cwd=directory, code=1)
+    what = "an image of another run is in the folder; empty it or name another one"
+    assert f"{place}/other.png: {what}" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "grid").exists() and not list(tmp_path.glob("generate/*.npy"))
+
+
+def test_images_and_prompts_are_paired_by_name(directory, tmp_path):
+    """Copies of training images with their names, and a file of captions in the opposite order."""
+    save_images(tmp_path / "theirs")
+    captions = save_captions(tmp_path / "captions.json", dict(reversed(CAPTIONS.items())))
+    flags = [f"--samples={tmp_path / 'theirs'}", f"--prompts={captions}", *DATA, "--features=pixels"]
+    run_module(MODULE, *flags, *directories(tmp_path), cwd=directory)
+    result = json.loads((tmp_path / "grid/result.json").read_text())
+    assert result["similarity"]["own_image"] == 1
+
+
 def test_images_that_are_not_finite_are_named(directory, tmp_path):
     """Wherever they come from; here the VAE makes nothing else. That no run.json says what a UNet is, is said, too."""
     folder = copy_pipeline(directory / "pipeline", tmp_path)

@@ -8,12 +8,14 @@ import resource
 import numpy as np
 import pytest
 import torch
+from absl.flags import FlagValues
 from PIL import Image
 
 from tests.text_files import CAPTIONS, NUMBER, SIDE, save_captions, save_images, tiny_pipeline
-from text_to_image import data
+from text_to_image import build, data, flags
 from text_to_image.data import (
     CaptionBatches,
+    CaptionedImages,
     TextStates,
     captions_of_mode,
     check_length,
@@ -335,3 +337,22 @@ def test_noise_on_text_states_and_mixtures_of_them(captioned, moments, states):
 def test_a_shard_smaller_than_a_batch(captioned, moments, states):
     with pytest.raises(UsageError, match="--batch_size=4 is larger than the 3 images of shard 0"):
         make(captioned, moments, states, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("contiguous", [[0, 1, 2], [3, 4, 5]]), ("stratified", [[0, 1, 4], [2, 3, 5]])],
+)
+def test_sub_folders_are_the_classes_of_a_stratified_split(split, expected):
+    values, classes = FlagValues(), ["dog", "cat", "cat", "dog", "elk", "elk"]
+    flags.define(values)
+    values(["program", "--client_num=2", f"--split={split}"])
+    given = CaptionedImages(torch.zeros(6, 3, 2, 2), [["a"]] * 6, classes, list("abcdef"))
+    assert [part.tolist() for part in build.slots(values, given)] == expected
+
+
+def test_images_are_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    """Whatever else a system takes for a digit."""
+    names = ["1²2.png", "2.png", "٣.png", "10.png", "a1.png"]
+    save_images(tmp_path, names)
+    assert [path.name for path in build.files_of(tmp_path)] == names

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from absl.flags import FlagValues
+from absl.flags import FlagValues, IllegalFlagValueError
 from safetensors.torch import load_file, save_file
 
 from tests.commands import ROOT, check, run_module
@@ -277,23 +277,43 @@ def test_plain_diffusers_makes_the_images_of_all_in(directory, plus):
     assert result["checkpoint"] == "plus/checkpoint_round3" and result["training"]["lora_rank"] == 4
 
 
-def test_a_lora_of_another_training(directory, plus, tmp_path):
-    folder = copy_pipeline(directory / "pipeline", tmp_path)
+@pytest.fixture(scope="module")
+def other(directory):
+    """The pipeline with another UNet."""
+    folder = copy_pipeline(directory / "pipeline", directory / "other")
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file(weights | {"conv_in.bias": weights["conv_in.bias"] + 1}, path, metadata={"format": "pt"})
-    flags = ["--unet=plus", f"--pretrained={folder}", "--features=pixels", "--device=cpu"]
+    return folder
+
+
+def test_images_of_a_lora_are_of_its_base(directory, other, tmp_path):
+    """Those of one base are not taken for those of another."""
+    adapter, images = adapted(), []
+    save_lora(adapter, adapter.state_dict(), tmp_path)
+    flags = ["--data_root=images", "--captions=captions.json", "--resolution=16", "--features=pixels"]
+    flags += [f"--unet={tmp_path / LORA_FILE}", "--num_images=2", "--sample_steps=2", "--device=cpu"]
+    flags += [f"--{kind}_dir={tmp_path / kind}" for kind in ("generate", "similar", "grid")]
+    for pipeline in ("pipeline", other):
+        run_module(ALL_IN, f"--pretrained={pipeline}", *flags, cwd=directory)
+        images.append(np.load(tmp_path / "generate/generate.npy"))
+    assert not np.array_equal(*images)
+
+
+def test_a_lora_of_another_training(directory, plus, other):
+    flags = ["--unet=plus", f"--pretrained={other}", "--features=pixels", "--device=cpu"]
     line = last_line(ALL_IN, *flags, cwd=directory)
     what = "plus/run.json says that its UNet was trained with another unet: give"
-    assert f"--pretrained={folder}: {what}" in line
+    assert f"--pretrained={other}: {what}" in line
 
 
-def kohya(weights, alpha):
-    """As kohya's scripts name and scale them."""
-    named = {}
+def kohya(weights, alphas):
+    """As kohya's scripts name and scale them; the layers have the alphas in turn."""
+    named, alpha_of = {}, {}
     for name, value in weights.items():
         layer, _, end = name.removeprefix("unet.").rpartition(".lora.")
         layer = f"lora_unet_{layer.replace('.', '_')}"
+        alpha = alpha_of.setdefault(layer, alphas[len(alpha_of) % len(alphas)])
         named[f"{layer}.lora_{end}"] = value * (value.shape[1] / alpha if end.startswith("up") else 1)
         named[f"{layer}.alpha"] = torch.tensor(float(alpha))
     return named
@@ -304,19 +324,25 @@ def test_loras_of_others(tmp_path):
     adapter, (x, t, text) = adapted(alpha=8), batch()
     save_lora(adapter, adapter.state_dict(), tmp_path)
     ours = load_file(tmp_path / LORA_FILE)
-    save_file(kohya(ours, alpha=1), tmp_path / "kohya.safetensors")
+    save_file(kohya(ours, [1]), tmp_path / "kohya.safetensors")
+    save_file(kohya(ours, [1, 4, 0.5]), tmp_path / "several.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("kohya", "several")]
     with torch.no_grad():
         expected = adapter(x, t, text, return_dict=False)[0]
-        for path, scale in (tmp_path / "kohya.safetensors", 1), (tmp_path, 0.5):
+        for path, scale in (files[0], 1), (files[1], 1), (tmp_path, 0.5):
             pipeline = copy.deepcopy(tiny_pipeline())
             load_lora(pipeline, find_unet(path), scale)
             found = pipeline.unet(x, t, text).sample
             assert torch.allclose(found, expected, atol=1e-5) == (scale == 1), (path, scale)
+    theirs = kohya(ours, [1])
+    alphas = [name for name in theirs if name.endswith(".alpha")]
+    scales = {name.replace("alpha", "dora_scale"): torch.ones(1, 9) for name in alphas}
     no_lora, some = "cannot be loaded as a LoRA of the pipeline", "tensors have a place in the pipeline"
     for weights, message in (
         (ours | {min(ours): torch.zeros(4, 99)}, no_lora),
         ({k.replace("to_k", "to_kk"): value for k, value in ours.items()}, f"only 48 of its 64 {some}"),
         (ours | {"text_encoder_2.to_k.lora.down.weight": torch.ones(4, 9)}, f"only 64 of its 65 {some}"),
+        (theirs | scales, "is a DoRA, whose dora_scale diffusers leaves out: give a LoRA without it"),
         (None, no_lora),
     ):
         path = tmp_path / "other.safetensors"
@@ -363,6 +389,21 @@ def test_layers_that_do_not_fit(changes, message):
 def test_flags_that_contradict_each_other(given, message):
     with pytest.raises(UsageError, match=message):
         values_of(*FLAGS, *given)
+
+
+def test_in_a_log_directory_of_a_lora_it_is_found(directory, plus, tmp_path):
+    """Not the whole UNet of an earlier run."""
+    folder = shutil.copytree(plus, tmp_path / "log")
+    unet = shutil.copytree(directory / "pipeline/unet", folder / "checkpoint_round3/unet")
+    lora = folder / "checkpoint_round3" / LORA_FILE
+    assert find_unet(folder) == find_unet(folder / "checkpoint_round3") == lora
+    assert find_unet(unet) == unet
+
+
+@pytest.mark.parametrize("flag", ["--lora_alpha=inf", "--lora_scale=inf", "--lora_scale=nan"])
+def test_scales_are_finite(flag):
+    with pytest.raises(IllegalFlagValueError, match=f"{flag[2:12]}.* finite"):
+        values_of(*FLAGS, flag)
 
 
 def test_no_training_starts_from_a_lora(directory, plus):

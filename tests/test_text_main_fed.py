@@ -1,6 +1,7 @@
 """text_to_image.main_fed as users run it."""
 
 import json
+import shutil
 import signal
 import subprocess
 
@@ -40,6 +41,10 @@ def directory(tmp_path_factory):
 
 def weights(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def copy_unet(directory, folder):
+    shutil.copytree(directory / "pipeline/unet", folder / "unet")
 
 
 def test_one_shard_without_control_is_a_plain_training_loop_of_diffusers(directory):
@@ -239,10 +244,36 @@ def test_lists_of_names_and_groups(directory):
 
 
 def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
+    """With --overwrite; what others have put beside them stays."""
     flags = [*FLAGS, "--client_num=1", "--local_steps=1", "--logdir=fresh"]
     run_module(MODULE, *flags, "--total_round=2", "--save_round=1", cwd=directory)
+    for name in ("my_checkpoint_v1", "best_checkpoint_round1", "best_checkpoint_round1_kept"):
+        copy_unet(directory, directory / "fresh" / name)
     run_module(MODULE, *flags, "--total_round=1", "--fresh", "--overwrite", cwd=directory)
-    assert [path.name for path in (directory / "fresh").glob("checkpoint_round*")] == ["checkpoint_round1"]
+    names = sorted(path.parent.name for path in (directory / "fresh").glob("*/unet"))
+    assert names == ["best_checkpoint_round1_kept", "checkpoint_round1", "my_checkpoint_v1"]
+
+
+@pytest.mark.parametrize("earlier", ["without a record", "finished"])
+def test_unets_of_an_earlier_run_are_not_taken_for_this_one(directory, straight, earlier):
+    folder = directory / f"left {earlier}"
+    copy_unet(directory, folder / "checkpoint_round3")
+    if earlier == "finished":
+        for name in ("run.json", "train.json", "metrics.jsonl", "flagfile.txt", "subset.npy"):
+            shutil.copy(straight / name, folder)
+    flags = [*FLAGS, *THREE, f"--logdir={folder}"]
+    line = run_module(MODULE, *flags, cwd=directory, code=1).stderr.splitlines()[-1]
+    what = "what the run needs beside it to be continued is missing or damaged"
+    assert f"{folder}/checkpoint_round3/unet: {what}: choose another --logdir, or start over" in line
+
+
+def test_a_fresh_start_alone_removes_nothing(directory):
+    copy_unet(directory, directory / "theirs" / "checkpoint_round7")
+    flags = ["--client_num=1", "--local_steps=1", "--total_round=1", "--logdir=theirs", "--fresh"]
+    line = run_module(MODULE, *FLAGS, *flags, cwd=directory, code=2).stderr.splitlines()[-1]
+    what = "theirs/checkpoint_round7/unet is of an earlier run: add --overwrite to delete that run"
+    assert f"--fresh: {what}" in line
+    assert (directory / "theirs/checkpoint_round7/unet/config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -264,12 +295,15 @@ def test_a_fresh_start_removes_the_unets_of_the_run_before(directory):
         (["--captions=nothing.json"], 1, "--captions=nothing.json: cannot be read"),
         (["--pretrained=images"], 1, "--pretrained=images: no model_index.json in it"),
         (["--lr=1e-4", "--logdir=straight", *THREE], 2, "--lr=0.0001: the run in straight was started with 0.001"),
+        (["--watch_step=2"], 2, "--watch_step: no image is held out"),
         (["--resolution=12"], 2, "--resolution=12: pipeline has a VAE that makes images 2 times as small, so give"),
         (["--bank_bins=1001"], 2, "--bank_bins=1001: the pipeline's scheduler has 1000 timesteps, give fewer"),
         (["--sample_step=5", "--sample_steps=1000"], 2, "--sample_steps=1000: the pipeline's DDIMScheduler has 1000"),
     ],
 )
 def test_what_a_person_can_correct_is_one_line(directory, straight, flags, code, message):
-    result = run_module(MODULE, *FLAGS, "--logdir=bad", *flags, cwd=directory, code=code)
+    given = [*FLAGS, "--logdir=bad", "--cache_dir=not_made", *flags]
+    result = run_module(MODULE, *given, cwd=directory, code=code)
     line = result.stderr.splitlines()[-1]
     assert line.startswith(f"{MODULE}: error: {message}") and "Traceback" not in result.stderr
+    assert not (directory / "not_made").exists(), "no image was encoded before"

@@ -399,6 +399,7 @@ def test_content_hash_is_of_names_and_contents(folder, tmp_path):
     folder = copy_pipeline(folder, tmp_path)
     before = content_hash(folder, "tokenizer", "vae"), content_hash(folder / "vae")
     (folder / "unet" / "config.json").write_text("{}")
+    (folder / "vae" / ".DS_Store").write_text("of a system that shows folders")
     assert before == (content_hash(folder, "tokenizer", "vae"), content_hash(folder / "vae"))
     (folder / "vae" / "config.json").write_text("{}")
     after = content_hash(folder, "tokenizer", "vae"), content_hash(folder / "vae")

@@ -56,6 +56,40 @@ def test_captions_in_turn_and_of_a_file(tmp_path):
     assert owners(["same", "one"], [["same"], ["same", "one"]]) == [-1, 1]
 
 
+def test_a_prompt_of_several_images_is_the_caption_of_none():
+    data = DATA._replace(captions=[["a dog"], ["a cat"], *([["a dog"]] * 3), ["a fish"]])
+    expected = [-1, 1, -1, -1, -1, 5]
+    prompts, source = make_prompts(data, None, None, "all", "first", seed=3)
+    assert prompts.own.tolist() == expected and len(source) == 6
+    prompts, _ = make_prompts(data, None, 2, "all", "first", seed=3, names=["0.png", "5.png"])
+    assert prompts.own.tolist() == [-1, 5]
+    drawn, found = (make_prompts(of, None, 50, None, "first", seed=3)[0].own for of in (DATA, data))
+    assert found.tolist() == [expected[row] for row in drawn]
+    data = data._replace(groups=torch.tensor([0, 1, 0, 0, 0, 2]))  # which count as one
+    prompts, _ = make_prompts(data, None, None, "all", "first", seed=3)
+    assert prompts.own.tolist() == list(range(6))
+
+
+def test_images_that_are_there_have_the_prompts_of_their_names(tmp_path):
+    """In a table in whatever order; and with `all`, where they have the names of training images."""
+    path, names = tmp_path / "captions.json", ["10.png", "2.png", "1.png"]
+    path.write_text(json.dumps({f"train/{i}.png": [f"caption {i % 6}"] for i in (1, 2, 3, 10)}))
+    prompts, source = make_prompts(DATA, None, 3, path, "first", seed=3, names=names)
+    assert prompts.texts == source == ["caption 4", "caption 2", "caption 1"]
+    assert prompts.own.tolist() == [4, 2, 1]
+    with pytest.raises(DataError, match=r"--prompts=.*no caption for 1 of 2 images, first 4\.png"):
+        make_prompts(DATA, None, 2, path, "first", seed=3, names=["1.png", "4.png"])
+    for names, own in (
+        (["5.jpg", "0.jpg"], [5, 0]),
+        (["a.png", "0.png"], [0, 1]),  # in turn
+    ):
+        prompts, _ = make_prompts(DATA, None, 2, "all", "first", seed=3, names=names)
+        assert prompts.own.tolist() == own and prompts.texts == [f"caption {i}" for i in own]
+    data = DATA._replace(paths=["a.png", "a.jpg", "b.png", "c.png", "d.png", "e.png"])
+    prompts, _ = make_prompts(data, None, 2, "all", "first", seed=3, names=["c.png", "b.png"])
+    assert prompts.own.tolist() == [0, 1], "two are called a"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_prompts_as_any_editor_writes_them(tmp_path, encoding, end):

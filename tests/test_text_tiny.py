@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.commands import run_module
 from tests.text_files import tiny_pipeline
 from text_to_image import tiny
 
@@ -35,6 +36,18 @@ def test_images_are_saved_with_their_captions(data, tmp_path):
     for name, i in zip(captions, [3, 7], strict=True):
         saved = np.asarray(Image.open(tmp_path / "train" / name)).transpose(2, 0, 1)
         assert (saved == data.images[i].numpy()).all()
+
+
+def test_nothing_of_others_is_overwritten(tmp_path):
+    """An interrupted call goes on, a finished one does not."""
+    (tmp_path / "made.log").touch()
+    mark = tiny.begin(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert tiny.begin(tmp_path) == mark
+    mark.unlink()
+    line = run_module("text_to_image.tiny", tmp_path, cwd=tmp_path, code=2).stderr.splitlines()[-1]
+    assert f"{tmp_path}/train: is there, and would be overwritten: name another directory" in line
+    assert not any((tmp_path / "train").iterdir())
 
 
 def test_scaled_latents_have_deviation_one():

@@ -8,6 +8,7 @@ import torch
 from tests.commands import eval_flags, run, run_module, run_with
 from tests.networks import TINY_FLAGS, tiny_learner
 from tests.text_files import CAPTIONS, save_captions, save_images, saved_pipeline
+from text_to_image.all_in import ema_warning
 from training.logdir import ema_start, random_start
 from utils.files import write_json
 
@@ -146,3 +147,11 @@ def test_text_to_image_says_it_of_a_unet_from_scratch_only(tmp_path):
             assert f"{share:.1%} {STILL}" in found and found in page and result.stderr.count(f"warning: {found}") == 1
         else:
             assert found is None and STILL not in result.stderr + page
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("round2", 8), ("step3", 3)])
+def test_the_best_of_a_text_conditioned_training(tmp_path, kind, steps):
+    name = f"best_checkpoint_{kind}"
+    settings = {"unet_from_scratch": True, "local_steps": 4, "ema_decay": 0.9}
+    write_json(tmp_path / "run.json", {"settings": settings})
+    assert f"{name}: {0.9**steps:.1%} of the EMA weights" in ema_warning(tmp_path / name / "unet")

@@ -26,16 +26,16 @@ from score.grids import save_grids
 from score.record import print_summary, say, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
-from score.samples import evenly_spaced, non_finite_images, save_pngs, warn_of_odd_values
+from score.samples import evenly_spaced, non_finite_images, png_names, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
 from text_to_image import build
 from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
 from text_to_image.lora import load_lora
 from text_to_image.pipeline import (
+    CHECKPOINT,
     FROZEN,
     LORA_FILE,
-    ROUND,
     as_scheduler,
     content_hash,
     find_folder,
@@ -79,7 +79,7 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     origin["pipeline_sha256"] = content_hash(folder, *FROZEN)
     origin["checkpoint_sha256"] = content_hash(unet_folder)
     if unet_folder.is_file():
-        origin["lora_scale"] = FLAGS.lora_scale
+        origin |= {"lora_scale": FLAGS.lora_scale, "unet_sha256": content_hash(folder / "unet")}
     if PRECISIONS[FLAGS.precision] != torch.float32:
         origin["autocast"] = "unet"  # earlier versions had it around all of the pipeline
     margin, of_margin = rejection or (None, {})
@@ -161,12 +161,14 @@ def round_trip(pipeline, images):
 
 
 def ema_warning(unet_folder):
-    """What is to be said of the EMA weights of a round; None without --unet_from_scratch."""
+    """What is to be said of the EMA weights of a training; None without --unet_from_scratch."""
     run = read_run(unet_folder.parent.parent / "run.json")
-    found = re.fullmatch(f"(?:best_)?{ROUND}", unet_folder.parent.name)
+    found = re.fullmatch(CHECKPOINT, unet_folder.parent.name)
     if not run or not found or not run["settings"].get("unet_from_scratch"):
         return None
-    share = random_start(run, int(found[1]) * run["settings"]["local_steps"])
+    kind, number = found.groups()
+    steps = int(number) * (run["settings"]["local_steps"] if kind == "round" else 1)
+    share = random_start(run, steps)
     return young_ema(unet_folder.parent, share)
 
 
@@ -254,7 +256,8 @@ def load_prompts(data, pipeline, images):
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
-    prompts, source = build.prompts(FLAGS, data, pipeline and pipeline.tokenizer, number)
+    names, tokenizer = build.names_of_samples(FLAGS), pipeline and pipeline.tokenizer
+    prompts, source = build.prompts(FLAGS, data, tokenizer, number, names)
     in_turn = FLAGS.prompts == "all"  # several times, maybe
     if FLAGS.samples and (len(images) % len(source) if in_turn else len(images) != len(source)):
         kind = "captions, a distinct image each," if in_turn else "prompts"
@@ -336,6 +339,9 @@ def main():
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images)
     number = len(images if FLAGS.samples else prompts.texts)
+    for flag, place in directories().items():
+        if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
+            png_names(place, number)
     scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
     if heldout is not None:
         scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)

@@ -8,6 +8,7 @@ import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from score.generate import over_ranks
@@ -16,15 +17,27 @@ from score.samples import load_samples
 from text_to_image.data import CaptionBatches, encode, load_folder, load_images
 from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
 from text_to_image.lora import add_lora
-from text_to_image.pipeline import FROZEN, LatentTrainer, content_hash, generate_numbered, remove_unets
+from text_to_image.pipeline import (
+    CHECKPOINT,
+    FROZEN,
+    ROUND,
+    LatentTrainer,
+    content_hash,
+    generate_numbered,
+    remove_unets,
+    unets_in,
+)
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import distinct, make_prompts, not_in
 from text_to_image.recorded import content_of
+from training.batches import Batches
 from training.build import balanced_groups, copies_space, hashes_of_lists, make_watch, split_asked_for
 from training.flags import ONCE, as_flagfile
 from training.learner import PRECISIONS, Learner
 from training.logdir import LogDirectory
+from training.resume import nothing_to_continue
 from training.shards import partition
+from training.weights import CHECKPOINTS, own_files
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.images import fingerprint, list_images, size_of, to_uint8
@@ -44,10 +57,19 @@ def split(FLAGS):
 
 def slots(FLAGS, data, r=1):
     """Which of the images each of the K shards has in round r, before any exchange."""
+    labels = torch.zeros(len(data.images))
+    if split(FLAGS) == "stratified":
+        labels = torch.from_numpy(np.unique(data.classes, return_inverse=True)[1])
     return partition(
-        torch.zeros(len(data.images)), FLAGS.client_num, split(FLAGS), FLAGS.seed,
+        labels, FLAGS.client_num, split(FLAGS), FLAGS.seed,
         r=r - 1 if FLAGS.reshard else 0, groups=data.groups, balance=FLAGS.balance_groups,
     )  # fmt: skip
+
+
+def check_batches(FLAGS, data, slots):
+    """Raise a UsageError where a shard is smaller than one batch."""
+    for k, of_shard in enumerate(slots):
+        Batches(of_shard, "cpu", FLAGS.batch_size, 1, FLAGS.seed, k, balanced_groups(FLAGS, data))
 
 
 def batches(FLAGS, data, encoded, slots, device, *, scaling_factor, often, T, shard):
@@ -111,7 +133,18 @@ def learner(FLAGS, unet, scheduler):
 
 
 def log_directory(FLAGS, data, folder, unet_folder):
-    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts."""
+    """The `LogDirectory` of a run on `CaptionedImages`, which starts from these folders' parts.
+
+    Raises:
+        UsageError: UNets are there that --fresh alone would remove; and as `LogDirectory`.
+        DataError: UNets of rounds are there, and nothing to continue; and as `LogDirectory`."""
+    if FLAGS.fresh and not FLAGS.overwrite and (unets := unets_in(FLAGS.logdir, CHECKPOINT)):
+        what = f"{unets[0]} is of an earlier run: add --overwrite to delete that run"
+        raise UsageError(f"--fresh: {what}")
+    # the newest of them would be taken for this run's
+    rounds = [] if FLAGS.fresh else unets_in(FLAGS.logdir, ROUND)
+    if rounds and not own_files(FLAGS.logdir, CHECKPOINTS):
+        raise nothing_to_continue(rounds[0])
     settings = {"script": "text_to_image.main_fed"}
     settings |= {name: FLAGS[name].value for name in (*FIXED, *ON_REQUEST)}
     settings["split"] = split(FLAGS)
@@ -134,10 +167,7 @@ def images_of(FLAGS, flag):
         UsageError: an array of images of another size."""
     path, side = FLAGS[flag].value, FLAGS.resolution
     if Path(path).is_dir():
-        files = [Path(file) for group in list_images(path) for file in group]
-        parts_of = {file: re.split("([0-9]+)", str(file)) for file in files}
-        files.sort(key=lambda file: [int(part) if part.isdigit() else part for part in parts_of[file]])
-        return load_images(files, side, FLAGS.num_workers)
+        return load_images(files_of(path), side, FLAGS.num_workers)
     if not Path(path).is_file():
         raise DataError(f"--{flag}={path}: no such file or folder")
     images = load_samples(path)
@@ -145,6 +175,25 @@ def images_of(FLAGS, flag):
         what = f"holds {size_of(images)} images (width x height), not {side}x{side}"
         raise UsageError(f"--{flag}={path}: {what}: give their --resolution")
     return images
+
+
+def files_of(folder, quiet=False):
+    """The image files in a folder, paths, by the numbers in their names; quiet: as for `list_images`."""
+    files = [Path(file) for group in list_images(folder, quiet=quiet) for file in group]
+
+    def parts(file):
+        found = re.split(r"(\d+)", str(file))
+        return [int(part) if part.isdecimal() else part for part in found]
+
+    return sorted(files, key=parts)
+
+
+def names_of_samples(FLAGS):
+    """The names of --samples' images in their folder, in the order of `images_of`; None without one."""
+    folder = FLAGS.samples
+    if not folder or not Path(folder).is_dir():
+        return None
+    return [file.relative_to(folder).as_posix() for file in files_of(folder, quiet=True)]
 
 
 def generation(FLAGS):
@@ -202,7 +251,7 @@ def watch(FLAGS, data, pipeline, device, save):
         return name
 
     def tidy(logdir, names):
-        remove_unets(logdir, "best_checkpoint_*", names)
+        remove_unets(logdir, r"best_checkpoint_(round|step)\d+", names)
 
     about = {"features": space.name, "text_noise": FLAGS.text_noise}
     about["training images"] = fingerprint(once.images)
@@ -211,9 +260,11 @@ def watch(FLAGS, data, pipeline, device, save):
     return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
 
 
-def prompts(FLAGS, data, tokenizer, number):
-    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from."""
+def prompts(FLAGS, data, tokenizer, number, names=None):
+    """The `Prompts` of so many images, of None one of each text; and the texts they are taken from.
+
+    names: of the images, where they are there already."""
     return make_prompts(
         data, tokenizer, number, prompts=FLAGS.prompts, caption_mode=FLAGS.caption_mode, seed=FLAGS.seed,
-        rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats,
+        rand_augs=FLAGS.rand_augs, rand_aug_repeats=FLAGS.rand_aug_repeats, names=names,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def parts_of(path):
     return [part for part in parts if part not in ("", ".")]
 
 
-def match(captions, paths, name, folder=""):
+def match(captions, paths, name, folder="", flag="captions"):
     """The captions of every path: those of the key that has most of its last parts in common with it.
 
     A key in folders may have the file name alone in common, as a path of another machine has. It is of
@@ -172,7 +172,7 @@ def match(captions, paths, name, folder=""):
     where both are in folders and the key is relative.
 
     captions: {path of an image: its captions}. paths: of the images, in `folder`, whose own parts may be
-    those of keys. name: of the file of captions.
+    those of keys. name: of the file of captions, which `flag` names.
 
     Raises:
         DataError: a path has no captions, or it is not clear which are its."""
@@ -196,13 +196,15 @@ def match(captions, paths, name, folder=""):
         if by_name and (are_known or (is_relative and "/" in path)):
             keys = keys - in_folders
         if len(keys) > 1:
-            raise DataError(f"--captions={name}: {' and '.join(sorted(keys)[:2])} could both be of {path}")
+            both = " and ".join(sorted(keys)[:2])
+            raise DataError(f"--{flag}={name}: {both} could both be of {path}")
         for key in keys:
             if path_of.setdefault(key, path) != path:
-                raise DataError(f"--captions={name}: {key} could be of {path_of[key]} and of {path}")
+                raise DataError(f"--{flag}={name}: {key} could be of {path_of[key]} and of {path}")
         missing += [] if keys else [path]
     if missing:
-        raise DataError(f"--captions={name}: no caption for {len(missing)} of {len(paths)} images, first {missing[0]}")
+        what = f"no caption for {len(missing)} of {len(paths)} images, first {missing[0]}"
+        raise DataError(f"--{flag}={name}: {what}")
     return [captions[key] for key in path_of]
 
 

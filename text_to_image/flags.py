@@ -54,14 +54,17 @@ LORA = (
     integer("lora_rank", 0, "main_fed: train a LoRA of this rank, default --lr=1e-4; 0: the UNet", 0),
     number(
         "lora_alpha", None, "main_fed: > 0; alpha / rank is the weight of a LoRA; default: the rank",
-        valid=(lambda value: value is None or value > 0, "> 0"),
+        valid=(lambda value: value is None or 0 < value < math.inf, "> 0, and finite"),
     ),
     defined(
         flags.DEFINE_list, "lora_targets", ["to_k", "to_q", "to_v", "to_out.0"],
         "main_fed: what the names of the layers end in that have one",
     ),
     switch("lora_freeze_a", False, "main_fed: train B alone, as several shards do for an exact average"),
-    number("lora_scale", 1.0, "all_in: what the LoRA of --unet is multiplied by"),
+    number(
+        "lora_scale", 1.0, "all_in: what the LoRA of --unet is multiplied by",
+        valid=(math.isfinite, "finite"),
+    ),
 )  # fmt: skip
 
 EVALUATION = (

@@ -8,7 +8,7 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from text_to_image.pipeline import LORA_FILE, libraries
@@ -102,17 +102,35 @@ def save_lora(adapter, weights, folder):
         file.write(save(named, metadata={"format": "pt"}))
 
 
+def with_alphas(tensors):
+    """The tensors of a file of kohya's, {name: value}, with every layer's alpha / rank taken into B."""
+    tensors = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".alpha")]:
+        layer = name.removesuffix(".alpha")
+        up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
+        if up in tensors:
+            tensors[up] = tensors[up].float() * (tensors.pop(name).item() / len(tensors[down]))
+    return tensors
+
+
 def load_lora(pipeline, path, scale):
     """Add the LoRA in a file to a pipeline, times a scale; a DataError if not all of it has a place."""
     settings = {"weight_name": path.name, "use_safetensors": True, "local_files_only": True}
+    source = path.parent
     advice = "give the LoRA's own --pretrained; of Stable Diffusion 1.x and 2.x they are supported"
     try:
-        tensors, _ = pipeline.lora_state_dict(path.parent, **settings)
-        pipeline.load_lora_weights(path.parent, adapter_name="lora", **settings)
+        in_file = load_file(path)
+        if any(name.endswith(".alpha") for name in in_file):  # some of which diffusers loses
+            source, settings = with_alphas(in_file), {}
+        tensors, _ = pipeline.lora_state_dict(copy.copy(source), **settings)  # a dict is emptied
+        pipeline.load_lora_weights(source, adapter_name="lora", **settings)
         pipeline.set_adapters("lora", scale)
     except Exception as error:  # a damaged file can make the libraries raise anything
         what = f"cannot be loaded as a LoRA of the pipeline ({one_line(error)[:200]})"
         raise DataError(f"{path}: {what}: {advice}") from error
+    if any("dora_scale" in name for name in in_file):
+        what = "is a DoRA, whose dora_scale diffusers leaves out"
+        raise DataError(f"{path}: {what}: give a LoRA without it")
     parts = pipeline.unet, pipeline.text_encoder
     number = sum("lora_" in name for part in parts for name, _ in part.named_parameters())
     if number != len(tensors):

@@ -8,7 +8,6 @@
 """
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,17 +87,24 @@ def main():
     device = pick_device(FLAGS.device, FLAGS.precision)
     pipeline, folder, unet_folder, scheduler, data = load(device)
 
+    # whatever can be wrong shows here, before the long work
     slots = build.slots(FLAGS, data)
-    shards = make_shards(data, pipeline, scheduler, folder, slots, device)
-    net, K, own_steps = shards[0].learner.net, len(slots), FLAGS.total_round * FLAGS.local_steps
-    work = {"shards": K, "steps_in_all": K * own_steps}
-    announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
+    build.check_batches(FLAGS, data, slots)
+    K, own_steps = len(slots), FLAGS.total_round * FLAGS.local_steps
     check_warmup(FLAGS.warmup, own_steps)
-    save = partial(save_lora if FLAGS.lora_rank else save_unet, net)
+
+    def save(weights, folder):
+        (save_lora if FLAGS.lora_rank else save_unet)(shards[0].learner.net, weights, folder)
+
     watch = build.watch(FLAGS, data, pipeline, device, save)
     directory = build.log_directory(FLAGS, data, folder, unet_folder)
-    if FLAGS.fresh and distributed.is_main():
+    if FLAGS.fresh and FLAGS.overwrite and distributed.is_main():
         remove_unets(logdir)
+
+    shards = make_shards(data, pipeline, scheduler, folder, slots, device)
+    work = {"shards": K, "steps_in_all": K * own_steps}
+    net = shards[0].learner.net
+    announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
     steps_per_round = [FLAGS.local_steps] * K
     rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
     say_young_ema(logdir, own_steps)

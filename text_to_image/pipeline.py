@@ -19,7 +19,7 @@ from score.samples import non_finite_images
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
 from utils.files import file_hash, writable
-from utils.images import normalize
+from utils.images import is_hidden, normalize
 from utils.safe_files import read_text
 from utils.seeding import generator, sample_noise
 
@@ -32,6 +32,7 @@ SCHEDULERS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMParallel
 CONDITIONS = "class_embed_type num_class_embeds addition_embed_type time_cond_proj_dim".split()
 CONDITIONS += ["encoder_hid_dim", "encoder_hid_dim_type"]
 ROUND = r"checkpoint_round(\d+)"
+CHECKPOINT = r"(?:best_)?checkpoint_(round|step)(\d+)"  # all folders that a run makes for UNets or LoRAs
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 LATENT_SIDE = 8  # diffusers' pipeline makes images of multiples of it, whatever the VAE can do
 
@@ -232,13 +233,16 @@ def read_config(path):
 
 
 def find_unet(name):
-    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest."""
+    """The folder of a UNet, or a LoRA's file, that `--unet` names: itself, or in it the newest.
+
+    In the log directory of a LoRA's training it is a LoRA."""
     folder = Path(name)
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
-        for unet in (place, place / "unet"):
+        is_lora = (settings_of(place / "unet") or {}).get("lora_rank")
+        for unet in (place,) if is_lora else (place, place / "unet"):
             if (unet / "config.json").is_file():
                 return unet
         if (place / LORA_FILE).is_file():
@@ -281,11 +285,18 @@ def writable_weights(folder):
             raise OSError(one_line(error)) from error
 
 
-def remove_unets(logdir, pattern="*checkpoint_*", but=()):
+def unets_in(logdir, pattern):
+    """The paths of UNets, or LoRAs, in the folders of a log directory whose names match a pattern."""
+    folders = [path for path in sorted(Path(logdir).glob("*")) if re.fullmatch(pattern, path.name)]
+    places = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
+    return [place for place in places if place.exists()]
+
+
+def remove_unets(logdir, pattern=CHECKPOINT, but=()):
     """Remove the UNets, or LoRAs, that a run has written in folders of a log directory, but in those named."""
-    folders = [path for path in Path(logdir).glob(pattern) if path.name not in but]
-    found = [folder / name for folder in folders for name in ("unet", LORA_FILE)]
-    for path in filter(Path.exists, found):
+    for path in unets_in(logdir, pattern):
+        if path.parent.name in but:
+            continue
         with writable(path, "it was to be removed, check the directory"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
@@ -293,9 +304,12 @@ def remove_unets(logdir, pattern="*checkpoint_*", but=()):
 
 
 def content_hash(folder, *parts):
-    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file."""
+    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file.
+
+    Hidden ones, which systems put into folders, are left out."""
     digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
     found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
+    found = [path for path in found if path in places or not is_hidden(path.name)]
     for path in sorted(path for path in found if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
     return digest.hexdigest()

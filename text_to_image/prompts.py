@@ -2,18 +2,25 @@
 
 import json
 import random
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import torch
 
-from text_to_image.data import CaptionedImages, add_words, captions_of_mode, random_tokens, read_captions
+from text_to_image.data import (
+    CaptionedImages,
+    add_words,
+    captions_of_mode,
+    match,
+    random_tokens,
+    read_captions,
+)
 from utils.errors import DataError, one_line
 from utils.images import equal_images, firsts
 from utils.safe_files import read_text
 from utils.seeding import derive_seed
 
-# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's image, or -1
+# texts: for the pipeline; captions: without additions; own: (N,) int64, the caption's only image, or -1
 Prompts = namedtuple("Prompts", "texts captions own")
 
 
@@ -35,13 +42,20 @@ def not_in(training, heldout):
     return heldout[is_new] if is_new.any() else None
 
 
-def read_prompts(path):
-    """Texts in a file, a line each, JSON, or the first ones of a file of captions; or a DataError."""
+def read_prompts(path, names=None):
+    """Texts in a file, a line each, JSON, or the first ones of a file of captions.
+
+    names: of the images whose captions are wanted; None: those of all that the file names, in turn.
+
+    Raises:
+        DataError: it cannot be read, or it is not clear which captions are of the names."""
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
         if kind in (".jsonl", ".csv", ".tsv") or isinstance(content, dict):
-            lines = [texts[0] for texts in read_captions(path, "prompts").values()]
+            captions = read_captions(path, "prompts")
+            found = match(captions, names, path, flag="prompts") if names else captions.values()
+            lines = [texts[0] for texts in found]
         elif kind == ".json":
             lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
         else:
@@ -63,7 +77,17 @@ def owners(texts, captions):
     return [min(found) if len(found := images.get(text, ())) == 1 else -1 for text in texts]
 
 
-def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4):
+def rows_of(names, paths):
+    """The numbers of the paths that are these names but for suffixes; None if not each is just one."""
+    rows = {Path(path).with_suffix(""): row for row, path in enumerate(paths)}
+    found = [rows.get(Path(name).with_suffix("")) for name in names]
+    return None if None in found or len(rows) < len(paths) else found
+
+
+def make_prompts(
+    data, tokenizer, number, prompts, caption_mode, seed, rand_augs="none", rand_aug_repeats=4,
+    names=None,
+):  # fmt: skip
     """The `Prompts` of images, and the texts they are taken from; no prompt depends on the number.
 
     Args:
@@ -73,14 +97,21 @@ def make_prompts(data, tokenizer, number, prompts, caption_mode, seed, rand_augs
         prompts: None or random: first captions, drawn with replacement; all: in turn; or a file.
         rand_augs, rand_aug_repeats: what is put into every prompt at random places, and how many:
             numbers, words, or words of its own (Somepalli et al. 2023).
+        names: of images that are files already: a prompt is that of the name in a file that names
+            images, and with `all` where all have the names of training images.
 
     Raises:
         DataError: a file that cannot be read, or that has not one prompt for each of the images."""
     source = [texts[0] for texts in captions_of_mode(data, caption_mode, tokenizer)]
-    own, is_random = range(len(source)), prompts in (None, "random")
+    is_random = prompts in (None, "random")
+    groups = range(len(source)) if data.groups is None else data.groups.tolist()
+    uses = Counter(text for text, _ in set(zip(source, groups, strict=True)))
+    own = [row if uses[text] == 1 else -1 for row, text in enumerate(source)]
     if not is_random and prompts != "all":
-        source = read_prompts(prompts)
+        source = read_prompts(prompts, names)
         own = owners(source, data.captions)
+    elif names and (rows := rows_of(names, data.paths)):
+        source, own = ([column[row] for row in rows] for column in (source, own))
     number = number or len(source)
     rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
     rows = [row % len(source) for row in rows]

@@ -154,6 +154,21 @@ def train_unet(pipeline, data, steps, directory, batch_size=16, lr=1e-3):
     pipeline.unet.load_state_dict(learner.ema.state_dict())
 
 
+def begin(out):
+    """Make the directory with a mark that it is unfinished; returns the mark, to be removed at the end.
+
+    Raises:
+        UsageError: what is to be written is there, and not of a call that was interrupted."""
+    mark = out / ".unfinished"
+    names = ("train", "train.json", "heldout", "heldout.json", "pipeline")
+    found = [out / name for name in names if (out / name).exists()]
+    if found and not mark.exists():
+        raise UsageError(f"{found[0]}: is there, and would be overwritten: name another directory")
+    make_directory(out, "out")
+    mark.touch()
+    return mark
+
+
 def main():
     parser = startup.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="directory that is made")
@@ -161,6 +176,7 @@ def main():
     parser.add_argument("--unet_steps", type=int, default=2000, help="0: random weights")
     args = parser.parse_args()
 
+    unfinished = begin(args.out)
     data = read_emoji(SIDE)
     order = torch.randperm(len(data.images), generator=generator("cpu", SEED, "emoji")).tolist()
     train, heldout, rest = order[:TRAIN], order[TRAIN : TRAIN + HELDOUT], order[TRAIN + HELDOUT :]
@@ -175,6 +191,7 @@ def main():
         pipeline.save_pretrained(args.out / "pipeline")
     names = f"--pretrained={args.out}/pipeline --data_root={args.out}/train --captions={args.out}/train.json"
     print(f"{names}: {TRAIN} emoji; {args.out}/heldout: {HELDOUT} others")
+    unfinished.unlink()
 
 
 if __name__ == "__main__":
