@@ -68,7 +68,8 @@ def take_trainings(values, paths):
                 what = f"{paths[0]} was trained with {first}, {path} with {own}"
                 raise UsageError(f"--{name}: {what}: evaluate them one by one")
         for name in OF_IMAGES:
-            if other.get(name) != settings[0].get(name):
+            # a file of exported weights does not say it
+            if name in settings[0] and other.get(name, settings[0][name]) != settings[0][name]:
                 what = f"{paths[0]} and {path} were trained with other {name.removesuffix(' (sha256)')}"
                 raise UsageError(f"--unet_dir: {what}: evaluate them one by one")
     where = paths[0] if paths[0].suffix == EXPORTED else run_file(paths[0])
