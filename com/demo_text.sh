@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Default fine-tuning and IET-AGC of a small text-to-image pipeline on 64 captioned emoji with the same number of steps,
 # of its whole UNet and of a LoRA, images from all, and one table. At most 15 minutes on two CPU cores, without a
-# network after set-up. DEMO_STEPS=2000 takes three times as long and shows more.
+# network after set-up. DEMO_STEPS=2000 shows more, and takes longer.
 # Run again, it skips what is finished. Further flags go to training and evaluation.
 set -euo pipefail
 REQUIREMENTS=requirements-text.txt
