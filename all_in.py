@@ -51,7 +51,7 @@ from training.weights import find_best, find_checkpoint, load_checkpoint, load_w
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
-from utils.images import equal_images, fingerprint, keep_apart
+from utils.images import fingerprint, keep_apart
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
@@ -155,7 +155,7 @@ def load_real(stages, images, names, settings):
     if "gap" in stages:
         build.heldout_images(FLAGS, data, "stages=gap")
     heldout = build.holdout_images(FLAGS, data)
-    notes |= count_repeats(once.train.images, once.heldout and once.heldout.images)
+    notes |= count_repeats(once.equal, len(once.train.images))
     is_rough = heldout is not None and len(heldout) < ROUGH
     what = f"held-out images: with less than {ROUGH} the floors are rough"
     notes["floor_warning"] = f"{len(heldout)} {what}" if is_rough else None
@@ -163,7 +163,7 @@ def load_real(stages, images, names, settings):
     notes["samples_warning"] = None
     if FLAGS.samples:
         notes["samples_warning"] = warn_of_odd_values(FLAGS.samples, images, data.train.images)
-    slot_group = equal_images(given.train.images)
+    slot_group = once.equal[given.slot_image]
     return Real(data, build.reference_images(FLAGS, once), heldout, slot_group, notes)
 
 

@@ -1,6 +1,7 @@
 """Images in: a reader per data set, to uint8 (N, 3, H, W) and class labels; subsets, held-out part."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -77,10 +78,15 @@ class Dataset:
         groups = None if self.groups is None else self.groups[rows]
         return replace(self, train=select(self.train, rows), subset=self.subset[rows], groups=groups)
 
+    @functools.cached_property
+    def equal(self):
+        """The groups of training images, then held-out ones, that are equal in pixels: int64 (N + L,)."""
+        parts = [self.train] + ([self.heldout] if self.heldout else [])
+        return equal_images(torch.cat([part.images for part in parts]))
+
     def distinct(self):
         """What is measured: equal images once, and no held-out image that equals a training image."""
-        N, parts = len(self.train.images), [self.train] + ([self.heldout] if self.heldout else [])
-        is_first = firsts(equal_images(torch.cat([part.images for part in parts])))
+        N, is_first = len(self.train.images), firsts(self.equal)
         heldout = select(self.heldout, is_first[N:]) if self.heldout else None
         heldout = heldout if heldout and len(heldout.images) else None
         return replace(self.only(is_first[:N]), heldout=heldout)

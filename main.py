@@ -133,7 +133,7 @@ def main():
         data = build.dataset(FLAGS)
     if scores:
         once = data.without_copies()
-        say(count_repeats(once.train.images, once.heldout and once.heldout.images)["repeats_warning"])
+        say(count_repeats(once.equal, len(once.train.images))["repeats_warning"])
         reference, heldout = build.reference_images(FLAGS, once), once.distinct().heldout
         heldout = heldout and heldout.images
         quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout, FLAGS.fid_cache)

@@ -79,10 +79,11 @@ def evaluate(
     return distributed.from_main(numbers), nearest
 
 
-def count_repeats(training, heldout):
-    """What result.json says of images (M, 3, H, W) and (L, 3, H, W), or None, that equal others."""
-    M, L = len(training), 0 if heldout is None else len(heldout)
-    group = equal_images(training if heldout is None else torch.cat([training, heldout]))
+def count_repeats(group, M):
+    """What result.json says of images that equal others.
+
+    group: (M + L,) int64, of `equal_images`, of M training images and then L held-out ones."""
+    L = len(group) - M
     is_repeat, is_leak = ~firsts(group), group[M:] <= group[:M].max()
     counts = {
         "repeated_training_images": is_repeat[:M].sum().item(),

@@ -59,7 +59,7 @@ from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import UsageError
 from utils.files import atomic_write, file_hash, read_json, write_json
-from utils.images import fingerprint, keep_apart, to_uint8
+from utils.images import equal_images, fingerprint, keep_apart, to_uint8
 from utils.seeding import seed_of_try
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
@@ -332,7 +332,8 @@ def main():
     say(*notes)
     data, heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
     training = data.images
-    repeats = count_repeats(given.images, heldout)
+    parts = [given.images] if heldout is None else [given.images, heldout]
+    repeats = count_repeats(equal_images(torch.cat(parts)), len(given.images))
     say(repeats["repeats_warning"])
     heldout = None if heldout is None else not_in(training, heldout)
     images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
