@@ -121,7 +121,8 @@ def load_network(stages, device):
     Of several checkpoints it is the mean of their predictions. Flags not given are the training's,
     also where only images of it are measured; then there is no network.
     """
-    if not stages & {"generate", "gap"}:
+    is_needed = bool(stages & {"generate", "gap"})
+    if not is_needed and not (FLAGS.samples and FLAGS.unet_dir):
         path = Path(FLAGS.generate_dir) / "generate.json"
         record = read_json(path) if path.exists() and not FLAGS.samples else {}
         if record.get("training"):
@@ -130,8 +131,10 @@ def load_network(stages, device):
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
     paths = [path for of_name in found for path in of_name]
-    states = [load_checkpoint(path, device) for path in paths]
     settings, nets = take_trainings(FLAGS, paths), []
+    if not is_needed:  # --samples are said to be of that training
+        return None, [], names_of(paths), settings
+    states = [load_checkpoint(path, device) for path in paths]
     for path, state in zip(paths, states, strict=True):
         nets.append(build.unet(FLAGS, state, path).to(device))
         load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)

@@ -156,7 +156,7 @@ def load_dataset(
         subset = torch.from_numpy(stratified_subset(train.labels.numpy(), num_train, subset_seed))
         others.insert(0, select(train, np.setdiff1d(np.arange(total), subset)))
     if heldout is not None:
-        others = [read_heldout(Path(heldout), class_names, from_files)]
+        others = [read_heldout(Path(heldout), class_names or map(str, range(num_classes)), from_files)]
     if duplicates > len(subset):
         raise UsageError(f"--duplicates={duplicates}: there are {len(subset)} training images, give at most that many")
     if duplicates:
@@ -304,9 +304,9 @@ def read_folder(folder, img_size, num_workers=0, resize="crop", flag="data_root"
 
 
 def read_heldout(folder, class_names, from_files):
-    """The images below the folder of --heldout; in a sub-folder named as a class with its number."""
+    """The images below the folder of --heldout; in a sub-folder of a class's name with its number."""
     part, own_names = read_folder(folder, **from_files, flag="heldout")
-    classes = {name: number for number, name in enumerate(class_names or ())}
+    classes = {name: number for number, name in enumerate(class_names)}
     return part._replace(labels=torch.tensor([classes.get(name, -1) for name in own_names])[part.labels])
 
 

@@ -116,6 +116,8 @@ def evaluate(data, quality, device, path, directory):
 def main():
     if not (FLAGS.train or FLAGS.eval):
         raise UsageError("nothing to do: add --train and/or --eval")
+    if FLAGS.train and FLAGS.unet_dir:
+        raise UsageError(f"--unet_dir={FLAGS.unet_dir}: with --train, --eval is of the run in --logdir: leave one out")
     logdir = Path(FLAGS.logdir or "logs/default")
     device = pick_device(FLAGS.device, FLAGS.precision)
     if FLAGS.train and FLAGS.batch_size % distributed.world_size():

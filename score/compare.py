@@ -126,6 +126,9 @@ def facts_of(result):
     is_text = "similarity" in result and "pixels" not in result
     has_copies = is_text or "pixels" in result  # else the search was not run yet
     groups = under("groups", "sha256")(result) or ("none" if has_copies else None)
+    scored_with = result.get("scored_with") or {}
+    if scored_with and result.get("samples"):  # earlier versions took them in the order of their names
+        scored_with = {"samples_order": "by name", **scored_with}
     facts = {
         "evaluation": "text_to_image.all_in" if is_text else "all_in",
         "training images": result.get("training_sha256"),
@@ -138,10 +141,11 @@ def facts_of(result):
         "number of held-out images": heldout.get("N"),
         "features of similarity": under("similarity", "features")(result),
         "preprocessing of similarity": under("similarity", "preprocess")(result),
+        "weights of similarity": under("similarity", "weights_sha256")(result),
         "fid_reference": result.get("fid_reference"),
         **{
             "reference images" if name == "images" else f"scores: {name}": value
-            for name, value in (result.get("scored_with") or {}).items()
+            for name, value in scored_with.items()
             if name != "heldout"  # which the floor says
         },
         "weights": result.get("weights") or origin.get("weights"),

@@ -135,13 +135,19 @@ def neighbors(images, training, path=None, sets=None, named=None, device=None, *
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
     sq_distance, index = nearest
-    if path and not known and distributed.is_main():
+    if path and distributed.is_main() and not (known and has_names(path, named or {})):
         ratio = memorization.memorization_ratio(sq_distance)
         arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
         arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
         with atomic_write(path) as file:
             np.savez(file, **arrays, **sets, **(named or {}))
     return tuple(array.to(device or training.device) for array in nearest)
+
+
+def has_names(path, named):
+    """Whether a file holds arrays (N,) of these names, as `neighbors` writes them."""
+    saved = read_npz(path, ("index", *named))
+    return all(np.array_equal(saved.get(name), names) for name, names in named.items())
 
 
 def known_neighbors(path, sets):

@@ -16,7 +16,7 @@ from torch import nn
 
 from score.inception import DIMENSION, WEIGHTS_HASH, inception_features, inception_logits, load_inception
 from utils.errors import DataError, UsageError, one_line
-from utils.files import file_hash
+from utils.files import content_hash, file_hash
 
 COPIES = ("sscd", "inception", "clip", "pixels")  # the spaces that copies are searched for in
 # the spaces of Frechet distances: {what flags and files say: the space}
@@ -63,11 +63,12 @@ def feature_space(
     if name == "inception":
         return inception_space(inception, **settings)
     if name == "clip":
-        return FeatureSpace(name, partial(clip_features, load_clip(clip, device)[0]), **settings)
+        features = partial(clip_features, load_clip(clip, device)[0])
+        return FeatureSpace(name, features, weights_hash=content_hash(clip), **settings)
     if name == "sscd":
         network = load_sscd(sscd, torchscript).to(device)
         features = partial(sscd_features, network, device, how)
-        return FeatureSpace(name, features, preprocess=how, **settings)
+        return FeatureSpace(name, features, preprocess=how, weights_hash=file_hash(sscd), **settings)
     if name == "pixels":
         return FeatureSpace(name, partial(standardised, device), threshold=None, **settings)
     raise ValueError(f"{name}: no feature space")

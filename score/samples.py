@@ -31,6 +31,8 @@ LOOKED_AT = 10_000  # images, at most, whose values `odd_values` looks at
 ODD_SHARES = {"are black": 0.01, "have one colour only": 0.01, "are grey": 0.5}
 ODD_LEVELS = 0.25  # the same of values that are 0, and of those that are 255
 ODD_RANGE = 0.6  # the range of 98 % of the values may be so much of the training images'
+# red less blue may differ by so many levels, and so many standard errors, before they can be swapped
+SWAPPED_LEVELS, SWAPPED_ERRORS = 4, 4
 
 
 def non_finite_images(x):
@@ -140,12 +142,34 @@ def odd_values(images, training):
         level = 255 * int(more.argmax())
         known_share = f"of the training images' {known_levels[level]:.1%}"
         odd.append(f"{levels[level]:.1%} of the values are {level}, {known_share}")
+    if swapped := colours_swapped(images, training):
+        odd.append(swapped)
     rows = evenly_spaced(len(images), LOOKED_AT)
     different = len({fingerprint(images[row]) for row in rows})
     if len(rows) > 1 and different <= len(rows) / 2:
         some = f"only {different:,} of {len(rows):,} are different"
         odd.append(some if different > 1 else "all are equal")
     return odd
+
+
+def colours_swapped(images, training):
+    """What to say where red and blue seem to have changed places in images (N, 3, H, W), or None."""
+    parts = [channel_means(part) for part in (images, training)]
+    differences = [means[:, 0] - means[:, 2] for means in parts]
+    error = sum(values.var(correction=0) / len(values) for values in differences).sqrt()
+    own, known = (means.mean(dim=0) for means in parts)
+    size = (known[0] - known[2]).abs()
+    is_other = (own - known).abs().max() > max(SWAPPED_LEVELS, SWAPPED_ERRORS * error)
+    if not is_other or (own.flip(0) - known).abs().max() > size / 2:
+        return None
+    own, known = (" ".join(f"{value:.0f}" for value in mean) for mean in (own, known))
+    return f"red, green and blue have the means {own}, of the training images {known}: are red and blue swapped?"
+
+
+def channel_means(images):
+    """The means of the channels of images (N, 3, H, W) uint8: (n, 3), n at most `LOOKED_AT`."""
+    rows = evenly_spaced(len(images), LOOKED_AT)
+    return torch.cat([images[block].double().mean(dim=(2, 3)) for block in rows.split(256)])
 
 
 def values_of(images):

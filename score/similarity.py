@@ -131,7 +131,9 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
         features = embed(space, images)
         found = measure_similarity(features, training, space.threshold, prompt_images, groups)
         numbers, neighbors = found
-        return {"features": space.name, "preprocess": space.preprocess, **numbers}, neighbors
+        of_space = {"features": space.name, "preprocess": space.preprocess}
+        of_space |= {"weights_sha256": space.weights_hash} if space.weights_hash else {}
+        return of_space | numbers, neighbors
 
     numbers, neighbors = measure(images, prompt_images)
     # the largest is itself; where there is no other group it is all there is

@@ -33,7 +33,7 @@ RESULT = {
     "flags": {"img_size": 32},
     "pixels": {"mq": {}, "mq_fraction": {"15": 0.25}, "extracted": 3},
     "holdout": {"N": 20, "images_sha256": SHA, "pixels": {"mq_fraction": {"15": 0.125}}},
-    "similarity": {"features": "sscd", "preprocess": "published", **SIMILARITY},
+    "similarity": {"features": "sscd", "preprocess": "published", "weights_sha256": SHA, **SIMILARITY},
     "fid_reference": "train",
     "scored_with": {"features": "inception", "images": SHA, "weights": SHA},
     "fid": 2.0,
@@ -117,6 +117,7 @@ def first_cells(table):
         ({"scored_with": {"weights": OTHER}}, "scores: weights: A: 12345678…; B: 87654321…"),
         ({"similarity": {"features": "clip"}}, "features of similarity: A: sscd; B: clip"),
         ({"similarity": {"preprocess": "recommended"}}, "preprocessing of similarity: A: published; B: recommended"),
+        ({"similarity": {"weights_sha256": OTHER}}, "weights of similarity: A: 12345678…; B: 87654321…"),
         ({"weights": "raw", "origin": {"weights": "raw"}}, "weights: A: ema; B: raw"),
         ({"origin": {"steps": 20}}, "sampling: steps: A: 50; B: 20"),
         ({"origin": {"sampler": "dpm"}}, "sampling: sampler: A: ddim; B: dpm"),
@@ -180,6 +181,15 @@ def test_the_best_checkpoints_of_two_seeds_are_repeats_whatever_their_steps(tmp_
     for name, steps in (("a", "6k"), ("b", "8k")):
         write_run(tmp_path / name, {**RESULT, "checkpoint": f"logs/x/best_ckpt{steps}.pt"})
     assert first_cells(run_module("score.compare", "same=a", "same=b", cwd=tmp_path).stdout) == ["same"]
+
+
+def test_samples_in_the_order_of_their_names_are_said(tmp_path):
+    """As earlier versions scored them: by names or listing, which changes recall and Inception score."""
+    new = changed(RESULT, {"samples": "mine", "scored_with": {"samples_order": 1}})
+    for name, result in (("a", new), ("b", changed(RESULT, {"samples": "mine"}))):
+        write_run(tmp_path / name, result)
+    said = run_module("score.compare", "A=a", "B=b", cwd=tmp_path).stderr
+    assert said == "warning: not all numbers compare, since these differ in scores: samples_order: A: 1; B: by name\n"
 
 
 def test_text_beside_unconditional_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """Exported weights: what other programs find in the file, and all_in.py's images of them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import eval_flags, run, run_module
 from tests.networks import TINY_FLAGS, tiny_unet, visible
+from training.logdir import training_of
 from training.weights import load_checkpoint
 from utils.errors import DataError
 
@@ -60,6 +62,29 @@ def test_what_contradicts_the_file_or_would_replace_it(trained):
     assert "--ch=64: logs/ckpt3.pt says 32" in result.stderr and not (trained / "new.safetensors").exists()
     result = run_module("training.export", "logs", cwd=trained, code=2)
     assert result.stderr == "training.export: error: give CHECKPOINT and OUT.safetensors, see --help\n"
+
+
+def test_files_of_shards_and_of_earlier_versions(trained, tmp_path):
+    """The run.json of a file in state/ is one directory up; what earlier runs did unrecorded is recorded."""
+    shutil.copytree(trained / "logs", tmp_path / "logs")
+    record = json.loads((tmp_path / "logs/run.json").read_text())
+    del record["settings"]["resize"]
+    (tmp_path / "logs/run.json").write_text(json.dumps(record))
+    (tmp_path / "logs/state").mkdir()
+    (tmp_path / "logs/ckpt3.pt").rename(tmp_path / "logs/state/ckpt3.pt")
+    run_module("training.export", "logs/state/ckpt3.pt", "old.safetensors", cwd=tmp_path)
+    assert training_of(tmp_path / "old.safetensors")["resize"] == "squeeze"
+    # as a version before --resize has exported it
+    with safe_open(tmp_path / "old.safetensors", "pt") as file:
+        metadata = file.metadata()
+    flags = json.loads(metadata["flags"])
+    del flags["resize"]
+    weights = load_file(tmp_path / "old.safetensors")
+    save_file(weights, tmp_path / "older.safetensors", metadata | {"flags": json.dumps(flags)})
+    assert training_of(tmp_path / "older.safetensors")["resize"] == "squeeze"
+    (tmp_path / "logs/run.json").write_text('{"a": 1}')
+    result = run_module("training.export", "logs/state/ckpt3.pt", "none.safetensors", cwd=tmp_path, code=1)
+    assert result.stderr.count("\n") == 1 and "fit" in result.stderr
 
 
 def test_a_published_checkpoint(tmp_path):

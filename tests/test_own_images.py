@@ -138,6 +138,9 @@ def test_what_was_copied_is_named_by_its_file(tmp_path):
     assert set(saved["training_names"].tolist()) == set(names)
     page = (tmp_path / "out/grid/report.html").read_text()
     assert "mine.png" in page and "dog/photo, &quot;2&quot;.png" in page
+    (tmp_path / "samples/mine.png").rename(tmp_path / "samples/yours.png")  # the same images in the same order
+    measure(tmp_path, "out", "--dataset=folder", "--data_root=training", "--samples=samples")
+    assert np.load(tmp_path / "out/similar/memorization.npz")["image_names"].tolist() == ["a.png", "yours.png"]
 
 
 def test_images_that_are_not_square_are_cut_to_their_middle(tmp_path):
@@ -215,6 +218,25 @@ def test_other_training_images_are_said(trained, tmp_path):
     given = [*NETWORK, "--mean_type=xstart", "--beta_T=0.05", "--dataset=folder", "--data_root=my"]
     said = run("all_in.py", *MEASURING, *given, "--unet_dir=lone", *eval_flags(tmp_path), cwd=trained).stderr
     assert "no run.json says how it was trained" in said
+
+
+def test_samples_said_to_be_of_a_training_are_measured_by_its_flags(trained, tmp_path):
+    np.save(tmp_path / "samples.npy", noise(20, seed=2))
+    flags = [*MEASURING, f"--samples={tmp_path / 'samples.npy'}", "--unet_dir=log", "--stages=score,memorise"]
+    said = run("all_in.py", *flags, *eval_flags(tmp_path), cwd=trained).stderr
+    settings = json.loads((trained / "log/run.json").read_text())["settings"]
+    result = result_in(tmp_path)
+    assert result["training_sha256"] == settings["training images (sha256)"] and "other images" not in said
+    assert result["checkpoint"] is None and result["training"] is None, "who made them is not known"
+    said = run("all_in.py", *flags, "--num_train=20", *eval_flags(tmp_path / "20"), cwd=trained).stderr
+    assert "log/ckpt4.pt: was trained on other images" in said
+
+
+def test_main_evaluates_no_other_training_than_its_own(trained, tmp_path):
+    flags = ["--train", "--eval", *NETWORK, *TRAINING, "--dataset=folder", "--data_root=my", *MEASURING]
+    said = run("main.py", *flags, "--unet_dir=log", f"--logdir={tmp_path / 'log'}", cwd=trained, code=2).stderr
+    assert "--unet_dir=log: with --train, --eval is of the run in --logdir" in said and said.count("\n") == 1
+    assert not (tmp_path / "log").exists()
 
 
 def test_several_checkpoints_must_agree(trained, tmp_path):
@@ -299,3 +321,20 @@ def test_floors_from_a_folder_of_held_out_images(tmp_path):
     write_images(tmp_path / "flat", heldout)
     said = run("all_in.py", *MEASURING, *gap, "--heldout=flat", cwd=tmp_path, code=2).stderr
     assert "--heldout=flat: with --use_labels its sub-folders must be classes: 0, 1" in said
+    write_images(tmp_path / "same", training)
+    said, _ = measure(tmp_path, "out", *flags[:3], "--heldout=same", "--holdout", code=2)
+    assert "--holdout: all images in --heldout=same equal training images: name others" in said.stderr
+
+
+def test_held_out_images_of_classes_that_are_numbers(tmp_path):
+    """Digits and CIFAR have no names of classes."""
+    write_images(tmp_path / "other", noise(4), ["0/a.png", "3/b.png", "9/c.png", "thing/d.png"])
+    loaded = load_dataset("digits", tmp_path, SIZE, heldout=tmp_path / "other")
+    assert loaded.heldout.labels.tolist() == [0, 3, 9, -1]
+
+
+def test_who_is_not_square_is_said_of_the_folder_that_all_are_in(tmp_path, capsys):
+    write_images(tmp_path / "a", noise(2))
+    write_images(tmp_path / "b", noise(3, 16, 40))
+    load_dataset("folder", tmp_path, SIZE)
+    assert f"{tmp_path}: 3 of 5 images are not square" in capsys.readouterr().err

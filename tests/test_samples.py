@@ -383,6 +383,16 @@ def test_values_that_can_hardly_be_meant(kind, tmp_path):
     assert re.search(said, "; ".join(odd_values(load_samples(tmp_path / "images.npy"), training)))
 
 
+def test_red_and_blue_that_have_changed_places():
+    """As of OpenCV's BGR; not of inverted images, whose difference of red and blue changes its sign too."""
+    warm = photographs(300, 0) * [[[1.0]], [[0.9]], [[0.8]]]
+    sets = [to_uint8(torch.from_numpy(2 * part - 1)) for part in (warm[:200], warm[200:], 1 - warm[200:])]
+    training, others, inverted = sets
+    said = "red, green and blue have the means 102 114 126, of the training images 127 115 103: are red and blue"
+    assert odd_values(others.flip(1), training) == [said + " swapped?"]
+    assert odd_values(others, training) == odd_values(inverted, training) == []
+
+
 def test_values_that_can_be_meant():
     training = to_uint8(torch.from_numpy(2 * photographs(200, 1) - 1))
     grey = training[:, :1].repeat(1, 3, 1, 1)

@@ -16,7 +16,6 @@ from text_to_image.pipeline import (
     as_scheduler,
     check_fit,
     check_steps,
-    content_hash,
     encode_captions,
     encode_images,
     find_folder,
@@ -29,6 +28,7 @@ from text_to_image.pipeline import (
     save_unet,
 )
 from utils.errors import DataError, UsageError
+from utils.files import content_hash
 
 diffusers, transformers = libraries()
 

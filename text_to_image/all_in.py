@@ -37,7 +37,6 @@ from text_to_image.pipeline import (
     FROZEN,
     LORA_FILE,
     as_scheduler,
-    content_hash,
     find_folder,
     find_unet,
     generate_numbered,
@@ -58,7 +57,7 @@ from training.weights import find_best
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import UsageError
-from utils.files import atomic_write, file_hash, read_json, write_json
+from utils.files import atomic_write, content_hash, read_json, write_json
 from utils.images import equal_images, fingerprint, keep_apart, to_uint8
 from utils.seeding import seed_of_try
 
@@ -108,11 +107,8 @@ def rejection_of(space, training):
         return None
     above, features = FLAGS.reject_above, embed(space, training)
     margin = partial(similarity_margin, space=space, training=features, above=above)
-    weights = {"sscd": FLAGS.sscd, "clip": FLAGS.clip}.get(space.name)
-    if weights:
-        weights = content_hash(weights) if Path(weights).is_dir() else file_hash(weights)
     about = {"reject_above": above, "features": space.name, "preprocess": space.preprocess}
-    about["features_sha256"] = weights or space.weights_hash
+    about["features_sha256"] = space.weights_hash
     return margin, about | {"training_sha256": fingerprint(training)}
 
 

@@ -22,7 +22,6 @@ from text_to_image.pipeline import (
     FROZEN,
     ROUND,
     LatentTrainer,
-    content_hash,
     generate_numbered,
     remove_unets,
     unets_in,
@@ -40,6 +39,7 @@ from training.shards import partition
 from training.weights import CHECKPOINTS, own_files
 from utils import distributed
 from utils.errors import DataError, UsageError
+from utils.files import content_hash
 from utils.images import fingerprint, list_images, size_of, to_uint8
 
 

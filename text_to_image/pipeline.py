@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import json
 import logging
 import re
@@ -18,8 +17,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from score.samples import non_finite_images
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
-from utils.files import file_hash, writable
-from utils.images import is_hidden, normalize
+from utils.files import writable
+from utils.images import normalize
 from utils.safe_files import read_text
 from utils.seeding import generator, sample_noise
 
@@ -301,18 +300,6 @@ def remove_unets(logdir, pattern=CHECKPOINT, but=()):
             path.unlink() if path.is_file() else shutil.rmtree(path)
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
-
-
-def content_hash(folder, *parts):
-    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file.
-
-    Hidden ones, which systems put into folders, are left out."""
-    digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
-    found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
-    found = [path for path in found if path in places or not is_hidden(path.name)]
-    for path in sorted(path for path in found if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from text_to_image.pipeline import FROZEN, content_hash, settings_of
+from text_to_image.pipeline import FROZEN, settings_of
 from training.recorded import recorded_flags
 from utils.errors import UsageError
+from utils.files import content_hash
 from utils.images import fingerprint
 
 

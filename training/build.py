@@ -47,7 +47,7 @@ def dataset(FLAGS):
         what = f"{FLAGS.dataset} has {data.num_classes} classes, give them"
         raise UsageError(f"--num_labels={FLAGS.num_labels}: {what}")
     if FLAGS.use_labels and FLAGS.heldout and (data.heldout.labels < 0).any():
-        names = ", ".join(data.class_names or ["0"])
+        names = ", ".join(data.class_names or map(str, range(data.num_classes)))
         what = f"with --use_labels its sub-folders must be classes: {names}"
         raise UsageError(f"--heldout={FLAGS.heldout}: {what}")
     reference_images(FLAGS, data)
@@ -69,8 +69,11 @@ def holdout_images(FLAGS, data):
 def heldout_images(FLAGS, data, flag):
     """The images that are held out, which `flag` asks for; raises a UsageError if there are none."""
     if data.heldout is None:
-        what = "name a folder of some with --heldout, or leave some out with --num_train"
-        raise UsageError(f"--{flag}: no image of {FLAGS.dataset} is held out: {what}")
+        what = f"no image of {FLAGS.dataset} is held out"
+        advice = "name a folder of some with --heldout, or leave some out with --num_train"
+        if FLAGS.heldout:
+            what, advice = f"all images in --heldout={FLAGS.heldout} equal training images", "name others"
+        raise UsageError(f"--{flag}: {what}: {advice}")
     return data.heldout.images
 
 

@@ -18,11 +18,11 @@ from dataset import image_folders
 from training import build
 from training.flags import NETWORK_FLAGS, define
 from training.launch import run
-from training.logdir import ema_start
+from training.logdir import ema_start, training_of
 from training.recorded import take
 from training.weights import find_checkpoint, load_checkpoint, load_weights, weights_in
 from utils.errors import UsageError
-from utils.files import atomic_write, read_json
+from utils.files import atomic_write
 from utils.images import keep_apart
 
 
@@ -36,8 +36,7 @@ def export(name, out):
         raise UsageError(f"{out}: is there already: remove it, or choose another name")
     path = find_checkpoint(name)
     state = load_checkpoint(path)
-    run_file = path.with_name("run.json")
-    training = state.get("flags") or (read_json(run_file)["settings"] if run_file.exists() else {})
+    training = training_of(path) or {}
     take(FLAGS, training, path)
     torch.manual_seed(0)  # for what pytorch-ddpm's files lack, and nothing uses
     net = build.unet(FLAGS, state, path)

@@ -33,7 +33,7 @@ def training_of(path):
     """The settings of a checkpoint's training, with those changed on the way in "changed", or None."""
     if path.suffix == EXPORTED:
         settings = load_checkpoint(path).get("flags")
-        return settings and UNRECORDED | settings
+        return settings and completed(settings)
     run = read_run(run_file(path))
     if run is None:
         return None
@@ -42,19 +42,22 @@ def training_of(path):
 
 
 def read_run(path):
-    """{"settings": {name: JSON value}, "changes": [...]} of a run.json; None if missing or none.
-
-    What earlier versions did unrecorded is there too: images were squeezed, CIFAR's always mirrored."""
+    """{"settings": {name: JSON value}, "changes": [...]} of a run.json; None if missing or none."""
     run = read_json(path) if path.exists() else None
     if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
         return None
-    settings = UNRECORDED | run["settings"]
+    return {"settings": completed(run["settings"]), "changes": [dict(change) for change in run.get("changes", [])]}
+
+
+def completed(settings):
+    """The settings of a run and what earlier versions did unrecorded: they squeezed images, mirrored CIFAR's."""
+    settings = UNRECORDED | settings
     if settings.get("script") in ("main", "main_fed") and "resize" not in settings:
         is_cifar = str(settings.get("dataset")).startswith("cifar")
         settings |= {"resize": "squeeze", "hflip": is_cifar or settings.get("hflip")}
     if settings.get("script") == "text_to_image.main_fed":
         settings.setdefault("lora_rank", 0)
-    return {"settings": settings, "changes": [dict(change) for change in run.get("changes", [])]}
+    return settings
 
 
 class LogDirectory:

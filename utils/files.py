@@ -11,6 +11,8 @@ from pathlib import Path
 
 from utils.errors import DataError, warn
 
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}
+
 
 @contextlib.contextmanager
 def writable(what, advice):
@@ -121,3 +123,20 @@ def file_hash(path):
     """SHA-256 of a file's bytes, in hex; raises OSError."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(folder, *parts):
+    """SHA-256, in hex, of names and contents of the files in a folder, or parts of it; or of a file.
+
+    Hidden ones, which systems put into folders, are left out."""
+    digest, places = hashlib.sha256(), [Path(folder) / part for part in parts] or [Path(folder)]
+    found = [path for place in places for path in (place.iterdir() if place.is_dir() else [place])]
+    found = [path for path in found if path in places or not is_hidden(path.name)]
+    for path in sorted(path for path in found if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def is_hidden(name):
+    """Whether a file or folder of this name is hidden, or one that systems put among others."""
+    return name.startswith(".") or name.lower() in SYSTEM_FILES

@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, UsageError, one_line, warn
+from utils.files import is_hidden
 from utils.safe_files import check_memory
 
 # What PIL has to say is of metadata. Once for all: filters are shared by the threads that decode.
@@ -31,7 +32,6 @@ RESIZES = tuple(CHANGES)  # what may become of images that are not square
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .tga".split()
 )
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"}
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
@@ -39,7 +39,7 @@ TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 def list_images(folder, classes=False, quiet=False):
     """The images in a folder, a sorted list of paths; if it has none, a list for each sub-folder.
 
-    An image's name ends in one of `SUFFIXES`. Hidden files and `SYSTEM_FILES` are ignored. What else is
+    An image's name ends in one of `SUFFIXES`. What `is_hidden` is ignored. What else is
     passed over is named on stderr, if not quiet: other files, sub-folders without or beside images.
 
     Raises:
@@ -89,11 +89,6 @@ def scan(folder, deep=False):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): repair or remove it") from None
     return sorted(images), sorted(folders), sorted(others)
-
-
-def is_hidden(name):
-    """Whether `scan` passes over what has this name, and all below it."""
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def is_within(path, folder):
@@ -157,7 +152,7 @@ def read_images(paths, img_size=None, num_workers=0, resize="crop", keeps_square
                 bad.append(f"{paths[row]}: {sizes}")
     if changed and distributed.is_main():
         what = f"{changed} of {len(paths)} images are not square and are {CHANGES[resize]}, see --resize"
-        warn(f"{Path(paths[0]).parent}: {what}")
+        warn(f"{os.path.commonpath([Path(path).parent for path in paths])}: {what}")
     return images
 
 
