@@ -21,6 +21,7 @@ from score.report import curves, figures, histograms, page, shortened, table, tr
 from utils import startup
 from utils.errors import DataError, printable, warn
 from utils.files import read_json, write_json, write_text
+from utils.images import keep_apart
 
 # of `origin`: said elsewhere, or free
 NO_SAMPLING = ("seed", "checkpoint_sha256", "weights", "img_size", "resolution", "training_sha256")
@@ -331,6 +332,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     rows, notes = separate(read_results(options.results))
     results = results_in(rows)
+    flags = [result.get("flags") or {} for repeats in results.values() for result in repeats]
+    folders = {of_run["data_root"] for of_run in flags if of_run.get("dataset") == "folder"}
+    keep_apart(sorted(folders), {}, {"picture": options.picture})
     notes += warnings_about(results)
     for note in notes:
         warn(f"warning: {shortened(note)}")

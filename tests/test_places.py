@@ -1,5 +1,6 @@
 """Outputs never become training images, and what is measured lies apart from them."""
 
+import json
 import shutil
 
 import pytest
@@ -103,6 +104,10 @@ def test_a_picture_of_images_too(tmp_path):
     assert f"error: my/all.png: what is written there {AMONG} my" in result.stderr
     run_module("score.grids", "all.png", "a=my", cwd=tmp_path)
     assert (tmp_path / "all.png").exists() and not (tmp_path / "my/all.png").exists()
+    result = {"N": 4, "flags": {"dataset": "folder", "data_root": "my"}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    result = run_module("score.compare", "result.json", "--picture=my/all.png", cwd=tmp_path, code=2)
+    assert f"error: --picture=my/all.png: what is written there {AMONG} my" in result.stderr
 
 
 def test_hidden_folders_and_those_beside_the_images_are_fine(tmp_path):
