@@ -51,7 +51,7 @@ from training.weights import find_best, find_checkpoint, load_checkpoint, load_w
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
-from utils.images import fingerprint, keep_apart
+from utils.images import fingerprint, keep_apart, of_non_finite
 
 ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
@@ -274,6 +274,8 @@ def begin_result(result, stages, images, real, paths, settings, young):
     seconds = result["seconds"] | description.get("seconds", {})
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
+    result["non_finite_warning"] = of_non_finite("generated images", result.get("non_finite_images"), len(images))
+    say(result["non_finite_warning"])
     result["training_seconds"] = training_seconds(result["checkpoint"])
     result["watched"] = watched(result["checkpoint"])
     check_floors(result, stages, real.heldout)

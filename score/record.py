@@ -64,8 +64,5 @@ def add_stage(result, directory, stage, find, optional=(), flags=None):
 def print_summary(result, directory):
     """What a person wants to know first."""
     print(f"{result['N']} images against {result['training_set_size']} training images")
-    if result.get("non_finite_images"):
-        what = "images held NaN or infinity: they are measured, with 0 in those pixels"
-        print(f"  {result['non_finite_images']} {what}")
     print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
     print(f"  written to {directory}")

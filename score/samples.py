@@ -35,11 +35,6 @@ ODD_RANGE = 0.6  # the range of 98 % of the values may be so much of the trainin
 SWAPPED_LEVELS, SWAPPED_ERRORS = 4, 4
 
 
-def non_finite_images(x):
-    """Which of the images x (N, C, H, W) hold a NaN or an infinity: bool (N,)."""
-    return (~torch.isfinite(x)).flatten(1).any(dim=1)
-
-
 def evenly_spaced(total, number):
     """Indices of at most `number` of `total` images, of all classes if these are in order: int64."""
     number = min(number, total)

@@ -549,7 +549,8 @@ def test_images_that_are_not_finite_are_counted_and_said(tmp_path, capsys):
     state["tail.2.bias"] = torch.tensor([0.0, float("nan"), 0.0])
     torch.save({"net_model": state, "ema_model": state, "step": 1}, tmp_path / "ckpt1.pt")
     call(*PIXELS, f"--unet_dir={tmp_path}/ckpt1.pt", *eval_flags(tmp_path))
-    assert "24 images held NaN or infinity" in capsys.readouterr().out
+    said = "24 of 24 generated images hold values that are not finite, black here"
+    assert f"warning: {said}" in capsys.readouterr().err and said in (tmp_path / "grid/report.html").read_text()
     assert result_of(tmp_path)["non_finite_images"] == 24 == result_of(tmp_path)["N"]
 
 

@@ -1,10 +1,15 @@
 """Losses, gradients and weights that are not finite: nothing takes them in, and they are counted and said."""
 
 import json
+import math
+import re
+import time
 
 import pytest
 import torch
 
+from diffusion import GaussianDiffusionSampler
+from score.generate import generate
 from tests.commands import read_jsonl, run
 from tests.networks import TINY_FLAGS, tiny_learner
 from training.agc import AntiGradientControl
@@ -85,3 +90,28 @@ def test_a_diverged_average_is_refused_before_it_overwrites_the_shards(ema):
     for learner, values in zip(learners, before, strict=True):
         for value, kept in zip((learner.weights, learner.ema_weights), values, strict=True):
             assert torch.equal(value, kept)
+
+
+def test_sample_grids_say_what_they_cost_and_what_is_not_finite(tmp_path, capsys):
+    def draw():
+        time.sleep(0.3)
+        return torch.tensor([0.5, math.nan]).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+
+    with Logger(tmp_path, 1, 0, log_step=1, max_bad_steps=1, batch_size=8) as logger:
+        logger.images("ema_step1", 1, draw)
+        logger.finish(1)
+    said = capsys.readouterr()
+    assert "warning: 1 of 2 images of ema_step1.png hold values that are not finite, black here" in said.err
+    assert re.search(r"1 steps done in 00:\d\d, 00:00 of it for sample grids: --sample_step=0 draws none", said.out)
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x, t, labels=None):
+        return x.new_full(x.shape, math.nan)
+
+
+def test_images_that_a_training_measures_are_said_too(capsys):
+    """Those of --watch_step and of main.py --eval."""
+    sampler = GaussianDiffusionSampler(Broken(), 1e-4, 0.02, 20, 8, steps=2)
+    assert not generate(sampler, 6, 4, seed=0).any()
+    assert "6 of 6 generated images hold values that are not finite, black here" in capsys.readouterr().err

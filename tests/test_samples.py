@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from score.grids import save_grids
-from score.samples import load_samples, non_finite_images, odd_values, save_pngs
+from score.samples import load_samples, odd_values, save_pngs
 from tests.commands import run_module
 from utils import safe_files
 from utils.errors import DataError
-from utils.images import to_uint8
+from utils.images import non_finite_images, to_uint8
 
 
 def random_images(N=5, height=6, width=7, seed=0):

@@ -26,7 +26,7 @@ from score.grids import save_grids
 from score.record import print_summary, say, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
-from score.samples import evenly_spaced, non_finite_images, png_names, save_pngs, warn_of_odd_values
+from score.samples import evenly_spaced, png_names, save_pngs, warn_of_odd_values
 from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
 from text_to_image import build
 from text_to_image.data import check_length
@@ -58,7 +58,7 @@ from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import UsageError
 from utils.files import atomic_write, content_hash, read_json, write_json
-from utils.images import equal_images, fingerprint, keep_apart, to_uint8
+from utils.images import equal_images, fingerprint, keep_apart, non_finite_images, of_non_finite, to_uint8
 from utils.seeding import seed_of_try
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
@@ -266,8 +266,8 @@ def load_prompts(data, pipeline, images):
 
 
 def non_finite(what, bad, number):
-    """What is to be said where so many of a number of images are not finite, said, or None."""
-    text = f"{bad:,} of {number:,} {what} hold values that are not finite, black here" if bad else None
+    """`of_non_finite`, said."""
+    text = of_non_finite(what, bad, number)
     say(text)
     return text
 

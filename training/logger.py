@@ -14,9 +14,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from utils import distributed
 from utils.bar import progress_bar
-from utils.errors import DataError, printable
+from utils.errors import DataError, printable, warn
 from utils.files import atomic_write, sync, writable, write_json
-from utils.images import image_grid, to_uint8
+from utils.images import image_grid, non_finite_images, of_non_finite, to_uint8
 
 MUCH = 0.1  # of the time of a training, for its sample grids
 TIMED = (10, 20)  # the steps between which a start is timed, to say how long the rest will take
@@ -180,7 +180,10 @@ class Logger:
     def images(self, tag, step, draw):
         """Write a grid of draw(), images (B, 3, H, W) in [-1, 1], to sample/ and TensorBoard."""
         begin = time.perf_counter()
-        grid = image_grid(to_uint8(draw())).cpu().numpy()
+        x = draw()
+        if said := of_non_finite(f"images of {tag}.png", int(non_finite_images(x).sum()), len(x)):
+            warn(f"warning: {said}")
+        grid = image_grid(to_uint8(x)).cpu().numpy()
         with atomic_write(self.logdir / "sample" / f"{tag}.png") as file:
             Image.fromarray(grid.transpose(1, 2, 0)).save(file, format="PNG")
         self.event(step, summary.image(tag.split("_step")[0], grid))

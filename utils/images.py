@@ -253,6 +253,16 @@ def to_uint8(x):
     return x.float().add(1).mul(127.5).nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
 
 
+def non_finite_images(x):
+    """Which of the images x (N, C, H, W) hold a NaN or an infinity: bool (N,)."""
+    return (~torch.isfinite(x)).flatten(1).any(dim=1)
+
+
+def of_non_finite(what, bad, number):
+    """What is to be said where so many of a number of images are not finite, or None."""
+    return f"{bad:,} of {number:,} {what} hold values that are not finite, black here" if bad else None
+
+
 def image_grid(images, columns=8):
     """Images (B, C, H, W) in rows of at most `columns`, on black and 2 pixels apart: (C, H', W')."""
     from torchvision.utils import make_grid  # slow to import, and needed here only
