@@ -165,11 +165,16 @@ def test_captions_as_any_editor_writes_them(tmp_path, encoding, end):
         ("m.csv", [",".join(row) for row in quoted]),
         ("m.tsv", ["\t".join(row) for row in TABLE]),
         ("semicolons.csv", ["; ".join(row) for row in TABLE]),
+        ("excel.csv", ['"sep=;"', *("; ".join(row) for row in TABLE)]),
+        ("m.ndjson", [json.dumps({"File_Name": a, "TEXT": b}) for a, b in TABLE[1:]]),
         ("other.csv", ["Image_Name| comment_number| comment", *("| ".join((a, "0", b)) for a, b in TABLE[1:])]),
     ):
         (tmp_path / name).write_bytes(end.join(lines).encode(encoding))
         found = read_captions(tmp_path / name)
         assert found == {"a.png": ["one", "two, three"], "b.png": ["zwölf\u0085\u2028!"]}, name
+    lines = ["file_name\ttext", 'a.png\t"Good" dogs', 'b.png\t"']
+    (tmp_path / "c.tsv").write_bytes(end.join(lines).encode(encoding))
+    assert read_captions(tmp_path / "c.tsv") == {"a.png": ['"Good" dogs'], "b.png": ['"']}
     (tmp_path / "c.csv").write_bytes(f'text,file_name{end}"two{end}lines",a.png{end}'.encode(encoding))
     assert read_captions(tmp_path / "c.csv") == {"a.png": ["two\nlines"]}
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import unicodedata
 from collections import defaultdict, namedtuple
 from contextlib import closing
@@ -32,6 +33,7 @@ CAPTION_MODES = (
 )  # fmt: skip
 DUPLICATIONS = ("nodup", "dup_both", "dup_image")
 RAND_AUGS = ("none", "rand_numb_add", "rand_word_add", "rand_word_repeat")
+LINES, TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")  # the suffixes of files with a caption a line
 # columns of a table of captions; where there is no first one, one of the others, if that is clear
 FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_path")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description")
@@ -107,10 +109,10 @@ def read_captions(path, flag="captions"):
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
-        if kind == ".jsonl":
+        if kind in LINES:
             lines = [line for line in text.split("\n") if line.strip()]
             pairs = [file_and_text(json.loads(line, object_pairs_hook=list)) for line in lines]
-        elif kind in (".csv", ".tsv"):
+        elif kind in TABLES:
             pairs = [file_and_text(row) for row in read_table(text)]
         else:
             pairs = json.loads(text, object_pairs_hook=list)  # a dict could not have a key twice
@@ -133,7 +135,8 @@ def read_captions(path, flag="captions"):
 
 def file_and_text(row):
     """The name of an image and its caption in a row of a table, [(column, value)], or a ValueError."""
-    columns, values = [column for column, _ in row], dict(row)
+    columns = [column.strip().lower() for column, _ in row]
+    values = dict(zip(columns, (value for _, value in row), strict=True))
     if len(values) < len(columns):
         raise ValueError(f"a column of {', '.join(columns)} is there twice")
     found = []
@@ -146,10 +149,22 @@ def file_and_text(row):
 
 
 def read_table(text):
-    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars."""
+    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars.
+
+    A first line such as sep=; says which, as for Excel. With tabs, quotes may be letters like others."""
     first = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
-    header = [column.strip().lower() for column in next(rows, [])]
+    mark = re.match(r'"?sep=([,;\t|])', first, re.IGNORECASE)
+    delimiter = mark[1] if mark else max(",;\t|", key=first.count)
+    table = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = table(io.StringIO(text))
+    if delimiter == "\t":
+        try:
+            list(table(io.StringIO(text)))
+        except csv.Error:
+            rows = table(io.StringIO(text), quoting=csv.QUOTE_NONE)
+    if mark:
+        next(rows)
+    header = next(rows, [])
     for row in rows:
         if row and len(row) != len(header):
             what = f"line {rows.line_num} has {len(row)} columns and the first {len(header)}"

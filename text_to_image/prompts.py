@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from text_to_image.data import (
+    FILE_COLUMNS,
+    LINES,
+    TABLES,
     CaptionedImages,
     add_words,
     captions_of_mode,
@@ -52,12 +55,13 @@ def read_prompts(path, names=None):
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
-        if kind in (".jsonl", ".csv", ".tsv") or isinstance(content, dict):
+        if kind in (*LINES, *TABLES) or isinstance(content, dict) or names_files(content):
             captions = read_captions(path, "prompts")
             found = match(captions, names, path, flag="prompts") if names else captions.values()
             lines = [texts[0] for texts in found]
         elif kind == ".json":
-            lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
+            rows = content if isinstance(content, list) else ()
+            lines = [line["prompt"] if isinstance(line, dict) else line for line in rows]
         else:
             lines = [line for line in read_text(path).split("\n") if line.strip()]
         if not lines or not all(isinstance(line, str) for line in lines):
@@ -66,6 +70,13 @@ def read_prompts(path, names=None):
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
         raise DataError(f"--prompts={path}: {what}") from error
+
+
+def names_files(content):
+    """Whether a JSON value is a list of objects that name files; prompts.json has numbers of images."""
+    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else ()
+    named = (column for row in rows for column, value in row.items() if isinstance(value, str))
+    return any(column.strip().lower() in FILE_COLUMNS for column in named)
 
 
 def owners(texts, captions):
