@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from score.record import say
 from text_to_image.data import (
     FILE_COLUMNS,
     LINES,
@@ -118,11 +119,15 @@ def make_prompts(
     groups = range(len(source)) if data.groups is None else data.groups.tolist()
     uses = Counter(text for text, _ in set(zip(source, groups, strict=True)))
     own = [row if uses[text] == 1 else -1 for row, text in enumerate(source)]
+    in_turn, named = source, rows_of(names, data.paths) if names else None
     if not is_random and prompts != "all":
-        source = read_prompts(prompts, names)
+        in_turn, source = read_prompts(prompts), read_prompts(prompts, names)
         own = owners(source, data.captions)
-    elif names and (rows := rows_of(names, data.paths)):
-        source, own = ([column[row] for row in rows] for column in (source, own))
+    elif named:
+        source, own = ([column[row] for row in named] for column in (source, own))
+    if named and len(in_turn) == len(source) and in_turn != source:
+        what = "--samples have the names of training images, and the prompts of these, not in turn"
+        say(f"--prompts={prompts}: {what}: for that, name a .txt with a prompt a line")
     number = number or len(source)
     rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
     rows = [row % len(source) for row in rows]
