@@ -91,6 +91,7 @@ def encoded(FLAGS, data, pipeline, folder):
         vae_key=content_hash(folder, "vae"), text_key=content_hash(folder, "text_encoder", "tokenizer"),
         caption_mode=FLAGS.caption_mode,
         draws_captions=FLAGS.caption_mode in ("all", "allcaps") or FLAGS.duplication == "dup_image",
+        owner=(str(Path(FLAGS.data_root).resolve()), FLAGS.keep_list),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import random
 import re
 import unicodedata
 from collections import defaultdict, namedtuple
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -274,44 +274,55 @@ def check_length(captions, tokenizer, what):
         warn(f"warning: {what}: the text encoder reads {limit} and no more, such as of {long[0][:60]!r}")
 
 
-def cached(path, make):
-    """The array that make() gives, or gave in an earlier run, from the file at `path`: copy on write."""
-    try:
-        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
-    except (OSError, ValueError):  # not there, or damaged
-        array = make().cpu()
+def cached(directory, name, owner, make):
+    """The array that make() gives, or gave in an earlier run, from a file in a directory: copy on write.
+
+    name: of the content, whoever has made it. owner: any value: of the files made for the same one the
+    newest stays; trainings with other data or networks, which may share the directory, keep theirs."""
+    directory, tag = Path(directory), hashlib.sha256(repr(owner).encode()).hexdigest()[:16]
+    for path in directory.glob(f"{name}*.npy"):
+        with suppress(OSError, ValueError):  # gone, or damaged
+            return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+    array, path = make().cpu(), directory / f"{name}_{tag}.npy"
     try:
         with atomic_write(path) as file:
             np.save(file, array.numpy())
+        for other in {*directory.glob(f"*_{tag}.npy")} - {path}:
+            with suppress(OSError):  # gone, or of another user
+                other.unlink()
     except DataError as error:
         warn(f"{error}; the next run computes it again")
     return array
 
 
-def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
+def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions, owner):
     """Latents, captions and text states of `CaptionedImages` for `CaptionBatches`, made once and cached.
 
     vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder. draws_captions: whether
-    other captions of an image than the first are used."""
-    path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
-    moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
+    other captions of an image than the first are used. owner: as for `cached`, of this data."""
+    name = f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}"
+    of_images = owner, vae_key, data.images.shape[-1]
+    moments = cached(directory, name, of_images, lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
     used = [text for texts in captions for text in (texts if draws_captions else texts[:1])]
     check_length(used, pipeline.tokenizer, "captions")
     if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
         text_key += " masked"  # earlier versions did not mask
-    return moments, captions, TextStates(pipeline, [texts[0] for texts in captions], directory, text_key)
+    firsts = [texts[0] for texts in captions]
+    of_texts = owner, caption_mode
+    return moments, captions, TextStates(pipeline, firsts, directory, text_key, of_texts)
 
 
 class TextStates:
     """Hidden states of captions: of those given at the start kept, of others computed when asked for."""
 
-    def __init__(self, pipeline, captions, directory, key):
+    def __init__(self, pipeline, captions, directory, key, owner=None):
         self.pipeline = pipeline
         captions = list(dict.fromkeys(captions))
         self.rows = {caption: row for row, caption in enumerate(captions)}
         name = hashlib.sha256(repr((key, captions)).encode()).hexdigest()[:32]
-        self.kept = cached(Path(directory) / f"text_{name}.npy", lambda: encode_captions(pipeline, captions))
+        make = partial(encode_captions, pipeline, captions)
+        self.kept = cached(directory, f"text_{name}", (owner, key), make)
 
     def __call__(self, captions):
         """(B, L, D) float32, on the text encoder's device."""
