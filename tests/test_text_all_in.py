@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from score.features import inception_space
 from tests.commands import ROOT, environment, forking_python, run_module, run_with
 from tests.inception_weights import write_weights
+from tests.test_features import clip as clip
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
 from text_to_image.pipeline import load_pipeline
@@ -227,6 +228,14 @@ def test_images_of_others(directory, tmp_path_factory):
     assert not (index[0] == 3).any() and not (index[3] == 0).any() and (index[1:3] >= 0).all()
     assert again["similarity"]["sim_mean"] == similarity["sim_mean"]
     assert not (directory / "theirs/generate").exists()
+
+
+def test_prompts_that_clip_alone_does_not_read_to_the_end(directory, clip, tmp_path):
+    (tmp_path / "prompts.txt").write_text("word " * 76 + "\n" + "a cat\n" * 16)
+    flags = ["--samples=images", f"--prompts={tmp_path / 'prompts.txt'}", f"--clip={clip}"]
+    flags += ["--features=pixels", *DATA, *directories(tmp_path)]
+    said = run_module(MODULE, *flags, cwd=directory).stderr
+    assert said.count("warning: 1 of 17 prompts have more than 77 tokens: the text encoder reads 77") == 1
 
 
 @pytest.mark.parametrize("place", ["generate", "generate/base"])

@@ -251,8 +251,10 @@ def load_network(folder, unet_folder, device):
     return pipeline.to(device)
 
 
-def load_prompts(data, pipeline, images):
-    """The prompts and the texts they are taken from, or None twice; images: of --samples, or None."""
+def load_prompts(data, pipeline, images, clip):
+    """The prompts and the texts they are taken from, or None twice.
+
+    images: of --samples, or None; clip: of `load_clip`, which reads the prompts too, or None."""
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
@@ -266,6 +268,9 @@ def load_prompts(data, pipeline, images):
         raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice} for each")
     if pipeline:
         check_length(prompts.texts, pipeline.tokenizer, "prompts")
+    elif clip:
+        limit = clip[0].config.text_config.max_position_embeddings
+        check_length(prompts.texts, clip[1], "prompts", limit)
     return prompts, source
 
 
@@ -338,7 +343,7 @@ def main():
     heldout = None if heldout is None else not_in(training, heldout)
     images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
-    prompts, source = load_prompts(data, pipeline, images)
+    prompts, source = load_prompts(data, pipeline, images, clip)
     number = len(images if FLAGS.samples else prompts.texts)
     for flag, place in directories().items():
         if FLAGS.save_png and flag in ("generate_dir", "base_dir"):

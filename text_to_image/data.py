@@ -260,12 +260,14 @@ def random_tokens(tokenizer, number, draw):
     return tokenizer.decode([draw.randrange(min(special)) for _ in range(number)])
 
 
-def check_length(captions, tokenizer, what):
-    """Say how many of the captions are empty, and how many the text encoder does not read to the end."""
+def check_length(captions, tokenizer, what, limit=None):
+    """Say how many of the captions are empty, and how many the text encoder does not read to the end.
+
+    limit: the tokens that it reads; None: as many as the tokenizer says."""
     captions = list(captions)
     empty = sum(not text.strip() for text in captions)
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
-    limit = tokenizer.model_max_length
+    limit = limit or tokenizer.model_max_length
     long = [text for text, length in zip(captions, lengths, strict=True) if length > limit]
     if empty and distributed.is_main():
         warn(f"warning: {empty:,} of {len(captions):,} {what} are empty")
