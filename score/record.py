@@ -28,6 +28,13 @@ def say(*notes):
         warn(f"warning: {note}")
 
 
+def say_non_finite(what, bad, number):
+    """`say` that so many of a number of images are not finite; returns that text, None where none is."""
+    text = f"{bad:,} of {number:,} {what} hold values that are not finite, black here" if bad else None
+    say(text)
+    return text
+
+
 def earlier_result(directory):
     """What an earlier call has left in a directory's result.json, or an empty one, for all processes."""
     path, empty = Path(directory) / "result.json", {"images_sha256": None}

@@ -23,7 +23,7 @@ from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into, over_ranks
 from score.grids import save_grids
-from score.record import print_summary, say, take_directories
+from score.record import print_summary, say, say_non_finite, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
 from score.samples import evenly_spaced, non_finite_images, png_names, save_pngs, warn_of_odd_values
@@ -274,13 +274,6 @@ def load_prompts(data, pipeline, images, clip):
     return prompts, source
 
 
-def non_finite(what, bad, number):
-    """What is to be said where so many of a number of images are not finite, said, or None."""
-    text = f"{bad:,} of {number:,} {what} hold values that are not finite, black here" if bad else None
-    say(text)
-    return text
-
-
 def make_floors(pipeline, folder, data, heldout, prompts, source, number, device):
     """What is measured in place of the images, {name: (images, prompts or None)}, and notes on it."""
     floors, notes, directory = {}, [], directories().get("base_dir")
@@ -291,14 +284,14 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
         floors["base"] = images, prompts
         if distributed.is_main():
             bad = read_json(Path(directory) / "generate.json")["non_finite_images"]
-            notes.append(non_finite("images of the base model", bad, number))
+            notes.append(say_non_finite("images of the base model", bad, number))
     if heldout is not None:
         floors["holdout"] = heldout, None
     if pipeline:
         rows = evenly_spaced(len(data.images), number)
         captions = [data.captions[row][0] for row in rows]
         decoded, bad = round_trip(pipeline, data.images[rows])
-        notes.append(non_finite("training images after the VAE's round trip", bad, len(rows)))
+        notes.append(say_non_finite("training images after the VAE's round trip", bad, len(rows)))
         floors["round_trip"] = decoded, Prompts(captions, captions, rows)
     return floors, notes
 
@@ -360,7 +353,8 @@ def main():
             made_of = pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir
             images, norms = generate_images(*made_of, rejection_of(space, training))
             result |= distributed.from_main(generated() if distributed.is_main() else None)
-            notes.append(non_finite("generated images", result["non_finite_images"], number))
+            bad = result["non_finite_images"]
+            notes.append(say_non_finite("generated images", bad, number))
         floors, more = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
 
         begin, scorer = time.perf_counter(), scorers[""]
