@@ -21,6 +21,7 @@ from score.evaluate import (
     count_groups,
     count_repeats,
     evaluate,
+    floor_warning,
     identity,
     known_neighbors,
 )
@@ -53,7 +54,6 @@ from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
 from utils.images import fingerprint, keep_apart
 
-ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {"memorise": ("holdout", "similarity", "groups", "near_duplicates")}
 OPTIONAL["score"] = (
@@ -156,9 +156,7 @@ def load_real(stages, images, names, settings):
         build.heldout_images(FLAGS, data, "stages=gap")
     heldout = build.holdout_images(FLAGS, data)
     notes |= count_repeats(once.equal, len(once.train.images))
-    is_rough = heldout is not None and len(heldout) < ROUGH
-    what = f"held-out images: with less than {ROUGH} the floors are rough"
-    notes["floor_warning"] = f"{len(heldout)} {what}" if is_rough else None
+    notes["floor_warning"] = floor_warning(heldout)
     say(*(note for name, note in notes.items() if name.endswith("warning")))
     notes["samples_warning"] = None
     if FLAGS.samples:

@@ -141,7 +141,7 @@ def test_an_evaluation_says_whether_its_data_is_that_of_the_training(directory, 
     for captions, is_said in (("captions.json", False), ("others.json", True)):
         said = run_module(module, *flags, f"--captions={captions}", cwd=directory).stderr
         result = json.loads((directory / "evaluated/grid/result.json").read_text())
-        assert (about in said) == is_said == (about in (result["warning"] or ""))
+        assert (about in said) == is_said == (about in (result["settings_warning"] or ""))
         assert (about in (directory / "evaluated/grid/report.html").read_text()) == is_said
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.evaluate import count_groups, count_repeats, identity
+from score.evaluate import count_groups, count_repeats, floor_warning, identity, write_nearest
 from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into, over_ranks
@@ -27,7 +27,14 @@ from score.record import print_summary, say, say_non_finite, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
 from score.samples import evenly_spaced, non_finite_images, png_names, save_pngs, warn_of_odd_values
-from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
+from score.similarity import (
+    clip_scores,
+    detection,
+    embed,
+    evaluate_similarity,
+    memorized,
+    squared_distance,
+)
 from text_to_image import build
 from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
@@ -204,6 +211,9 @@ def write_results(result, images, data, neighbors, prompts):
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
         np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
+    names = build.names_of_samples(FLAGS) or [str(i) for i in range(len(images))]
+    found = squared_distance(similarity), index, names, data.paths, similarity[:, 0]
+    write_nearest(Path(FLAGS.similar_dir) / "nearest.csv", *found)
     shown, captions = (images, data.images, index[:, 0]), [texts[0] for texts in data.captions]
     grids = [str(path) for path in save_grids(grid_dir, *shown, 1 - similarity[:, 0])]
     texts, page = (similarity[:, 0], prompts, captions), grid_dir / "report.html"
@@ -326,14 +336,15 @@ def main():
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     pipeline = load_network(folder, unet_folder, device)
     given = build.dataset(FLAGS)
-    notes = differences(FLAGS, unet_folder, given) if FLAGS.unet else []
-    say(*notes)
-    data, heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
-    training = data.images
-    parts = [given.images] if heldout is None else [given.images, heldout]
-    repeats = count_repeats(equal_images(torch.cat(parts)), len(given.images))
-    say(repeats["repeats_warning"])
-    heldout = None if heldout is None else not_in(training, heldout)
+    about = {"settings_warning": differences(FLAGS, unet_folder, given) if FLAGS.unet else None}
+    data, all_heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
+    training, heldout = data.images, None
+    parts = [given.images] if all_heldout is None else [given.images, all_heldout]
+    about |= count_repeats(equal_images(torch.cat(parts)), len(given.images))
+    if all_heldout is not None:
+        heldout = not_in(training, all_heldout)
+    about["floor_warning"] = floor_warning(heldout)
+    say(*(note for name, note in about.items() if name.endswith("warning")))
     images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images, clip)
@@ -341,13 +352,15 @@ def main():
     for flag, place in directories().items():
         if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
             png_names(place, number)
-    scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
+    # distances are to all real images, measures of copies to each once
+    scorers = {"": quality(FLAGS, distances, given.images, number, device, heldout, FLAGS.fid_cache)}
     if heldout is not None:
-        scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)
+        scorers["heldout_"] = quality(FLAGS, distances, all_heldout, number, device, heldout)
 
     with take_directories(directories()):
         announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
-        nothing, norms = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning")), None
+        nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
+        norms, notes = None, []
         result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
         if not FLAGS.samples:
             made_of = pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir
@@ -362,7 +375,7 @@ def main():
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"watched": watched(result["checkpoint"])}
-        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
+        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **about}
         result |= {"scored_with": scorer.scored_with, **count_groups(data.groups, FLAGS.groups)}
         found = measure(images, norms, training, prompts, space, scorers, clip, floors, data.groups)
         numbers, neighbors = found
