@@ -294,8 +294,9 @@ def test_images_that_are_not_finite_are_named(directory, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     flags = [f"--pretrained={folder}", f"--unet={folder / 'unet'}", "--sample_steps=2", "--device=cpu", *DATA]
     flags += ["--num_images=3", "--features=pixels", *directories(tmp_path)]
-    for _ in range(2):  # the second takes the images of the first
-        said = run_module(MODULE, *flags, cwd=directory).stderr
+    for seed in (1, 1, 2):  # the second takes the images of the first
+        said = run_module(MODULE, *flags, f"--seed={seed}", cwd=directory).stderr
+        assert len(list((tmp_path / "generate").glob("detector.*"))) == 1
         result = json.loads((tmp_path / "grid/result.json").read_text())
         assert result["non_finite_images"] == 3
         for text in (

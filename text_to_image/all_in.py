@@ -65,7 +65,7 @@ from training.weights import find_best
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import UsageError
-from utils.files import atomic_write, file_hash, read_json, write_json
+from utils.files import atomic_write, file_hash, read_json, remove, write_json
 from utils.images import equal_images, fingerprint, keep_apart, to_uint8
 from utils.seeding import seed_of_try
 
@@ -99,6 +99,8 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():
+        for other in {*kept.parent.glob("detector.????????.json")} - {kept}:  # of images that were here
+            remove(other)
         asked = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
         asked = [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in asked]
         write_json(Path(directory) / "prompts.json", asked)
