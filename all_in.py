@@ -21,6 +21,7 @@ from score.evaluate import (
     count_groups,
     count_repeats,
     evaluate,
+    floor_warning,
     identity,
     known_neighbors,
 )
@@ -29,7 +30,7 @@ from score.gap import denoising_gap
 from score.generate import MeanPrediction, draw_labels, generate_batches, generate_into
 from score.grids import save_grids
 from score.memorization import memorization_ratio
-from score.record import add_stage, earlier_result, print_summary, say, take_directories
+from score.record import add_stage, earlier_result, print_summary, say, say_non_finite, take_directories
 from score.reject import held_back, ratio_margin
 from score.report import training_seconds, watched, write_report
 from score.samples import (
@@ -51,9 +52,8 @@ from training.weights import find_best, find_checkpoint, load_checkpoint, load_w
 from utils import distributed
 from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
-from utils.images import fingerprint, keep_apart, of_non_finite
+from utils.images import fingerprint, keep_apart
 
-ROUGH = 500  # held-out images, below which a floor is rough
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {"memorise": ("holdout", "similarity", "groups", "near_duplicates")}
 OPTIONAL["score"] = (
@@ -159,9 +159,7 @@ def load_real(stages, images, names, settings):
         build.heldout_images(FLAGS, data, "stages=gap")
     heldout = build.holdout_images(FLAGS, data)
     notes |= count_repeats(once.equal, len(once.train.images))
-    is_rough = heldout is not None and len(heldout) < ROUGH
-    what = f"held-out images: with less than {ROUGH} the floors are rough"
-    notes["floor_warning"] = f"{len(heldout)} {what}" if is_rough else None
+    notes["floor_warning"] = floor_warning(heldout)
     say(*(note for name, note in notes.items() if name.endswith("warning")))
     notes["samples_warning"] = None
     if FLAGS.samples:
@@ -274,8 +272,8 @@ def begin_result(result, stages, images, real, paths, settings, young):
     seconds = result["seconds"] | description.get("seconds", {})
     result |= description | {"flags": used, "seconds": seconds, **real.notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
-    result["non_finite_warning"] = of_non_finite("generated images", result.get("non_finite_images"), len(images))
-    say(result["non_finite_warning"])
+    bad = result.get("non_finite_images")
+    result["non_finite_warning"] = say_non_finite("generated images", bad, len(images))
     result["training_seconds"] = training_seconds(result["checkpoint"])
     result["watched"] = watched(result["checkpoint"])
     check_floors(result, stages, real.heldout)

@@ -22,6 +22,7 @@ FID_IMAGES = DIMENSION  # with fewer the covariance has no full rank
 IS_IMAGES = 5000
 SWD = "Karras et al. 2018"  # what scores that earlier versions have written lack
 LEAST_HELDOUT = 4  # for two halves of two
+ROUGH = 500  # held-out images, below which a floor is rough
 COVER_IMAGES = 10_000  # at most, of precision and recall, which take the square of their number
 SAMPLES_ORDER = 1  # changes whenever `by_content` would give other scores
 IDENTITY = ("images_sha256", "training_sha256", "groups_sha256")  # what kept neighbours are of
@@ -99,6 +100,13 @@ def count_repeats(group, M):
     return {**counts, "repeats_warning": "; ".join(lines) or None}
 
 
+def floor_warning(heldout):
+    """What is to be said of floors of held-out images (L, 3, H, W), or None for none, or None."""
+    if heldout is None or len(heldout) >= ROUGH:
+        return None
+    return f"{len(heldout)} held-out images: with less than {ROUGH} the floors are rough"
+
+
 def identity(images, training):
     """What two sets of images are known by in the files about them."""
     return {"images_sha256": fingerprint(images), "training_sha256": fingerprint(training)}
@@ -113,19 +121,21 @@ def count_groups(groups, path):
     return {"groups": {"sha256": file_hash(path), **number}}
 
 
-def write_nearest(path, sq_distance, index, image_names, training_names):
+def write_nearest(path, sq_distance, index, image_names, training_names, similarity=None):
     """Write a table of the nearest training image of every image, the most alike first.
 
     sq_distance, index: (N, k), of `neighbors_of_groups`; without a second image d_1 / d_2 is empty.
-    """
+    similarity: (N,), of features whose distances these are: a column more, by which rows are sorted."""
     ratio, d = memorization.memorization_ratio(sq_distance), sq_distance
-    rows = []
-    for i in ratio.argsort(stable=True).tolist():
+    columns, rows = ["image", "nearest training image", "ratio", "d_1 / d_2"], []
+    columns += [] if similarity is None else ["similarity"]
+    for i in (ratio if similarity is None else -similarity).argsort(stable=True).tolist():
         second = d[i, 1].item() if d.shape[1] > 1 else 0.0
         quotient = f"{d[i, 0].item() / second:.6f}" if second > 0 else ""
         nearest = training_names[index[i, 0].item()]
         rows.append([image_names[i], nearest, f"{ratio[i].item():.6f}", quotient])
-    write_table(path, ["image", "nearest training image", "ratio", "d_1 / d_2"], rows)
+        rows[-1] += [] if similarity is None else [f"{similarity[i].item():.6f}"]
+    write_table(path, columns, rows)
 
 
 def neighbors(images, training, path=None, sets=None, named=None, device=None, **search):

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from score.record import say_non_finite
 from score.reject import add_to_record, hold_back
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import DataError, one_line, warn
 from utils.files import atomic_write, file_hash, read_json, sync, write_json
-from utils.images import non_finite_images, of_non_finite, to_uint8
+from utils.images import non_finite_images, to_uint8
 from utils.safe_files import check_memory
 from utils.seeding import derive_seed, generator, sample_noise, seed_of_try
 
@@ -110,8 +111,7 @@ def generate(sampler, num_images, batch_size, seed, **settings):
     """All images at once, in every process: (N, 3, H, W) uint8 on the CPU; as `generate_batches`."""
     made = list(generate_batches(sampler, num_images, batch_size, seed, **settings))
     batches = [images for images, _ in made]
-    if said := of_non_finite("generated images", sum(int(bad.sum()) for _, bad in made), num_images):
-        warn(f"warning: {said}")
+    say_non_finite("generated images", sum(int(bad.sum()) for _, bad in made), num_images)
     empty = torch.empty(num_images, 3, sampler.img_size, sampler.img_size, dtype=torch.uint8)
     return distributed.broadcast(torch.cat(batches) if batches else empty, 0)
 

@@ -8,6 +8,7 @@ from score.columns import is_old, summary
 from utils import distributed
 from utils.errors import DataError, warn
 from utils.files import lock_directory, read_json, write_json
+from utils.images import of_non_finite
 
 
 @contextlib.contextmanager
@@ -26,6 +27,13 @@ def say(*notes):
     """Warn of notes, texts or None, once for all processes."""
     for note in filter(None, notes if distributed.is_main() else ()):
         warn(f"warning: {note}")
+
+
+def say_non_finite(what, bad, number):
+    """`say` that so many of a number of images are not finite; returns that text, None where none is."""
+    text = of_non_finite(what, bad, number)
+    say(text)
+    return text
 
 
 def earlier_result(directory):

@@ -1,5 +1,6 @@
 """text_to_image.all_in as users run it, its images against a plain loop of diffusers, its numbers against numpy."""
 
+import csv
 import html
 import json
 import signal
@@ -13,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from score.features import inception_space
+from score.fid import compute_statistics, frechet_distance
 from tests.commands import ROOT, environment, forking_python, run_module, run_with
 from tests.inception_weights import write_weights
+from tests.test_features import clip as clip
 from tests.test_report import Tags
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline
 from text_to_image.pipeline import load_pipeline
@@ -48,16 +51,21 @@ def directory(tmp_path_factory):
     save_file(weights, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (directory / "log" / "checkpoint_round2").mkdir(parents=True)
     unet.rename(directory / "log" / "checkpoint_round2" / "unet")
-    (directory / "log" / "flagfile.txt").write_text("\n".join(["--pretrained=pipeline", *DATA]) + "\n--lr=0.1\n")
+    lines = ["--pretrained=pipeline", "--heldout=heldout", *DATA, "--lr=0.1", ""]
+    (directory / "log" / "flagfile.txt").write_text("\n".join(lines))
     (directory / "log" / "run.json").write_text('{"settings": {"lr": 0.1}}')
     return directory
 
 
 @pytest.fixture(scope="module")
 def result(directory):
-    flags = ["--unet=log", "--prompts=all", "--num_images=20", "--features=pixels", "--heldout=heldout", "--save_png"]
-    run_module(MODULE, *FLAGS[1:], *flags, *directories("all"), cwd=directory)  # the pipeline is that of the training
-    return json.loads((directory / "all/grid/result.json").read_text())
+    flags = ["--unet=log", "--prompts=all", "--num_images=20", "--features=pixels", "--save_png"]
+    # pipeline, training images and held-out ones are those of the training
+    said = run_module(MODULE, *FLAGS[1:], *flags, *directories("all"), cwd=directory).stderr
+    result = json.loads((directory / "all/grid/result.json").read_text())
+    assert result["floor_warning"].endswith(" held-out images: with less than 500 the floors are rough")
+    assert result["floor_warning"] in said
+    return result
 
 
 def read_folder(folder):
@@ -130,6 +138,8 @@ def test_numbers_against_numpy(directory, result):
     training, heldout = read_folder(directory / "images")[:16], read_folder(directory / "heldout")
     in_training = np.array([(image == training).all(axis=(1, 2, 3)).any() for image in heldout])
     assert result["heldout_in_training"] == in_training.sum() > 0 and result["repeated_training_images"] == 1
+    assert result["floor_warning"].startswith(f"{(~in_training).sum()} ")
+    all_real = {"fpd": read_folder(directory / "images"), "heldout_fpd": heldout}  # with repeats
     heldout = heldout[~in_training]
     images = np.load(directory / "all/generate/generate.npy")
     assert np.array_equal(images, read_folder(directory / "all/generate"))
@@ -153,11 +163,25 @@ def test_numbers_against_numpy(directory, result):
     assert result["similarity"]["bg_mean"] == pytest.approx(others.max(axis=1).mean(), abs=1e-5)
     assert result["round_trip"]["similarity"].keys() >= {"own_image", "f_mem"} and result["round_trip"]["fpd"] >= 0
     assert "own_image" not in result["holdout"]["similarity"]
+    for name, real in all_real.items():
+        sets = map(torch.from_numpy, (images, real))
+        expected = frechet_distance(*(values for x in sets for values in compute_statistics(x)))
+        assert result[name] == pytest.approx(expected)
     assert result["fpd"] > 0 and result["heldout_fpd"] > 0 and result["base"]["heldout_fpd"] > 0
     assert result["checkpoint"] == "log/checkpoint_round2" and result["training"] == {"lr": 0.1}
     saved = np.load(directory / "all/similar/similarity.npz")
     assert np.array_equal(saved["index"][:, 0], similarities(images).argmax(axis=1))
     assert saved["paths"].tolist() == list(CAPTIONS)
+    closest = similarities(images).max(axis=1)
+    rows = list(csv.DictReader((directory / "all/similar/nearest.csv").open()))
+    assert [int(row["image"]) for row in rows] == (-closest).argsort().tolist()
+    for row in rows:
+        similar = np.sort(similarities(images)[int(row["image"])])[::-1]
+        distances = 2 - 2 * similar
+        assert row["nearest training image"] == f"{saved['index'][int(row['image']), 0]:02}.png"
+        assert float(row["similarity"]) == pytest.approx(similar[0], abs=1e-5)
+        assert float(row["ratio"]) == pytest.approx(distances[0] / distances.mean(), abs=1e-5)
+        assert float(row["d_1 / d_2"]) == pytest.approx(distances[0] / distances[1], abs=1e-5)
     prompts = json.loads((directory / "all/generate/prompts.json").read_text())
     assert prompts[17] == {"prompt": "picture number 1", "caption": "picture number 1", "image": 1}
 
@@ -175,12 +199,14 @@ def test_page_and_comparison(directory, result):
     assert {"own image", "similarity", "fpd to held-out"} <= {cell.strip() for cell in header.split("|")}
     page = (directory / "both.html").read_text()
     assert "Similarity to training images" in page and "generated image of pair 8 of twice" in page
-    assert not found.stderr
+    doubt = "--unet=log: no run.json beside it says which pipeline and images it was trained with"
+    lines = [f"warning: {label}: {doubt}: these may be others" for label in ("ours", "twice")]
+    assert found.stderr.splitlines() == lines
     other = result | {"holdout": result["holdout"] | {"images_sha256": "0" * 64}}
     (directory / "other").mkdir()
     (directory / "other/result.json").write_text(json.dumps(other))
     found = run_module("score.compare", "ours=all/grid", "other=other", "--floors", cwd=directory)
-    assert found.stderr.count("\n") == 1 and "differ in held-out images: ours: " in found.stderr
+    assert found.stderr.count("\n") == 3 and "differ in held-out images: ours: " in found.stderr
 
 
 def test_a_killed_generation_goes_on_whatever_the_batch_and_the_processes(directory, result):
@@ -229,6 +255,14 @@ def test_images_of_others(directory, tmp_path_factory):
     assert not (directory / "theirs/generate").exists()
 
 
+def test_prompts_that_clip_alone_does_not_read_to_the_end(directory, clip, tmp_path):
+    (tmp_path / "prompts.txt").write_text("word " * 76 + "\n" + "a cat\n" * 16)
+    flags = ["--samples=images", f"--prompts={tmp_path / 'prompts.txt'}", f"--clip={clip}"]
+    flags += ["--features=pixels", *DATA, *directories(tmp_path)]
+    said = run_module(MODULE, *flags, cwd=directory).stderr
+    assert said.count("warning: 1 of 17 prompts have more than 77 tokens: the text encoder reads 77") == 1
+
+
 @pytest.mark.parametrize("place", ["generate", "generate/base"])
 def test_other_images_in_the_way_of_png_show_before_the_work(directory, tmp_path, place):
     save_images(tmp_path / place, ["other.png"])
@@ -247,6 +281,8 @@ def test_images_and_prompts_are_paired_by_name(directory, tmp_path):
     run_module(MODULE, *flags, *directories(tmp_path), cwd=directory)
     result = json.loads((tmp_path / "grid/result.json").read_text())
     assert result["similarity"]["own_image"] == 1
+    table = csv.DictReader((tmp_path / "similar/nearest.csv").open())
+    assert all(row["image"] == row["nearest training image"] for row in table)
 
 
 def test_images_that_are_not_finite_are_named(directory, tmp_path):
@@ -258,8 +294,9 @@ def test_images_that_are_not_finite_are_named(directory, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     flags = [f"--pretrained={folder}", f"--unet={folder / 'unet'}", "--sample_steps=2", "--device=cpu", *DATA]
     flags += ["--num_images=3", "--features=pixels", *directories(tmp_path)]
-    for _ in range(2):  # the second takes the images of the first
-        said = run_module(MODULE, *flags, cwd=directory).stderr
+    for seed in (1, 1, 2):  # the second takes the images of the first
+        said = run_module(MODULE, *flags, f"--seed={seed}", cwd=directory).stderr
+        assert len(list((tmp_path / "generate").glob("detector.*"))) == 1
         result = json.loads((tmp_path / "grid/result.json").read_text())
         assert result["non_finite_images"] == 3
         for text in (
@@ -268,13 +305,17 @@ def test_images_that_are_not_finite_are_named(directory, tmp_path):
             "3 of 3 training images after the VAE's round trip hold values that are not finite, black here",
             f"--unet={folder / 'unet'}: no run.json beside it says which pipeline and images it was trained with",
         ):
-            assert said.count(f"warning: {text}") == 1 and text in result["warning"]
+            name = "settings_warning" if "--unet" in text else "warning"
+            assert said.count(f"warning: {text}") == 1 and text in result[name]
             assert html.escape(text) in (tmp_path / "grid/report.html").read_text()
 
 
 def test_similarity_and_fid_of_inception(directory, tmp_path):
-    """FID of few images by singular values: with centred features A and B, the trace is the nuclear norm of A B^T."""
-    training = np.stack([np.asarray(Image.open(directory / "images" / f"{i:02}.png")) for i in range(16)])
+    """FID of few images by singular values: with centred features A and B, the trace is the nuclear norm of A B^T.
+
+    One image is in two files, and counts twice."""
+    files = [directory / "images" / f"{i:02}.png" for i in range(17)]
+    training = np.stack([np.asarray(Image.open(path)) for path in files])
     images = 255 - training[:10]
     np.save(tmp_path / "images.npy", images)
     weights = write_weights(tmp_path / "weights.pth")

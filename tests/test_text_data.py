@@ -165,11 +165,16 @@ def test_captions_as_any_editor_writes_them(tmp_path, encoding, end):
         ("m.csv", [",".join(row) for row in quoted]),
         ("m.tsv", ["\t".join(row) for row in TABLE]),
         ("semicolons.csv", ["; ".join(row) for row in TABLE]),
+        ("excel.csv", ['"sep=;"', *("; ".join(row) for row in TABLE)]),
+        ("m.ndjson", [json.dumps({"File_Name": a, "TEXT": b}) for a, b in TABLE[1:]]),
         ("other.csv", ["Image_Name| comment_number| comment", *("| ".join((a, "0", b)) for a, b in TABLE[1:])]),
     ):
         (tmp_path / name).write_bytes(end.join(lines).encode(encoding))
         found = read_captions(tmp_path / name)
         assert found == {"a.png": ["one", "two, three"], "b.png": ["zwölf\u0085\u2028!"]}, name
+    lines = ["file_name\ttext", 'a.png\t"Good" dogs', 'b.png\t"']
+    (tmp_path / "c.tsv").write_bytes(end.join(lines).encode(encoding))
+    assert read_captions(tmp_path / "c.tsv") == {"a.png": ['"Good" dogs'], "b.png": ['"']}
     (tmp_path / "c.csv").write_bytes(f'text,file_name{end}"two{end}lines",a.png{end}'.encode(encoding))
     assert read_captions(tmp_path / "c.csv") == {"a.png": ["two\nlines"]}
 
@@ -240,11 +245,37 @@ def test_kept_text_states_are_those_that_are_computed(states, monkeypatch):
 
 def test_what_is_cached_is_read_again_unless_it_is_damaged(tmp_path):
     array = torch.arange(6).half()
-    for _ in range(2):
-        assert torch.equal(data.cached(tmp_path / "a.npy", lambda: array), array)
-    assert torch.equal(data.cached(tmp_path / "a.npy", lambda: 1 / 0), array)
-    (tmp_path / "a.npy").write_bytes(b"damaged")
-    assert torch.equal(data.cached(tmp_path / "a.npy", lambda: array + 1), array + 1)
+    assert torch.equal(data.cached(tmp_path, "a", "us", lambda: array), array)
+    for owner in ("us", "others"):
+        assert torch.equal(data.cached(tmp_path, "a", owner, lambda: 1 / 0), array)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"damaged")
+    assert torch.equal(data.cached(tmp_path, "a", "us", lambda: array + 1), array + 1)
+    path.rename(tmp_path / "a.npy")  # as earlier versions called it
+    assert torch.equal(data.cached(tmp_path, "a", "us", lambda: 1 / 0), array + 1)
+
+
+def test_of_each_training_the_newest_cache_stays(tmp_path, captioned):
+    """The images change, the captions change; another resolution and another pipeline keep theirs."""
+    pipeline, other = tiny_pipeline(), captioned._replace(images=captioned.images[..., :8, :8])
+    for name in ("text_of_mine.npy", "latents.npy"):
+        (tmp_path / name).write_bytes(b"")
+
+    def encode(given=captioned, vae="vae", text="text", mode="first", owner="data"):
+        data.encode(given, pipeline, tmp_path, vae, text, mode, False, owner)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names >= {"text_of_mine.npy", "latents.npy"}
+        return names
+
+    first = encode()
+    assert len(first) == 4 and encode() == first
+    others = {"given": other}, {"vae": "2"}, {"text": "2"}, {"mode": "nolevel"}, {"owner": "2", "vae": "3"}
+    for changes in others:
+        assert encode(**changes) > first
+    before = encode()
+    changed = captioned._replace(images=captioned.images.flip(-1), captions=[["new"]] * NUMBER)
+    after = encode(changed)
+    assert len(after) == len(before) and before - after < first and len(before - after) == 2
 
 
 def make(captioned, moments, states, index=None, **changes):

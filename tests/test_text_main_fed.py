@@ -8,8 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from score.fid import compute_statistics, frechet_distance
 from tests.commands import ROOT, environment, forking_python, read_jsonl, run_module, run_with
 from tests.text_files import CAPTIONS, copy_pipeline, save_captions, save_images, saved_pipeline, tiny_pipeline
 from text_to_image.data import CaptionBatches, TextStates, load_folder
@@ -139,7 +141,7 @@ def test_an_evaluation_says_whether_its_data_is_that_of_the_training(directory, 
     for captions, is_said in (("captions.json", False), ("others.json", True)):
         said = run_module(module, *flags, f"--captions={captions}", cwd=directory).stderr
         result = json.loads((directory / "evaluated/grid/result.json").read_text())
-        assert (about in said) == is_said == (about in (result["warning"] or ""))
+        assert (about in said) == is_said == (about in (result["settings_warning"] or ""))
         assert (about in (directory / "evaluated/grid/report.html").read_text()) == is_said
 
 
@@ -207,6 +209,28 @@ def test_everything_else_at_once(directory):
         "average_round1.png",
         "shard0_step2.png",
     ]
+
+
+def test_images_on_the_way_that_are_not_finite_are_named(directory, tmp_path):
+    """They are black; the first 16 held-out images equal training images, and fpd is to all of them."""
+    folder = copy_pipeline(directory / "pipeline", tmp_path)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_out.bias"].fill_(float("nan"))
+    save_file(weights, path, metadata={"format": "pt"})
+    save_images(tmp_path / "heldout", [f"other{i}.png" for i in range(20)])
+    flags = [f"--pretrained={folder}", f"--heldout={tmp_path / 'heldout'}", f"--logdir={tmp_path / 'log'}"]
+    flags += ["--client_num=1", "--local_steps=1", "--total_round=1", "--watch_step=1", "--watch_images=3"]
+    flags += ["--features=pixels", "--sample_steps=2"]
+    said = run_module(MODULE, *FLAGS, *flags, cwd=directory).stderr
+    text = "3 of 3 images of --watch_step hold values that are not finite, black here"
+    assert said.count(f"warning: {text}") == 1
+    files = sorted((tmp_path / "heldout").iterdir())
+    real = np.stack([np.asarray(Image.open(path)) for path in files])
+    sets = torch.zeros(3, 3, 16, 16, dtype=torch.uint8), torch.from_numpy(real).permute(0, 3, 1, 2)
+    expected = frechet_distance(*(values for images in sets for values in compute_statistics(images)))
+    (found,) = json.loads((tmp_path / "log/best.json").read_text())["measurements"]
+    assert found["fpd"] == pytest.approx(expected)
 
 
 def test_lists_of_names_and_groups(directory):

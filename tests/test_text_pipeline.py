@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from score.samples import non_finite_images
 from tests.text_files import copy_pipeline, saved_pipeline, tiny_pipeline
 from text_to_image.pipeline import (
     LatentTrainer,
@@ -364,6 +365,15 @@ def test_an_image_depends_on_its_own_noise_and_prompt_alone():
     alone = generate(pipeline, ["a dog"], latents[1:], steps=2, guidance=3.0)
     assert both.shape == (2, 3, 16, 16) and both.min() >= 0 and both.max() <= 1
     torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_an_infinity_does_not_pass_for_white(monkeypatch):
+    decoded = torch.zeros(3, 3, 16, 16)
+    decoded[0, 0, 0, 0], decoded[1, 0, 0, 0] = torch.inf, -torch.inf
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(pipeline.vae, "decode", lambda latents, return_dict: (decoded,))
+    x = generate(pipeline, ["a cat"] * 3, torch.zeros(3, 4, 8, 8), steps=1, guidance=1)
+    assert non_finite_images(x).tolist() == [True, True, False] and x[2].eq(0.5).all()
 
 
 def test_the_newest_unet_of_a_log_directory(tmp_path):

@@ -50,6 +50,11 @@ def test_captions_in_turn_and_of_a_file(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         assert read_prompts(tmp_path / name) == ["one", "two"], "first captions"
+    (tmp_path / "prompts.json").write_text('"abc"')
+    with pytest.raises(DataError, match=r"prompts\.json.*no list of texts"):
+        read_prompts(tmp_path / "prompts.json")
+    (tmp_path / "prompts.json").write_text('[{"prompt": "a", "caption": "b", "image": 3}]')
+    assert read_prompts(tmp_path / "prompts.json") == ["a"], "as all_in writes it"
     (tmp_path / "captions.json").write_text('{"1.png": []}')
     with pytest.raises(DataError, match=r"--prompts=.*captions\.json"):
         read_prompts(tmp_path / "captions.json")
@@ -68,6 +73,39 @@ def test_a_prompt_of_several_images_is_the_caption_of_none():
     data = data._replace(groups=torch.tensor([0, 1, 0, 0, 0, 2]))  # which count as one
     prompts, _ = make_prompts(data, None, None, "all", "first", seed=3)
     assert prompts.own.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("column", ["file_name", "Image"])
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_a_list_of_names_and_prompts_is_matched_by_name(tmp_path, name, column):
+    rows = [{column: f"{letter}.png", "prompt": f"of {letter}"} for letter in "bca"]
+    lines = map(json.dumps, rows)
+    (tmp_path / name).write_text(json.dumps(rows) if name == "p.json" else "\n".join(lines))
+    assert read_prompts(tmp_path / name, ["a.png", "b.png", "c.png"]) == ["of a", "of b", "of c"]
+    assert read_prompts(tmp_path / name) == ["of b", "of c", "of a"]
+    with pytest.raises(DataError, match=r"no caption for 1 of 1 images, first d\.png"):
+        read_prompts(tmp_path / name, ["d.png"])
+
+
+def test_where_names_and_order_differ_it_is_said_which_was_taken(tmp_path, capsys):
+    """Training images in the order of a listing, samples in that of their numbers."""
+    numbers = [0, 1, 10, 11, *range(2, 10)]
+    paths = [f"{i}.png" for i in numbers]
+    data = DATA._replace(captions=[[f"of {i}"] for i in numbers], paths=paths)
+    names, (table, text) = [f"{i}.png" for i in range(12)], (tmp_path / "p.csv", tmp_path / "p.txt")
+    table.write_text("file,text\n" + "".join(f"{i}.png,of {i}\n" for i in numbers))
+    text.write_text("".join(f"of {i}\n" for i in range(12)))
+    others = [f"{i}.png" for i in range(20, 32)]
+    for prompts, given, is_said in (
+        ("all", names, True), ("all", names[:3], False), ("all", others, False), ("all", paths, False),
+        (table, names, True), (table, names[:3], False), (text, names, False),
+    ):  # fmt: skip
+        found, _ = make_prompts(data, None, len(given), prompts, "first", seed=3, names=given)
+        said = capsys.readouterr().err
+        text_of_it = f"warning: --prompts={prompts}: --samples have the names of training images"
+        assert said.count("\n") == said.count(text_of_it) == is_said
+        if given is not others:
+            assert found.texts == [f"of {name[:-4]}" for name in given]
 
 
 def test_images_that_are_there_have_the_prompts_of_their_names(tmp_path):

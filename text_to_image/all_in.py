@@ -18,16 +18,23 @@ import numpy as np
 import torch
 from absl.flags import FLAGS
 
-from score.evaluate import count_groups, count_repeats, identity
+from score.evaluate import count_groups, count_repeats, floor_warning, identity, write_nearest
 from score.features import load_clip
 from score.fid import CACHE
 from score.generate import generate_into, over_ranks
 from score.grids import save_grids
-from score.record import print_summary, say, take_directories
+from score.record import print_summary, say, say_non_finite, take_directories
 from score.reject import held_back, hold_back, similarity_margin
 from score.report import training_seconds, watched, write_similarity_report
 from score.samples import evenly_spaced, png_names, save_pngs, warn_of_odd_values
-from score.similarity import clip_scores, detection, embed, evaluate_similarity, memorized
+from score.similarity import (
+    clip_scores,
+    detection,
+    embed,
+    evaluate_similarity,
+    memorized,
+    squared_distance,
+)
 from text_to_image import build
 from text_to_image.data import check_length
 from text_to_image.flags import check_pipeline, define, fid_features, num_images, prompts_are_drawn
@@ -57,8 +64,8 @@ from training.weights import find_best
 from utils import distributed
 from utils.bar import progress_bar
 from utils.errors import UsageError
-from utils.files import atomic_write, content_hash, read_json, write_json
-from utils.images import equal_images, fingerprint, keep_apart, non_finite_images, of_non_finite, to_uint8
+from utils.files import atomic_write, content_hash, read_json, remove, write_json
+from utils.images import equal_images, fingerprint, keep_apart, non_finite_images, to_uint8
 from utils.seeding import seed_of_try
 
 DETECTOR_STEPS = 10  # the first steps of the sampler, whose norms the detector averages
@@ -91,6 +98,8 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():
+        for other in {*kept.parent.glob("detector.????????.json")} - {kept}:  # of images that were here
+            remove(other)
         asked = zip(prompts.texts, prompts.captions, prompts.own.tolist(), strict=True)
         asked = [dict(zip(("prompt", "caption", "image"), row, strict=True)) for row in asked]
         write_json(Path(directory) / "prompts.json", asked)
@@ -200,6 +209,9 @@ def write_results(result, images, data, neighbors, prompts):
     sets = {name: result[name] for name in ("images_sha256", "training_sha256")}
     with atomic_write(Path(FLAGS.similar_dir) / "similarity.npz") as file:
         np.savez(file, similarity=similarity.numpy(), index=index.numpy(), paths=data.paths, **sets)
+    names = build.names_of_samples(FLAGS) or [str(i) for i in range(len(images))]
+    found = squared_distance(similarity), index, names, data.paths, similarity[:, 0]
+    write_nearest(Path(FLAGS.similar_dir) / "nearest.csv", *found)
     shown, captions = (images, data.images, index[:, 0]), [texts[0] for texts in data.captions]
     grids = [str(path) for path in save_grids(grid_dir, *shown, 1 - similarity[:, 0])]
     texts, page = (similarity[:, 0], prompts, captions), grid_dir / "report.html"
@@ -247,8 +259,10 @@ def load_network(folder, unet_folder, device):
     return pipeline.to(device)
 
 
-def load_prompts(data, pipeline, images):
-    """The prompts and the texts they are taken from, or None twice; images: of --samples, or None."""
+def load_prompts(data, pipeline, images, clip):
+    """The prompts and the texts they are taken from, or None twice.
+
+    images: of --samples, or None; clip: of `load_clip`, which reads the prompts too, or None."""
     if FLAGS.samples and not FLAGS.prompts:
         return None, None
     number = len(images) if FLAGS.samples else num_images(FLAGS)
@@ -262,14 +276,10 @@ def load_prompts(data, pipeline, images):
         raise UsageError(f"--prompts={FLAGS.prompts}: {what}: {advice} for each")
     if pipeline:
         check_length(prompts.texts, pipeline.tokenizer, "prompts")
+    elif clip:
+        limit = clip[0].config.text_config.max_position_embeddings
+        check_length(prompts.texts, clip[1], "prompts", limit)
     return prompts, source
-
-
-def non_finite(what, bad, number):
-    """`of_non_finite`, said."""
-    text = of_non_finite(what, bad, number)
-    say(text)
-    return text
 
 
 def make_floors(pipeline, folder, data, heldout, prompts, source, number, device):
@@ -282,14 +292,14 @@ def make_floors(pipeline, folder, data, heldout, prompts, source, number, device
         floors["base"] = images, prompts
         if distributed.is_main():
             bad = read_json(Path(directory) / "generate.json")["non_finite_images"]
-            notes.append(non_finite("images of the base model", bad, number))
+            notes.append(say_non_finite("images of the base model", bad, number))
     if heldout is not None:
         floors["holdout"] = heldout, None
     if pipeline:
         rows = evenly_spaced(len(data.images), number)
         captions = [data.captions[row][0] for row in rows]
         decoded, bad = round_trip(pipeline, data.images[rows])
-        notes.append(non_finite("training images after the VAE's round trip", bad, len(rows)))
+        notes.append(say_non_finite("training images after the VAE's round trip", bad, len(rows)))
         floors["round_trip"] = decoded, Prompts(captions, captions, rows)
     return floors, notes
 
@@ -324,34 +334,38 @@ def main():
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     pipeline = load_network(folder, unet_folder, device)
     given = build.dataset(FLAGS)
-    notes = differences(FLAGS, unet_folder, given) if FLAGS.unet else []
-    say(*notes)
-    data, heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
-    training = data.images
-    parts = [given.images] if heldout is None else [given.images, heldout]
-    repeats = count_repeats(equal_images(torch.cat(parts)), len(given.images))
-    say(repeats["repeats_warning"])
-    heldout = None if heldout is None else not_in(training, heldout)
+    about = {"settings_warning": differences(FLAGS, unet_folder, given) if FLAGS.unet else None}
+    data, all_heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
+    training, heldout = data.images, None
+    parts = [given.images] if all_heldout is None else [given.images, all_heldout]
+    about |= count_repeats(equal_images(torch.cat(parts)), len(given.images))
+    if all_heldout is not None:
+        heldout = not_in(training, all_heldout)
+    about["floor_warning"] = floor_warning(heldout)
+    say(*(note for name, note in about.items() if name.endswith("warning")))
     images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
-    prompts, source = load_prompts(data, pipeline, images)
+    prompts, source = load_prompts(data, pipeline, images, clip)
     number = len(images if FLAGS.samples else prompts.texts)
     for flag, place in directories().items():
         if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
             png_names(place, number)
-    scorers = {"": quality(FLAGS, distances, training, number, device, heldout, FLAGS.fid_cache)}
+    # distances are to all real images, measures of copies to each once
+    scorers = {"": quality(FLAGS, distances, given.images, number, device, heldout, FLAGS.fid_cache)}
     if heldout is not None:
-        scorers["heldout_"] = quality(FLAGS, distances, heldout, number, device, heldout)
+        scorers["heldout_"] = quality(FLAGS, distances, all_heldout, number, device, heldout)
 
     with take_directories(directories()):
         announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
-        nothing, norms = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning")), None
+        nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
+        norms, notes = None, []
         result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
         if not FLAGS.samples:
             made_of = pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir
             images, norms = generate_images(*made_of, rejection_of(space, training))
             result |= distributed.from_main(generated() if distributed.is_main() else None)
-            notes.append(non_finite("generated images", result["non_finite_images"], number))
+            bad = result["non_finite_images"]
+            notes.append(say_non_finite("generated images", bad, number))
         floors, more = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
 
         begin, scorer = time.perf_counter(), scorers[""]
@@ -359,8 +373,9 @@ def main():
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"watched": watched(result["checkpoint"])}
-        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **repeats}
-        result |= {"scored_with": scorer.scored_with, **count_groups(data.groups, FLAGS.groups)}
+        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **about}
+        of_clip = {"clip": content_hash(FLAGS.clip)} if clip else {}
+        result |= {"scored_with": scorer.scored_with | of_clip, **count_groups(data.groups, FLAGS.groups)}
         found = measure(images, norms, training, prompts, space, scorers, clip, floors, data.groups)
         numbers, neighbors = found
         result |= {**numbers, "flags": as_dict(FLAGS)}

@@ -13,6 +13,7 @@ import torch
 
 from score.generate import over_ranks
 from score.measure import measure_against
+from score.record import say_non_finite
 from score.samples import load_samples
 from text_to_image.data import CaptionBatches, encode, load_folder, load_images
 from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
@@ -40,7 +41,7 @@ from training.weights import CHECKPOINTS, own_files
 from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import content_hash
-from utils.images import fingerprint, list_images, size_of, to_uint8
+from utils.images import fingerprint, list_images, non_finite_images, size_of, to_uint8
 
 
 def dataset(FLAGS):
@@ -91,6 +92,7 @@ def encoded(FLAGS, data, pipeline, folder):
         vae_key=content_hash(folder, "vae"), text_key=content_hash(folder, "text_encoder", "tokenizer"),
         caption_mode=FLAGS.caption_mode,
         draws_captions=FLAGS.caption_mode in ("all", "allcaps") or FLAGS.duplication == "dup_image",
+        owner=(str(Path(FLAGS.data_root).resolve()), FLAGS.keep_list),
     )  # fmt: skip
 
 
@@ -217,7 +219,8 @@ def watch(FLAGS, data, pipeline, device, save):
     if not FLAGS.heldout:
         raise UsageError("--watch_step: no image is held out: name a folder of some with --heldout")
     once = distinct(data)
-    heldout = not_in(once.images, images_of(FLAGS, "heldout"))
+    reference = images_of(FLAGS, "heldout")
+    heldout = not_in(once.images, reference)
     if heldout is None:
         raise UsageError(f"--heldout={FLAGS.heldout}: all of these are training images: name others")
     space = copies_space(FLAGS, FLAGS.features or "sscd", device, "features")
@@ -226,21 +229,25 @@ def watch(FLAGS, data, pipeline, device, save):
     def make(indices):
         x = torch.empty(0, 3, FLAGS.resolution, FLAGS.resolution)
         x = generate_numbered(pipeline, asked, indices, **generation(FLAGS)) if indices else x
-        return [to_uint8(2 * x - 1)]
+        return to_uint8(2 * x - 1), non_finite_images(x)
 
     @functools.cache
     def ruler():
-        return measure_against(once.images, heldout, space=space, groups=once.groups, device=device)
+        settings = {"space": space, "groups": once.groups, "device": device}
+        return measure_against(once.images, heldout, reference, **settings)
 
     def measure(networks):
         (network,) = networks
         pipeline.unet = network.unet if FLAGS.lora_rank else network
         was_training = pipeline.unet.training
         pipeline.unet.eval()
-        made = [images for (images,) in over_ranks(0, len(asked), FLAGS.batch_size, make)]
+        batches = over_ranks(0, len(asked), FLAGS.batch_size, make)
+        made = [torch.cat(parts) for parts in zip(*batches, strict=True)]  # on rank 0
         pipeline.unet.train(was_training)
         empty = torch.empty(len(asked), *heldout.shape[1:], dtype=torch.uint8)
-        return ruler()(distributed.broadcast(torch.cat(made) if made else empty, 0))
+        images, bad = made or (empty, empty[:0])
+        say_non_finite("images of --watch_step", int(bad.sum()), len(asked))
+        return ruler()(distributed.broadcast(images, 0))
 
     def save_best(logdir, state):
         if "round" in state:
@@ -257,7 +264,7 @@ def watch(FLAGS, data, pipeline, device, save):
     about["training images"] = fingerprint(once.images)
     about["groups (sha256)"] = hashes_of_lists(FLAGS)["groups (sha256)"]
     about["prompts"] = hashlib.sha256(repr(asked).encode()).hexdigest()
-    return make_watch(FLAGS, measure, heldout, FLAGS.resolution, about, save_best, tidy)
+    return make_watch(FLAGS, measure, reference, FLAGS.resolution, about, save_best, tidy)
 
 
 def prompts(FLAGS, data, tokenizer, number, names=None):

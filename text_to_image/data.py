@@ -7,9 +7,10 @@ import io
 import json
 import os
 import random
+import re
 import unicodedata
 from collections import defaultdict, namedtuple
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ CAPTION_MODES = (
 )  # fmt: skip
 DUPLICATIONS = ("nodup", "dup_both", "dup_image")
 RAND_AUGS = ("none", "rand_numb_add", "rand_word_add", "rand_word_repeat")
+LINES, TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")  # the suffixes of files with a caption a line
 # columns of a table of captions; where there is no first one, one of the others, if that is clear
 FILE_COLUMNS = ("file_name", "filename", "file", "file_path", "filepath", "path", "image", "image_name", "image_path")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "comment", "description")
@@ -107,10 +109,10 @@ def read_captions(path, flag="captions"):
     path, captions = Path(path), {}
     try:
         text, kind = read_text(path), path.suffix.lower()
-        if kind == ".jsonl":
+        if kind in LINES:
             lines = [line for line in text.split("\n") if line.strip()]
             pairs = [file_and_text(json.loads(line, object_pairs_hook=list)) for line in lines]
-        elif kind in (".csv", ".tsv"):
+        elif kind in TABLES:
             pairs = [file_and_text(row) for row in read_table(text)]
         else:
             pairs = json.loads(text, object_pairs_hook=list)  # a dict could not have a key twice
@@ -133,7 +135,8 @@ def read_captions(path, flag="captions"):
 
 def file_and_text(row):
     """The name of an image and its caption in a row of a table, [(column, value)], or a ValueError."""
-    columns, values = [column for column, _ in row], dict(row)
+    columns = [column.strip().lower() for column, _ in row]
+    values = dict(zip(columns, (value for _, value in row), strict=True))
     if len(values) < len(columns):
         raise ValueError(f"a column of {', '.join(columns)} is there twice")
     found = []
@@ -146,10 +149,22 @@ def file_and_text(row):
 
 
 def read_table(text):
-    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars."""
+    """The rows, [(column, value)], of a table with a header, with commas, semicolons, tabs or bars.
+
+    A first line such as sep=; says which, as for Excel. With tabs, quotes may be letters like others."""
     first = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text), delimiter=max(",;\t|", key=first.count), skipinitialspace=True, strict=True)
-    header = [column.strip().lower() for column in next(rows, [])]
+    mark = re.match(r'"?sep=([,;\t|])', first, re.IGNORECASE)
+    delimiter = mark[1] if mark else max(",;\t|", key=first.count)
+    table = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows = table(io.StringIO(text))
+    if delimiter == "\t":
+        try:
+            list(table(io.StringIO(text)))
+        except csv.Error:
+            rows = table(io.StringIO(text), quoting=csv.QUOTE_NONE)
+    if mark:
+        next(rows)
+    header = next(rows, [])
     for row in rows:
         if row and len(row) != len(header):
             what = f"line {rows.line_num} has {len(row)} columns and the first {len(header)}"
@@ -245,12 +260,14 @@ def random_tokens(tokenizer, number, draw):
     return tokenizer.decode([draw.randrange(min(special)) for _ in range(number)])
 
 
-def check_length(captions, tokenizer, what):
-    """Say how many of the captions are empty, and how many the text encoder does not read to the end."""
+def check_length(captions, tokenizer, what, limit=None):
+    """Say how many of the captions are empty, and how many the text encoder does not read to the end.
+
+    limit: the tokens that it reads; None: as many as the tokenizer says."""
     captions = list(captions)
     empty = sum(not text.strip() for text in captions)
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
-    limit = tokenizer.model_max_length
+    limit = limit or tokenizer.model_max_length
     long = [text for text, length in zip(captions, lengths, strict=True) if length > limit]
     if empty and distributed.is_main():
         warn(f"warning: {empty:,} of {len(captions):,} {what} are empty")
@@ -259,44 +276,55 @@ def check_length(captions, tokenizer, what):
         warn(f"warning: {what}: the text encoder reads {limit} and no more, such as of {long[0][:60]!r}")
 
 
-def cached(path, make):
-    """The array that make() gives, or gave in an earlier run, from the file at `path`: copy on write."""
-    try:
-        return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
-    except (OSError, ValueError):  # not there, or damaged
-        array = make().cpu()
+def cached(directory, name, owner, make):
+    """The array that make() gives, or gave in an earlier run, from a file in a directory: copy on write.
+
+    name: of the content, whoever has made it. owner: any value: of the files made for the same one the
+    newest stays; trainings with other data or networks, which may share the directory, keep theirs."""
+    directory, tag = Path(directory), hashlib.sha256(repr(owner).encode()).hexdigest()[:16]
+    for path in directory.glob(f"{name}*.npy"):
+        with suppress(OSError, ValueError):  # gone, or damaged
+            return torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))
+    array, path = make().cpu(), directory / f"{name}_{tag}.npy"
     try:
         with atomic_write(path) as file:
             np.save(file, array.numpy())
+        for other in {*directory.glob(f"*_{tag}.npy")} - {path}:
+            with suppress(OSError):  # gone, or of another user
+                other.unlink()
     except DataError as error:
         warn(f"{error}; the next run computes it again")
     return array
 
 
-def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions):
+def encode(data, pipeline, directory, vae_key, text_key, caption_mode, draws_captions, owner):
     """Latents, captions and text states of `CaptionedImages` for `CaptionBatches`, made once and cached.
 
     vae_key, text_key: hashes of the VAE, and of the tokenizer and text encoder. draws_captions: whether
-    other captions of an image than the first are used."""
-    path = Path(directory) / f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}.npy"
-    moments = cached(path, lambda: encode_images(pipeline.vae, data.images))
+    other captions of an image than the first are used. owner: as for `cached`, of this data."""
+    name = f"latents_{vae_key[:16]}_{fingerprint(data.images)[:16]}"
+    of_images = owner, vae_key, data.images.shape[-1]
+    moments = cached(directory, name, of_images, lambda: encode_images(pipeline.vae, data.images))
     captions = captions_of_mode(data, caption_mode, pipeline.tokenizer)
     used = [text for texts in captions for text in (texts if draws_captions else texts[:1])]
     check_length(used, pipeline.tokenizer, "captions")
     if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
         text_key += " masked"  # earlier versions did not mask
-    return moments, captions, TextStates(pipeline, [texts[0] for texts in captions], directory, text_key)
+    firsts = [texts[0] for texts in captions]
+    of_texts = owner, caption_mode
+    return moments, captions, TextStates(pipeline, firsts, directory, text_key, of_texts)
 
 
 class TextStates:
     """Hidden states of captions: of those given at the start kept, of others computed when asked for."""
 
-    def __init__(self, pipeline, captions, directory, key):
+    def __init__(self, pipeline, captions, directory, key, owner=None):
         self.pipeline = pipeline
         captions = list(dict.fromkeys(captions))
         self.rows = {caption: row for row, caption in enumerate(captions)}
         name = hashlib.sha256(repr((key, captions)).encode()).hexdigest()[:32]
-        self.kept = cached(Path(directory) / f"text_{name}.npy", lambda: encode_captions(pipeline, captions))
+        make = partial(encode_captions, pipeline, captions)
+        self.kept = cached(directory, f"text_{name}", (owner, key), make)
 
     def __call__(self, captions):
         """(B, L, D) float32, on the text encoder's device."""

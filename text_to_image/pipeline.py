@@ -368,7 +368,7 @@ class LatentTrainer(nn.Module):
 
 @torch.no_grad()
 def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noise=0.0, dtype=torch.float32):
-    """Images (B, 3, H, W) in [0, 1] of B prompts, from standard normal latents (B, C, h, w).
+    """Images (B, 3, H, W) in [0, 1], or NaN, of B prompts, from standard normal latents (B, C, h, w).
 
     Args:
         steps, guidance: of diffusers; guidance above 1 takes predictions without the prompt and with it.
@@ -384,6 +384,7 @@ def generate(pipeline, prompts, latents, steps, guidance, streams=None, text_noi
     with autocast_unet(pipeline, dtype):
         latents = pipeline(height=height, width=width, latents=latents.to(pipeline.device), **settings).images
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    images = images.where(images.isfinite(), torch.nan)  # clamped, an infinity would pass for white
     return (images * 0.5 + 0.5).clamp(0, 1).contiguous()
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 
+from score.record import say
 from text_to_image.data import (
+    FILE_COLUMNS,
+    LINES,
+    TABLES,
     CaptionedImages,
     add_words,
     captions_of_mode,
@@ -52,12 +56,13 @@ def read_prompts(path, names=None):
     path, kind = Path(path), Path(path).suffix.lower()
     try:
         content = json.loads(read_text(path)) if kind == ".json" else None
-        if kind in (".jsonl", ".csv", ".tsv") or isinstance(content, dict):
+        if kind in (*LINES, *TABLES) or isinstance(content, dict) or names_files(content):
             captions = read_captions(path, "prompts")
             found = match(captions, names, path, flag="prompts") if names else captions.values()
             lines = [texts[0] for texts in found]
         elif kind == ".json":
-            lines = [line["prompt"] if isinstance(line, dict) else line for line in content]
+            rows = content if isinstance(content, list) else ()
+            lines = [line["prompt"] if isinstance(line, dict) else line for line in rows]
         else:
             lines = [line for line in read_text(path).split("\n") if line.strip()]
         if not lines or not all(isinstance(line, str) for line in lines):
@@ -66,6 +71,13 @@ def read_prompts(path, names=None):
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"cannot be read ({one_line(error)}): give random, all, or a file with a prompt a line"
         raise DataError(f"--prompts={path}: {what}") from error
+
+
+def names_files(content):
+    """Whether a JSON value is a list of objects that name files; prompts.json has numbers of images."""
+    rows = [row for row in content if isinstance(row, dict)] if isinstance(content, list) else ()
+    named = (column for row in rows for column, value in row.items() if isinstance(value, str))
+    return any(column.strip().lower() in FILE_COLUMNS for column in named)
 
 
 def owners(texts, captions):
@@ -107,11 +119,15 @@ def make_prompts(
     groups = range(len(source)) if data.groups is None else data.groups.tolist()
     uses = Counter(text for text, _ in set(zip(source, groups, strict=True)))
     own = [row if uses[text] == 1 else -1 for row, text in enumerate(source)]
+    in_turn, named = source, rows_of(names, data.paths) if names else None
     if not is_random and prompts != "all":
-        source = read_prompts(prompts, names)
+        in_turn, source = read_prompts(prompts), read_prompts(prompts, names)
         own = owners(source, data.captions)
-    elif names and (rows := rows_of(names, data.paths)):
-        source, own = ([column[row] for row in rows] for column in (source, own))
+    elif named:
+        source, own = ([column[row] for row in named] for column in (source, own))
+    if named and len(in_turn) == len(source) and in_turn != source:
+        what = "--samples have the names of training images, and the prompts of these, not in turn"
+        say(f"--prompts={prompts}: {what}: for that, name a .txt with a prompt a line")
     number = number or len(source)
     rows = (derive_seed(seed, "prompt", i) if is_random else i for i in range(number))
     rows = [row % len(source) for row in rows]

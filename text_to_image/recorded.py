@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from text_to_image.pipeline import FROZEN, settings_of
+from training.flags import PATH_FLAGS
 from training.recorded import recorded_flags
 from utils.errors import UsageError
 from utils.files import content_hash
@@ -21,7 +22,7 @@ def take_flags(values, unet_folder):
     if values["resolution"].present and values.resolution != resolution and not values.samples:
         what = f"the UNet of {logdir} was trained with {resolution}"
         raise UsageError(f"--resolution={values.resolution}: {what}: leave the flag out")
-    names = ["data_root", "captions", "keep_list", "groups", "resolution", "cache_dir", "caption_mode"]
+    names = [*PATH_FLAGS, "captions", "resolution", "cache_dir", "caption_mode"]
     for name in names + ([] if values.samples else ["pretrained"]):
         if not values[name].present and name in recorded:
             values[name].parse(recorded[name])
@@ -48,14 +49,15 @@ def check_pipeline_of_training(values, folder, unet_folder):
 
 
 def differences(values, unet_folder, data):
-    """What is to be said, a list, where the `CaptionedImages` may not be those of a UNet's training."""
+    """What is to be said where the `CaptionedImages` may not be those of a UNet's training, or None."""
     of_run = settings_of(unet_folder) or {}
     if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
         what = "no run.json beside it says which pipeline and images it was trained with"
-        return [f"--unet={values.unet}: {what}: these may be others"]
+        return f"--unet={values.unet}: {what}: these may be others"
     now = content_of(data)
     others = [name.partition(" (")[0] for name, sha in now.items() if of_run.get(name, sha) != sha]
-    return [f"--data_root={values.data_root}: not the {' and '.join(others)} of the training"] if others else []
+    what = f"not the {' and '.join(others)} of the training"
+    return f"--data_root={values.data_root}: {what}" if others else None
 
 
 def content_of(data):
