@@ -11,7 +11,7 @@ import torch
 from absl.flags import FLAGS
 
 from dataset import image_folders
-from score.evaluate import count_repeats
+from score.evaluate import count_repeats, floor_warning
 from score.fid import CACHE
 from score.generate import generate
 from score.record import say
@@ -94,14 +94,14 @@ def score(net, data, quality):
     return quality(generate(build.sampler(FLAGS, net), **build.generation(FLAGS, data)))
 
 
-def evaluate(data, quality, device, path, directory):
-    notes = {"settings_warning": training_warning(training_of(path), data, path)}
+def evaluate(data, quality, device, path, directory, notes):
+    notes = notes | {"settings_warning": training_warning(training_of(path), data, path)}
     state = load_checkpoint(path, device)
     net = build.unet(FLAGS, state, path).to(device)
     if not FLAGS.train:
         announce(device, net, len(data.train.images), FLAGS.batch_size, asked_for=FLAGS.device)
     notes["ema_warning"] = young_ema(path, ema_start(path))
-    say(*notes.values())
+    say(notes["settings_warning"], notes["ema_warning"])
     results = {"checkpoint": str(path), "num_images": FLAGS.num_images, **notes}
     weights = {"net": weights_in(state, False, path), "ema": weights_in(state, True, path)}
     for name, of_net in weights.items():
@@ -135,15 +135,16 @@ def main():
         data = build.dataset(FLAGS)
     if scores:
         once = data.without_copies()
-        say(count_repeats(once.equal, len(once.train.images))["repeats_warning"])
         reference, heldout = build.reference_images(FLAGS, once), once.distinct().heldout
         heldout = heldout and heldout.images
+        notes = count_repeats(once.equal, len(once.train.images)) | {"floor_warning": floor_warning(heldout)}
+        say(notes["repeats_warning"], notes["floor_warning"])
         quality = build.quality(FLAGS, space, reference, FLAGS.num_images, device, heldout, FLAGS.fid_cache)
     if FLAGS.train:
         train(data, quality, device, logdir)
     if FLAGS.eval:
         make_directory(logdir, "logdir")
-        evaluate(data, quality, device, find_checkpoint(FLAGS.unet_dir or logdir), logdir)
+        evaluate(data, quality, device, find_checkpoint(FLAGS.unet_dir or logdir), logdir, notes)
 
 
 if __name__ == "__main__":

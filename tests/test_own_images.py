@@ -261,9 +261,12 @@ def test_main_measures_as_all_in_does(tmp_path):
     flags = ["--dataset=folder", "--data_root=my", "--heldout=other", "--duplicates=10", "--copies=3"]
     run("main.py", "--train", *NETWORK, *TRAINING, *flags, "--logdir=log", cwd=tmp_path)
     said = run("main.py", "--eval", *MEASURING, "--logdir=log", cwd=tmp_path).stderr
-    assert "10 of 40 held-out images equal training images" in said
     run("all_in.py", *MEASURING, "--unet_dir=log", *eval_flags(tmp_path / "out"), cwd=tmp_path)
-    expected, found = result_in(tmp_path / "out"), json.loads((tmp_path / "log/eval_ckpt4.json").read_text())["ema"]
+    expected, record = result_in(tmp_path / "out"), json.loads((tmp_path / "log/eval_ckpt4.json").read_text())
+    found = record["ema"]
+    for name in ("repeated_training_images", "heldout_in_training", "repeats_warning", "floor_warning"):
+        assert record[name] == expected[name]
+    assert "10 of 40 held-out images equal training images" in said and "30 held-out images: with less" in said
     assert found == {name: expected[name] for name in found} and {"fpd", "precision_floor"} <= found.keys()
     run_module("training.export", "log", "ema.safetensors", cwd=tmp_path)
     flags = ["--unet_dir=ema.safetensors", "--logdir=e", *flags[:2]]

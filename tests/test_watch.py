@@ -339,7 +339,8 @@ def test_a_fine_tuning_is_watched(tmp_path):
 
     rounds = ["--client_num=2", "--local_steps=2", "--total_round=3", "--save_round=3"]
     watched = ["--watch_step=4", "--watch_images=10", "--heldout=others"]
-    run_module(MODULE, *FINE_TUNING, *rounds, *watched, "--logdir=log", cwd=tmp_path)
+    said = run_module(MODULE, *FINE_TUNING, *rounds, *watched, "--logdir=log", cwd=tmp_path).stderr
+    assert "20 held-out images: with less than 500 the floors are rough" in said
     run_module(MODULE, *FINE_TUNING, *rounds, "--logdir=plain", cwd=tmp_path)
     logs = tmp_path / "log", tmp_path / "plain"
     ends = [load(log / "state/average_round3.pt") for log in logs]

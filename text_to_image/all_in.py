@@ -11,6 +11,7 @@ Images and captions of the training are those of --unet's log directory, unless 
 import hashlib
 import re
 import time
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -178,10 +179,11 @@ def ema_warning(unet_folder):
 
 
 def generated():
-    """What result.json says of the images in --generate_dir."""
+    """What result.json says of the images in --generate_dir, on rank 0."""
     record = read_json(Path(FLAGS.generate_dir) / "generate.json")
     names = ("checkpoint", "training", "ema_warning", "origin", "non_finite_images", "seconds")
-    return {name: record[name] for name in names} | held_back(record)
+    said = say_non_finite("generated images", record["non_finite_images"], record["done"])
+    return {name: record[name] for name in names} | held_back(record) | {"non_finite_warning": said}
 
 
 def score(images, prompts, scorers, clip):
@@ -259,6 +261,24 @@ def load_network(folder, unet_folder, device):
     return pipeline.to(device)
 
 
+# What images are compared with: distances to all training and held-out images, uint8 (N, 3, H, W), or None;
+# copies to each once, `CaptionedImages` and held-out images that equal none of them; what is said of them
+Real = namedtuple("Real", "reference all_heldout data heldout notes")
+
+
+def load_real(unet_folder):
+    """The `Real` images of the flags, and of the training of a UNet; says what they lack."""
+    given = build.dataset(FLAGS)
+    data, all_heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
+    heldout = None if all_heldout is None else not_in(data.images, all_heldout)
+    parts = [given.images] if all_heldout is None else [given.images, all_heldout]
+    notes = count_repeats(equal_images(torch.cat(parts)), len(given.images))
+    notes["settings_warning"] = differences(FLAGS, unet_folder, given) if FLAGS.unet else None
+    notes["floor_warning"] = floor_warning(heldout)
+    say(*(note for name, note in notes.items() if name.endswith("warning")))
+    return Real(given.images, all_heldout, data, heldout, notes)
+
+
 def load_prompts(data, pipeline, images, clip):
     """The prompts and the texts they are taken from, or None twice.
 
@@ -333,47 +353,34 @@ def main():
     distances = distance_space(FLAGS, fid_features(FLAGS), device, batch_size=50)
     clip = load_clip(FLAGS.clip, device) if FLAGS.clip else None
     pipeline = load_network(folder, unet_folder, device)
-    given = build.dataset(FLAGS)
-    about = {"settings_warning": differences(FLAGS, unet_folder, given) if FLAGS.unet else None}
-    data, all_heldout = distinct(given), build.images_of(FLAGS, "heldout") if FLAGS.heldout else None
-    training, heldout = data.images, None
-    parts = [given.images] if all_heldout is None else [given.images, all_heldout]
-    about |= count_repeats(equal_images(torch.cat(parts)), len(given.images))
-    if all_heldout is not None:
-        heldout = not_in(training, all_heldout)
-    about["floor_warning"] = floor_warning(heldout)
-    say(*(note for name, note in about.items() if name.endswith("warning")))
-    images = build.images_of(FLAGS, "samples") if FLAGS.samples else None
+    real, images = load_real(unet_folder), build.images_of(FLAGS, "samples") if FLAGS.samples else None
+    data, heldout, training = real.data, real.heldout, real.data.images
     odd = warn_of_odd_values(FLAGS.samples, images, training) if FLAGS.samples else None
     prompts, source = load_prompts(data, pipeline, images, clip)
     number = len(images if FLAGS.samples else prompts.texts)
     for flag, place in directories().items():
         if FLAGS.save_png and flag in ("generate_dir", "base_dir"):
             png_names(place, number)
-    # distances are to all real images, measures of copies to each once
-    scorers = {"": quality(FLAGS, distances, given.images, number, device, heldout, FLAGS.fid_cache)}
+    scorers = {"": quality(FLAGS, distances, real.reference, number, device, heldout, FLAGS.fid_cache)}
     if heldout is not None:
-        scorers["heldout_"] = quality(FLAGS, distances, all_heldout, number, device, heldout)
+        scorers["heldout_"] = quality(FLAGS, distances, real.all_heldout, number, device, heldout)
 
     with take_directories(directories()):
         announce(device, pipeline and pipeline.unet, len(training), FLAGS.batch_size, asked_for=FLAGS.device)
-        nothing = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning"))
-        norms, notes = None, []
+        nothing, norms = dict.fromkeys(("checkpoint", "training", "origin", "ema_warning")), None
         result = {"samples": FLAGS.samples, **nothing, "seconds": {}}
         if not FLAGS.samples:
             made_of = pipeline, folder, unet_folder, prompts, source, FLAGS.generate_dir
             images, norms = generate_images(*made_of, rejection_of(space, training))
             result |= distributed.from_main(generated() if distributed.is_main() else None)
-            bad = result["non_finite_images"]
-            notes.append(say_non_finite("generated images", bad, number))
-        floors, more = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
+        floors, notes = make_floors(pipeline, folder, data, heldout, prompts, source, number, device)
 
         begin, scorer = time.perf_counter(), scorers[""]
-        notes = [note for note in (*notes, *more, scorer.warning) if note]
+        notes = [note for note in (*notes, scorer.warning) if note]
         result |= identity(images, training) | {"N": number, "training_set_size": len(training)}
         result |= {"training_seconds": training_seconds(result["checkpoint"])}
         result |= {"watched": watched(result["checkpoint"])}
-        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **about}
+        result |= {"warning": "; ".join(notes) or None, "samples_warning": odd, **real.notes}
         of_clip = {"clip": content_hash(FLAGS.clip)} if clip else {}
         result |= {"scored_with": scorer.scored_with | of_clip, **count_groups(data.groups, FLAGS.groups)}
         found = measure(images, norms, training, prompts, space, scorers, clip, floors, data.groups)

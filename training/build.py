@@ -10,11 +10,12 @@ import torch
 from dataset import load_dataset
 from diffusion import AmbientTrainer, GaussianDiffusionSampler, GaussianDiffusionTrainer
 from model import UNet
-from score.evaluate import Quality
+from score.evaluate import Quality, floor_warning
 from score.features import FRECHET, feature_space
 from score.generate import MeanPrediction, generate, grid_noise
 from score.inception import find_weights
 from score.measure import measure_against
+from score.record import say
 from score.swd import level_sides
 from training.agc import AntiGradientControl
 from training.batches import ShardBatches, epoch_size
@@ -267,6 +268,7 @@ def make_watch(FLAGS, measure, heldout, side, about, save, tidy):
         if criterion == "fpd" and distributed.is_main():
             what = f"SWD is not defined for images of {side} pixels"
             warn(f"warning: {what}: best.json is by fpd, which sees no detail")
+        say(floor_warning(heldout))
         names = ("watch_images", "seed", "precision", "sample_steps", "guidance")
         about |= {name: FLAGS[name].value for name in names}
         about["heldout images"] = fingerprint(heldout)
