@@ -131,10 +131,10 @@ def load_network(stages, device):
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
     paths = [path for of_name in found for path in of_name]
+    states = [load_checkpoint(path, device) for path in paths] if is_needed else []
     settings, nets = take_trainings(FLAGS, paths), []
     if not is_needed:  # --samples are said to be of that training
         return None, [], names_of(paths), settings
-    states = [load_checkpoint(path, device) for path in paths]
     for path, state in zip(paths, states, strict=True):
         nets.append(build.unet(FLAGS, state, path).to(device))
         load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)

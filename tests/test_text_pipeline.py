@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from score.samples import non_finite_images
 from tests.text_files import copy_pipeline, saved_pipeline, tiny_pipeline
 from text_to_image.pipeline import (
     LatentTrainer,
@@ -30,6 +29,7 @@ from text_to_image.pipeline import (
 )
 from utils.errors import DataError, UsageError
 from utils.files import content_hash
+from utils.images import non_finite_images
 
 diffusers, transformers = libraries()
 
