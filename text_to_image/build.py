@@ -16,20 +16,24 @@ from score.measure import measure_against
 from score.record import say_non_finite
 from score.samples import load_samples
 from text_to_image.data import CaptionBatches, encode, load_folder, load_images
-from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST
+from text_to_image.flags import FIXED, LORA_FIXED, ON_REQUEST, check_pipeline
 from text_to_image.lora import add_lora
 from text_to_image.pipeline import (
     CHECKPOINT,
     FROZEN,
     ROUND,
     LatentTrainer,
+    as_scheduler,
+    find_folder,
+    find_unet,
     generate_numbered,
+    load_pipeline,
     remove_unets,
     unets_in,
 )
 from text_to_image.pipeline import preview as make_preview
 from text_to_image.prompts import distinct, make_prompts, not_in
-from text_to_image.recorded import content_of
+from text_to_image.recorded import check_pipeline_of_training, content_of
 from training.batches import Batches
 from training.build import balanced_groups, copies_space, hashes_of_lists, make_watch, split_asked_for
 from training.flags import ONCE, as_flagfile
@@ -42,6 +46,7 @@ from utils import distributed
 from utils.errors import DataError, UsageError
 from utils.files import content_hash
 from utils.images import fingerprint, list_images, non_finite_images, size_of, to_uint8
+from utils.seeding import derive_seed
 
 
 def dataset(FLAGS):
@@ -49,6 +54,30 @@ def dataset(FLAGS):
         FLAGS.data_root, captions=FLAGS.captions, resolution=FLAGS.resolution,
         num_workers=FLAGS.num_workers, keep_list=FLAGS.keep_list, groups=FLAGS.groups,
     )  # fmt: skip
+
+
+def pipeline(FLAGS):
+    """The pipeline with the UNet to train, its folder and the UNet's, and the scheduler of training."""
+    with distributed.main_first():
+        folder = find_folder(FLAGS.pretrained, FLAGS.download)
+    unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
+    if unet_folder.is_file():
+        what = "is the file of a LoRA, from which no training starts"
+        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name the folder of a UNet")
+    found = load_pipeline(folder, unet_folder)
+    if FLAGS.unet:
+        check_pipeline_of_training(FLAGS, folder, unet_folder)
+    makes_images = FLAGS.sample_step or FLAGS.watch_step
+    check_pipeline(FLAGS, found, FLAGS.sample_steps if makes_images else 0)
+    scheduler = as_scheduler("DDPMScheduler", found.scheduler, "training")
+    if FLAGS.unet_from_scratch:
+        torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
+        found.unet = type(found.unet).from_config(found.unet.config)
+    if FLAGS.gradient_checkpointing:
+        found.unet.enable_gradient_checkpointing()
+    if FLAGS.lora_rank:
+        lora(FLAGS, found.unet)
+    return found, folder, unet_folder, scheduler
 
 
 def split(FLAGS):

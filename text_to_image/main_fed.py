@@ -15,10 +15,9 @@ from absl.flags import FLAGS
 
 from text_to_image import build
 from text_to_image.data import duplicated
-from text_to_image.flags import check_data, check_pipeline, default_lr, define
+from text_to_image.flags import check_data, default_lr, define
 from text_to_image.lora import Adapter, save_lora
-from text_to_image.pipeline import as_scheduler, find_folder, find_unet, load_pipeline, remove_unets, save_unet
-from text_to_image.recorded import check_pipeline_of_training
+from text_to_image.pipeline import remove_unets, save_unet
 from training.build import agc, logger, schedule, sizes
 from training.ensemble import Shard
 from training.launch import announce, check_warmup, pick_device, run
@@ -28,7 +27,6 @@ from training.rounds import steps_of, train
 from utils import distributed
 from utils.errors import UsageError
 from utils.images import keep_apart
-from utils.seeding import derive_seed
 
 
 def make_shards(data, pipeline, scheduler, folder, slots, device):
@@ -49,34 +47,6 @@ def make_shards(data, pipeline, scheduler, folder, slots, device):
     return shards
 
 
-def load(device):
-    """The pipeline, its folder and that of its UNet, the scheduler of training, and the images."""
-    with distributed.main_first():
-        folder = find_folder(FLAGS.pretrained, FLAGS.download)
-    unet_folder = find_unet(FLAGS.unet) if FLAGS.unet else folder / "unet"
-    if unet_folder.is_file():
-        what = "is the file of a LoRA, from which no training starts"
-        raise UsageError(f"--unet={FLAGS.unet}: {what}: leave it out, or name the folder of a UNet")
-    pipeline = load_pipeline(folder, unet_folder)
-    if FLAGS.unet:
-        check_pipeline_of_training(FLAGS, folder, unet_folder)
-    makes_images = FLAGS.sample_step or FLAGS.watch_step
-    check_pipeline(FLAGS, pipeline, FLAGS.sample_steps if makes_images else 0)
-    scheduler = as_scheduler("DDPMScheduler", pipeline.scheduler, "training")
-    data = build.dataset(FLAGS)
-    check_data(FLAGS, data)
-    if FLAGS.unet_from_scratch:
-        torch.manual_seed(derive_seed(FLAGS.seed, "weights"))
-        pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config)
-    if FLAGS.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    if FLAGS.lora_rank:
-        build.lora(FLAGS, pipeline.unet)
-    pipeline.vae.to(device)
-    pipeline.text_encoder.to(device)
-    return pipeline, folder, unet_folder, scheduler, data
-
-
 def main():
     if not FLAGS.train:
         raise UsageError("nothing to do: add --train (text_to_image.all_in evaluates)")
@@ -85,9 +55,13 @@ def main():
     written = {"logdir": FLAGS.logdir, "cache_dir": FLAGS.cache_dir}
     keep_apart([FLAGS.data_root], {"heldout": FLAGS.heldout} if FLAGS.watch_step else {}, written)
     device = pick_device(FLAGS.device, FLAGS.precision)
-    pipeline, folder, unet_folder, scheduler, data = load(device)
 
     # whatever can be wrong shows here, before the long work
+    pipeline, folder, unet_folder, scheduler = build.pipeline(FLAGS)
+    data = build.dataset(FLAGS)
+    check_data(FLAGS, data)
+    pipeline.vae.to(device)
+    pipeline.text_encoder.to(device)
     slots = build.slots(FLAGS, data)
     build.check_batches(FLAGS, data, slots)
     K, own_steps = len(slots), FLAGS.total_round * FLAGS.local_steps
