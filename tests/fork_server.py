@@ -19,11 +19,13 @@ import traceback
 from pathlib import Path
 
 SECONDS = 300  # after which a command is killed
-LIBRARIES = "torch torch._dynamo torch.distributed.launcher.api numpy scipy.linalg PIL.Image".split()
-LIBRARIES += "pytorch_fid.inception absl.flags tensorboardX tqdm safetensors".split()
+LIBRARIES = "torch torch._dynamo torch.distributed.launcher.api numpy PIL.Image absl.flags tensorboardX tqdm".split()
+LIBRARIES += "scipy.linalg scipy.sparse.csgraph scipy.stats sklearn.cluster sklearn.metrics safetensors".split()
+LIBRARIES += "pytorch_fid.inception torchvision.transforms matplotlib.figure matplotlib.ticker".split()
 TEXT = {
     "diffusers": "StableDiffusionPipeline UNet2DConditionModel AutoencoderKL DDPMScheduler DDIMScheduler".split(),
     "transformers": "CLIPTextModel CLIPTokenizer CLIPModel".split(),
+    "peft": ["LoraConfig"],
 }
 
 

@@ -321,7 +321,9 @@ def fingerprint(images):
 
 
 def resized(images, img_size):
-    """uint8 images (N, 3, H, W) at another size, by PIL, bilinear, antialiased: (N, 3, size, size)."""
+    """uint8 images (N, 3, H, W) at a size, by PIL, bilinear, antialiased: (N, 3, size, size)."""
+    if images.shape[2:] == (img_size, img_size):
+        return images.contiguous()
     if not len(images):
         return images.new_empty(0, images.shape[1], img_size, img_size)
     pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
