@@ -15,6 +15,9 @@ TINY_FLAGS = [
     "--T=20", "--sample_steps=4", "--batch_size=8", "--lr=1e-3", "--warmup=0", "--sample_step=0", "--device=cpu",
 ]  # fmt: skip
 
+# for trainings of which no test loads the network: four groups of four channels
+TINIER = ["--ch=16", "--ch_mult=1"]
+
 
 def tiny_unet(seed=0, **changes):
     torch.manual_seed(seed)

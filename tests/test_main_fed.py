@@ -10,7 +10,7 @@ import torch
 from dataset import load_dataset
 from tests.commands import read_jsonl, run, run_with
 from tests.faults import differences
-from tests.networks import TINY_FLAGS, tiny_unet
+from tests.networks import TINIER, TINY_FLAGS, tiny_unet
 from training.logdir import ema_start
 from training.shards import exchange, partition
 from utils.name_lists import write_table
@@ -185,7 +185,7 @@ ARMS = {
 def test_every_arm_continues_exactly(arm, tmp_path):
     """From the middle of a round after an exchange, or a new partition, and with another number of processes."""
     write_groups(tmp_path / "groups.csv", sizes=(12, 5, 2))
-    flags = [*SETTINGS, "--total_round=4", *ARMS[arm], "--save_step=2", "--keep=50", "--logdir=log"]
+    flags = [*SETTINGS, *TINIER, "--total_round=4", *ARMS[arm], "--save_step=2", "--keep=50", "--logdir=log"]
     run("main_fed.py", "--train", *flags, cwd=tmp_path)
     log = tmp_path / "log"
     rounds = len(list(log.glob("global_ckpt_round*.pt")))

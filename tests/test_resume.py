@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from tests import faults
 from tests.commands import ROOT, environment, forking_python, run, values_of
-from tests.networks import TINY_FLAGS
+from tests.networks import TINIER, TINY_FLAGS
 from training import build
 from training.flags import norm_groups
 from training.launch import Interruption
@@ -25,6 +25,7 @@ from training.resume import newest_round, newest_step
 from training.weights import FORMAT, find_checkpoint, load_checkpoint
 from utils.errors import DataError, UsageError
 
+TINY = [*TINY_FLAGS, *TINIER]
 SETTINGS = {
     "main.py": ["--total_steps=24", "--save_step=4"],
     "main_fed.py": ["--client_num=3", "--local_epoch=2", "--total_round=3", "--save_step=2", "--mem_ratio=1.0"],
@@ -61,7 +62,7 @@ def test_killed_at_random_instants_it_ends_the_same(straight, tmp_path):
 def finished(request, tmp_path_factory):
     """A short run that saved often, and its script."""
     directory = tmp_path_factory.mktemp("finished")
-    run(request.param, "--train", *TINY_FLAGS, "--log_step=3", *SETTINGS[request.param], "--logdir=log", cwd=directory)
+    run(request.param, "--train", *TINY, "--log_step=3", *SETTINGS[request.param], "--logdir=log", cwd=directory)
     return request.param, directory / "log"
 
 
@@ -78,7 +79,7 @@ def contents(log):
 
 def of_flags(script, *arguments):
     """A function that opens a log directory as a script does where it is given these flags."""
-    values = values_of("test", *TINY_FLAGS, *SETTINGS[script], *arguments)
+    values = values_of("test", *TINY, *SETTINGS[script], *arguments)
     data, name = build.dataset(values), script.removesuffix(".py")
     return lambda logdir: build.log_directory(values, logdir, name, data, norm_groups(values))
 
@@ -111,7 +112,7 @@ def test_what_was_damaged_is_made_again(finished, tmp_path):
     (path,) = tmp_path.glob(f"log/**/{name}")
     faults.damage(path, "emptied", random.Random(3))
     files = contents(tmp_path / "log")
-    settings = [*TINY_FLAGS, "--log_step=3", *SETTINGS[script], "--logdir=log"]
+    settings = [*TINY, "--log_step=3", *SETTINGS[script], "--logdir=log"]
     result = run(script, "--train", *settings, cwd=tmp_path)
     assert ("ckpt20.pt" if script == "main.py" else "34 steps done") in result.stdout
     assert faults.differences(ends(script, log), ends(script, tmp_path / "log")) == []
@@ -122,7 +123,7 @@ def test_what_was_damaged_is_made_again(finished, tmp_path):
 
 def test_averages_that_are_not_published_are_kept_and_made_again(tmp_path):
     def train(rounds):
-        flags = [*TINY_FLAGS, *SETTINGS["main_fed.py"], "--save_round=5", f"--total_round={rounds}", "--logdir=log"]
+        flags = [*TINY, *SETTINGS["main_fed.py"], "--save_round=5", f"--total_round={rounds}", "--logdir=log"]
         return run("main_fed.py", "--train", *flags, "--keep=1", cwd=tmp_path)
 
     def averages():
@@ -155,12 +156,12 @@ REFUSED = [
     (
         "main.py",
         "--ch=64 --allow_change",
-        "--ch=64: the run in {} was started with 32 (what it has saved depends on it)",
+        "--ch=64: the run in {} was started with 16 (what it has saved depends on it)",
     ),
     (
         "main.py",
-        "--norm_groups=4 --allow_change",
-        "--norm_groups=4: the run in {} was started with 8 (what it has saved depends on it)",
+        "--norm_groups=2 --allow_change",
+        "--norm_groups=2: the run in {} was started with 4 (what it has saved depends on it)",
     ),
     (
         "main.py",
@@ -224,7 +225,7 @@ def test_so_it_is_by_the_scripts(finished, tmp_path):
         (script, [*SETTINGS[script], shorter], f"{shorter}: the run in {log} has done {done}"),
         (other, [*SETTINGS[other], "--allow_change"], f"script={other[:-3]}: the run in {log} was"),
     ):
-        result = run(program, "--train", *TINY_FLAGS, *settings, f"--logdir={log}", cwd=tmp_path, code=2)
+        result = run(program, "--train", *TINY, *settings, f"--logdir={log}", cwd=tmp_path, code=2)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert contents(log) == files
 
@@ -232,7 +233,7 @@ def test_so_it_is_by_the_scripts(finished, tmp_path):
 def test_an_allowed_change_is_recorded_and_others_do_not_matter(finished, tmp_path):
     script, log = finished
     shutil.copytree(log, tmp_path / "log")
-    flags = [*TINY_FLAGS, *SETTINGS[script], "--log_step=5", "--save_step=7", "--num_workers=1", "--logdir=log"]
+    flags = [*TINY, *SETTINGS[script], "--log_step=5", "--save_step=7", "--num_workers=1", "--logdir=log"]
     flags += ["--split=stratified"] if script == "main_fed.py" else ["--sample_size=3", "--total_steps=25"]
     assert "continuing" in run(script, "--train", *flags, "--lr=2e-3", "--allow_change", cwd=tmp_path).stdout
     record = json.loads((tmp_path / "log/run.json").read_text())
@@ -254,7 +255,7 @@ def test_fresh_needs_an_empty_directory_or_overwrite(finished, tmp_path):
     with pytest.raises(UsageError, match="--overwrite"):
         of_flags(script, "--fresh")(tmp_path / "log")
     assert contents(tmp_path / "log") == files
-    flags = [*TINY_FLAGS, *SETTINGS[script], "--logdir=log", "--fresh", "--overwrite", "--lr=3e-3"]
+    flags = [*TINY, *SETTINGS[script], "--logdir=log", "--fresh", "--overwrite", "--lr=3e-3"]
     result = run(script, "--train", *flags, cwd=tmp_path)
     assert "continuing" not in result.stdout
     assert all((tmp_path / "log" / name).read_text() == "mine" for name in OF_OTHERS)
@@ -280,7 +281,7 @@ def wait_until(condition, seconds=60):
 
 
 def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
-    flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=5", "--log_step=1", f"--logdir={tmp_path / 'log'}"]
+    flags = [*TINY, "--total_steps=100000", "--save_step=5", "--log_step=1", f"--logdir={tmp_path / 'log'}"]
     command = [sys.executable, str(ROOT / "main.py"), "--train", *flags]
     first = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -300,7 +301,7 @@ def test_a_second_process_on_the_same_directory_stops_at_once(tmp_path):
 
 
 def test_a_signal_saves_and_exits_as_clusters_expect(tmp_path):
-    flags = [*TINY_FLAGS, "--total_steps=100000", "--save_step=100000", "--log_step=1", "--keep=1", "--logdir=log"]
+    flags = [*TINY, "--total_steps=100000", "--save_step=100000", "--log_step=1", "--keep=1", "--logdir=log"]
     command = [forking_python(), str(ROOT / "main.py"), "--train", *flags]
     path, lines = tmp_path / "log/metrics.jsonl", 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -342,7 +343,7 @@ def steps_of_events(path):
 
 
 def test_keep_is_the_number_of_files_per_shard(tmp_path):
-    flags = [*TINY_FLAGS, *SETTINGS["main_fed.py"], "--save_step=1", "--keep=3", "--total_round=1", "--logdir=log"]
+    flags = [*TINY, *SETTINGS["main_fed.py"], "--save_step=1", "--keep=3", "--total_round=1", "--logdir=log"]
     run("main_fed.py", "--train", *flags, cwd=tmp_path)
     names = sorted(path.name for path in tmp_path.glob("log/state/shard*.pt"))
     assert names == [f"shard{k}_step{step}.pt" for k in range(3) for step in (2, 3, 4)]
