@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 from experiments import digits
-from experiments.digits import K
+from experiments.digits import STEPS, K
 from experiments.images import load
 from score.measure import measure_against
 from training.watch import ABOVE
 from utils.files import file_hash
 from utils.images import firsts
 
-STEPS = 9_000  # of default training: half of the experiment on exact copies
 POINT, POINTS, IMAGES = digits.POINT, digits.POINTS, digits.IMAGES
 
 # 2,000 single images of 8x8 pixels and 20 of which there are 50 altered copies. groups: the finder's
@@ -41,7 +40,7 @@ ARMS = {
     "IET-AGC": {**ENSEMBLE, "split": "random"},
     "together IET": {**AVERAGED, **TOGETHER},
     "together IET-AGC": {**ENSEMBLE, **TOGETHER},
-    "together score ensemble": {**AVERAGED, **TOGETHER, "local_epoch": 198, "one_round": True},
+    "together score ensemble": {**AVERAGED, **TOGETHER, "local_epoch": 390, "one_round": True},
     # the checkpoints of another arm
     "held back": {**PLAIN, "of": "default", "reject_below": 30},
 }
