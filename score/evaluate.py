@@ -145,7 +145,7 @@ def neighbors(images, training, path=None, sets=None, named=None, device=None, *
     known = distributed.from_main(known_neighbors(path, sets) if path and distributed.is_main() else None)
     nearest = known or memorization.neighbors_by_all(images, training, device=device, **search)
     sq_distance, index = nearest
-    if path and distributed.is_main() and not (known and has_names(path, named or {})):
+    if path and distributed.is_main() and not (known and (not named or has_names(path, named))):
         ratio = memorization.memorization_ratio(sq_distance)
         arrays = {"ratio": ratio, "index": index, "sq_distance": sq_distance}
         arrays = {name: array.cpu().numpy() for name, array in arrays.items()}

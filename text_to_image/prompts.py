@@ -121,7 +121,8 @@ def make_prompts(
     own = [row if uses[text] == 1 else -1 for row, text in enumerate(source)]
     in_turn, named = source, rows_of(names, data.paths) if names else None
     if not is_random and prompts != "all":
-        in_turn, source = read_prompts(prompts), read_prompts(prompts, names)
+        source = read_prompts(prompts, names)
+        in_turn = read_prompts(prompts) if named else source
         own = owners(source, data.captions)
     elif named:
         source, own = ([column[row] for row in named] for column in (source, own))
