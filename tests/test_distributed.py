@@ -233,9 +233,9 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(one_process, tmp_
 
 
 def test_a_failing_rank_ends_the_job_and_is_named():
-    """Rank 1 raises while rank 0 waits for it."""
+    """Rank 1 raises while rank 0 waits for it; torchrun looks so late that both have ended."""
     start = time.monotonic()
-    command = torchrun_command(2, "tests/failing_rank.py")
+    command = torchrun_command(2, "tests/failing_rank.py", options=("--standalone", "--monitor_interval=4"))
     result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0 and time.monotonic() - start < 60
     cause = result.stderr[result.stderr.index("Root Cause") :]

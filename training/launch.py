@@ -38,7 +38,8 @@ def launch(main, arguments):
     if "parallel" in flags.FLAGS and flags.FLAGS.parallel and distributed.is_main():
         print("--parallel has no effect: torchrun trains on several GPUs, with a process for each", file=sys.stderr)
     distributed.initialize()
-    main(*positional)
+    with distributed.blame_others():
+        main(*positional)
     distributed.finish()
 
 
