@@ -161,16 +161,16 @@ def test_text_demo(tmp_path):
     before = files_of_the_project()
     write_modules(tmp_path)
     flags = ["--sample_steps=1", "--num_images=8", "--batch_size=4", "--device=cpu"]
-    result = run_bash("com/demo_text.sh", *flags, cwd=tmp_path, DEMO_STEPS="16", DEMO_ROUNDS="4")
+    result = run_bash("com/demo_text.sh", *flags, cwd=tmp_path, DEMO_STEPS="8", DEMO_ROUNDS="2")
     out = tmp_path / "results/demo_text"
     assert files_of_the_project() == before
     table = json.loads((out / "table.json").read_text())
     names = "default", "iet_agc", "lora_default", "lora_iet_agc"
-    rows = {"default, round 2", *(f"{name}, round 4" for name in names)}
+    rows = {"default, round 1", *(f"{name}, round 2" for name in names)}
     assert table.keys() == rows | {"held-out", "base model", "round trip", "training, of each other"}
     assert all(f"| {label}" in result.stdout for label in table)
-    assert {"own image", "f_mem of features", "similarity", "fpd to held-out"} <= table["default, round 4"].keys()
-    assert [json.loads((out / name / "train.json").read_text())["steps"] for name in names] == [16] * 4
+    assert {"own image", "f_mem of features", "similarity", "fpd to held-out"} <= table["default, round 2"].keys()
+    assert [json.loads((out / name / "train.json").read_text())["steps"] for name in names] == [8] * 4
     assert (out / "demo_text.png").stat().st_size > 0
 
 

@@ -240,7 +240,9 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "SEEDS", seeds)
     monkeypatch.setattr(digits, "ARMS", {arm: digits.ARMS[arm] for arm in chosen})
     monkeypatch.setattr(digits, "POINTS", 2)
-    command = ["--experiment=digits", "--scale=0.002", f"--out={tmp_path}", "--processes=1"]
+    monkeypatch.setattr(digits, "DATA", {**digits.DATA, "num_train": 220, "copies": 10})
+    monkeypatch.setattr(digits, "SAMPLER", {**digits.SAMPLER, "sample_steps": 4})
+    command = ["--experiment=digits", "--scale=0.001", f"--out={tmp_path}", "--processes=1"]
     experiments.main([*command, "--arms=default"])
     make_in_this_process(command, monkeypatch)
     result = json.loads((tmp_path / "digits.json").read_text())
