@@ -198,7 +198,7 @@ def main():
     chance = random.Random(options.seed)
     bad = ("full disks without a clear line", "runs that did not continue", "runs that differ")
     counts = dict.fromkeys([*KILLS, *DAMAGES, FULL_DISK, *(f"runs of {script}" for script in SCRIPTS), *bad], 0)
-    with small_disk(256) as disk, tempfile.TemporaryDirectory() as directory, progress_bar(unit="run") as bar:
+    with small_disk(1024) as disk, tempfile.TemporaryDirectory() as directory, progress_bar(unit="run") as bar:
         expected, inputs = {}, Path(directory)
         make_inputs(inputs)
         for script in SCRIPTS:
