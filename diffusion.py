@@ -117,7 +117,9 @@ class GaussianDiffusionTrainer(GaussianDiffusion):
 
     def target(self, x_0, x_t, t, eps):
         """What the network is to predict: (B, 3, H, W)."""
-        return {"epsilon": eps, "xstart": x_0}.get(self.mean_type, self.q_posterior_mean(x_0, x_t, t))
+        if self.mean_type == "xprev":
+            return self.q_posterior_mean(x_0, x_t, t)
+        return eps if self.mean_type == "epsilon" else x_0
 
     def error_of(self, batch):
         """The squared error of a `training.batches.Batch`."""
