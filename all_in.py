@@ -115,30 +115,42 @@ def check_places(stages):
         png_names(FLAGS.generate_dir, FLAGS.num_images)
 
 
-def load_network(stages, device):
-    """The network that the flags name, its files, their names, and its training's settings or None.
-
-    Of several checkpoints it is the mean of their predictions. Flags not given are the training's,
-    also where only images of it are measured; then there is no network.
-    """
-    is_needed = bool(stages & {"generate", "gap"})
-    if not is_needed and not (FLAGS.samples and FLAGS.unet_dir):
-        path = Path(FLAGS.generate_dir) / "generate.json"
-        record = read_json(path) if path.exists() and not FLAGS.samples else {}
-        if record.get("training"):
-            take(FLAGS, record["training"], path, record["flags"])
-        return None, [], record.get("checkpoint"), record.get("training")
+def find_checkpoints():
+    """The checkpoint files that --unet_dir names."""
     names = [FLAGS.unet_dir] if Path(FLAGS.unet_dir).exists() else FLAGS.unet_dir.split(",")
     found = [find_best(name) if FLAGS.best else [find_checkpoint(name)] for name in names]
-    paths = [path for of_name in found for path in of_name]
-    states = [load_checkpoint(path, device) for path in paths] if is_needed else []
-    settings, nets = take_trainings(FLAGS, paths), []
-    if not is_needed:  # --samples are said to be of that training
-        return None, [], names_of(paths), settings
+    return [path for of_name in found for path in of_name]
+
+
+def load_network(stages, device):
+    """The network that generate and gap use, its files, and its training's settings or None.
+
+    Of several checkpoints it is the mean of their predictions. Flags not given are the training's.
+    Other stages use none: None, no file and None.
+    """
+    if not stages & {"generate", "gap"}:
+        return None, [], None
+    paths, nets = find_checkpoints(), []
+    states = [load_checkpoint(path, device) for path in paths]
+    settings = take_trainings(FLAGS, paths)
     for path, state in zip(paths, states, strict=True):
         nets.append(build.unet(FLAGS, state, path).to(device))
         load_weights(nets[-1], weights_in(state, FLAGS.use_ema, path), path)
-    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, names_of(paths), settings
+    return nets[0] if len(nets) == 1 else MeanPrediction(nets), paths, settings
+
+
+def origin_of_images():
+    """(checkpoint, settings): what has made the images to measure, and of its training; None if unknown.
+
+    Flags not given are the training's."""
+    if FLAGS.samples:
+        paths = find_checkpoints() if FLAGS.unet_dir else []
+        return names_of(paths), take_trainings(FLAGS, paths) if paths else None
+    path = Path(FLAGS.generate_dir) / "generate.json"
+    record = read_json(path) if path.exists() else {}
+    if record.get("training"):
+        take(FLAGS, record["training"], path, record["flags"])
+    return record.get("checkpoint"), record.get("training")
 
 
 # What images are compared with: a `dataset.Dataset` of distinct images; the scores' reference, and real
@@ -146,13 +158,13 @@ def load_network(stages, device):
 Real = namedtuple("Real", "data reference heldout slot_group notes")
 
 
-def load_real(stages, images, names, settings):
+def load_real(stages, images, checkpoint, settings):
     """The `Real` images, with notes; images: those to measure, None if they are to be made.
 
-    names, settings: of the checkpoints that make or made them, and of their training, or None."""
+    checkpoint, settings: what makes or made them, and of its training; both may be None."""
     with distributed.main_first():
         given = build.dataset(FLAGS)
-    notes = {"settings_warning": training_warning(settings, given, names) if names else None}
+    notes = {"settings_warning": training_warning(settings, given, checkpoint) if checkpoint else None}
     once = given.without_copies()
     data = once.distinct()
     if "gap" in stages:
@@ -180,8 +192,8 @@ def ema_warning(paths):
 
 
 def names_of(paths):
-    """Checkpoint files as --unet_dir takes them."""
-    return ",".join(map(str, paths))
+    """Checkpoint files as --unet_dir takes them, or None of none."""
+    return ",".join(map(str, paths)) or None
 
 
 def generate_images(net, paths, settings, young, data, device):
@@ -261,9 +273,11 @@ def begin_result(result, stages, images, real, paths, settings, young):
     description = distributed.from_main(description)
     if description["ema_warning"] != young:
         say(description["ema_warning"])
-    if "gap" in stages and not FLAGS.samples and not weights_of(paths).items() <= description.items():
-        what = f"not the weights of the images in --generate_dir={FLAGS.generate_dir}"
-        raise UsageError(f"--unet_dir={FLAGS.unet_dir}: {what}: name those, or other directories")
+    if "gap" in stages and not FLAGS.samples:  # the gap and the numbers of images stand in one result
+        is_theirs = weights_of(paths).items() <= description.items()
+        if not is_theirs:
+            what = f"not the weights of the images in --generate_dir={FLAGS.generate_dir}"
+            raise UsageError(f"--unet_dir={FLAGS.unet_dir}: {what}: name those, or other directories")
     sets = identity(images, real.data.train.images)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets}
@@ -307,7 +321,7 @@ def find_gap(net, paths, data, device):
     return {"gap": {"checkpoint": names_of(paths), **gap}}
 
 
-def sets_of(result):
+def known_identity(result):
     """The `identity` of a result's images, which takes long to hash, and of the groups of the flags."""
     of_groups = {"groups_sha256": file_hash(FLAGS.groups)} if FLAGS.groups else {}
     return {name: result[name] for name in ("images_sha256", "training_sha256")} | of_groups
@@ -338,7 +352,7 @@ def show(stages, result, images, real, names):
     """The grid and the report stage."""
     training = real.data.train.images
     path = Path(FLAGS.similar_dir) / "memorization.npz"
-    known = known_neighbors(path, sets_of(result))
+    known = known_neighbors(path, known_identity(result))
     if result.get("groups") != count_groups(real.data.groups, FLAGS.groups).get("groups"):
         what = "made with other --groups, or none"
         raise DataError(f"{path}: {what}: give those, or run the memorise stage")
@@ -388,13 +402,14 @@ def main():
 
     # whatever can be wrong shows here, the cheapest first and all of it before the long work
     distances, copies = load_spaces(stages, device)
-    net, paths, names, settings = load_network(stages, device)
+    net, paths, settings = load_network(stages, device)
+    checkpoint, settings = (names_of(paths), settings) if net else origin_of_images()
     default_resize(FLAGS)
     young = ema_warning(paths)
     say(young)
     check_places(stages)
     images = None if "generate" in stages else existing_images(needed=stages != {"gap"})
-    real = load_real(stages, images, names, settings)
+    real = load_real(stages, images, checkpoint, settings)
 
     with take_directories(directories(stages)):
         result = earlier_result(FLAGS.grid_dir)
@@ -416,7 +431,7 @@ def main():
             of_scores["fid_reference"] = FLAGS.fid_reference
             is_new |= add("score", lambda: {**quality(images), **of_scores})
         if "memorise" in stages:
-            of_result = sets_of(result), device, "held_back" in result
+            of_result = known_identity(result), device, "held_back" in result
             is_new |= add("memorise", lambda: memorise(images, real, copies, names, *of_result))
         if "gap" in stages:
             add("gap", lambda: find_gap(net, paths, real.data, device))

@@ -70,7 +70,8 @@ def near_pairs(images, distinct, N, space, path):
     images: (N + L, 3, H, W) uint8, N training images and those held out; distinct: numbers of those to
     compare; space: a `FeatureSpace`, or None for pixels; path: of what an earlier search has found."""
     digests = [f"{'train' if i < N else 'heldout'} {fingerprint(images[i])}" for i in distinct.tolist()]
-    made_by = f"{made_by_features()}, version 1, {images.shape[-1]} pixels"
+    of_space = (space.name, space.preprocess, space.weights_hash) if space else ("pixels",)
+    made_by = ", ".join([*filter(None, of_space), "version 1", f"{images.shape[-1]} pixels"])
     order, found = earlier_search(path, digests, made_by)
     distinct, digests = distinct[order], [digests[i] for i in order]
     compared = Features(images, distinct, space) if space else Pixels(images, distinct)
@@ -90,13 +91,6 @@ def near_pairs(images, distinct, N, space, path):
         part, pair = ("train", sorted((a, b))) if a < N else ("heldout", (a, b))
         rows.append((round(score, 6), part, *pair))
     return sorted(rows)
-
-
-def made_by_features():
-    """What the features are, and the files that they come from."""
-    path = {"sscd": FLAGS.sscd, "clip": FLAGS.clip, "inception": FLAGS.inception_weights}.get(FLAGS.features)
-    files = sorted(Path(path).glob("*.safetensors")) if path and Path(path).is_dir() else [path] if path else []
-    return ", ".join([FLAGS.features, FLAGS.preprocess, *map(file_hash, files)])
 
 
 def earlier_search(path, digests, made_by):

@@ -22,7 +22,7 @@ from training.launch import announce, check_processes, check_warmup, pick_device
 from training.logdir import say_young_ema
 from training.recorded import default_resize, start_warning
 from training.resume import resume_shards, save_average
-from training.rounds import steps_of, train
+from training.rounds import steps_done, train
 from training.weights import load_checkpoint, load_weights, weights_in
 from utils import distributed
 from utils.errors import UsageError
@@ -83,7 +83,7 @@ def main():
 
     total = sum(R * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
-    watch.begin(logdir, steps_of(shards))
+    watch.begin(logdir, steps_done(shards))
     x_T, labels = build.sample_grid(FLAGS, data, device)  # the same at all times of the run
     train(
         shards, exchanged or slots, build.schedule(FLAGS, sizes, steps_per_round),

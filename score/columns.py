@@ -23,16 +23,19 @@ def under(*keys):
     return lambda result: functools.reduce(lambda inner, key: (inner or {}).get(key), keys, result)
 
 
+def is_sscd(result):
+    """Whether similarities are SSCD's: above 0.5 they tell copies, of other features they do not."""
+    return under("similarity", "features")(result) == "sscd"
+
+
 def above_half(result):
-    """The share above 0.5; None of pixels, where it tells no copies though older results have it."""
-    numbers = result.get("similarity") or {}
-    return None if numbers.get("features") == "pixels" else numbers.get("sim_gt_05pc")
+    """The share above 0.5, or None; older results have it of other features than SSCD's too."""
+    return under("similarity", "sim_gt_05pc")(result) if is_sscd(result) else None
 
 
 def detector_auc(result):
-    """Of copies by similarity above 0.5, which is SSCD's threshold, or by f_mem for other features."""
-    is_sscd = under("similarity", "features")(result) == "sscd"
-    return under("detector", "above_05" if is_sscd else "f_mem", "auc")(result)
+    """Of copies by similarity above 0.5 or, for other features than SSCD's, by f_mem."""
+    return under("detector", "above_05" if is_sscd(result) else "f_mem", "auc")(result)
 
 
 # what is said of an evaluation first: {name: (value in a result.json or None, its format)}

@@ -21,7 +21,7 @@ from utils.files import content_hash, file_hash
 COPIES = ("sscd", "inception", "clip", "pixels")  # the spaces that copies are searched for in
 # the spaces of Frechet distances: {what flags and files say: the space}
 FRECHET = {"inception": "inception", "pixels": "pooled pixels"}
-COPY = 0.5  # similarity above which an image counts as a copy
+COPY = 0.5  # similarity of SSCD above which an image counts as a copy
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (shorter side, side of the centre, mean, deviation) of the published scripts and of SSCD's authors
 PREPROCESS = {"published": (256, 224, (0.5,) * 3, (0.5,) * 3), "recommended": (288, 288, *IMAGENET)}
@@ -36,7 +36,7 @@ class FeatureSpace:
     features: Callable  # of images, returns (B, D) float32 on the device
     device: torch.device | str = "cpu"
     batch_size: int = 64  # images per call
-    threshold: float | None = COPY  # similarity above which an image is a copy; None: unknown
+    threshold: float | None = None  # similarity above which an image is a copy, where one is known
     preprocess: str | None = None  # one of PREPROCESS, where there is a choice
     dimension: int | None = None  # D
     distance: str | None = None  # what result.json calls the distance
@@ -68,9 +68,10 @@ def feature_space(
     if name == "sscd":
         network = load_sscd(sscd, torchscript).to(device)
         features = partial(sscd_features, network, device, how)
-        return FeatureSpace(name, features, preprocess=how, weights_hash=file_hash(sscd), **settings)
+        of_sscd = {"threshold": COPY, "preprocess": how, "weights_hash": file_hash(sscd)}
+        return FeatureSpace(name, features, **of_sscd, **settings)
     if name == "pixels":
-        return FeatureSpace(name, partial(standardised, device), threshold=None, **settings)
+        return FeatureSpace(name, partial(standardised, device), **settings)
     raise ValueError(f"{name}: no feature space")
 
 
@@ -104,9 +105,7 @@ def pooled(images):
     return F.adaptive_avg_pool2d(images.float() / 255, 8).flatten(1)
 
 
-POOLED_PIXELS = FeatureSpace(
-    "pixels", pooled, "cpu", 1024, threshold=None, dimension=192, distance="fpd", title="pooled pixels"
-)
+POOLED_PIXELS = FeatureSpace("pixels", pooled, batch_size=1024, dimension=192, distance="fpd", title="pooled pixels")
 
 
 class GeM(nn.Module):

@@ -165,20 +165,20 @@ def improvements(score, worst, start, M):
     return packed
 
 
-def codes_of(images):
+def signed(images):
     """uint8 as int8 around the middle: one bit of every byte changes."""
     return (images ^ MIDDLE).view(torch.int8)
 
 
 def squared_norms(images, device):
-    """|v|^2 of the codes of images (n, D), uint8: int64 (n,) on the device."""
-    chunks = (codes_of(rows.to(device)).float() for rows in images.split(256))
+    """|v|^2 of `signed` images (n, D), uint8: int64 (n,) on the device."""
+    chunks = (signed(rows.to(device)).float() for rows in images.split(256))
     return torch.cat([rows.square_().sum(dim=1, dtype=torch.float64) for rows in chunks]).long()
 
 
 def slices_of(images, integers):
-    """The codes of images (n, D), uint8, in slices of exact products: int8, or float32 for floats."""
-    parts = codes_of(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
+    """`signed` images (n, D), uint8, in slices of exact products: int8, or float32 for floats."""
+    parts = signed(images).split(INT32_TERMS if integers else FLOAT32_TERMS, dim=1)
     return [part.contiguous() if integers else part.float() for part in parts]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from score.columns import COLUMNS, SIMILARITIES, sets_of
+from score.columns import COLUMNS, SIMILARITIES, is_sscd, sets_of
 from utils.files import read_json, write_text
 
 PAIRS = 40
@@ -214,8 +214,7 @@ def similarities(result):
     sets = {name: numbers.get("similarity") for name, numbers in sets_of(result).items()}
     sets = {name: numbers for name, numbers in sets.items() if numbers}
     training, rows = sets["generated"], []
-    is_pixels = training["features"] == "pixels"
-    for name in SIMILARITIES[:-1] if is_pixels else SIMILARITIES:
+    for name in SIMILARITIES if is_sscd(result) else SIMILARITIES[:-1]:
         values = [numbers.get(f"sim_{name}") for numbers in sets.values()] + [training[f"bg_{name}"]]
         rows.append([name, *("" if value is None else f"{value:z.3f}" for value in values)])
     rows.append(["f_mem", *(f"{numbers['f_mem']:.3f}" for numbers in sets.values()), ""])
@@ -223,9 +222,9 @@ def similarities(result):
     series["training"] = training["bg_histogram"]
     how = f" ({training['preprocess']} preprocessing)" if training["preprocess"] else ""
     note = f"The largest cosine similarity of each image to the training images, by {training['features']}{how}; "
-    warning = "Above 0.5 Somepalli et al. 2023 call an image a copy by SSCD; of other features "
-    warning = "Unrelated images may be as alike by their pixels: " if is_pixels else warning
-    note += f"of a training image to the others. {warning}only the floors say how much that means."
+    of_others = "Unrelated images may be as alike by these features: only the floors say how much that means."
+    of_sscd = "Above 0.5 Somepalli et al. 2023 call an image a copy."
+    note += f"of a training image to the others. {of_sscd if is_sscd(result) else of_others}"
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"
 
 
@@ -418,10 +417,9 @@ def write_similarity_report(path, result, generated, training, nearest, similari
 
 def detector(result):
     """What Wen et al.'s detector makes of the generated images, as HTML."""
-    names = {"f_mem": "f_mem", "above_05": "similarity above 0.5"}
-    if result["similarity"]["features"] == "pixels":  # older results have it too
-        names.pop("above_05")
-    rows = []
+    names, rows = {"f_mem": "f_mem"}, []
+    if is_sscd(result):  # older results have it of other features too
+        names["above_05"] = "similarity above 0.5"
     for name, numbers in result["detector"].items():
         if name in names:
             values = (numbers["mean_of_copies"], numbers["mean_of_others"], numbers["auc"])

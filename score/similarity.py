@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from score.features import COPY, clip_features
+from score.features import clip_features
 from score.memorization import (
     NEIGHBORS,
     closer_than_third,
@@ -84,10 +84,10 @@ def most_similar(queries, keys, k, batch_queries=1024, batch_keys=8192, groups=N
     return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
-def statistics(similarity, prefix, threshold=COPY):
+def statistics(similarity, prefix, threshold=None):
     """Mean, deviation, percentiles and share of copies of (N,) similarities, by their published names.
 
-    threshold: of a `FeatureSpace`; None: no share of copies."""
+    threshold: of a `FeatureSpace`; without one there is no share of copies."""
     values = similarity.double().cpu().numpy()
     percentiles = {f"{prefix}_{q}pc": float(np.percentile(values, q)) for q in (75, 90, 95)}
     above = {} if threshold is None else {f"{prefix}_gt_05pc": float((values > threshold).mean())}
@@ -144,7 +144,7 @@ def evaluate_similarity(space, images, training, prompt_images=None, floors=None
     return numbers, {name: measure(*of_floor)[0] for name, of_floor in (floors or {}).items()}, neighbors
 
 
-def measure_similarity(features, training, threshold=COPY, prompt_images=None, groups=None):
+def measure_similarity(features, training, threshold=None, prompt_images=None, groups=None):
     """The numbers of a set of images in a feature space, as JSON values, and nearest training images.
 
     features, training: (N, D) and (M, D), of length 1. threshold: of the `FeatureSpace`. prompt_images:

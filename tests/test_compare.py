@@ -275,12 +275,12 @@ def test_rows_of_floors():
     assert floors({"a": [{"N": 4, "checkpoint": None}]}) == {}
 
 
-def test_correlations_of_pixels_have_no_threshold_in_older_results_either(tmp_path):
-    for name, features in (("sscd", "sscd"), ("pixels", "pixels")):
-        write_run(tmp_path / name, changed(RESULT, {"similarity": {"features": features}}))
-        text = {**OLD_TEXT, "features": features, "holdout": SIMILARITY, "bg_mean": 0.1, "bg_gt_05pc": 0.1}
+def test_only_sscd_has_a_threshold_in_older_results_too(tmp_path):
+    for name in ("sscd", "pixels", "clip"):
+        write_run(tmp_path / name, changed(RESULT, {"similarity": {"features": name}}))
+        text = {**OLD_TEXT, "features": name, "holdout": SIMILARITY, "bg_mean": 0.1, "bg_gt_05pc": 0.1}
         write_run(tmp_path / f"text_{name}", text)
-    for run_name in ("pixels", "text_pixels"):
+    for run_name in ("pixels", "text_pixels", "clip", "text_clip"):
         found = run_module("score.compare", run_name, "--floors", "--html=one.html", cwd=tmp_path)
         assert "similarity" in found.stdout
         assert "above 0.5" not in found.stdout + (tmp_path / "one.html").read_text()

@@ -1,6 +1,7 @@
 """The finder of copies: its search, scores and groups against brute force, its files, and odd folders."""
 
 import csv
+import dataclasses
 import itertools
 import json
 
@@ -11,6 +12,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
+from duplicates import near_pairs
 from score.duplicates import (
     MIRROR,
     NEAR,
@@ -268,6 +270,15 @@ def test_a_search_goes_on_and_takes_in_more_images(tmp_path):
     assert "all are searched again" in find(tmp_path, "out").stderr
     (tmp_path / "out/search.npz").write_bytes(b"no archive")
     assert "searching again" in find(tmp_path, "out").stderr
+
+
+def test_a_search_with_other_weights_is_not_gone_on_with(tmp_path, capsys):
+    images, _ = with_copies(20)
+    given = as_tensor(images), torch.arange(len(images)), len(images)
+    pixels = feature_space("pixels", "cpu")
+    for weights, again in (("one", False), ("one", False), ("two", True)):
+        near_pairs(*given, dataclasses.replace(pixels, weights_hash=weights), tmp_path / "search.npz")
+        assert ("searched again" in capsys.readouterr().err) == again
 
 
 def test_no_file_of_others_and_no_correction_is_replaced(tmp_path):

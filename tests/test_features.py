@@ -134,7 +134,7 @@ def test_every_space_makes_what_it_says(sscd, clip, tmp_path):
         with torch.no_grad():
             rows = space.features(IMAGES)
         assert len(rows) == 5 and rows.dtype == torch.float32
-        assert space.threshold == (None if space.name == "pixels" else 0.5)
+        assert space.threshold == (0.5 if name == "sscd" else None)
         if name in FRECHET.values():
             assert FRECHET[space.name] == name and rows.shape[1] == space.dimension and space.distance
     correlated = F.normalize(feature_space("pixels", "cpu").features(IMAGES))

@@ -145,7 +145,7 @@ def test_in_a_browser_it_fits_a_phone_and_has_a_dark_side(report, tmp_path):
     assert seen["images"] > 80 and seen["charts"] == 2
 
 
-def test_pixels_have_no_threshold_in_older_results_either():
+def test_only_sscd_has_a_threshold_in_older_results_too():
     of_copies = {"copies": 3, "mean_of_copies": 1.0, "mean_of_others": 0.5, "auc": 0.75}
     numbers = {f"{kind}_{name}": 0.5 for kind in ("sim", "bg") for name in SIMILARITIES}
     numbers |= {"sim_histogram": [0.25, 0.75], "bg_histogram": [1.0, 0.0], "f_mem": 0.5, "preprocess": None}
@@ -154,5 +154,5 @@ def test_pixels_have_no_threshold_in_older_results_either():
     for features in ("sscd", "clip", "pixels"):
         numbers["features"] = features
         html = similarities(result) + detector(result) + all_columns(result)
-        assert [text in html for text in ("gt_05pc", "bove 0.5", "above_05")] == [features != "pixels"] * 2 + [False]
+        assert [text in html for text in ("gt_05pc", "bove 0.5", "above_05")] == [features == "sscd"] * 2 + [False]
         assert "<td>f_mem</td><td>3</td>" in html

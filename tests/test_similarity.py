@@ -31,14 +31,14 @@ def test_search_against_brute_force():
 
 def test_statistics_against_numpy():
     values = np.random.default_rng(0).uniform(size=200)
-    found = statistics(torch.from_numpy(values), "sim")
+    found = statistics(torch.from_numpy(values), "sim", 0.5)
     assert found.keys() == {"sim_mean", "sim_std", "sim_75pc", "sim_90pc", "sim_95pc", "sim_gt_05pc"}
     assert found["sim_mean"] == pytest.approx(values.mean()) and found["sim_std"] == pytest.approx(values.std())
     for q in (75, 90, 95):
         assert found[f"sim_{q}pc"] == pytest.approx(np.quantile(values, q / 100))
     assert found["sim_gt_05pc"] == pytest.approx((values > 0.5).mean())
     del found["sim_gt_05pc"]
-    assert statistics(torch.from_numpy(values), "sim", None) == found
+    assert statistics(torch.from_numpy(values), "sim") == found
 
 
 def test_numbers_against_distances_of_features():

@@ -51,7 +51,7 @@ from text_to_image.pipeline import (
     latent_moments,
     load_pipeline,
     load_unet,
-    settings_of,
+    settings_of_run,
     vae_batch,
 )
 from text_to_image.prompts import Prompts, distinct, not_in
@@ -94,8 +94,8 @@ def generate_images(pipeline, folder, unet_folder, prompts, source, directory, r
     kept = Path(directory) / f"detector.{hashlib.sha256(repr(origin).encode()).hexdigest()[:8]}.json"
     batches = partial(generate_batches, pipeline, prompts, kept, margin)
     checkpoint = unet_folder.parent if unet_folder.name in ("unet", LORA_FILE) else unet_folder
-    about = {"checkpoint": str(checkpoint), "training": settings_of(unet_folder) if FLAGS.unet else None}
-    about["ema_warning"], number = ema_warning(unet_folder), len(prompts.texts)
+    about = {"checkpoint": str(checkpoint), "ema_warning": ema_warning(unet_folder)}
+    about["training"], number = settings_of_run(unet_folder) if FLAGS.unet else None, len(prompts.texts)
     images = generate_into(directory, origin, batches, number, FLAGS.resolution, about)
     norms = read_json(kept)[:number] if distributed.is_main() else None
     if distributed.is_main():

@@ -23,7 +23,7 @@ from training.ensemble import Shard
 from training.launch import announce, check_warmup, pick_device, run
 from training.logdir import say_young_ema
 from training.resume import resume_shards, save_average
-from training.rounds import steps_of, train
+from training.rounds import steps_done, train
 from utils import distributed
 from utils.errors import UsageError
 from utils.images import keep_apart
@@ -84,7 +84,7 @@ def main():
     say_young_ema(logdir, own_steps)
     if not FLAGS.lora_rank:
         pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
-    watch.begin(logdir, steps_of(shards))
+    watch.begin(logdir, steps_done(shards))
 
     def publish(state, is_due):
         if is_due:

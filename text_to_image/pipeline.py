@@ -239,7 +239,7 @@ def find_unet(name):
         return folder
     rounds = {int(m[1]): path for path in folder.glob("*") if (m := re.fullmatch(ROUND, path.name))}
     for place in (folder, *(rounds[r] for r in sorted(rounds, reverse=True))):
-        is_lora = (settings_of(place / "unet") or {}).get("lora_rank")
+        is_lora = (settings_of_run(place / "unet") or {}).get("lora_rank")
         for unet in (place,) if is_lora else (place, place / "unet"):
             if (unet / "config.json").is_file():
                 return unet
@@ -251,7 +251,7 @@ def find_unet(name):
     raise DataError(f"--unet={name}: {what}: name a folder with checkpoint_round*, or a LoRA's file")
 
 
-def settings_of(unet_folder):
+def settings_of_run(unet_folder):
     """The settings in the run.json of the log directory of a UNet, a dict; None where there is none."""
     path = Path(unet_folder).parent.parent / "run.json"
     settings = read_config(path).get("settings") if path.is_file() else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from text_to_image.pipeline import FROZEN, settings_of
+from text_to_image.pipeline import FROZEN, settings_of_run
 from training.flags import PATH_FLAGS
 from training.recorded import recorded_flags
 from utils.errors import UsageError
@@ -17,7 +17,7 @@ def take_flags(values, unet_folder):
 
     Raises:
         UsageError: images are to be generated, and no pipeline is known, or --resolution is another."""
-    logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
+    logdir, settings = unet_folder.parent.parent, settings_of_run(unet_folder) or {}
     recorded, resolution = recorded_flags(logdir), settings.get("resolution", values.resolution)
     if values["resolution"].present and values.resolution != resolution and not values.samples:
         what = f"the UNet of {logdir} was trained with {resolution}"
@@ -32,7 +32,7 @@ def take_flags(values, unet_folder):
 
 def check_pipeline_of_training(values, folder, unet_folder):
     """Raise a UsageError unless a UNet was trained with this pipeline, or it is unknown with which."""
-    logdir, settings = unet_folder.parent.parent, settings_of(unet_folder) or {}
+    logdir, settings = unet_folder.parent.parent, settings_of_run(unet_folder) or {}
     parts, known = FROZEN, settings.get("pipeline (sha256)")
     is_another = known not in (None, content_hash(folder, *FROZEN))
     if unet_folder.is_file():  # a LoRA, which needs the UNet that it started from
@@ -50,7 +50,7 @@ def check_pipeline_of_training(values, folder, unet_folder):
 
 def differences(values, unet_folder, data):
     """What is to be said where the `CaptionedImages` may not be those of a UNet's training, or None."""
-    of_run = settings_of(unet_folder) or {}
+    of_run = settings_of_run(unet_folder) or {}
     if not {"pipeline (sha256)", "training images (sha256)"} <= of_run.keys():
         what = "no run.json beside it says which pipeline and images it was trained with"
         return f"--unet={values.unet}: {what}: these may be others"

@@ -51,7 +51,6 @@ def dataset(FLAGS):
         names = ", ".join(data.class_names or map(str, range(data.num_classes)))
         what = f"with --use_labels its sub-folders must be classes: {names}"
         raise UsageError(f"--heldout={FLAGS.heldout}: {what}")
-    reference_images(FLAGS, data)
     return data
 
 

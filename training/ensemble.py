@@ -32,7 +32,8 @@ class Shard:
     def augment(self, slots, near, seed):
         """Threshold-aware augmentation: queue samples near the threshold, and step on a full batch.
 
-        slots: (B,) int64, of a step; near: (B,) float32, of `near_threshold`; seed: the run's."""
+        slots: (B,) int64, of a step; near: (B,) float32, of `near_threshold`; seed: the run's.
+        What waits in the queue stays there when shards exchange images."""
         chosen, B = near.cpu() > 0, self.batches.batch_size
         self.near_index = torch.cat([self.near_index, slots.cpu()[chosen]])
         self.near = torch.cat([self.near, near.cpu()[chosen]])

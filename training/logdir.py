@@ -162,7 +162,7 @@ def random_start(run, steps):
     return share * settings["ema_decay"] ** (steps - done)
 
 
-def steps_of(state, settings):
+def steps_made(state, settings):
     """The steps that a network in a checkpoint has made, of averages those of a shard, or None."""
     if "round" not in state:
         return state.get("step")
@@ -181,7 +181,7 @@ def ema_start(path):
     if run is None:
         return None
     with suppress(KeyError, TypeError):  # an older version recorded less, or a file tells no steps
-        return random_start(run, steps_of(load_checkpoint(path, check=False), run["settings"]))
+        return random_start(run, steps_made(load_checkpoint(path, check=False), run["settings"]))
 
 
 def young_ema(path, share):

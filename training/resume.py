@@ -133,10 +133,18 @@ def shard_files(logdir, shard):
     return numbered(logdir, rf"state/shard{shard}_step(\d+)\.pt")
 
 
+def newest_of_round(files, first, last):
+    """The newest own step from `first` to `last` of which a shard has a whole file, or None.
+
+    files: of `shard_files`. Step 0 needs no file."""
+    whole = (step for step, path in files.items() if first <= step <= last and load_whole(path))
+    return next(whole, None if first else 0)
+
+
 def newest_round(steps_per_round, logdir):
     """(rounds done, own steps of the shards, file of the average) of the newest files that fit together.
 
-    A shard at step 0 has no file, and there is no average before round 1.
+    The average of round r fits to shards that stand anywhere in round r + 1. Round 1 needs none.
 
     Raises:
         DataError: nothing can be continued, but there are whole files, which a new start would replace.
@@ -146,10 +154,8 @@ def newest_round(steps_per_round, logdir):
     for r in [*sorted(averages, reverse=True), 0]:
         if r and not load_whole(averages[r]):
             continue
-        steps = []
-        for files, n in zip(shards, steps_per_round, strict=True):
-            own = (step for step, path in files.items() if r * n <= step <= (r + 1) * n and load_whole(path))
-            steps.append(next(own, None if r else 0))
+        own_steps = zip(shards, steps_per_round, strict=True)
+        steps = [newest_of_round(files, r * n, (r + 1) * n) for files, n in own_steps]
         if None not in steps:
             break
     files = [*averages.values(), *(path for own in shards for path in own.values())]

@@ -54,7 +54,7 @@ def train(
     with Interruption() as interruption, logger:
         for r in range(first_round, schedule.total_round + 1):
             # killed after the last measurement, but before the average was saved, it still saves it
-            if watch.is_over and steps_of(shards) == sum(per_round) * (r - 1):
+            if watch.is_over and steps_done(shards) == sum(per_round) * (r - 1):
                 break
             slots = slots_of_round(r) or slots
             for shard in shards:
@@ -96,10 +96,10 @@ def train(
                 state |= {"slots": slots} if schedule.exchange != "off" else {}
                 is_last = r == schedule.total_round or watch.is_over
                 publish(state, due(r, schedule.save_round) or is_last)
-        logger.finish(steps_of(shards), watch.is_over)
+        logger.finish(steps_done(shards), watch.is_over)
 
 
-def steps_of(shards):
+def steps_done(shards):
     """The steps that the shards of all processes have made together."""
     return int(distributed.total(torch.tensor(sum(shard.learner.step for shard in shards))))
 
@@ -123,7 +123,7 @@ def leave_if_stopped(interruption, logdir):
 
 def watch_ensemble(watch, step, shards, K, extra, logger, interruption):
     """Measure all K shards as one, if that is due and they have made `step` steps together, no more."""
-    if steps_of(shards) == step and watch.is_due(step):
+    if steps_done(shards) == step and watch.is_due(step):
         leave_if_stopped(interruption, logger.logdir)
         networks = ema_networks({shard.number: shard.learner for shard in shards}, K)
         states = [{**shard.state_dict(), **extra, "shard": shard.number} for shard in shards]
