@@ -123,7 +123,8 @@ def say_time(compared, n, done):
         worst = compared.nearest(queries, compared.keys[:half], NEIGHBORS)[0][:, -1]
         start = time.perf_counter()
         compared.nearest(queries, compared.keys[half : 2 * half], NEIGHBORS, worst)
-        seconds = (time.perf_counter() - start) / (len(queries) * half) * 2 * (n**2 - done**2)
+        pairs = (n**2 - done**2) * len(compared.queries)
+        seconds = (time.perf_counter() - start) / (len(queries) * half) * pairs
         time_needed = f", some {seconds / 60:.1f} min"
     print(f"searching {n:,} distinct images{known}{time_needed}", flush=True)
 

@@ -80,7 +80,11 @@ class Pixels:
     unit = UNIT
 
     def __init__(self, images, rows):
-        self.images, self.rows, self.shift = images, rows, max(2, SIDE // images.shape[-1])
+        self.shift = max(2, SIDE // images.shape[-1])
+        if images.shape[2:] != (SIDE, SIDE):  # else they are not copied
+            images = torch.cat([standard_images(images[part]) for part in rows.split(BLOCK)])
+            rows = torch.arange(len(rows))
+        self.images, self.rows = images, rows  # of the standard size, and which of them are compared
         moves = itertools.product((-self.shift, 0, self.shift), repeat=2) if self.shift > 2 else [(0, 0)]
         moved = {move: self.moved_codes(*move) for move in moves}
         self.keys, self.queries = moved[0, 0], []
@@ -89,8 +93,8 @@ class Pixels:
 
     def moved_codes(self, down, right):
         """`codes_of` all images, moved by so many pixels."""
-        parts = (standard_images(self.images[part]) for part in self.rows.split(BLOCK))
-        return torch.cat([codes_of(moved_by(part, down, right)) for part in parts])
+        parts = self.rows.split(BLOCK)
+        return torch.cat([codes_of(moved_by(self.images[part], down, right)) for part in parts])
 
     def nearest(self, queries, keys, k, below=None):
         """The k nearest keys nearer than `below`, (n,) or None: sq_distance and index, (n, k), of codes.
@@ -102,7 +106,7 @@ class Pixels:
         """Squared distances (P,) of pairs of images, by their numbers."""
         parts = []
         for pair in zip(first.split(PAIRS), second.split(PAIRS), strict=True):
-            a, b = (standard_images(self.images[self.rows[rows]]) for rows in pair)
+            a, b = (self.images[self.rows[rows]] for rows in pair)
             parts.append(aligned_distance(a.flip(-1) if is_mirrored else a, b, self.shift))
         return torch.cat(parts)
 

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import itertools
 import json
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-from duplicates import near_pairs
+from duplicates import near_pairs, say_time
 from score.duplicates import (
     MIRROR,
     NEAR,
@@ -159,6 +161,20 @@ def test_features_find_what_pixels_find():
     near = {tuple(pair) for pair in pairs[score < 0.3].tolist()}
     plain = {(i, j) for i, j in copies if (j - 150) % 5 in (0, 1, 2)}  # not those that are shifted
     assert plain <= near
+
+
+def test_the_time_of_a_search_is_of_all_its_queries(capsys):
+    """Small images are searched for moved in nine ways, each mirrored too."""
+
+    def nearest(queries, keys, k, below=None):
+        time.sleep(0.05)
+        return (torch.zeros(len(queries), k),)
+
+    n, keys = 40960, torch.zeros(8192, 1)
+    for number in (2, 18):
+        say_time(SimpleNamespace(keys=keys, queries=[None] * number, nearest=nearest), n, 0)
+        minutes = float(capsys.readouterr().out.partition("some ")[2].split()[0])
+        assert minutes == pytest.approx(0.05 * 10**2 * number / 60, rel=0.2, abs=0.06)
 
 
 def test_near_copies_among_generated_images_are_counted():
