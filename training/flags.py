@@ -232,7 +232,7 @@ MAIN = (
 
 SHARDS = (
     integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", 1),
-    choice("split", None, SPLITS, "main_fed: how images go to shards; default: stratified, files in a row, or the paper's"),
+    choice("split", None, SPLITS, "how main_fed deals images; default: stratified, files in a row, or the paper's"),
     switch("reshard", False, "main_fed: make new random shards every round"),
     choice("exchange", "off", ("off", "ring"), "main_fed: ring: MSR of IET-AGC+, shards pass on images"),
     number("exchange_share", 0.25, "main_fed: share of a shard's images that it passes on", 0.0, 1.0),
