@@ -261,6 +261,19 @@ def test_nothing_is_made_twice(tmp_path, monkeypatch):
         experiments.main([*command[:1], "--scale=0.01", *command[2:]])
 
 
+def test_groups_are_known_whatever_their_scores(tmp_path):
+    """Their last digits, and so the order of rows, depend on the processor."""
+
+    def hashed(*rows):
+        (tmp_path / "groups.csv").write_text("\n".join(["group,image,kept,score,kind", *rows, ""]))
+        return altered.hash_of_groups(tmp_path / "groups.csv")
+
+    known = hashed("0,a,yes,,", "0,b,no,0.1,near", "0,c,no,0.2,near", "1,d,yes,,", "1,e,no,0.2,near")
+    assert known == hashed("0,d,yes,,", "0,e,no,0.199999,near", "1,a,yes,,", "1,c,no,0.1,near", "1,b,no,0.1,near")
+    assert known != hashed("0,b,yes,,", "0,a,no,0.1,near", "0,c,no,0.2,near", "1,d,yes,,", "1,e,no,0.2,near")
+    assert known != hashed("0,a,yes,,", "0,b,no,0.1,near", "1,d,yes,,", "1,e,no,0.2,near", "1,c,no,0.2,near")
+
+
 def test_the_experiment_on_altered_copies(tmp_path, monkeypatch):
     """A trial with the finder, and with checkpoints that two arms have."""
     chosen = ["default", "keep list", "together IET-AGC", "held back"]
