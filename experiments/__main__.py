@@ -68,7 +68,7 @@ def main(arguments=None):
         deadline = start + 60 * options.minutes
         if options.stacked:
             stacked.work_all(wanted, {run.start for run in planned}, torch.device("cuda"), deadline)
-        runs.work_all(wanted, deadline, options.processes, work)
+        runs.work_all(wanted, planned, deadline, options.processes, work)
         complete = [run for run in planned if runs.measured(run)["complete"]]
         write_json(path, result := result_of(spec, complete, data, found))
         if complete:

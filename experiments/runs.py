@@ -245,18 +245,17 @@ def generate(run, values, sampler):
 def work(run):
     """Train one run and measure the EMA weights of its checkpoints, on one thread.
 
-    The checkpoints may be those of another arm: then that arm trains them."""
+    The checkpoints may be those of another arm, which has trained them before."""
     values = values_of(run.flags)
-    trained, is_own = Path(values.logdir) / "train.json", Path(values.logdir).parent == run.directory
-    if (run.start and not run.start.exists()) or (not is_own and not trained.exists()):
-        return  # the training that it needs comes first, another time
-    if is_own:
+    if log_of(run).parent == run.directory:
         train(run)
+    if measured(run)["complete"]:
+        return  # only its checkpoints were needed
     measure_paths = functools.partial(measure_networks, run, values)
     found = networks(run, values)
     points = [(about, functools.partial(measure_paths, paths)) for about, paths in found]
     run.directory.mkdir(parents=True, exist_ok=True)
-    measure_all(run, read_json(trained)["seconds"], points)
+    measure_all(run, read_json(log_of(run) / "train.json")["seconds"], points)
 
 
 def measure_networks(run, values, paths):
@@ -288,17 +287,37 @@ def next_of(work, run):
     work(run)
 
 
-def work_all(runs, deadline, processes, work=work):
-    """`work` of all runs that are not complete, until the deadline; returns those that are complete."""
-    missing = [run for run in runs if not measured(run)["complete"]]
-    if missing and time.time() < deadline:
+def log_of(run):
+    """The log directory that has the checkpoints of a run."""
+    return Path(next(flag for flag in run.flags if flag.startswith("--logdir=")).removeprefix("--logdir="))
+
+
+def file_of_another(run):
+    """The file of another run without which a run cannot begin, or None."""
+    return run.start or (None if log_of(run).parent == run.directory else log_of(run) / "train.json")
+
+
+def work_all(wanted, planned, deadline, processes, work=work):
+    """`work` of all wanted runs that are not complete, until the deadline.
+
+    planned: all runs. Those that others need come first, complete or not: results are without checkpoints."""
+    missing = [run for run in wanted if not measured(run)["complete"]]
+    needing = [run for run in missing if file_of_another(run)]
+    sources = {file_of_another(run).parent for run in needing if not file_of_another(run).exists()}
+    alone = [run for run in planned if not file_of_another(run)]
+    work_on([run for run in alone if run in missing or log_of(run) in sources], deadline, processes, work)
+    work_on([run for run in needing if file_of_another(run).exists()], deadline, processes, work)
+
+
+def work_on(runs, deadline, processes, work):
+    """`work` of runs that do not need each other, several at once, until the deadline."""
+    if runs and time.time() < deadline:
         with (  # whose end, by Ctrl-C too, ends what is at work, which goes on another time
             multiprocessing.get_context("spawn").Pool(processes, begin_worker) as pool,
-            progress_bar(total=len(missing), desc="runs", unit="run") as bar,
+            progress_bar(total=len(runs), desc="runs", unit="run") as bar,
             contextlib.suppress(multiprocessing.TimeoutError),
         ):
-            done = pool.imap_unordered(functools.partial(next_of, work), missing)
-            for _ in missing:
+            done = pool.imap_unordered(functools.partial(next_of, work), runs)
+            for _ in runs:
                 done.next(deadline - time.time())
                 bar.update()
-    return [run for run in runs if measured(run)["complete"]]

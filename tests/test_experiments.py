@@ -229,7 +229,7 @@ def make_in_this_process(command, monkeypatch, work=runs.work):
     """Run the command without its pool of processes, and its trainings in forks: in half the time."""
     with monkeypatch.context() as at_once:
         at_once.setattr(sys, "executable", forking_python())
-        at_once.setattr(runs, "work_all", lambda wanted, *_: [work(run) for run in wanted])
+        at_once.setattr(runs, "work_on", lambda found, *_: [work(run) for run in found])
         experiments.main(command)
 
 
@@ -298,6 +298,17 @@ def test_the_experiment_on_altered_copies(tmp_path, monkeypatch):
     assert found["true pairs found"] + found["false pairs"] == said["pairs"]["train near"]
     assert found["true pairs"] == 760 and found["true pairs found"] > 380 and found["single images"] == 76
     check_tables("altered", result)
+    # with the file alone, without checkpoints, those of default are made again for the images that are held back
+    shutil.rmtree(tmp_path / "runs/altered/default")
+    shutil.rmtree(tmp_path / "runs/altered/held back")
+    of_others = {name: [row for row in result[name] if row["arm"] != "held back"] for name in ("trainings", "points")}
+    (tmp_path / "altered.json").write_text(json.dumps(result | of_others))
+    make_in_this_process([*command, "--arms=held back"], monkeypatch)
+    again = json.loads((tmp_path / "altered.json").read_text())
+    assert again["trainings"][:1] == result["trainings"][:1]
+    numbers = [[(point["arm"], point["fpd"]) for point in both["points"]] for both in (again, result)]
+    assert numbers[0] == numbers[1]
+
     kept = (lists / "keep.txt").read_text().splitlines()
     (lists / "keep.txt").write_text("\n".join(kept[:-1]))
     with pytest.raises(UsageError, match="other lists of copies: choose another --out"):
