@@ -48,11 +48,12 @@ def train(data, quality, device, logdir):
     announce(device, net, len(images), FLAGS.batch_size, asked_for=FLAGS.device, **steps)
     check_warmup(warmup, FLAGS.total_steps)
     directory = build.log_directory(FLAGS, logdir, "main", data, net.groups)
-    seconds = resume(learner, directory, FLAGS.total_steps)
+    seconds = resume(learner, logdir, FLAGS.total_steps)
+    watch.begin(logdir, learner.step)
+    directory.begin(learner.step)
     say_young_ema(logdir, FLAGS.total_steps)
     writes = distributed.is_main()
     logger = build.logger(FLAGS, logdir, FLAGS.total_steps, learner.step, seconds, writes)
-    watch.begin(logdir, learner.step)
 
     def to_save():
         return {**learner.state_dict(), "norm_groups": net.groups, "x_T": x_T, "seconds": logger.seconds}

@@ -78,12 +78,13 @@ def main():
     check_warmup(warmup, R * min(steps_per_round))
     watch = build.watch(FLAGS, data, device)
     directory = build.log_directory(FLAGS, logdir, "main_fed", data, net.groups)
-    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, R)
+    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, logdir, R)
+    watch.begin(logdir, steps_done(shards))
+    directory.begin(steps_done(shards))
     say_young_ema(logdir, R * min(steps_per_round))
 
     total = sum(R * steps_per_round[shard.number] for shard in shards)
     done = sum(shard.learner.step for shard in shards)
-    watch.begin(logdir, steps_done(shards))
     x_T, labels = build.sample_grid(FLAGS, data, device)  # the same at all times of the run
     train(
         shards, exchanged or slots, build.schedule(FLAGS, sizes, steps_per_round),

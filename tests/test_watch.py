@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,15 +185,15 @@ def copied(tmp_path_factory):
     [
         ("main.py", ["--total_steps=40", "--save_step=0"], "ckpt8.pt"),
         ("main_fed.py", [*TWO, "--total_round=9", "--save_round=9", "--local_epoch=1"], "global_ckpt_round2.pt"),
-        ("main_fed.py", [*TWO, "--total_round=1", "--local_epoch=9"], "global_ckpt_round1.pt"),
+        ("main_fed.py", [*TWO, "--total_round=1", "--local_epoch=9"], "state/shard1_step4.pt"),
     ],
 )  # fmt: skip
 def test_a_training_that_copies_ends(script, flags, last, copied):
-    logdir = f"log_{last}"
+    logdir = f"log_{Path(last).name}"
     flags = [*TRAINING, *flags, "--dataset=folder", "--data_root=images", "--heldout=heldout", "--img_size=8"]
     flags += ["--lr=1e-9", "--watch_step=4", "--watch_images=20", f"--logdir={logdir}"]
     for start in range(3):  # the second time there is nothing to do, the third its last save has failed
-        if start == 2 and script == "main_fed.py":
+        if start == 2 and "round2" in last:
             for path in [copied / logdir / last, *(copied / logdir / "state").glob("*round2*")]:
                 path.unlink(missing_ok=True)
         result = run(script, *flags, "--stop_when_copying", cwd=copied)
@@ -203,9 +204,32 @@ def test_a_training_that_copies_ends(script, flags, last, copied):
         best = json.loads((copied / logdir / "best.json").read_text())
         assert [found["mq30_above_floor"] for found in best["measurements"]] == [1.0, 1.0]
         assert best["checkpoint"] is None and not list((copied / logdir).glob("best_*"))
+    if "--total_round=1" in flags:
+        assert not list((copied / logdir).glob("**/*round1.pt")), "the only round is not at its end"
     error = run("all_in.py", f"--unet_dir={logdir}", "--best", *PIXELS, cwd=copied, code=1).stderr
     what = "names no checkpoint, since no measurement had MQ@30 at most two points above its floor"
     assert f"{logdir}/best.json: {what}" in error
+
+
+def test_a_round_that_was_left_is_not_averaged(copied):
+    """A training that has copied, stopped within a round, and is started with --stop_when_copying."""
+    flags = [*TRAINING, *TWO, "--total_round=3", "--local_epoch=1", "--save_step=1", "--keep=9", "--watch_step=4"]
+    flags += ["--dataset=folder", "--data_root=images", "--heldout=heldout", "--img_size=8", "--lr=1e-9"]
+    flags += ["--watch_images=20", "--logdir=left"]
+    run("main_fed.py", *flags, cwd=copied)
+    log = copied / "left"
+    for name in ("global_ckpt_round3.pt", "state/shard0_step6.pt", "state/shard1_step5.pt", "state/shard1_step6.pt"):
+        (log / name).unlink()
+    before = (log / "global_ckpt_round2.pt").read_bytes()
+    for total_round in (3, 9):
+        result = run("main_fed.py", *flags, f"--total_round={total_round}", "--stop_when_copying", cwd=copied)
+        assert "9 steps done" in result.stdout and "and no more, since it copies" in result.stdout
+        assert sorted(path.name for path in log.glob("global_*")) == [f"global_ckpt_round{r}.pt" for r in (1, 2)]
+        measurements = json.loads((log / "best.json").read_text())["measurements"]
+        assert [found["step"] for found in measurements if found["step"] <= 9] == [4, 8]
+    assert (log / "global_ckpt_round2.pt").read_bytes() == before
+    run("main_fed.py", *flags, cwd=copied)
+    assert json.loads((log / "train.json").read_text())["steps"] == 12 and (log / "global_ckpt_round3.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,6 +322,18 @@ def test_what_was_measured_with_other_settings_is_not_gone_on_with(tmp_path):
     with pytest.raises(UsageError, match=r"best\.json: measured with other images: give those of then"):
         make_watch({}, kept, about={"images": 8, "seed": 1}).begin(tmp_path, 10)
     assert kept == ["step10"]
+
+
+@pytest.mark.parametrize("kind", ["default", "averages"])
+def test_nothing_is_written_where_the_watching_is_refused(kind, tmp_path):
+    script, *flags = command(kind)
+    run(script, *flags, *WATCHED, cwd=tmp_path)
+    files = [path for path in (tmp_path / "log").rglob("*") if path.is_file() and path.name != ".lock"]
+    before = {path: path.read_bytes() for path in files}
+    changed = ["--watch_images=30", "--dropout=0.3", "--allow_change"]
+    error = run(script, *flags, *WATCHED, *changed, cwd=tmp_path, code=2).stderr
+    assert "measured with other watch_images" in error
+    assert {path: path.read_bytes() for path in files} == before
 
 
 def test_curves_of_several_trainings_side_by_side(tmp_path):

@@ -80,11 +80,12 @@ def main():
     net = shards[0].learner.net
     announce(device, net, len(data.images), FLAGS.batch_size, asked_for=FLAGS.device, **work)
     steps_per_round = [FLAGS.local_steps] * K
-    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, directory, FLAGS.total_round)
+    rounds_done, seconds, exchanged = resume_shards(shards, steps_per_round, logdir, FLAGS.total_round)
+    watch.begin(logdir, steps_done(shards))
+    directory.begin(steps_done(shards))
     say_young_ema(logdir, own_steps)
     if not FLAGS.lora_rank:
         pipeline.unet = shards[0].learner.ema  # what it started from is needed no more
-    watch.begin(logdir, steps_done(shards))
 
     def publish(state, is_due):
         if is_due:

@@ -61,16 +61,15 @@ def check_length(flag, wanted, done, logdir):
 # ---- main.py
 
 
-def resume(learner, directory, total_steps):
+def resume(learner, logdir, total_steps):
     """Continue from the newest good checkpoint, if any; returns the seconds of training until then."""
-    logdir, seconds = directory.path, 0.0
+    seconds = 0.0
     path = distributed.from_main(newest_step(logdir) if distributed.is_main() else None)
     if path:
         state = load_checkpoint(path, check=False)  # rank 0 has checked it
         restore(learner, state, path)
         seconds = state["seconds"]
     check_length("total_steps", total_steps, learner.step, logdir)
-    directory.begin(learner.step)
     if path:
         print(f"continuing from {path}: {learner.step} of {total_steps} steps done")
     return seconds
@@ -164,7 +163,7 @@ def newest_round(steps_per_round, logdir):
     return r, steps, averages.get(r)
 
 
-def resume_shards(shards, steps_per_round, directory, total_round):
+def resume_shards(shards, steps_per_round, logdir, total_round):
     """Continue the shards of this process from the newest good files.
 
     Returns the rounds done, the seconds of training until then, and the slots if they were exchanged.
@@ -172,7 +171,6 @@ def resume_shards(shards, steps_per_round, directory, total_round):
     Raises:
         DataError: the files do not fit the run.
         UsageError: more rounds are done than `total_round`."""
-    logdir = directory.path
     found = newest_round(steps_per_round, logdir) if distributed.is_main() else None
     r, steps, average_path = distributed.from_main(found)
     average = load_checkpoint(average_path, check=False) if r else {"seconds": 0.0}
@@ -190,7 +188,6 @@ def resume_shards(shards, steps_per_round, directory, total_round):
             if average["averaged"]:
                 shard.learner.set_weights(average["global_model"], average["global_ema_model"])
     check_length("total_round", total_round, r, logdir)
-    directory.begin(sum(steps))
     if any(steps):
         print(f"continuing in {logdir}: {r} rounds and {sum(steps)} steps done")
     return r, seconds, average.get("slots", average.get("shards"))  # as earlier versions called them

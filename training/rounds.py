@@ -49,13 +49,11 @@ def train(
         watch: a `Watch`, which measures averages after the round in which it falls due, or if that round
             exchanges images after the next that does not. In an only round, whose shards are never
             averaged, it measures the mean prediction of all shards, which wait for each other for it.
+            Where it ends a training within a round, that has no average.
     """
     sizes, per_round = schedule.sizes, schedule.steps_per_round
     with Interruption() as interruption, logger:
         for r in range(first_round, schedule.total_round + 1):
-            # killed after the last measurement, but before the average was saved, it still saves it
-            if watch.is_over and steps_done(shards) == sum(per_round) * (r - 1):
-                break
             slots = slots_of_round(r) or slots
             for shard in shards:
                 shard.batches.use(slots[shard.number])
@@ -68,6 +66,9 @@ def train(
                 interruption.wait_for_all(logger.logdir)
                 if schedule.total_round == 1:
                     watch_ensemble(watch, sum(stops), shards, len(sizes), extra, logger, interruption)
+            # a round that is not at its end has no average; killed just before it was saved, it has
+            if watch.is_over and steps_done(shards) < sum(per_round) * r:
+                break
 
             exchanges = exchange_is_due(r, schedule.total_round, schedule.exchange, schedule.exchange_every)
             learners = {shard.number: shard.learner for shard in shards}
