@@ -27,7 +27,7 @@ lora=(--lora_rank=8 --lora_freeze_a --lora_targets="$blocks" --lr=3e-3)
 # train NAME FLAG...
 train() {
     once "$out/$1/trained" "$PYTHON" -m text_to_image.main_fed --train "${flags[@]}" --logdir="$out/$1" \
-        --total_round="$rounds" --save_round="$((rounds / 2))" "${@:2}"
+        --total_round="$rounds" --save_round="$(((rounds + 1) / 2))" "${@:2}"
 }
 
 # both NAME FLAG...: default training and IET-AGC side by side, each on one core; the names are NAMEdefault, NAMEiet_agc

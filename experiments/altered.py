@@ -83,7 +83,7 @@ def floor(data):
 
 
 def hash_of_groups(path):
-    """What names who is in which group of groups.csv, whatever the order; scores differ between processors."""
+    """What names who is in which group of a groups.csv: scores, and its order, differ between processors."""
     members = defaultdict(list)
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -102,7 +102,9 @@ def found_copies(lists, data):
     found = [row for row in rows if row["kind"] != "similar"]
     is_true = [original(row["image"]) == original(row["other"]) for row in found]
     return {
-        "sha256": {"groups": hash_of_groups(lists / "groups.csv"), "keep.txt": file_hash(lists / "keep.txt")},
+        "sha256": {
+            "groups": hash_of_groups(lists / "groups.csv"), "keep.txt": file_hash(lists / "keep.txt"),
+        },
         "true pairs": sum(n * (n - 1) // 2 for n in size.values()),
         "true pairs found": sum(is_true), "false pairs": len(found) - sum(is_true),
         "kept": kept.total(), "copies kept of each": [kept[name] for name in size if size[name] > 1],

@@ -289,7 +289,8 @@ def next_of(work, run):
 
 def log_of(run):
     """The log directory that has the checkpoints of a run."""
-    return Path(next(flag for flag in run.flags if flag.startswith("--logdir=")).removeprefix("--logdir="))
+    flag = next(flag for flag in run.flags if flag.startswith("--logdir="))
+    return Path(flag.removeprefix("--logdir="))
 
 
 def file_of_another(run):
@@ -300,7 +301,7 @@ def file_of_another(run):
 def work_all(wanted, planned, deadline, processes, work=work):
     """`work` of all wanted runs that are not complete, until the deadline.
 
-    planned: all runs. Those that others need come first, complete or not: results are without checkpoints."""
+    planned: all runs. Those that others need come first, complete or not: results have no checkpoints."""
     missing = [run for run in wanted if not measured(run)["complete"]]
     needing = [run for run in missing if file_of_another(run)]
     sources = {file_of_another(run).parent for run in needing if not file_of_another(run).exists()}

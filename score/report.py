@@ -222,7 +222,7 @@ def similarities(result):
     series["training"] = training["bg_histogram"]
     how = f" ({training['preprocess']} preprocessing)" if training["preprocess"] else ""
     note = f"The largest cosine similarity of each image to the training images, by {training['features']}{how}; "
-    of_others = "Unrelated images may be as alike by these features: only the floors say how much that means."
+    of_others = "Unrelated images may be as alike: only the floors say how much that means."
     of_sscd = "Above 0.5 Somepalli et al. 2023 call an image a copy."
     note += f"of a training image to the others. {of_sscd if is_sscd(result) else of_others}"
     return f"{table(['sim', *sets, 'training'], rows)}<p class=note>{note}</p>{histograms(series)}"

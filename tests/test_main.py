@@ -90,6 +90,30 @@ def test_conditional_low_precision_training_and_sampling(precision, mean_type, t
     assert (tmp_path / "log/sample/ema_step2.png").exists()
 
 
+def test_guidance_is_of_trainings_that_learned_the_null_class(tmp_path):
+    """Flags that are not given are the training's."""
+    own = ["--use_labels", "--num_labels=10", "--total_steps=1"]
+    for share in (0, 0.2):
+        flags = [*TINY_FLAGS, *own, "--sample_step=0", f"--label_dropout={share}", f"--logdir={share}"]
+        run("main.py", "--train", *flags, cwd=tmp_path)
+    error = run("main.py", "--train", *TINY_FLAGS, *own, "--guidance=2", "--logdir=no", cwd=tmp_path, code=2).stderr
+    assert "--guidance with --train needs --label_dropout" in error
+    generate = [
+        "--dataset=digits",
+        "--guidance=2",
+        "--stages=generate",
+        "--num_images=2",
+        "--device=cpu",
+        "--sample_steps=2",
+    ]
+    error = run("all_in.py", *generate, "--unet_dir=0", cwd=tmp_path, code=2).stderr
+    assert "0/ckpt1.pt was trained with --label_dropout=0, so it has not learned the null class" in error
+    run("all_in.py", *generate, "--unet_dir=0.2", cwd=tmp_path)
+    (tmp_path / "0.2/run.json").unlink()
+    error = run("all_in.py", *generate, "--unet_dir=0.2", cwd=tmp_path, code=2).stderr
+    assert "--guidance=2.0 needs --use_labels and --num_labels" in error
+
+
 def test_a_warm_up_longer_than_the_training_is_said(capsys):
     check_warmup(10, 10)
     assert capsys.readouterr().err == ""

@@ -39,6 +39,7 @@ def test_what_lists_name_wrongly_is_said_in_a_line(tmp_path):
             read_kept(path, ["a", "b"])
     tables = {"group,image\n1,a\n2,a\n": "two groups", "a,b\n1,2\n": "no column", "group,image\n1,z\n": "'z'"}
     tables |= {"": "no column 'group'", "group\n": "no column 'image'"}
+    tables |= {"group,image\n1,a\n ,b\n": "line 3: b is in no group", "image,group\na\n": "line 2: a is in no group"}
     for text, wrong in tables.items():
         path.write_text(text)
         with pytest.raises(DataError, match=wrong):

@@ -80,10 +80,12 @@ def rule(*names):
     return lambda function: RULES.append((names, function)) or function
 
 
-def check(values):
-    """Raise a UsageError where flags contradict each other; rules about flags not there do not count."""
+def check(values, waiting=()):
+    """Raise a UsageError where flags contradict each other; rules about flags not there do not count.
+
+    waiting: flags that are still to be taken from a training; rules about them do not count either."""
     for names, function in RULES:
-        if all(name in values for name in names):
+        if all(name in values for name in names) and not set(names) & set(waiting):
             function(values)
 
 
@@ -177,13 +179,16 @@ def steps_of_sampler(values):
         raise UsageError(f"--sample_steps={values.sample_steps}: with --T={values.T} at most {most}")
 
 
-@rule("use_labels", "num_labels", "label_dropout", "guidance", "legacy_labels")
+@rule("train", "use_labels", "num_labels", "label_dropout", "guidance", "legacy_labels")
 def classes(values):
     if values.use_labels and values.num_labels is None:
         raise UsageError("--use_labels needs --num_labels: give the number of classes")
     for name in ("label_dropout", "guidance", "legacy_labels"):
         if values[name].value and not values.use_labels:
             raise UsageError(f"--{name}={values[name].value} needs --use_labels and --num_labels")
+    if values.train and values.guidance and not values.label_dropout:
+        what = "needs --label_dropout, by which the null class is learned: give both"
+        raise UsageError(f"--guidance with --train {what}")
     if values.legacy_labels and values.guidance:
         raise UsageError("--guidance needs a null class, which checkpoints for --legacy_labels do not have")
 
@@ -232,9 +237,9 @@ MAIN = (
 
 SHARDS = (
     integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", 1),
-    choice("split", None, SPLITS, "how main_fed deals images; default: stratified, files in a row, or the paper's"),
+    choice("split", None, SPLITS, "main_fed: how images go to shards; default: files in a row"),
     switch("reshard", False, "main_fed: make new random shards every round"),
-    choice("exchange", "off", ("off", "ring"), "main_fed: ring: MSR of IET-AGC+, shards pass on images"),
+    choice("exchange", "off", ("off", "ring"), "ring: IET-AGC+'s MSR passes images on, but not at the end"),
     number("exchange_share", 0.25, "main_fed: share of a shard's images that it passes on", 0.0, 1.0),
     integer("exchange_every", 2, "main_fed: every so many rounds an exchange takes the place of an average", 2),
     integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards, or an exchange", 1),

@@ -12,7 +12,7 @@ import torch
 from absl import app, flags
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from training.flags import check
+from training.flags import NETWORK_FLAGS, check
 from training.flags import parse as parse_words
 from utils import distributed, startup
 from utils.errors import UsageError, printable, warn
@@ -55,7 +55,8 @@ def parse(values, arguments):
         raise UsageError(f"give {' and '.join(arguments)}, see --help")
     if len(positional) > len(arguments):
         raise UsageError(f"{positional[len(arguments)]!r} is no flag: flags start with --, see --help")
-    check(values)
+    of_checkpoint = "unet_dir" in values and values.unet_dir
+    check(values, [name for name in NETWORK_FLAGS if of_checkpoint and not values[name].present])
     return positional
 
 

@@ -43,10 +43,12 @@ def take(values, settings, where, paths=None):
                 values.validate_all_flags()
             except flags.Error as error:
                 raise DataError(f"{where}: {one_line(error)}") from error
-    if paths is None or (values["dataset"].present and values.dataset != settings.get("dataset")):
-        return  # what is said of the other data set is not of this one
+    if paths is None:
+        return
+    is_its_data = not values["dataset"].present or values.dataset == settings.get("dataset")
     recorded = {name: settings.get(name) for name in DATA_FLAGS}
-    for name, value in (recorded | {name: paths.get(name) for name in PATH_FLAGS}).items():
+    recorded |= {name: paths.get(name) for name in PATH_FLAGS}
+    for name, value in recorded.items() if is_its_data else ():
         if not values[name].present and value is not None:
             values[name].parse(value)
     check(values)
@@ -60,6 +62,7 @@ def take_trainings(values, paths):
     """
     settings = [training_of(path) for path in paths]
     if None in settings:
+        check(values)
         return None
     for path, other in zip(paths, settings, strict=True):
         for name in (*NETWORK_FLAGS, *DATA_FLAGS):
@@ -74,6 +77,9 @@ def take_trainings(values, paths):
                 raise UsageError(f"--unet_dir: {what}: evaluate them one by one")
     where = paths[0] if paths[0].suffix == EXPORTED else run_file(paths[0])
     take(values, settings[0], where, recorded_flags(where.parent))
+    if values.guidance and settings[0].get("label_dropout") == 0:
+        what = f"{paths[0]} was trained with --label_dropout=0, so it has not learned the null class"
+        raise UsageError(f"--guidance={values.guidance}: {what}: leave it out")
     return settings[0]
 
 

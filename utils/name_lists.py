@@ -75,6 +75,8 @@ def read_groups(path, names, others=()):
             what = f"has no column {min(lacking)!r}"
             raise DataError(f"--groups={path}: {what}: make it with duplicates.py")
         for row in rows:
+            if not (row["group"] or "").strip():
+                raise ValueError(f"line {rows.line_num}: {row['image']} is in no group")
             if group_of.setdefault(row["image"], row["group"]) != row["group"]:
                 raise ValueError(f"{row['image']} is in two groups")
     except (OSError, ValueError, csv.Error) as error:
