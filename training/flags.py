@@ -81,9 +81,12 @@ def rule(*names):
 
 
 def check(values, waiting=()):
-    """Raise a UsageError where flags contradict each other; rules about flags not there do not count.
+    """Check that flags do not contradict each other; rules about flags not there do not count.
 
-    waiting: flags that are still to be taken from a training; rules about them do not count either."""
+    waiting: flags that are still to be taken from a training; rules about them do not count either.
+
+    Raises:
+        UsageError: they do."""
     for names, function in RULES:
         if all(name in values for name in names) and not set(names) & set(waiting):
             function(values)
