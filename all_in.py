@@ -5,6 +5,7 @@ torchrun --nproc_per_node=4 all_in.py --flagfile=config/CIFAR10.txt --unet_dir=l
 python all_in.py --dataset=folder --data_root=my/training/images --samples=my/generated/images
 """
 
+import math
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,9 @@ from utils.errors import DataError, UsageError, printable, warn
 from utils.files import atomic_write, file_hash, read_json
 from utils.images import fingerprint, keep_apart
 
+# flags that images depend on beside the network's
+OF_IMAGES = ("use_ema", "legacy_labels", "seed", "precision", "reject_below")
+OF_IMAGES += ("sampler", "sample_steps", "eta", "var_type", "guidance")
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {"memorise": ("holdout", "similarity", "groups", "near_duplicates")}
 OPTIONAL["score"] = (
@@ -150,7 +154,24 @@ def origin_of_images():
     record = read_json(path) if path.exists() else {}
     if record.get("training"):
         take(FLAGS, record["training"], path, record["flags"])
+    if record:
+        check_images(record)
     return record.get("checkpoint"), record.get("training")
+
+
+def check_images(record):
+    """Raise a UsageError if flags ask for other images than those that a generate.json describes."""
+    given = as_dict(FLAGS)
+    known = given | record["flags"]
+    others = [name for name in OF_IMAGES if FLAGS[name].present and given[name] != known[name]]
+    paths = find_checkpoints() if FLAGS.unet_dir else []
+    is_elsewhere = paths and names_of(paths) != record["checkpoint"]
+    if is_elsewhere and weights_of(paths)["checkpoint_sha256"] != record["origin"]["checkpoint_sha256"]:
+        others.insert(0, "unet_dir")
+    if others:
+        said = ", ".join(f"--{name}={given[name]}" for name in others)
+        what = f"not of the images in --generate_dir={FLAGS.generate_dir}"
+        raise UsageError(f"{said}: {what}: leave it out, or add the generate stage")
 
 
 # What images are compared with: a `dataset.Dataset` of distinct images; the scores' reference, and real
@@ -280,33 +301,50 @@ def begin_result(result, stages, images, real, paths, settings, young):
             raise UsageError(f"--unet_dir={FLAGS.unet_dir}: {what}: name those, or other directories")
     sets = identity(images, real.data.train.images)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
-        result = {"seconds": {}, **sets}
+        result = {"seconds": {}, **sets, **gap_of(result, description | sets)}
+    staying = check_floors(result, stages, real.heldout)
+    notes = {name: note for name, note in real.notes.items() if name != "floor_warning" or not staying}
+    result.pop("samples", None)
     used = result.get("flags", description.get("flags", {}))  # an earlier call's, until numbers are made
     result.pop("held_back", None)
     seconds = result["seconds"] | description.get("seconds", {})
-    result |= description | {"flags": used, "seconds": seconds, **real.notes}
+    result |= description | {"flags": used, "seconds": seconds, **notes}
     result |= {"N": len(images), "training_set_size": len(real.data.train.images)}
     bad = result.get("non_finite_images")
     result["non_finite_warning"] = say_non_finite("generated images", bad, len(images))
     result["training_seconds"] = training_seconds(result["checkpoint"])
     result["watched"] = watched(result["checkpoint"])
-    check_floors(result, stages, real.heldout)
     if FLAGS.samples and "score" not in stages:
         forget_old_scores(result)
     return result
 
 
+def gap_of(result, known):
+    """The gap of a result, if that is of the known network and training images, else {}."""
+    names = ("checkpoint_sha256", "weights", "training_sha256")
+    is_its = "gap" in result and all(result.get(name) == known.get(name) for name in names)
+    return {"gap": result["gap"], "seconds": {"gap": result["seconds"]["gap"]}} if is_its else {}
+
+
+def hash_of_set(heldout):
+    """What held-out images (L, 3, H, W) are known by, in any order; None without them."""
+    return None if heldout is None else fingerprint(heldout[content_order(heldout)])
+
+
 def check_floors(result, stages, heldout):
-    """Raise a UsageError if a result has floors of other held-out images than those given, or None."""
-    if heldout is None or stages >= {"memorise", "score"}:
-        return
-    of_stage = {"memorise": result.get("holdout", {}).get("images_sha256")}
-    of_stage["score"] = result.get("scored_with", {}).get("heldout")
-    hashes = {None, fingerprint(heldout), fingerprint(heldout[content_order(heldout)])}
-    for stage in of_stage.keys() - stages:
-        if of_stage[stage] not in hashes:
-            what = f"has floors of other held-out images, by the {stage} stage: run it too"
-            raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}, or choose other directories")
+    """Whether a result has measured held-out images, or None, that the stages leave as they are.
+
+    Raises:
+        UsageError: they are not those given, or of several sets."""
+    of_stage = {"memorise": result.get("holdout"), "score": result, "gap": result.get("gap")}
+    sets = {stage: (of_stage[stage] or {}).get("heldout_sha256") for stage in of_stage.keys() - stages}
+    staying = {stage: known for stage, known in sets.items() if known}
+    own = {hash_of_set(heldout)} - {None}
+    if len(own | set(staying.values())) > 1:
+        others = " and ".join(sorted(stage for stage, known in staying.items() if known not in own))
+        what = f"has floors of other held-out images, by the {others} stage: run it too"
+        raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}, or choose other directories")
+    return bool(staying) and heldout is None
 
 
 def find_gap(net, paths, data, device):
@@ -318,7 +356,11 @@ def find_gap(net, paths, data, device):
         sets.append((part.images[rows], labels))
     trainer = GaussianDiffusionTrainer(net, **build.diffusion_settings(FLAGS)).to(device)
     gap = denoising_gap(trainer, *sets, FLAGS.seed, FLAGS.batch_size)
-    return {"gap": {"checkpoint": names_of(paths), **gap}}
+    if math.isnan(gap["auc"]):
+        what = "its losses are not finite, so they tell nothing: leave gap out of --stages"
+        raise DataError(f"{names_of(paths)}: {what}")
+    about = {"checkpoint": names_of(paths), "heldout_sha256": hash_of_set(data.heldout.images)}
+    return {"gap": about | gap}
 
 
 def known_identity(result):
@@ -337,6 +379,8 @@ def memorise(images, real, space, names, sets, device, were_held_back):
         sets=sets, hflip=real.data.hflip, names=names, groups=groups,
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
+    if heldout is not None:
+        numbers["holdout"]["heldout_sha256"] = hash_of_set(heldout)
     if were_held_back:
         numbers["near_duplicates"] = count_near(images, training)
     if space:
@@ -427,8 +471,8 @@ def main():
             return add_stage(result, FLAGS.grid_dir, stage, find, OPTIONAL.get(stage, ()), as_dict(FLAGS))
 
         if "score" in stages and result.get("scored_with") != quality.scored_with:
-            of_scores = {"scored_with": quality.scored_with, "warning": quality.warning}
-            of_scores["fid_reference"] = FLAGS.fid_reference
+            of_scores = {"scored_with": quality.scored_with, "fid_reference": FLAGS.fid_reference}
+            of_scores |= {"warning": quality.warning, "heldout_sha256": hash_of_set(real.heldout)}
             is_new |= add("score", lambda: {**quality(images), **of_scores})
         if "memorise" in stages:
             of_result = known_identity(result), device, "held_back" in result

@@ -347,7 +347,13 @@ def main(arguments=None):
     if options.html:
         write_text(options.html, compare_page(rows, summaries, notes))
     if options.picture:
-        grids = {label: members[0][0].with_name("grid_image0.png") for label, members in rows.items()}
+        first = {label: members[0] for label, members in rows.items()}
+        for label in [label for label, (_, result) in first.items() if "grids" not in result]:
+            what = f"no grid of these images beside {first.pop(label)[0]}"
+            warn(f"warning: {label}: {what}: it is not in --picture")
+        if not first:
+            raise DataError(f"--picture={options.picture}: no result has a grid: run the grid stage")
+        grids = {label: path.with_name("grid_image0.png") for label, (path, _) in first.items()}
         save_comparison(options.picture, grids)
 
 

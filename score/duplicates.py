@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d
 from score.memorization import NEIGHBORS, nearest_neighbors
 from score.similarity import embed, most_similar, squared_distance
 from utils.bar import progress_bar
-from utils.images import moved_by, resized
+from utils.images import equal_images, moved_by, resized
 
 # of scores, in pixels: below the first nearly all pairs are copies, below the second most copies are
 NEAR, SIMILAR = 0.3, 0.5
@@ -231,7 +231,8 @@ def scored_pairs(compared, found, is_key):
 def count_near(images, training):
     """How many of uint8 images (N, 3, H, W) are near, in pixels, to one of training (M, 3, H, W)."""
     N, M = len(images), len(training)
-    compared, rows = Pixels(torch.cat([training, images]), torch.arange(M + N)), torch.arange(M, M + N)
+    both, rows = torch.cat([training, images]), torch.arange(M, M + N)
+    compared = Pixels(both, torch.arange(M + N))
     of_training = Pixels(training, torch.arange(M))
     of_training.queries = of_training.queries[:1]  # they give the scale of scores only
     lists = search(of_training, torch.ones(M, dtype=torch.bool))
@@ -241,7 +242,10 @@ def count_near(images, training):
         nearest = nearer(nothing(N), Lists(*compared.nearest(queries[rows], compared.keys[:M], NEIGHBORS)))
         found.append(Lists(*(torch.cat(columns) for columns in zip(own, nearest, strict=True))))
     pairs, score = scored_pairs(compared, found, torch.arange(M + N) < M)
-    return len(pairs[(score < NEAR) & (pairs[:, 0] >= M), 0].unique())
+    equal = equal_images(both)
+    is_near = torch.isin(equal, equal[:M])
+    is_near[pairs[score < NEAR, 0]] = True
+    return is_near[M:].sum().item()
 
 
 def greedy_groups(pairs, score, order):

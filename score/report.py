@@ -25,22 +25,25 @@ STYLE = Path(__file__).with_name("report.css")
 
 
 def training_seconds(checkpoint):
-    """What train.json beside a checkpoint says, or None; a file of that name may be something else."""
-    path = Path(checkpoint).parent / "train.json" if checkpoint else None
-    record = read_json(path) if path and path.exists() else None
-    return record.get("seconds") if isinstance(record, dict) else None
+    """What train.json beside a checkpoint says, or None."""
+    return (beside(checkpoint, "train.json") or {}).get("seconds")
 
 
 def watched(checkpoint):
-    """The measurements that a training made of itself, by best.json beside a checkpoint, or None.
+    """The measurements that a training made of itself, by best.json beside a checkpoint, or None."""
+    return (beside(checkpoint, "best.json") or {}).get("measurements")
+
+
+def beside(checkpoint, name):
+    """The dict in a JSON file beside a checkpoint, or None.
 
     checkpoint: its path, or those of several with commas, as shards that are never averaged have."""
     if not checkpoint:
         return None
-    first = checkpoint if Path(checkpoint).exists() else checkpoint.split(",")[0]
-    path = Path(first).parent / "best.json"
+    first = checkpoint if Path(checkpoint).exists() else str(checkpoint).split(",")[0]
+    path = Path(first).parent / name
     record = read_json(path) if path.exists() else None
-    return record.get("measurements") if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def page(title, sections, kind="report"):

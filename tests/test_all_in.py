@@ -166,7 +166,6 @@ def test_images_do_not_depend_on_the_batch_size_and_raw_weights_differ(evaluated
 def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path):
     flags = [*PIXELS, f"--unet_dir={checkpoint}", "--fid_reference=heldout", *eval_flags(tmp_path)]
     misleading = {
-        "generate": ["--seed=77", "--use_ema=False"],
         "memorise": ["--batch_A=7"],
         "score": ["--fid_reference=train", "--fid_features=inception"],
     }
@@ -174,7 +173,7 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
         of_others = [flag for other, names in misleading.items() if other != stage for flag in names]
         call(*flags, f"--stages={stage}", *of_others)
     ours, reference = result_of(tmp_path), result_of(evaluated)
-    call(*flags, "--stages=report", "--batch_A=9", "--sample_steps=3")
+    call(*flags, "--stages=report", "--batch_A=9")
     used = ours["flags"]
     assert used == result_of(tmp_path)["flags"], "those of a call that only shows what is there do not count"
     assert used["fid_features"] == "pixels" and used["batch_A"] == 7 and ours["fid_reference"] == "heldout"
@@ -184,6 +183,51 @@ def test_stages_one_by_one_fill_the_same_result(evaluated, checkpoint, tmp_path)
     for key in ("pixels", "fpd", "N", "checkpoint_sha256", "images_sha256"):
         assert ours[key] == reference[key], key
     assert ours["seconds"].keys() == reference["seconds"].keys()
+
+
+def test_flags_of_other_images_than_those_that_are_there_are_refused(evaluated, checkpoint, tmp_path):
+    """They would be recorded as those of the images, and change nothing."""
+    shutil.copytree(evaluated, tmp_path / "eval")
+    before = result_of(tmp_path / "eval")
+    other = tmp_path / "ckpt8.pt"
+    torch.save({**torch.load(checkpoint, weights_only=True), "step": 8}, other)
+    flags = [*PIXELS, "--fid_reference=heldout", "--stages=memorise,report", *eval_flags(tmp_path / "eval")]
+    wrong = {f"--unet_dir={other}": "unet_dir", "--seed=77": "seed", "--sample_steps=3": "sample_steps"}
+    for flag, name in (wrong | {"--use_ema=False": "use_ema", "--reject_below=50": "reject_below"}).items():
+        with pytest.raises(UsageError, match=f"--{name}=.*: not of the images in --generate_dir"):
+            call(*flags, flag)
+    assert result_of(tmp_path / "eval") == before
+    shutil.copy(checkpoint, tmp_path / "moved.pt")
+    call(*flags, f"--unet_dir={tmp_path / 'moved.pt'}", "--seed=12", "--use_ema=True")
+
+
+def test_what_was_measured_of_held_out_images_is_of_one_set(checkpoint, tmp_path):
+    """Floors, losses and what is said of few images: of those that a result has, whichever stages are run."""
+    for name, rows in (("a", slice(60)), ("b", slice(700, 760))):
+        save_pngs(tmp_path / name, load_dataset("digits", ".", 8, num_train=48).heldout.images[rows])
+    flags = [*PIXELS, f"--unet_dir={checkpoint}", *eval_flags(tmp_path)]
+    call(*flags, "--stages=gap", f"--heldout={tmp_path / 'a'}")
+    gap = result_of(tmp_path)["gap"]
+    call(*flags, "--stages=generate,score,memorise,report", f"--heldout={tmp_path / 'a'}")
+    assert result_of(tmp_path)["gap"] == gap, "it is of the same network and training images"
+    for stages, other in (("score,memorise", "gap"), ("gap", "memorise and score"), ("score,gap", "memorise")):
+        with pytest.raises(UsageError, match=f"floors of other held-out images, by the {other} stage"):
+            call(*flags, f"--stages={stages}", f"--heldout={tmp_path / 'b'}")
+    call(*flags, "--stages=report", "--noholdout")
+    result = result_of(tmp_path)
+    assert result["floor_warning"].startswith("60 held-out images") and result["holdout"]["N"] == 60
+    result["heldout_sha256"] = "of others"  # killed between two stages
+    (tmp_path / "grid/result.json").write_text(json.dumps(result))
+    with pytest.raises(UsageError, match="floors of other held-out images, by the gap and memorise and score stage"):
+        call(*flags, "--stages=report", "--noholdout")
+
+
+def test_losses_of_a_network_that_makes_nothing_are_refused_in_a_line(checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)
+    state["ema_model"] = {name: value * torch.nan for name, value in state["ema_model"].items()}
+    torch.save(state, tmp_path / "ckpt7.pt")
+    with pytest.raises(DataError, match=r"ckpt7\.pt: its losses are not finite"):
+        call(*PIXELS, f"--unet_dir={tmp_path / 'ckpt7.pt'}", "--stages=gap", *eval_flags(tmp_path))
 
 
 def test_groups_of_training_images(tmp_path):

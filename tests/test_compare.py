@@ -373,3 +373,18 @@ def test_the_page_of_large_images_is_small(tmp_path):
     page = (tmp_path / "both.html").read_text()
     assert len(page) < 100_000 and page.count("data:image/jpeg") == 16
     assert "b: " in page and "grid_image0.png: cannot be read as an image" in page
+
+
+def test_a_grid_of_other_images_is_in_no_picture(tmp_path):
+    """Of a result whose grid stage was not run again."""
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    paths = save_grids(tmp_path / "a", images, images, torch.arange(8), torch.rand(8))
+    for name, grids in (("a", {"grids": list(map(str, paths))}), ("b", {})):
+        write_run(tmp_path / name / "grid", changed(RESULT, {"N": 8, **grids}))
+        shutil.copy(paths[0], tmp_path / name / "grid")
+    alone = run_module("score.compare", "x=a/grid", "--picture=a.png", cwd=tmp_path)
+    both = run_module("score.compare", "x=a/grid", "y=b/grid", "--picture=both.png", cwd=tmp_path)
+    assert "y: no grid of these images beside" in both.stderr and "warning" not in alone.stderr
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "both.png").read_bytes()
+    none = run_module("score.compare", "y=b/grid", "--picture=none.png", cwd=tmp_path, code=1)
+    assert "no result has a grid: run the grid stage" in none.stderr

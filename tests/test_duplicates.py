@@ -182,6 +182,14 @@ def test_near_copies_among_generated_images_are_counted():
     assert count_near(as_tensor(np.concatenate([images[150:], scenes(20, seed=8)])), as_tensor(images[:150])) == 25
 
 
+def test_equal_images_are_near_whatever_they_show():
+    training, _ = with_copies(20)
+    training[3] = 0
+    images = np.stack([training[3], training[5], *scenes(3, seed=9)])
+    assert count_near(as_tensor(images), as_tensor(training)) == 2
+    assert count_near(as_tensor(images), as_tensor(training[5:6])) == 1
+
+
 def test_near_copies_of_images_that_stand_there_often_are_counted_as_the_finder_does():
     """All 50 neighbours of such an image are copies too: without a scale of the others there would be none."""
     noise = np.random.default_rng(0)

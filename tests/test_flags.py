@@ -200,5 +200,11 @@ def test_a_tilde_is_a_home_directory_in_every_path(values, monkeypatch, tmp_path
     assert parsed(values, "--flagfile=~/flags").lr == 3
 
 
+def test_images_that_no_network_makes_may_have_any_size():
+    flags.check(values_of("all_in.py", "--samples=made", "--img_size=100"))
+    with pytest.raises(UsageError, match="4 levels of --ch_mult need a multiple of 8"):
+        flags.check(values_of("all_in.py", "--img_size=100"))
+
+
 if __name__ == "__main__":
     DOCUMENT.write_text(document())

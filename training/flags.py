@@ -143,6 +143,8 @@ def norm_groups(values, checkpoint=None, path=None):
 
 @rule("ch_mult", "attn", "img_size")
 def levels(values):
+    if "duplicates_dir" in values or ("samples" in values and values.samples and not values.unet_dir):
+        return  # there is no network
     number = len(values.ch_mult)
     for level in values.attn:
         if level >= number:
