@@ -73,4 +73,5 @@ def print_summary(result, directory):
     """What a person wants to know first."""
     print(f"{result['N']} images against {result['training_set_size']} training images")
     print("  " + ", ".join(f"{name} {text}" for name, text in summary(result).items()))
-    print(f"  written to {directory}")
+    if result["seconds"].keys() - {"generate"}:  # a stage that writes it
+        print(f"  written to {directory}")
