@@ -56,8 +56,8 @@ from utils.files import atomic_write, file_hash, read_json
 from utils.images import fingerprint, keep_apart
 
 # flags that images depend on beside the network's
-OF_IMAGES = ("use_ema", "legacy_labels", "seed", "precision", "reject_below")
-OF_IMAGES += ("sampler", "sample_steps", "eta", "var_type", "guidance")
+GENERATION_FLAGS = ("use_ema", "legacy_labels", "seed", "precision", "reject_below")
+GENERATION_FLAGS += ("sampler", "sample_steps", "eta", "var_type", "guidance")
 # what a stage finds with some flags only: it goes when the stage is run with others
 OPTIONAL = {"memorise": ("holdout", "similarity", "groups", "near_duplicates")}
 OPTIONAL["score"] = (
@@ -163,7 +163,7 @@ def check_images(record):
     """Raise a UsageError if flags ask for other images than those that a generate.json describes."""
     given = as_dict(FLAGS)
     known = given | record["flags"]
-    others = [name for name in OF_IMAGES if FLAGS[name].present and given[name] != known[name]]
+    others = [name for name in GENERATION_FLAGS if FLAGS[name].present and given[name] != known[name]]
     paths = find_checkpoints() if FLAGS.unet_dir else []
     is_elsewhere = paths and names_of(paths) != record["checkpoint"]
     if is_elsewhere and weights_of(paths)["checkpoint_sha256"] != record["origin"]["checkpoint_sha256"]:
@@ -175,8 +175,9 @@ def check_images(record):
 
 
 # What images are compared with: a `dataset.Dataset` of distinct images; the scores' reference, and real
-# images for the floor or None, (N, 3, H, W); each slot's distinct image, (N,); what to say of them
-Real = namedtuple("Real", "data reference heldout slot_group notes")
+# images for the floor, (N, 3, H, W), and their `hash_of_set`, or None twice; each slot's distinct image,
+# (N,); what to say of them
+Real = namedtuple("Real", "data reference heldout heldout_sha256 slot_group notes")
 
 
 def load_real(stages, images, checkpoint, settings):
@@ -185,7 +186,7 @@ def load_real(stages, images, checkpoint, settings):
     checkpoint, settings: what makes or made them, and of its training; both may be None."""
     with distributed.main_first():
         given = build.dataset(FLAGS)
-    notes = {"settings_warning": training_warning(settings, given, checkpoint) if checkpoint else None}
+    notes = {"settings_warning": checkpoint and training_warning(settings, given, checkpoint)}
     once = given.without_copies()
     data = once.distinct()
     if "gap" in stages:
@@ -198,7 +199,13 @@ def load_real(stages, images, checkpoint, settings):
     if FLAGS.samples:
         notes["samples_warning"] = warn_of_odd_values(FLAGS.samples, images, data.train.images)
     slot_group = once.equal[given.slot_image]
-    return Real(data, build.reference_images(FLAGS, once), heldout, slot_group, notes)
+    known_by = None if heldout is None else hash_of_set(heldout)
+    return Real(data, build.reference_images(FLAGS, once), heldout, known_by, slot_group, notes)
+
+
+def hash_of_set(images):
+    """What images (N, 3, H, W) are known by, in any order."""
+    return fingerprint(images[content_order(images)])
 
 
 def weights_of(paths):
@@ -302,7 +309,7 @@ def begin_result(result, stages, images, real, paths, settings, young):
     sets = identity(images, real.data.train.images)
     if not sets.items() <= result.items():  # else stages that are run one by one fill it
         result = {"seconds": {}, **sets, **gap_of(result, description | sets)}
-    staying = check_floors(result, stages, real.heldout)
+    staying = check_floors(result, stages, real.heldout_sha256)
     notes = {name: note for name, note in real.notes.items() if name != "floor_warning" or not staying}
     result.pop("samples", None)
     used = result.get("flags", description.get("flags", {}))  # an earlier call's, until numbers are made
@@ -326,31 +333,28 @@ def gap_of(result, known):
     return {"gap": result["gap"], "seconds": {"gap": result["seconds"]["gap"]}} if is_its else {}
 
 
-def hash_of_set(heldout):
-    """What held-out images (L, 3, H, W) are known by, in any order; None without them."""
-    return None if heldout is None else fingerprint(heldout[content_order(heldout)])
+def check_floors(result, stages, given):
+    """Whether a result has floors that stay as they are, since no held-out images are given.
 
-
-def check_floors(result, stages, heldout):
-    """Whether a result has measured held-out images, or None, that the stages leave as they are.
+    given: what those given are known by, or None.
 
     Raises:
         UsageError: they are not those given, or of several sets."""
     of_stage = {"memorise": result.get("holdout"), "score": result, "gap": result.get("gap")}
     sets = {stage: (of_stage[stage] or {}).get("heldout_sha256") for stage in of_stage.keys() - stages}
     staying = {stage: known for stage, known in sets.items() if known}
-    own = {hash_of_set(heldout)} - {None}
+    own = {given} - {None}
     if len(own | set(staying.values())) > 1:
         others = " and ".join(sorted(stage for stage, known in staying.items() if known not in own))
         what = f"has floors of other held-out images, by the {others} stage: run it too"
         raise UsageError(f"--grid_dir={FLAGS.grid_dir}: {what}, or choose other directories")
-    return bool(staying) and heldout is None
+    return bool(staying) and given is None
 
 
-def find_gap(net, paths, data, device):
+def find_gap(net, paths, real, device):
     """The `denoising_gap` on --num_images training and as many held-out images, evenly spaced."""
     sets = []
-    for part in (data.train, data.heldout):
+    for part in (real.data.train, real.data.heldout):
         rows = evenly_spaced(len(part.images), FLAGS.num_images)
         labels = part.labels[rows] - int(FLAGS.legacy_labels) if FLAGS.use_labels else None
         sets.append((part.images[rows], labels))
@@ -359,7 +363,8 @@ def find_gap(net, paths, data, device):
     if math.isnan(gap["auc"]):
         what = "its losses are not finite, so they tell nothing: leave gap out of --stages"
         raise DataError(f"{names_of(paths)}: {what}")
-    about = {"checkpoint": names_of(paths), "heldout_sha256": hash_of_set(data.heldout.images)}
+    about = {"checkpoint": names_of(paths)}
+    about["heldout_sha256"] = real.heldout_sha256 or hash_of_set(real.data.heldout.images)
     return {"gap": about | gap}
 
 
@@ -380,7 +385,7 @@ def memorise(images, real, space, names, sets, device, were_held_back):
         batch_generated=FLAGS.batch_A, batch_training=FLAGS.batch_B, device=device, progress=True,
     )  # fmt: skip
     if heldout is not None:
-        numbers["holdout"]["heldout_sha256"] = hash_of_set(heldout)
+        numbers["holdout"]["heldout_sha256"] = real.heldout_sha256
     if were_held_back:
         numbers["near_duplicates"] = count_near(images, training)
     if space:
@@ -472,13 +477,13 @@ def main():
 
         if "score" in stages and result.get("scored_with") != quality.scored_with:
             of_scores = {"scored_with": quality.scored_with, "fid_reference": FLAGS.fid_reference}
-            of_scores |= {"warning": quality.warning, "heldout_sha256": hash_of_set(real.heldout)}
+            of_scores |= {"warning": quality.warning, "heldout_sha256": real.heldout_sha256}
             is_new |= add("score", lambda: {**quality(images), **of_scores})
         if "memorise" in stages:
             of_result = known_identity(result), device, "held_back" in result
             is_new |= add("memorise", lambda: memorise(images, real, copies, names, *of_result))
         if "gap" in stages:
-            add("gap", lambda: find_gap(net, paths, real.data, device))
+            add("gap", lambda: find_gap(net, paths, real, device))
         if distributed.is_main():
             if stages & {"grid", "report"}:
                 show(stages, result, images, real, names)

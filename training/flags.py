@@ -242,9 +242,9 @@ MAIN = (
 
 SHARDS = (
     integer("client_num", 10, "main_fed: K, number of shards; 1 is AGC alone", 1),
-    choice("split", None, SPLITS, "main_fed: how images go to shards; default: files in a row"),
+    choice("split", None, SPLITS, "main_fed: how images go to shards; default: stratified, or the paper's"),
     switch("reshard", False, "main_fed: make new random shards every round"),
-    choice("exchange", "off", ("off", "ring"), "ring: IET-AGC+'s MSR passes images on, but not at the end"),
+    choice("exchange", "off", ("off", "ring"), "main_fed: ring: IET-AGC+'s MSR, not after the last round"),
     number("exchange_share", 0.25, "main_fed: share of a shard's images that it passes on", 0.0, 1.0),
     integer("exchange_every", 2, "main_fed: every so many rounds an exchange takes the place of an average", 2),
     integer("total_round", 10, "main_fed: rounds, each ends in an average of the shards, or an exchange", 1),
